@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` are all a fresh machine needs (Python 3.11+, pip, gcc).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where there is no GPU, hold torch to a version that has a CPU build.
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
+
+.PHONY: help setup quickstart quickstart-image test lint format typecheck generators docs clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(VENV)/.installed ## create .venv and install everything
+
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+quickstart: setup ## RL on the shipped text-to-video generator, on the CPU, in a few minutes
+	$(BIN)/rushes train configs/quickstart.yaml
+
+quickstart-image: setup ## the same for text-to-image
+	$(BIN)/rushes train configs/quickstart-image.yaml
+
+test: setup ## the test suite (no GPU, no network)
+	$(BIN)/python -m pytest
+
+lint: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## rewrite files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generators: setup ## make the two shipped generators again (about 45 minutes each)
+	$(BIN)/python -m jobs.make_generators image
+	$(BIN)/python -m jobs.make_generators video
+
+docs: setup ## regenerate docs/config.md from the schema
+	$(BIN)/rushes config --docs > docs/config.md
+
+clean: ## remove the virtual environment and caches (not runs/)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,0 +1,270 @@
+"""The one typed config: sections, defaults, and one sentence per key (also the source of docs/config.md).
+
+A config is a YAML file plus `key=value` overrides; unknown keys are refused with the nearest right one
+(`pipeline.config_io` loads, merges and words the errors).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str | None = Field(None, description="Run name, also its folder; default: config name and start time.")
+    dir: Path = Field(Path("runs"), description="Folder that holds all runs.")
+    seed: int = Field(0, ge=0, description="Seed of prompts order, takes, windows and LoRA initialisation.")
+    steps: Count = Field(100, description="Optimisation steps (one step = rollout, score, learn).")
+
+
+class GeneratorConfig(Section):
+    pretrained: str = Field(description="diffusers checkpoint: local folder or hub id.")
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the checkpoint.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights' dtype for sampling; auto: bfloat16 on a GPU, float32 on the CPU."
+    )
+    height: Annotated[int, Field(ge=8)] = Field(512, description="Frame height in pixels.")
+    width: Annotated[int, Field(ge=8)] = Field(512, description="Frame width in pixels.")
+    num_frames: Count = Field(1, description="Frames per take; 1 for image generators.")
+    fps: Positive = Field(8.0, description="Frames per second of the written videos and what video scorers are told.")
+    guidance_scale: NonNegative = Field(1.0, description="Classifier-free guidance in rollout and training (1: none).")
+    call: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the pipeline's __call__, such as max_sequence_length."
+    )
+
+
+class TrainableConfig(Section):
+    kind: Literal["lora", "full"] = Field("lora", description="Train a PEFT LoRA or all weights of the denoiser.")
+    rank: Count = Field(16, description="LoRA rank.")
+    alpha: Positive = Field(32.0, description="LoRA alpha; the adapter is scaled by alpha / rank.")
+    targets: list[str] | Literal["auto"] = Field(
+        "auto", description="LoRA target module names; auto: every linear layer inside the denoiser's blocks."
+    )
+
+
+class PromptsConfig(Section):
+    train: Path = Field(description="Prompts trained on: .txt (a line each), .jsonl or .parquet.")
+    heldout: Path | None = Field(None, description="Prompts evaluated on, never trained on.")
+    shuffle: bool = Field(True, description="Visit the training prompts in a new random order each epoch.")
+
+
+class WindowConfig(Section):
+    kind: Literal["all", "random", "sliding"] = Field(
+        "all", description="Which steps draw noise and train: all but the last; a random window; MixGRPO's sliding one."
+    )
+    size: Count = Field(2, description="Steps in a random or sliding window.")
+    start: Annotated[int, Field(ge=0)] = Field(0, description="First step the window may cover.")
+    stop: int | None = Field(None, description="End (exclusive) of the range the window may cover; default: last step.")
+    every: Count = Field(25, description="Sliding: optimisation steps before the window moves by one.")
+
+
+class SamplerConfig(Section):
+    kind: Literal["flow_sde", "dance_sde", "cps", "ddim"] = Field(
+        "flow_sde", description="Stochastic sampler of the rollouts (ddim: for epsilon/v/sample-prediction models)."
+    )
+    noise_level: Positive = Field(0.7, description="Noise: a of flow-SDE, eta of dance-SDE, CPS and DDIM.")
+    steps: Count = Field(10, description="Sampler steps in training rollouts.")
+    window: WindowConfig = Field(default_factory=WindowConfig)
+    timestep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Share of a take's stochastic steps that is trained, drawn per group (DanceGRPO: 0.6)."
+    )
+    same_initial_noise: bool = Field(False, description="All takes of a group start from one initial noise.")
+
+
+class SegmentsConfig(Section):
+    count: Count = Field(4, description="Segments a clip is split into (InstructVideo: 4).")
+    frames: Count = Field(1, description="Frames looked at in each segment.")
+    attenuation: NonNegative = Field(
+        1.0, description="Lambda of exp(-lambda * 16/F * |frame - F/2|); 0: plain segmental mean."
+    )
+    normalize: bool = Field(True, description="Divide by the sum of weights, so the score keeps the scorer's scale.")
+
+
+class RewardConfig(Section):
+    scorer: str = Field(description="A registered scorer (`rushes score --list`) or `file.py:function`.")
+    weight: float = Field(1.0, description="Weight in the sum of rewards or of advantages.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Options of the scorer.")
+    segments: SegmentsConfig = Field(
+        default_factory=SegmentsConfig, description="How a frame scorer is applied to videos."
+    )
+    workers: Count = Field(1, description="Reward servers for this reward.")
+    num_cpus: NonNegative = Field(0.1, description="Ray CPUs reserved per server.")
+    num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved per server (may be a fraction).")
+    threads: Count = Field(1, description="Compute threads per server.")
+
+
+class AdvantageConfig(Section):
+    std: Literal["group", "global", "none"] = Field(
+        "group", description="Divide by the std of the group, of the whole step, or not at all (Dr. GRPO)."
+    )
+    eps: Positive = Field(1e-4, description="Added to the std, so that near-ties do not become unit advantages.")
+    clamp: Positive = Field(5.0, description="Advantages are clamped to +- this.")
+    combine: Literal["rewards", "advantages"] = Field(
+        "rewards", description="Several rewards: weighted sum of rewards, or of each reward's own advantages."
+    )
+    zero_std: Literal["train", "filter"] = Field(
+        "train", description="Groups of equal rewards: keep (no policy gradient) or filter and admit another group."
+    )
+
+
+class AlgorithmConfig(Section):
+    objective: Literal["grpo", "grpo_guard", "flow_dppo"] = Field("grpo", description="Policy loss.")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Takes per prompt (K).")
+    groups_per_step: Count = Field(8, description="Groups per optimisation step.")
+    updates_per_step: Count = Field(
+        1, description="Optimiser updates per step; beyond 1 the later ones are off-policy."
+    )
+    clip_low: Positive = Field(
+        1e-4, description="PPO clip: ratio >= 1 - clip_low. flow_dppo: the KL threshold is clip_high."
+    )
+    clip_high: Positive = Field(1e-4, description="PPO clip: ratio <= 1 + clip_high.")
+    kl_beta: NonNegative = Field(0.0, description="Weight of the closed-form KL to the reference (starting) policy.")
+    max_staleness: Annotated[int, Field(ge=0)] = Field(
+        0, description="Learner version minus policy version at consumption (0: strictly on-policy)."
+    )
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+
+
+class OptimizerConfig(Section):
+    lr: Positive = Field(1e-4, description="AdamW learning rate.")
+    beta1: Fraction = Field(0.9, description="AdamW beta 1.")
+    beta2: Fraction = Field(0.999, description="AdamW beta 2.")
+    eps: Positive = Field(1e-8, description="AdamW epsilon.")
+    weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Updates of linear warm-up.")
+    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="EMA of the trained weights, used for evaluation and export (0: no EMA)."
+    )
+
+
+class LearnerConfig(Section):
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    micro_batch: Annotated[int, Field(ge=0)] = Field(0, description="Takes per forward pass; 0: the whole group.")
+    autocast: Literal["none", "bfloat16", "float16"] = Field(
+        "none", description="Autocast of the denoiser; weights, latents and log-probs stay float32."
+    )
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    num_cpus: NonNegative = Field(0.5, description="Ray CPUs reserved.")
+    num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved.")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="Compute threads; 0: all cores.")
+
+
+class RolloutConfig(Section):
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    workers: Count = Field(1, description="Rollout workers.")
+    batch: Annotated[int, Field(ge=0)] = Field(0, description="Takes per pipeline call; 0: the whole group at once.")
+    merge_lora: bool = Field(
+        False, description="Merge the LoRA into the weights for sampling (faster, same to rounding)."
+    )
+    num_cpus: NonNegative = Field(0.5, description="Ray CPUs reserved per worker.")
+    num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved per worker.")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="Compute threads per worker; 0: cores / workers.")
+    timeout_s: Positive = Field(1800.0, description="A group not generated in this time is retried on another worker.")
+
+
+class FaultsConfig(Section):
+    max_attempts: Count = Field(3, description="Tries of a group's rollout, and of its scoring, before it is failed.")
+    max_failed_groups: Annotated[int, Field(ge=0)] = Field(
+        3, description="More failed groups than this in a row end the run with an error."
+    )
+
+
+class EvaluationConfig(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Evaluate every N steps as well as before and after (0: only those)."
+    )
+    prompts: Annotated[int, Field(ge=0)] = Field(64, description="Held-out prompts evaluated (0: all).")
+    takes_per_prompt: Count = Field(1, description="Takes per held-out prompt, on fixed seeds.")
+    steps: Count = Field(20, description="ODE sampler steps.")
+    seed: int = Field(1234, ge=0, description="Seed of the evaluation takes; the same at every evaluation.")
+    batch: Count = Field(16, description="Takes per denoiser call in evaluation.")
+    reward_target: float | None = Field(None, description="Stop early once the held-out reward reaches this.")
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        25, description="Save every N steps (0: only at the end and when stopped)."
+    )
+    keep: Count = Field(2, description="Checkpoints kept; older ones are deleted.")
+
+
+class TakesConfig(Section):
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Keep the training takes of every Nth step as files (0: none)."
+    )
+    report_prompts: Annotated[int, Field(ge=0)] = Field(
+        6, description="Held-out prompts shown before and after in the report."
+    )
+
+
+class TrackingConfig(Section):
+    backends: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=lambda: ["tensorboard"], description="Trackers besides metrics.jsonl."
+    )
+    project: str = Field("rushes", description="W&B project or MLflow experiment.")
+
+
+class RayConfig(Section):
+    address: str | None = Field(None, description="Ray address; default: a running cluster if found, else a local one.")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray; default: all cores.")
+    object_store_mb: Annotated[int, Field(ge=80)] = Field(512, description="Object store of a local Ray, in MiB.")
+    dashboard: bool = Field(False, description="Start the dashboard of a local Ray (on localhost).")
+    dashboard_port: Annotated[int, Field(ge=1024, le=65535)] = Field(8265, description="Port of that dashboard.")
+    queue_capacity: Count = Field(8, description="Groups each queue between roles may hold.")
+
+
+class Config(Section):
+    """The whole config of a run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    generator: GeneratorConfig
+    trainable: TrainableConfig = Field(default_factory=TrainableConfig)
+    prompts: PromptsConfig
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    rewards: dict[str, RewardConfig] = Field(description="Name -> reward; at least one.", min_length=1)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    takes: TakesConfig = Field(default_factory=TakesConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        last = self.sampler.steps - 1  # the last transition is never stochastic (its std is ~0)
+        window = self.sampler.window
+        if self.sampler.steps < 2:
+            raise ValueError("sampler.steps: 1 leaves nothing to train (the last step is deterministic); use 2 or more")
+        stop = last if window.stop is None else window.stop
+        if not 0 < stop <= last:
+            raise ValueError(f"sampler.window.stop: {stop} is outside 1..{last} (the last step never draws noise)")
+        if window.start >= stop:
+            raise ValueError(f"sampler.window.start: {window.start} must be below the window's end, {stop}")
+        if window.kind != "all" and window.size > stop - window.start:
+            raise ValueError(f"sampler.window.size: {window.size} does not fit between steps {window.start} and {stop}")
+        if self.algorithm.updates_per_step > self.algorithm.groups_per_step:
+            raise ValueError(
+                f"algorithm.updates_per_step: {self.algorithm.updates_per_step} exceeds algorithm.groups_per_step "
+                f"({self.algorithm.groups_per_step}); each update needs at least one whole group"
+            )
+        if self.algorithm.objective == "grpo_guard" and self.sampler.kind not in ("flow_sde", "dance_sde"):
+            raise ValueError("algorithm.objective: grpo_guard needs sampler.kind flow_sde or dance_sde")
+        if all(reward.weight == 0 for reward in self.rewards.values()):
+            raise ValueError("rewards: every weight is 0, so nothing can be learned; set one above 0")
+        return self

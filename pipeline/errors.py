@@ -1,0 +1,47 @@
+"""Errors a user can act on. Each message names the key or file, what was found, what is allowed, and a fix.
+
+The command line prints the message on one line and exits with `exit_code`; anything that is not a
+`RushesError` is a bug of ours and is reported as such.
+"""
+
+from __future__ import annotations
+
+
+class RushesError(Exception):
+    """Base of every error that is the input's or the environment's fault. Pickles across Ray actors."""
+
+    exit_code = 1
+
+
+class ConfigError(RushesError):
+    """A key or value of the config, or a command-line option, is wrong. Found before any model is loaded."""
+
+    exit_code = 2
+
+
+class InputError(RushesError):
+    """A file given by the user is missing, corrupt or of the wrong kind."""
+
+    exit_code = 2
+
+
+class CheckpointError(RushesError):
+    """A checkpoint of a run is missing, half-written or belongs to another config."""
+
+
+class UnsupportedPolicyError(RushesError):
+    """The diffusers pipeline cannot be trained as a policy; the message carries the numbers found."""
+
+
+class RewardError(RushesError):
+    """A scorer raised, returned NaN or the wrong length. Never turned into a score."""
+
+
+class RunFailed(RushesError):
+    """The run ended because of repeated failures; names actor, node and cause."""
+
+
+class RunInterrupted(RushesError):
+    """The run was stopped by a signal after saving."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""A diffusers checkpoint as an RL policy: load, record, replay."""

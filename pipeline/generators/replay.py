@@ -1,0 +1,125 @@
+"""From a recording to a trajectory (rollout side), and from a trajectory back to the scheduler's input (learner side).
+
+Replay calls the denoiser with exactly the recorded inputs, so nothing about prompts, masks, position ids or timestep
+conventions is known here; only which entries belong to which take, and the guidance rule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.generators.guidance import CUTS, RULES
+from pipeline.generators.recorder import RawStep, first_tensor
+from pipeline.generators.spec import PolicySpec
+from pipeline.types import RecordedCall, RecordedStep, TrajectoryPart
+from pipeline.wire import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
+
+
+def to_part(steps: list[RawStep], start: int, stop: int, keep_mean: bool) -> TrajectoryPart:
+    """Packs recorded steps: inputs met in several calls are stored once, the step's own sample not at all."""
+    uses = Counter(key for step in steps for call in step.calls for key in set(call.origin.values()))
+    shared: list[Packed] = []
+    slots: dict[tuple[int, int], SharedSlot] = {}
+
+    def packed_call(step: RawStep, call: Any) -> RecordedCall:
+        def place(path: str, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            copies = _copies_of(leaf, step.sample)
+            if copies:
+                return SampleSlot(copies)
+            key = call.origin[path]
+            if uses[key] < 2:
+                return pack(leaf)
+            if key not in slots:
+                slots[key] = SharedSlot(len(shared))
+                shared.append(pack(leaf))
+            return slots[key]
+
+        tree = map_leaves(place, {"args": call.args, "kwargs": call.kwargs})
+        return RecordedCall(module=call.module, args=tree["args"], kwargs=tree["kwargs"])
+
+    recorded = tuple(
+        RecordedStep(
+            index=step.index,
+            sigma=step.sigma,
+            sigma_next=step.sigma_next,
+            sigma_cap=step.sigma_cap,
+            sample=pack(step.sample),
+            next_sample=pack(step.next_sample),
+            log_prob=np.asarray(step.log_prob.cpu(), np.float32),
+            mean=np.array(step.mean.cpu(), np.float32) if keep_mean else None,
+            guidance_scale=step.guidance_scale,
+            calls=tuple(packed_call(step, call) for call in step.calls),
+        )
+        for step in steps
+    )
+    return TrajectoryPart(start=start, stop=stop, steps=recorded, shared=tuple(shared))
+
+
+def _copies_of(leaf: torch.Tensor, sample: torch.Tensor) -> int:
+    """n if `leaf` is the sample n times along axis 0 (n = 1, 2), else 0."""
+    if leaf.dtype != sample.dtype or leaf.shape[1:] != sample.shape[1:] or leaf.ndim == 0:
+        return 0
+    for copies in (1, 2):
+        if leaf.shape[0] == copies * sample.shape[0] and all(torch.equal(c, sample) for c in leaf.chunk(copies)):
+            return copies
+    return 0
+
+
+def combine(spec: PolicySpec, outputs: list[torch.Tensor], scale: float, like: torch.Size) -> torch.Tensor:
+    """Denoiser outputs of one step -> what the scheduler is given, by the probed rule. `like`: the sample's shape."""
+    branches = []
+    for output, layout in zip(outputs, spec.outputs, strict=True):
+        branches.extend(output.chunk(layout.copies) if layout.order == "tile" else [output])
+    cut = CUTS[spec.cut]
+    return RULES[spec.rule][1]([cut(branch, like) for branch in branches], scale)
+
+
+class Replayer:
+    """One trajectory part on the learner's device, replayed step by step, for any subset of its takes."""
+
+    def __init__(
+        self, part: TrajectoryPart, spec: PolicySpec, modules: dict[str, torch.nn.Module], device: torch.device
+    ) -> None:
+        self.part, self.spec, self.modules, self.device = part, spec, modules, device
+        self.total = part.stop - part.start
+        self.shared = [unpack(packed, device) for packed in part.shared]
+
+    def step_tensors(self, j: int, takes: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x_t [b, ...], x_next [b, ...], rollout log-prob [b]) of trained step `j`."""
+        step = self.part.steps[j]
+        old = torch.from_numpy(np.array(step.log_prob)).to(self.device)
+        return unpack(step.sample, self.device)[takes], unpack(step.next_sample, self.device)[takes], old[takes]
+
+    def old_mean(self, j: int, takes: slice) -> torch.Tensor:
+        """The rollout's mean [b, ...]; only recorded for objectives that need it."""
+        return torch.from_numpy(np.array(self.part.steps[j].mean)).to(self.device)[takes]
+
+    def model_output(self, j: int, takes: slice, sample: torch.Tensor) -> torch.Tensor:
+        """Calls the denoisers again for trained step `j` and the given takes; `sample`: those takes' x_t."""
+        step = self.part.steps[j]
+        whole = len(range(*takes.indices(self.total))) == self.total
+        outputs = []
+        for number, call in enumerate(step.calls):
+
+            def resolve(path: str, leaf: Any, number: int = number) -> Any:
+                if isinstance(leaf, SampleSlot):
+                    return torch.cat([sample] * leaf.copies) if leaf.copies > 1 else sample
+                if isinstance(leaf, SharedSlot):
+                    tensor = self.shared[leaf.index]
+                elif isinstance(leaf, Packed):
+                    tensor = unpack(leaf, self.device)
+                else:
+                    return leaf
+                layout = self.spec.layouts.get(f"{number}:{path}")
+                return tensor if layout is None or whole else layout.take(tensor, takes, self.total)
+
+            tree = map_leaves(resolve, {"args": call.args, "kwargs": call.kwargs})
+            outputs.append(first_tensor(self.modules[call.module](*tree["args"], **tree["kwargs"])))
+        scale = step.guidance_scale if self.spec.scale is None else self.spec.scale
+        return combine(self.spec, outputs, scale, sample.shape)

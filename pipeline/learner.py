@@ -1,0 +1,252 @@
+"""The GRPO learner: replays trajectories with gradients on, and takes optimiser steps. Plain torch, no Ray.
+
+One optimisation step = `updates_per_step` optimiser updates, each over whole groups. A micro-batch is one trained
+transition of some takes of one group, so its inputs are exactly the recorded ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pipeline import weights as weights_lib
+from pipeline.config import Config
+from pipeline.errors import CheckpointError, RunFailed
+from pipeline.generators.loading import load_denoisers, resolve_device, resolve_dtype
+from pipeline.generators.replay import Replayer
+from pipeline.generators.spec import PolicySpec
+from pipeline.objectives import OBJECTIVES, Terms
+from pipeline.samplers import Transition, log_prob, transition
+from pipeline.samplers.transition import gaussian_kl
+from pipeline.types import GroupBatch, Trajectory, WeightSet
+
+
+class Learner:
+    """Holds the trainable denoisers, the optimiser and the EMA. `version` counts finished optimisation steps."""
+
+    def __init__(self, cfg: Config, device: str = "auto") -> None:
+        self.cfg = cfg
+        self.device = resolve_device(device)
+        self.version = 0
+        self.updates = 0
+        wire = resolve_dtype(cfg.generator.dtype, self.device)
+        full = cfg.trainable.kind == "full"
+        # Full weights are mastered in float32; under a LoRA the frozen base may stay in the sampling dtype.
+        base = torch.float32 if full or cfg.learner.autocast != "none" else wire
+        self._wire_dtype = wire if full else torch.float32
+        self.modules = load_denoisers(cfg.generator, self.device, base)
+        needs_reference = cfg.algorithm.kl_beta > 0
+        self._reference = copy.deepcopy(self.modules) if full and needs_reference else None
+        weights_lib.attach(self.modules, cfg.trainable, cfg.run.seed)
+        if cfg.learner.activation_checkpointing:
+            for module in self.modules.values():
+                module.enable_gradient_checkpointing()
+                module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
+                _no_dropout(module)
+        self.parameters = weights_lib.trainable(self.modules)
+        opt = cfg.optimizer
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=opt.lr,
+            betas=(opt.beta1, opt.beta2),
+            eps=opt.eps,
+            weight_decay=opt.weight_decay,
+        )
+        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if opt.ema_decay > 0 else {}
+
+    # -- one optimisation step ------------------------------------------------------------------------------------
+
+    def train_step(self, batch: list[GroupBatch]) -> dict[str, float]:
+        """Trains on the groups of one step, in the order given; returns metrics and raises `version` by one.
+
+        Raises RunFailed when a gradient or the loss is not finite (the weights are left as they were).
+        """
+        stats: dict[str, list[float]] = defaultdict(list)
+        chunks = np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step)
+        for number, chunk in enumerate(chunks):
+            self._update([batch[i] for i in chunk], stats, first=number == 0)
+        self.version += 1
+        ratios = np.concatenate(stats.pop("ratio_values"))
+        on_policy = stats.pop("on_policy_gap")
+        metrics = {name: float(np.mean(values)) for name, values in stats.items()}
+        metrics["ratio/mean"] = float(ratios.mean())
+        metrics["ratio/min"] = float(ratios.min())
+        metrics["ratio/max"] = float(ratios.max())
+        metrics["ratio/max_abs_log"] = float(np.abs(np.log(ratios)).max())
+        metrics["onpolicy/max_abs_log_ratio"] = float(max(on_policy))
+        return metrics
+
+    def _update(self, groups: list[GroupBatch], stats: dict[str, list[Any]], *, first: bool) -> None:
+        """One optimiser update over whole groups: loss averaged over all (take, trained step) pairs."""
+        pairs = sum(len(g.advantages) * len(g.trajectory.parts[0].steps) for g in groups)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = defaultdict(float)
+        for group in groups:
+            for micro in self._micro_batches(group.trajectory):
+                replayer, j, takes = micro
+                advantages = self._advantages(group, replayer, takes)
+                loss, logs = self._micro_loss(group.trajectory, replayer, j, takes, advantages)
+                (loss.sum() / pairs).backward()
+                stats["ratio_values"].append(logs["ratio"].cpu().numpy())
+                if first:
+                    stats["on_policy_gap"].append(float(logs["gap"].abs().max()))
+                for name in ("policy_loss", "kl", "clipped_low", "clipped_high"):
+                    total[name] += float(logs[name].sum()) / pairs
+        loss_value = total["policy_loss"] + self.cfg.algorithm.kl_beta * total["kl"]
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm)
+        if not (np.isfinite(loss_value) and bool(torch.isfinite(norm))):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise RunFailed(
+                f"learner: loss {loss_value:.3g}, gradient norm {float(norm):.3g} at step {self.version}; "
+                "lower optimizer.lr or algorithm.clip_high, or train fewer low-noise steps (sampler.window.stop)"
+            )
+        lr = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.updates += 1
+        self._update_ema()
+        stats["loss"].append(loss_value)
+        stats["policy_loss"].append(total["policy_loss"])
+        stats["kl"].append(total["kl"])
+        stats["clip/low"].append(total["clipped_low"])
+        stats["clip/high"].append(total["clipped_high"])
+        stats["grad_norm"].append(float(norm))
+        stats["lr"].append(lr)
+
+    def _micro_batches(self, trajectory: Trajectory) -> Iterator[tuple[Replayer, int, slice]]:
+        spec = PolicySpec.from_dict(trajectory.spec)
+        for part in trajectory.parts:
+            replayer = Replayer(part, spec, self.modules, self.device)
+            size = self.cfg.learner.micro_batch or replayer.total
+            for j in range(len(part.steps)):
+                for start in range(0, replayer.total, size):
+                    yield replayer, j, slice(start, min(start + size, replayer.total))
+
+    def _advantages(self, group: GroupBatch, replayer: Replayer, takes: slice) -> torch.Tensor:
+        own = group.advantages[replayer.part.start : replayer.part.stop][takes]
+        return torch.from_numpy(np.array(own, np.float32)).to(self.device)
+
+    def _transition(
+        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x: torch.Tensor
+    ) -> Transition:
+        """The policy's Gaussian at trained step `j`, from a fresh denoiser call."""
+        with torch.autocast(
+            self.device.type,
+            dtype=getattr(torch, self.cfg.learner.autocast, None),
+            enabled=self.cfg.learner.autocast != "none",
+        ):
+            out = replayer.model_output(j, takes, x)
+        step, sampling = replayer.part.steps[j], trajectory.sampling
+        return transition(
+            sampling.kind,
+            sampling.noise_level,
+            replayer.spec.prediction,
+            x,
+            out,
+            step.sigma,
+            step.sigma_next,
+            step.sigma_cap,
+        )
+
+    def _micro_loss(
+        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss per take [b] of one transition, with gradients, and detached logs [b]."""
+        algorithm = self.cfg.algorithm
+        x, x_next, old = replayer.step_tensors(j, takes)
+        step = self._transition(trajectory, replayer, j, takes, x)
+        logp = log_prob(x_next, step)
+        terms = Terms(
+            log_prob=logp,
+            old_log_prob=old,
+            advantages=advantages,
+            step=step,
+            old_mean=None if algorithm.objective == "grpo" else replayer.old_mean(j, takes),
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+        )
+        policy_loss, logs = OBJECTIVES[algorithm.objective](terms)
+        loss = policy_loss
+        kl = torch.zeros_like(policy_loss)
+        if algorithm.kl_beta > 0:
+            # Closed form between Gaussians of equal std (per dimension); only the reference is outside the graph.
+            kl = gaussian_kl(step, self._reference_mean(trajectory, replayer, j, takes, x))
+            loss = loss + algorithm.kl_beta * kl
+        logs = {**logs, "gap": (logp - old).detach(), "policy_loss": policy_loss.detach(), "kl": kl.detach()}
+        return loss, logs
+
+    @torch.no_grad()
+    def _reference_mean(
+        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x: torch.Tensor
+    ) -> torch.Tensor:
+        """The starting policy's mean: adapter off (LoRA) or the frozen copy (full weights)."""
+        if self._reference is None:
+            with weights_lib.adapters_off(self.modules):
+                return self._transition(trajectory, replayer, j, takes, x).mean
+        other = Replayer(replayer.part, replayer.spec, self._reference, self.device)
+        return self._transition(trajectory, other, j, takes, x).mean
+
+    def _learning_rate(self) -> float:
+        warmup = self.cfg.optimizer.warmup_steps
+        return self.cfg.optimizer.lr * (min(1.0, (self.updates + 1) / warmup) if warmup else 1.0)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if not self.ema:
+            return
+        # Ramped up, so that short runs are not held back by the starting weights.
+        decay = min(self.cfg.optimizer.ema_decay, (1.0 + self.updates) / (10.0 + self.updates))
+        for name, parameter in self.parameters.items():
+            self.ema[name].lerp_(parameter.detach(), 1.0 - decay)
+
+    # -- weights out, state in and out ------------------------------------------------------------------------------
+
+    def weights(self, tag: Literal["train", "ema"] = "train") -> WeightSet:
+        """The trained weights, or their EMA (the same where no EMA is kept), in the dtype rollouts use."""
+        source = self.ema if tag == "ema" and self.ema else self.parameters
+        kind = self.cfg.trainable.kind
+        return weights_lib.to_weight_set(kind, {n: t.detach().to(self._wire_dtype) for n, t in source.items()})
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Everything needed to go on: weights, EMA, optimiser moments; version and update counters."""
+        tensors = {f"weights/{n}": p.detach().cpu().clone() for n, p in self.parameters.items()}
+        tensors |= {f"ema/{n}": t.cpu().clone() for n, t in self.ema.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().clone()
+        return tensors, {"version": self.version, "updates": self.updates}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """Restores `state()`. Raises CheckpointError naming the first tensor that is missing or unexpected."""
+        expected = {f"weights/{n}" for n in self.parameters} | {f"ema/{n}" for n in self.ema}
+        found = {n for n in tensors if not n.startswith("optimizer/")}
+        if expected != found:
+            odd = sorted(expected ^ found)
+            raise CheckpointError(f"checkpoint does not fit this config: {len(odd)} tensors differ, such as {odd[0]}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weights/{name}"])
+            for name, value in self.ema.items():
+                value.copy_(tensors[f"ema/{name}"])
+        for name, parameter in self.parameters.items():
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                stored = tensors.get(f"optimizer/{key}/{name}")
+                if stored is not None:
+                    state[key] = stored.clone() if key == "step" else stored.clone().to(parameter.device)
+            if state:
+                self.optimizer.state[parameter] = state
+        self.version, self.updates = int(meta["version"]), int(meta["updates"])
+
+
+def _no_dropout(module: torch.nn.Module) -> None:
+    """Train mode without dropout: the replayed policy must be the one that sampled."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.modules.dropout._DropoutNd):
+            layer.eval()

@@ -1,0 +1,109 @@
+"""What a group of takes will be, before anything runs: seeds, initial noise, window of stochastic steps.
+
+Everything is a pure function of (run seed, group id, step), so that a retry, another worker or a resumed run
+draws the same takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.config import Config, SamplerConfig
+from pipeline.types import GroupWork, PromptItem, SamplingSpec
+
+_TAKES, _NOISE, _WINDOW, _SUBSET = 1, 2, 3, 4  # separate random streams of one group
+
+
+def _rng(seed: int, stream: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, stream, *key]))
+
+
+def stochastic_steps(cfg: SamplerConfig, run_seed: int, step: int) -> tuple[int, ...]:
+    """Sampler steps that draw noise in optimisation step `step`; never the last one, whose noise nothing removes.
+
+    all: every step but the last (Flow-GRPO). random: a window drawn anew each step (Flow-GRPO-Fast).
+    sliding: from `start`, moves by one every `every` steps, and starts over at the end (MixGRPO).
+    """
+    window = cfg.window
+    stop = cfg.steps - 1 if window.stop is None else window.stop
+    if window.kind == "all":
+        return tuple(range(window.start, stop))
+    positions = stop - window.start - window.size + 1
+    if window.kind == "random":
+        first = window.start + int(_rng(run_seed, _WINDOW, step).integers(positions))
+    else:
+        first = window.start + (step // window.every) % positions
+    return tuple(range(first, first + window.size))
+
+
+def trained_subset(cfg: SamplerConfig, steps: Sequence[int], run_seed: int, group: int) -> tuple[int, ...]:
+    """The share `timestep_fraction` of the stochastic steps that is trained, drawn per group (DanceGRPO)."""
+    keep = max(1, round(cfg.timestep_fraction * len(steps)))
+    if keep == len(steps):
+        return tuple(steps)
+    chosen = _rng(run_seed, _SUBSET, group).permutation(len(steps))[:keep]
+    return tuple(steps[i] for i in sorted(chosen))
+
+
+def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: int = 1) -> GroupWork:
+    """One prompt, K takes, to be consumed by optimisation step `step`."""
+    seed = cfg.run.seed
+    takes = cfg.algorithm.group_size
+    seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
+    noise = int(_rng(seed, _NOISE, group).integers(2**62)) if cfg.sampler.same_initial_noise else None
+    noisy = stochastic_steps(cfg.sampler, seed, step)
+    return GroupWork(
+        group=group,
+        attempt=attempt,
+        purpose="train",
+        step=step,
+        prompts=(prompt,) * takes,
+        seeds=tuple(int(s) for s in seeds),
+        shared_noise_seed=noise,
+        sampling=SamplingSpec(
+            kind=cfg.sampler.kind,
+            noise_level=cfg.sampler.noise_level,
+            num_steps=cfg.sampler.steps,
+            stochastic_steps=noisy,
+            trained_steps=trained_subset(cfg.sampler, noisy, seed, group),
+            guidance_scale=cfg.generator.guidance_scale,
+        ),
+    )
+
+
+def ode_sampling(cfg: Config, num_steps: int) -> SamplingSpec:
+    """Deterministic sampling, as used for evaluation, generation and export checks."""
+    return SamplingSpec(
+        kind="ode",
+        noise_level=0.0,
+        num_steps=num_steps,
+        stochastic_steps=(),
+        trained_steps=(),
+        guidance_scale=cfg.generator.guidance_scale,
+    )
+
+
+def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int) -> list[GroupWork]:
+    """The evaluation: the first `evaluation.prompts` prompts x `takes_per_prompt` fixed seeds, in ODE batches."""
+    chosen = prompts[: cfg.evaluation.prompts or len(prompts)]
+    shots = [
+        (prompt, int(_rng(cfg.evaluation.seed, _TAKES, prompt.index, take).integers(2**62)))
+        for prompt in chosen
+        for take in range(cfg.evaluation.takes_per_prompt)
+    ]
+    size = cfg.evaluation.batch
+    return [
+        GroupWork(
+            group=start // size,
+            attempt=1,
+            purpose="eval",
+            step=step,
+            prompts=tuple(prompt for prompt, _ in shots[start : start + size]),
+            seeds=tuple(seed for _, seed in shots[start : start + size]),
+            shared_noise_seed=None,
+            sampling=ode_sampling(cfg, cfg.evaluation.steps),
+        )
+        for start in range(0, len(shots), size)
+    ]

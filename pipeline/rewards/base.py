@@ -1,0 +1,74 @@
+"""What a scorer is, how it is registered, and how its output is checked.
+
+A scorer takes `Media` and one prompt per take and returns one float per take. It never sniffs shapes:
+`media.frames` is always uint8 [K, F, H, W, 3]. A failure is an exception, never a score.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from pipeline.errors import RewardError
+from pipeline.types import Media, PromptItem
+
+
+class Scorer(ABC):
+    """A reward. Subclasses take their options as keyword arguments of `__init__`.
+
+    `reads = "frame"`: looks at single frames; gets F = 1, and on videos goes through the segmental wrapper.
+    `reads = "video"`: gets the whole clip with its fps.
+    """
+
+    reads: ClassVar[Literal["frame", "video"]]
+    differentiable: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
+        """Returns float [K]; or a dict with key "score" [K] and further logged parts [K] each.
+
+        NaN in a *part* means "does not apply to this prompt"; NaN in the score is a failure.
+        """
+
+
+REGISTRY: dict[str, type[Scorer]] = {}
+
+
+def register(name: str) -> Callable[[type[Scorer]], type[Scorer]]:
+    """Class decorator: makes the scorer available as `scorer: <name>` in a config."""
+
+    def add(cls: type[Scorer]) -> type[Scorer]:
+        if name in REGISTRY and REGISTRY[name] is not cls:
+            raise ValueError(f"two scorers are registered as {name!r}")
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def check_output(name: str, output, takes: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Validates what a scorer returned. Returns (scores float32 [K], parts). Raises `RewardError`."""
+    parts: dict[str, np.ndarray] = {}
+    if isinstance(output, dict):
+        if "score" not in output:
+            raise RewardError(f"reward {name}: returned a dict without the key 'score' (keys: {sorted(output)})")
+        parts = {k: np.asarray(v, dtype=np.float32) for k, v in output.items() if k != "score"}
+        output = output["score"]
+    try:
+        scores = np.asarray(output, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward {name}: returned {type(output).__name__}, which is not numbers: {error}") from error
+    if scores.shape != (takes,):
+        raise RewardError(
+            f"reward {name}: returned shape {list(scores.shape)} for {takes} takes; expected [{takes}], one number a take"
+        )
+    if not np.isfinite(scores).all():
+        bad = np.flatnonzero(~np.isfinite(scores)).tolist()
+        raise RewardError(f"reward {name}: returned NaN or infinity for takes {bad}; return a finite number or raise")
+    for key, part in parts.items():
+        if part.shape != (takes,):
+            raise RewardError(f"reward {name}: part {key!r} has shape {list(part.shape)}, expected [{takes}]")
+    return scores, parts

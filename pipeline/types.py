@@ -1,0 +1,164 @@
+"""The records that cross a role boundary (controller, rollout, reward, learner).
+
+Large tensors travel as numpy arrays (`pipeline.wire`), so that Ray's object store shares them without copies.
+Shape letters: K takes of a group, W trained sampler steps, F frames, H height, W_px width, S segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptItem:
+    """One row of a prompt set."""
+
+    index: int  # row in the set, from 0
+    text: str
+    negative: str | None = None
+    image: str | None = None  # path of a conditioning image
+    metadata: dict[str, Any] = field(default_factory=dict)  # for scorers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSpec:
+    """How the denoising chain of one group is drawn."""
+
+    kind: str  # flow_sde | dance_sde | cps | ddim | ode
+    noise_level: float
+    num_steps: int
+    stochastic_steps: tuple[int, ...]  # step indices (0 = noisiest) that draw noise; () for ode
+    trained_steps: tuple[int, ...]  # those of them that are recorded and trained; () means no trajectory is kept
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupWork:
+    """prompts -> rollout. The unit of work and of retry: same seeds and policy version give the same takes."""
+
+    group: int  # unique within a run for its purpose, increasing in admission order
+    attempt: int  # 1 for the first try
+    purpose: Literal["train", "eval"]
+    step: int  # the optimisation step that will consume the group (eval: the version evaluated)
+    prompts: tuple[PromptItem, ...]  # [K]; K times the same prompt when training
+    seeds: tuple[int, ...]  # [K] one per take
+    shared_noise_seed: int | None  # set: all takes start from this one initial noise
+    sampling: SamplingSpec
+
+    @property
+    def takes(self) -> int:
+        return len(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedCall:
+    """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are `wire.Packed`,
+    `wire.SharedSlot` (stored once in `Trajectory.shared`) or `wire.SampleSlot` (the step's own sample)."""
+
+    module: str  # transformer | transformer_2 | unet
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedStep:
+    """One trained transition x_t -> x_next."""
+
+    index: int  # sampler step, 0 = noisiest
+    sigma: float  # flow: sigma in [0, 1]; ddim: alphas_cumprod at t
+    sigma_next: float
+    sigma_cap: float  # replaces sigma where 1 - sigma would be 0 (flow-SDE at t = 1)
+    sample: Any  # wire.Packed [K, ...], x_t as the scheduler was given it (storage dtype)
+    next_sample: Any  # wire.Packed [K, ...], the x_next that was continued from, rounded before its log-prob
+    log_prob: np.ndarray  # [K] float32
+    mean: np.ndarray | None  # [K, ...] float32, kept only for objectives that need the old mean
+    guidance_scale: float
+    calls: tuple[RecordedCall, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrajectoryPart:
+    """The takes [start, stop) of a group that were denoised in one pipeline call."""
+
+    start: int
+    stop: int
+    steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
+    shared: tuple[Any, ...]  # wire.Packed: step-invariant denoiser inputs, stored once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """rollout -> learner, large."""
+
+    group: int
+    version: int
+    sampling: SamplingSpec
+    parts: tuple[TrajectoryPart, ...]
+    spec: dict[str, Any]  # the probed policy spec (guidance rule, batch axes), see generators.spec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Media:
+    """rollout -> reward, large. One video type for everything: an image is F = 1."""
+
+    frames: np.ndarray  # uint8 [K, F, H, W_px, 3], RGB
+    fps: float
+
+    def __post_init__(self) -> None:
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 5 or self.frames.shape[-1] != 3:
+            raise ValueError(f"Media.frames must be uint8 [K, F, H, W, 3], got {self.frames.dtype} {self.frames.shape}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardScores:
+    """One reward's scores of one group."""
+
+    values: np.ndarray  # float32 [K]
+    segment_values: np.ndarray | None = None  # float32 [K, S], frame scorers on video
+    segment_weights: np.ndarray | None = None  # float32 [S]
+    segment_frames: np.ndarray | None = None  # int64 [S, n], the frames that were looked at
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # auxiliary float32 [K], logged only
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutMeta:
+    """rollout -> controller, small."""
+
+    group: int
+    attempt: int
+    version: int
+    worker: str
+    seconds: dict[str, float]  # per phase: encode, denoise, decode, total
+    trajectory_bytes: int
+    media_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSet:
+    """What is trained, as float32 (or stored dtype) arrays. `checksum` covers names, shapes, dtypes, bytes."""
+
+    kind: Literal["lora", "full"]
+    tensors: dict[str, Any]  # name -> packed array (pipeline.wire)
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyVersion:
+    """learner -> rollout. A worker takes work only after it has confirmed `checksum`."""
+
+    number: int
+    tag: Literal["train", "ema"]
+    checksum: str
+    weights: Any  # object reference of a WeightSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupBatch:
+    """What the learner trains on: one group."""
+
+    trajectory: Trajectory
+    advantages: np.ndarray  # float32 [K]

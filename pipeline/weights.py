@@ -1,0 +1,137 @@
+"""What is trained: finding it, taking it out, putting it in, and proving that both sides hold the same.
+
+LoRA goes through PEFT; its reference policy is the model with the adapter off. Full weights keep a frozen copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from pipeline.config import TrainableConfig
+from pipeline.errors import ConfigError, RushesError
+from pipeline.types import WeightSet
+from pipeline.wire import Packed, checksum, pack, unpack
+
+ADAPTER = "default"
+Modules = dict[str, torch.nn.Module]
+
+
+def lora_targets(module: torch.nn.Module, wanted: list[str] | Literal["auto"]) -> list[str]:
+    """Names of the layers that get a LoRA; auto: every linear layer inside the denoiser's repeated blocks.
+
+    Raises ConfigError when a wanted name matches nothing.
+    """
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
+    if wanted == "auto":
+        return [name for name in linear if re.search(r"\.\d+\.", name)]
+    chosen = [name for name in linear if any(name == w or name.endswith("." + w) for w in wanted)]
+    missing = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in linear)]
+    if missing:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
+        raise ConfigError(
+            f"trainable.targets: no linear layer of {type(module).__name__} is called {missing[0]!r}; "
+            f"known: {', '.join(known)}"
+        )
+    return chosen
+
+
+def attach(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
+    """Makes the modules trainable as configured. LoRA A is drawn from `seed`, B is 0: the policy starts unchanged."""
+    if cfg.kind == "full":
+        for module in modules.values():
+            module.requires_grad_(True)
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in modules.values():
+            targets = lora_targets(module, cfg.targets)
+            module.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets), ADAPTER)
+    for parameter in trainable(modules).values():
+        parameter.data = parameter.data.float()  # float32 master weights whatever the base's dtype
+
+
+def trainable(modules: Modules) -> dict[str, torch.nn.Parameter]:
+    """`<component>.<parameter>` -> parameter, in name order."""
+    found = {
+        f"{component}.{name}": parameter
+        for component, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def adapters_off(modules: Modules) -> Iterator[None]:
+    """The base model: LoRA disabled within the block."""
+    for module in modules.values():
+        module.disable_adapters()
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.enable_adapters()
+
+
+def to_weight_set(kind: Literal["lora", "full"], tensors: dict[str, torch.Tensor]) -> WeightSet:
+    """Packs named tensors for the object store."""
+    packed = {name: pack(tensor) for name, tensor in tensors.items()}
+    return WeightSet(kind=kind, tensors=packed, checksum=checksum(packed))
+
+
+def apply(modules: Modules, weights: WeightSet) -> str:
+    """Copies a weight set into the trainable parameters; returns the checksum of what they then hold.
+
+    Raises RushesError when names or shapes do not match.
+    """
+    parameters = trainable(modules)
+    if parameters.keys() != weights.tensors.keys():
+        odd = sorted(parameters.keys() ^ weights.tensors.keys())
+        raise RushesError(
+            f"weights do not fit this model: {len(odd)} names differ, such as {odd[0]}; "
+            "are generator.pretrained and trainable the same?"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = unpack(weights.tensors[name])
+            if value.shape != parameter.shape:
+                raise RushesError(
+                    f"weights do not fit: {name} is {list(value.shape)}, expected {list(parameter.shape)}"
+                )
+            parameter.copy_(value)
+    held: dict[str, Packed] = {name: pack(parameter) for name, parameter in parameters.items()}
+    return checksum(held)
+
+
+class MergedLora:
+    """Runs a LoRA model with the adapter merged into the base weights: no adapter arithmetic in the forward pass.
+
+    The base weights are kept aside and every merge starts from them, so that repeated merges do not drift.
+    """
+
+    def __init__(self, modules: Modules) -> None:
+        self.layers = [
+            layer for module in modules.values() for layer in module.modules() if isinstance(layer, LoraLayer)
+        ]
+        self.base = [layer.get_base_layer().weight.detach().clone() for layer in self.layers]
+        for module in modules.values():
+            for layer in module.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.enable_adapters(False)
+        for layer in self.layers:  # switching off also froze them; they still are what is received and checked
+            for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Base plus the adapter's current delta."""
+        for layer, base in zip(self.layers, self.base, strict=True):
+            layer.get_base_layer().weight.copy_(base + layer.get_delta_weight(ADAPTER).to(base.dtype))

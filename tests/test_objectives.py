@@ -1,0 +1,116 @@
+"""Policy losses: gradient at ratio 1, clipping, and what GRPO-Guard and Flow-DPPO change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.objectives import OBJECTIVES, Terms
+from pipeline.samplers import Transition, log_prob
+from pipeline.samplers.transition import flow_step
+
+D = 64
+
+
+def terms(advantage: float, shift: float = 0.0, clip: float = 1e-4, seed: int = 0) -> tuple[Terms, torch.Tensor]:
+    """One take whose policy mean is moved by `shift` stds from the rollout's; returns terms and the velocity leaf."""
+    generator = torch.Generator().manual_seed(seed)
+    x, v = torch.randn(1, D, generator=generator).double(), torch.randn(1, D, generator=generator).double()
+    old = flow_step(x, v, 0.8, 0.7, 0.6)
+    x_next = old.mean + old.std * torch.randn(1, D, generator=generator)
+    slope = (1 + 0.36 * 0.2 / 1.6) * -0.1
+    leaf = (v + shift * old.std / slope).requires_grad_()
+    new = flow_step(x, leaf, 0.8, 0.7, 0.6)
+    made = Terms(
+        log_prob=((-0.5 * ((x_next - new.mean) / new.std) ** 2).mean(1)),
+        old_log_prob=((-0.5 * ((x_next - old.mean) / old.std) ** 2).mean(1)),
+        advantages=torch.tensor([advantage]).double(),
+        step=new,
+        old_mean=old.mean,
+        clip_low=clip,
+        clip_high=clip,
+    )
+    return made, leaf
+
+
+def test_gradient_at_ratio_one():
+    """d loss / d v = -A (x' - mean) / (std^2 D) * d mean / d v."""
+    made, leaf = terms(1.7)
+    loss, _ = OBJECTIVES["grpo"](made)
+    loss.sum().backward()
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(1, D, generator=generator).double(), torch.randn(1, D, generator=generator).double()
+    step = flow_step(x, v, 0.8, 0.7, 0.6)
+    z = torch.randn(1, D, generator=generator).double()
+    slope = (1 + 0.36 * 0.2 / 1.6) * -0.1
+    assert torch.allclose(leaf.grad, -1.7 * (step.std * z) / (step.std**2 * D) * slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_small_step_raises_good_and_lowers_bad_takes(advantage):
+    made, leaf = terms(advantage)
+    loss, _ = OBJECTIVES["grpo"](made)
+    loss.sum().backward()
+    better = Transition(made.step.mean.detach(), made.step.std, made.step.dt)
+    x_next_logp = made.log_prob.item()
+    slope = (1 + 0.36 * 0.2 / 1.6) * -0.1
+    moved = Transition(better.mean - 1e-2 * leaf.grad * slope, better.std, better.dt)
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(1, D, generator=generator), torch.randn(1, D, generator=generator)
+    x_next = better.mean + better.std * torch.randn(1, D, generator=generator)
+    gain = log_prob(x_next.float(), Transition(moved.mean.float(), moved.std, moved.dt)) - log_prob(
+        x_next.float(), Transition(better.mean.float(), better.std, better.dt)
+    )
+    assert (float(gain) > 0) == (advantage > 0), x_next_logp
+
+
+def ratio_terms(advantage: float, ratio: float, clip: float = 0.1) -> tuple[Terms, torch.Tensor]:
+    logp = torch.tensor([ratio]).log().requires_grad_()
+    step = Transition(torch.zeros(1, 4), 0.5, 0.1)
+    return Terms(logp, torch.zeros(1), torch.tensor([advantage]), step, torch.zeros(1, 4), clip, clip), logp
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "flows"),
+    [(1, 1.2, False), (1, 0.8, True), (-1, 0.8, False), (-1, 1.2, True), (1, 1.05, True), (-1, 0.95, True)],
+)
+def test_clipping_stops_only_moves_further_away(advantage, ratio, flows):
+    made, logp = ratio_terms(advantage, ratio)
+    loss, stats = OBJECTIVES["grpo"](made)
+    loss.sum().backward()
+    assert (float(logp.grad.abs()) > 0) == flows
+    assert bool(stats["clipped_low"] + stats["clipped_high"] > 0) == (not flows)
+
+
+def test_equal_rewards_give_zero_gradient():
+    for name in OBJECTIVES:
+        made, leaf = terms(0.0)
+        OBJECTIVES[name](made)[0].sum().backward()
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf.grad)), name
+
+
+def test_guard_recentres_the_ratio():
+    """A moved mean pulls GRPO's ratio below 1 on average; with Guard's correction the mean log-ratio is 0."""
+    plain, guard = [], []
+    for seed in range(400):
+        made, _ = terms(1.0, shift=0.5, seed=seed)
+        plain.append(OBJECTIVES["grpo"](made)[1]["ratio"].log())
+        guard.append(OBJECTIVES["grpo_guard"](made)[1]["ratio"].log())
+    assert float(torch.stack(plain).mean()) == pytest.approx(-0.125, abs=0.01)
+    assert float(torch.stack(guard).mean()) == pytest.approx(0.0, abs=0.01 * made.step.std)
+
+
+def test_dppo_drops_only_takes_beyond_the_threshold_that_move_away():
+    near, near_leaf = terms(1.0, shift=1e-3, clip=1e-3)
+    OBJECTIVES["flow_dppo"](near)[0].sum().backward()
+    assert float(near_leaf.grad.abs().max()) > 0
+    outcomes = set()
+    for seed in range(20):
+        for advantage in (1.0, -1.0):
+            far, leaf = terms(advantage, shift=0.5, clip=1e-3, seed=seed)
+            loss, stats = OBJECTIVES["flow_dppo"](far)
+            loss.sum().backward()
+            away = (float(stats["ratio"]) > 1) == (advantage > 0)
+            assert (float(leaf.grad.abs().max()) == 0) == away
+            outcomes.add(away)
+    assert outcomes == {True, False}

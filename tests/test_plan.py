@@ -1,0 +1,63 @@
+"""Seeds and windows: deterministic, distinct, never the last step."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.plan import eval_works, stochastic_steps, train_work
+from pipeline.types import PromptItem
+
+PROMPT = PromptItem(index=3, text="a red circle")
+
+
+def config(**sampler) -> Config:
+    return Config.model_validate(
+        {
+            "generator": {"pretrained": "x"},
+            "prompts": {"train": "x"},
+            "rewards": {"r": {"scorer": "s"}},
+            "sampler": {"steps": 10, **sampler},
+        }
+    )
+
+
+def test_a_retry_draws_the_same_takes():
+    cfg = config(same_initial_noise=True)
+    first, again = train_work(cfg, 7, 2, PROMPT, 1), train_work(cfg, 7, 2, PROMPT, 3)
+    assert first.seeds == again.seeds and first.shared_noise_seed == again.shared_noise_seed
+    assert first.sampling == again.sampling and again.attempt == 3
+    other = train_work(cfg, 8, 2, PROMPT)
+    assert not set(first.seeds) & set(other.seeds)
+    assert len(set(first.seeds)) == cfg.algorithm.group_size
+
+
+def test_all_steps_but_the_last_draw_noise():
+    assert stochastic_steps(config().sampler, 0, 5) == tuple(range(9))
+
+
+def test_random_window_covers_its_range_and_nothing_else():
+    cfg = config(window={"kind": "random", "size": 2, "start": 1, "stop": 5}).sampler
+    seen = {stochastic_steps(cfg, 0, step) for step in range(200)}
+    assert seen == {(1, 2), (2, 3), (3, 4)}
+
+
+def test_sliding_window_moves_and_starts_over():
+    cfg = config(window={"kind": "sliding", "size": 4, "every": 3, "stop": 6}).sampler
+    firsts = [stochastic_steps(cfg, 0, step)[0] for step in range(12)]
+    assert firsts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
+
+
+def test_timestep_fraction_trains_a_subset_drawn_per_group():
+    cfg = config(timestep_fraction=0.6)
+    subsets = {train_work(cfg, group, 0, PROMPT).sampling.trained_steps for group in range(50)}
+    assert len(subsets) > 10
+    for subset in subsets:
+        assert len(subset) == 5 and set(subset) <= set(range(9)) and list(subset) == sorted(subset)
+
+
+def test_evaluation_is_fixed_and_deterministic_sampling():
+    cfg = config()
+    prompts = [PromptItem(index=i, text=str(i)) for i in range(40)]
+    a, b = eval_works(cfg, prompts, 0), eval_works(cfg, prompts, 9)
+    assert [w.seeds for w in a] == [w.seeds for w in b]
+    assert sum(w.takes for w in a) == 40 and all(w.sampling.trained_steps == () for w in a)
+    assert all(w.sampling.kind == "ode" for w in a)
