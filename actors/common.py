@@ -1,0 +1,102 @@
+"""What every role actor shares: the run's context, its log, its threads, and what it says about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from actors.telemetry import RoleMetrics
+from pipeline.config import Config
+from pipeline.run_dir import RunDir, setup_logging
+
+MAX_START_S = 1800.0  # loading a model from a slow disk may take long; beyond this a start counts as stuck
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What an actor needs to know of its run."""
+
+    cfg: Config
+    run_path: str  # absolute
+    cwd: str  # the driver's working directory; relative paths of the config mean this one
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(Path(self.run_path))
+
+
+class RoleActor:
+    """Base of the actor classes. `name` is e.g. `rollout-0`; it is also the label in the Ray dashboard."""
+
+    role = "actor"
+
+    def __init__(self, ctx: RunContext, name: str) -> None:
+        self.ctx, self.cfg, self.name = ctx, ctx.cfg, name
+        if os.path.isdir(ctx.cwd):
+            os.chdir(ctx.cwd)
+        setup_logging(ctx.run, self.role, name)
+        self.log = logging.getLogger(f"rushes.{self.role}")
+        self.phase, self.since = "starting", time.time()
+        self.metrics = RoleMetrics(ctx.run.name, self.role, name)
+
+    def __repr__(self) -> str:
+        return f"{self.ctx.run.name}/{self.name}"
+
+    def info(self) -> dict[str, Any]:
+        """Who and where this actor is, and its memory in bytes (now and at its peak)."""
+        context = ray.get_runtime_context()
+        return {
+            "name": self.name,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "node": context.get_node_id(),
+            "rss": psutil.Process().memory_info().rss,
+            "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "phase": self.phase,
+            "since": self.since,
+        }
+
+    @contextlib.contextmanager
+    def doing(self, phase: str, group: int | None = None) -> Iterator[None]:
+        """Marks what the actor does; an exception is written to run.log with its traceback and goes on."""
+        self.phase, self.since = phase, time.time()
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            self.log.exception("%s failed", phase, extra={"group": "-" if group is None else group})
+            raise
+        finally:
+            self.metrics.phase(phase, time.perf_counter() - started)
+            self.phase, self.since = "idle", time.time()
+
+
+def use_threads(threads: int) -> None:
+    """Compute threads of torch in this process."""
+    import torch
+
+    torch.set_num_threads(max(1, threads))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def actor_env(threads: int) -> dict[str, str]:
+    """Environment of an actor's process. Passive waiting: several processes share the cores, and OpenMP's active
+    waiting would make single calls many times slower."""
+    env = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if threads:
+        env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return env

@@ -1,0 +1,64 @@
+"""The controller actor: runs the loop, says how it goes, stops it, and sees that every end is a proper one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from actors.common import RoleActor, RunContext
+from actors.loop import Loop, Stopped
+from pipeline.errors import RunFailed, RushesError
+
+
+class Controller(RoleActor):
+    """An asyncio actor: `run` is the whole run, `progress` and `stop` answer while it goes on.
+
+    It owns every object that passes between the roles, so results stay readable when the worker that made them dies;
+    and it owns the other actors, so they end with it.
+    """
+
+    role = "controller"
+
+    def __init__(self, ctx: RunContext, resume_from: str | None) -> None:
+        super().__init__(ctx, "controller")
+        self._resume_from = resume_from
+        self._loop: Loop | None = None
+        self._stop_asked = asyncio.Event()
+
+    async def run(self) -> dict[str, Any]:
+        """Runs to the end, or until stopped. Returns what the summary needs; raises `RushesError`."""
+        loop = self._loop = Loop(self.ctx, self._resume_from, self._stop_asked)
+        try:
+            try:
+                await loop.start()
+                await loop.run()
+                status = "finished"
+            except Stopped:
+                await loop.save_if_new()
+                status = "stopped"
+            result = await loop.finish(status)
+            return result | {"peak_rss": result["peak_rss"] + self.info()["peak_rss"]}
+        except RunFailed as error:
+            self.log.error("the run failed: %s", error)
+            await loop.rescue()
+            raise
+        except RushesError as error:
+            self.log.error("%s", error)
+            raise
+        except Exception:
+            self.log.exception("unexpected error")
+            raise
+        finally:
+            await loop.close()
+
+    async def stop(self) -> None:
+        """Nothing new is begun; the last completed step is saved."""
+        self.log.info("asked to stop")
+        self._stop_asked.set()
+
+    async def progress(self, since: int) -> dict[str, Any]:
+        """What to show; `records` are those after the first `since`."""
+        if self._loop is None:
+            steps = self.cfg.run.steps
+            return {"state": "starting", "step": 0, "steps": steps, "records": [], "evals": [], "roles": {}, "pids": {}}
+        return self._loop.snapshot(since)

@@ -1,0 +1,65 @@
+"""From Ray's exceptions to the one line that a person needs: who, where, and the root cause."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from ray import exceptions as rx
+
+from pipeline.errors import RushesError
+
+_LOST = (
+    rx.ObjectLostError,
+    rx.ObjectFetchTimedOutError,
+    rx.ReferenceCountingAssertionError,
+    rx.OwnerDiedError,
+    rx.ObjectReconstructionFailedError,
+    rx.ObjectFreedError,
+)
+
+
+def root(error: BaseException) -> BaseException:
+    """The exception that the remote code raised, out of Ray's wrappers."""
+    while isinstance(error, rx.RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def is_lost(error: BaseException) -> bool:
+    """An object of the object store is gone (its node or owner died); making it anew helps."""
+    return isinstance(root(error), _LOST)
+
+
+def is_deterministic(error: BaseException) -> bool:
+    """The input's fault: the same actor would say the same again, so replacing it does not help."""
+    return isinstance(root(error), RushesError)
+
+
+def describe(error: BaseException) -> str:
+    """One line, without a traceback or Ray's own wording."""
+    error = root(error)
+    if isinstance(error, RushesError):
+        return _line(str(error))
+    if isinstance(error, asyncio.TimeoutError | TimeoutError):
+        return _line(str(error)) or "timed out"
+    if isinstance(error, rx.RayActorError):
+        detail = re.search(r"Worker exit detail: (.+?)(?:\n|$)", str(error))
+        reason = re.search(r"Worker exit type: (\w+)", str(error))
+        if "node" in str(error).lower() and "died" in str(error).lower() and not detail:
+            return "its process died with its node"
+        text = _line(detail.group(1)) if detail else ""
+        text = re.split(r"(?<=\.) There are some potential root causes", text)[0]
+        kind = f" ({reason.group(1)})" if reason and not detail else ""
+        return f"its process died{kind}{': ' + text if text else ''}"
+    if isinstance(error, rx.OutOfMemoryError):
+        return "killed by Ray because the node ran out of memory"
+    if isinstance(error, _LOST):
+        return f"data lost from the object store ({type(error).__name__})"
+    text = _line(str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 600 else text[:597] + "..."

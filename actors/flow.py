@@ -1,0 +1,256 @@
+"""Groups on their way through rollout workers and reward servers, with retries.
+
+A group travels as a `Job`. What it is for (training, evaluation) is behind `Sink`, which keeps the books and decides
+whether a failed attempt is repeated. Each worker has a loop here that takes jobs from its queue, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import ray
+
+from actors.common import RunContext
+from actors.failures import describe, is_deterministic, is_lost
+from actors.pool import Pool, Slot, together
+from actors.queues import BoundedQueue
+from actors.reward import RewardServer
+from actors.rollout import RolloutWorker
+from actors.weights import Publisher
+from pipeline.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+
+log = logging.getLogger("rushes.flow")
+
+
+@dataclass(eq=False)
+class Job:
+    """One rollout attempt of one group, and what came of it. A retry of the rollout is a new job."""
+
+    work: GroupWork
+    sink: Sink
+    score_seed: int | None  # frame picks; None: centre picks
+    avoid: str | None = None  # worker that has just failed on it: another one takes it, if there is one
+    meta: RolloutMeta = field(init=False)  # once rolled out
+    media: ray.ObjectRef | None = None
+    trajectory: ray.ObjectRef | None = None
+    scores: dict[str, RewardScores] = field(default_factory=dict)
+    abandoned: bool = False  # failed or lost while some server still had it; late results are dropped
+
+    @property
+    def group(self) -> int:
+        return self.work.group
+
+
+@dataclass(eq=False)
+class ScoreTask:
+    """One reward of one job, in that reward's queue."""
+
+    job: Job
+    reward: str
+    avoid: str | None = None
+
+
+class Sink(Protocol):
+    """The books of one purpose. The `*_failed` and `lost` methods return True when the job shall be tried again."""
+
+    def version(self) -> PolicyVersion: ...
+    def started(self, job: Job, worker: str, version: PolicyVersion) -> int: ...  # the attempt's number
+    def rolled(self, job: Job) -> None: ...
+    def scoring(self, job: Job) -> None: ...
+    def rollout_failed(self, job: Job, reason: str) -> bool: ...
+    def scoring_failed(self, job: Job, reason: str) -> bool: ...
+    def lost(self, job: Job, reason: str) -> bool: ...
+    async def scored(self, job: Job) -> None: ...
+
+
+class Flow:
+    """Queues, pools and worker loops of one run. `fatal` receives the exception that ends the run."""
+
+    def __init__(
+        self, ctx: RunContext, publisher: Publisher, fatal: asyncio.Future, probe_prompts: list[PromptItem]
+    ) -> None:
+        self.ctx, self.publisher, self._fatal = ctx, publisher, fatal
+        cfg = ctx.cfg
+        capacity = cfg.ray.queue_capacity
+        self.queue: BoundedQueue[Job] = BoundedQueue("rollout", capacity)
+        self.score_queues = {name: BoundedQueue[ScoreTask](f"reward.{name}", capacity) for name in cfg.rewards}
+        rollout = cfg.rollout
+        self.rollouts = Pool(
+            ctx,
+            RolloutWorker,
+            [f"rollout-{i}" for i in range(rollout.workers)],
+            num_cpus=rollout.num_cpus,
+            num_gpus=rollout.num_gpus,
+            threads=rollout.threads,
+            start_args=(probe_prompts,),
+        )
+        self.rewards = {
+            name: Pool(
+                ctx,
+                RewardServer,
+                [f"reward.{name}-{i}" for i in range(reward.workers)],
+                num_cpus=reward.num_cpus,
+                num_gpus=reward.num_gpus,
+                threads=reward.threads,
+                start_args=(name,),
+            )
+            for name, reward in cfg.rewards.items()
+        }
+        self._tasks: list[asyncio.Task] = []
+
+    @property
+    def queues(self) -> list[BoundedQueue]:
+        return [self.queue, *self.score_queues.values()]
+
+    @property
+    def pools(self) -> list[Pool]:
+        return [self.rollouts, *self.rewards.values()]
+
+    async def start(self) -> None:
+        """Starts all actors, then their loops."""
+        await together(*(pool.start() for pool in self.pools))
+        for slot in self.rollouts.slots:
+            self.background(self._rollout_loop(slot))
+        for name, pool in self.rewards.items():
+            for slot in pool.slots:
+                self.background(self._score_loop(name, pool, slot))
+
+    def background(self, coroutine) -> asyncio.Task:
+        """Runs a loop whose exception ends the run."""
+        task = asyncio.ensure_future(coroutine)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+        return task
+
+    def _ended(self, task: asyncio.Task) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self._fatal.done():
+            self._fatal.set_exception(error)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for pool in self.pools:
+            pool.stop()
+
+    async def submit(self, job: Job) -> None:
+        """Waits for room in the rollout queue."""
+        await self.queue.put(job)
+
+    async def again(self, job: Job, avoid: str | None = None) -> None:
+        """The same group on the same seeds, at the front of the rollout queue."""
+        job.abandoned = True
+        job.media = job.trajectory = None
+        await self.queue.put_back(Job(work=job.work, sink=job.sink, score_seed=job.score_seed, avoid=avoid))
+
+    # ------------------------------------------------------------------------------------------- rollout
+
+    async def _rollout_loop(self, slot: Slot) -> None:
+        pool = self.rollouts
+        while True:
+            job = await self.queue.get(lambda job: job.avoid != slot.name or not pool.others_alive(slot))
+            version = job.sink.version()
+            attempt = job.sink.started(job, slot.name, version)
+            job.work = replace(job.work, attempt=attempt)
+            try:
+                await self.publisher.confirm(slot, version)
+                slot.doing = f"{job.work.purpose} group {job.group}"
+                meta, media, trajectory = slot.actor.generate.options(num_returns=3).remote(
+                    job.work, version.number, version.tag
+                )
+                job.meta = await self._timed(meta, "generated")
+            except Exception as error:
+                await self._rollout_failed(slot, job, error)
+            else:
+                slot.doing = "handing over"
+                job.media, job.trajectory = media, trajectory
+                del media, trajectory, meta  # the job alone keeps them alive
+                job.sink.rolled(job)
+                await self._to_scoring(job)
+                slot.doing = "idle"
+            del job
+
+    async def _timed(self, reference: ray.ObjectRef, what: str) -> Any:
+        limit = self.ctx.cfg.rollout.timeout_s
+        try:
+            return await asyncio.wait_for(reference, limit)
+        except TimeoutError:
+            raise TimeoutError(f"not {what} within {limit:g} s (rollout.timeout_s)") from None
+
+    async def _rollout_failed(self, slot: Slot, job: Job, error: Exception) -> None:
+        reason = f"{slot.place}: {describe(error)}"
+        again = job.sink.rollout_failed(job, reason)
+        self._log_failure(job, "rollout", reason, again)
+        healthy = is_deterministic(error) or is_lost(error)
+        if not healthy:
+            slot.info = {}  # not alive: other workers need not wait for it
+        if again:
+            await self.again(job, avoid=slot.name)
+        if healthy:
+            slot.doing = "idle"
+            return
+        await self.rollouts.replace(slot, describe(error))
+        await self.queue.poke()
+
+    # ------------------------------------------------------------------------------------------- scoring
+
+    async def _to_scoring(self, job: Job) -> None:
+        job.sink.scoring(job)
+        await asyncio.gather(*(queue.put(ScoreTask(job, name)) for name, queue in self.score_queues.items()))
+
+    async def _score_loop(self, reward: str, pool: Pool, slot: Slot) -> None:
+        queue = self.score_queues[reward]
+        while True:
+            task = await queue.get(lambda task: task.avoid != slot.name or not pool.others_alive(slot))
+            job = task.job
+            if job.abandoned:
+                continue
+            slot.doing = f"{job.work.purpose} group {job.group}"
+            try:
+                reference = slot.actor.score.remote(job.media, job.work.prompts, job.score_seed, job.group)
+                scores = await self._timed(reference, "scored")
+            except Exception as error:
+                await self._score_failed(pool, slot, task, error)
+            else:
+                slot.doing = "idle"
+                await self._one_scored(task, scores)
+            del task, job
+
+    async def _one_scored(self, task: ScoreTask, scores: RewardScores) -> None:
+        job = task.job
+        if job.abandoned:
+            return
+        job.scores[task.reward] = scores
+        if len(job.scores) == len(self.score_queues):
+            job.scores = {name: job.scores[name] for name in self.score_queues}  # config order, not arrival
+            await job.sink.scored(job)
+
+    async def _score_failed(self, pool: Pool, slot: Slot, task: ScoreTask, error: Exception) -> None:
+        job, reason = task.job, f"{slot.place}: {describe(error)}"
+        lost = is_lost(error)
+        healthy = is_deterministic(error) or lost
+        if not healthy:
+            slot.info = {}
+        if not job.abandoned:
+            again = job.sink.lost(job, reason) if lost else job.sink.scoring_failed(job, reason)
+            self._log_failure(job, "scoring", reason, again)
+            if lost and again:
+                await self.again(job)
+            elif again:
+                job.sink.scoring(job)
+                await self.score_queues[task.reward].put_back(ScoreTask(job, task.reward, avoid=slot.name))
+            else:
+                job.abandoned = True
+                job.media = job.trajectory = None
+        if healthy:
+            slot.doing = "idle"
+            return
+        await pool.replace(slot, describe(error))
+        await self.score_queues[task.reward].poke()
+
+    def _log_failure(self, job: Job, what: str, reason: str, again: bool) -> None:
+        outcome = "it is tried again" if again else "the group has failed"
+        log.warning("%s failed: %s; %s", what, reason, outcome, extra={"group": job.group})

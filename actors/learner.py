@@ -1,0 +1,75 @@
+"""The learner as an actor. Thin; the work is in `pipeline.learner`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+
+from actors.common import RoleActor, cores, use_threads
+from actors.failures import is_lost
+from pipeline import checkpoint
+from pipeline.types import GroupBatch, WeightSet
+
+
+class LearnerActor(RoleActor):
+    role = "learner"
+
+    def start(self, resume_from: str | None) -> dict[str, Any]:
+        """Loads the denoisers, and a checkpoint's state. Raises `RushesError` (bad generator or checkpoint)."""
+        from pipeline.learner import Learner
+
+        with self.doing("starting"):
+            use_threads(self.cfg.learner.threads or cores())
+            self.learner = Learner(self.cfg, self.cfg.learner.device)
+            if resume_from is not None:
+                tensors, state = checkpoint.load(Path(resume_from))
+                self.learner.load_state(tensors, state["learner"])
+        return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
+
+    def train_step(self, groups: list[tuple[int, ray.ObjectRef, np.ndarray]]) -> dict[str, Any]:
+        """`groups`: (id, trajectory reference, advantages [K]) in id order.
+
+        Returns {"metrics": ..., "version": ...}; or {"lost": [ids]} with nothing changed, when trajectories are gone.
+        """
+        with self.doing(f"training step {self.learner.version}"):
+            batch, lost = [], []
+            for group, reference, advantages in groups:
+                try:
+                    batch.append(GroupBatch(trajectory=ray.get(reference), advantages=advantages))
+                except Exception as error:
+                    if not is_lost(error):
+                        raise
+                    self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": group})
+                    lost.append(group)
+            if lost:
+                return {"lost": lost}
+            metrics = self.learner.train_step(batch)
+        return {"metrics": metrics, "version": self.learner.version}
+
+    def weights(self, tag: Literal["train", "ema"]) -> tuple[dict[str, Any], WeightSet]:
+        """Two objects: {"number", "checksum"} and the weights. The caller owns both."""
+        with self.doing("packing weights"):
+            weights = self.learner.weights(tag)
+        return {"number": self.learner.version, "checksum": weights.checksum}, weights
+
+    def save(self, root: str, controller: dict[str, Any], keep: int) -> str:
+        """Writes checkpoint `root/step-<version>`; returns its path. Raises `CheckpointError`."""
+        with self.doing("saving"):
+            if controller["version"] != self.learner.version:
+                raise RuntimeError(f"learner is at {self.learner.version}, controller at {controller['version']}")
+            tensors, meta = self.learner.state()
+            folder = checkpoint.save(Path(root), self.learner.version, tensors, meta, controller, self.cfg, keep)
+        return str(folder)
+
+    def export(self, out: str) -> str:
+        """Writes the trained policy (its EMA, where kept) for plain diffusers; returns the path."""
+        from pipeline.export import export_full, export_lora
+
+        with self.doing("exporting"):
+            tag: Literal["train", "ema"] = "ema" if self.cfg.optimizer.ema_decay > 0 else "train"
+            write = export_lora if self.cfg.trainable.kind == "lora" else export_full
+            write(self.cfg, self.learner.weights(tag), Path(out))
+        return out

@@ -1,0 +1,278 @@
+"""The loop of a run.
+
+    evaluate -> checkpoint -> [rollout -> reward -> advantages -> learner -> publish] -> ...
+
+It asks the other actors for everything and passes references on; frames and latents never enter this process, except
+the few takes that are kept as files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+from actors.common import RunContext, cores
+from actors.evaluation import Evaluator
+from actors.failures import describe, is_deterministic, root
+from actors.flow import Flow
+from actors.learner import LearnerActor
+from actors.pool import Pool, Slot, together
+from actors.recorder import Recorder, check_on_policy
+from actors.training import Training
+from actors.weights import Publisher
+from pipeline import checkpoint
+from pipeline.advantages import compute_advantages
+from pipeline.errors import RunFailed, RushesError
+from pipeline.prompts import load_prompts
+from pipeline.tracking import metrics_after_resume
+
+log = logging.getLogger("rushes.loop")
+
+
+class Stopped(Exception):
+    """The run was asked to stop; ends the loop between steps."""
+
+
+class Loop:
+    """One run, from the start of its actors to the export. Lives in the controller's event loop."""
+
+    def __init__(self, ctx: RunContext, resume_from: str | None, stop_asked: asyncio.Event) -> None:
+        cfg = ctx.cfg
+        self.ctx, self.cfg, self._resume_from, self._stop_asked = ctx, cfg, resume_from, stop_asked
+        self._fatal: asyncio.Future = asyncio.get_running_loop().create_future()
+        self._state, self._version, self._saved_step = "starting", 0, -1
+        self._recorder: Recorder | None = None
+        prompts = load_prompts(cfg.prompts.train)
+        heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout is not None else []
+        self._learner = Pool(
+            ctx,
+            LearnerActor,
+            ["learner"],
+            num_cpus=cfg.learner.num_cpus,
+            num_gpus=cfg.learner.num_gpus,
+            threads=cfg.learner.threads or cores(),
+            start_args=(resume_from,),
+        )
+        self._publisher = Publisher(self._learner.slots[0])
+        self._flow = Flow(ctx, self._publisher, self._fatal, prompts[:3])
+        self._training = Training(cfg, self._flow, self._publisher, prompts)
+        self._evaluator = Evaluator(ctx, self._flow, heldout)
+
+    @property
+    def _learner_slot(self) -> Slot:
+        return self._learner.slots[0]
+
+    def snapshot(self, since: int) -> dict[str, Any]:
+        slots = [slot for pool in [*self._flow.pools, self._learner] for slot in pool.slots]
+        return {
+            "state": "stopping" if self._stop_asked.is_set() else self._state,
+            "step": self._version,
+            "steps": self.cfg.run.steps,
+            "records": self._recorder.records[since:] if self._recorder is not None else [],
+            "evals": self._evaluator.records,
+            "eval_progress": self._evaluator.progress,
+            "roles": {slot.name: slot.doing for slot in slots},
+            "pids": {slot.name: slot.info["pid"] for slot in slots if slot.info},
+            "counts": self._training.ledger.counts(),
+            "queues": {queue.name: len(queue) for queue in self._flow.queues},
+        }
+
+    # ------------------------------------------------------------------------------------------- start and end
+
+    async def start(self) -> None:
+        """Starts all actors; a resumed run continues where its checkpoint was. Raises `RushesError`."""
+        if self._resume_from is not None:
+            saved = checkpoint.read_state(Path(self._resume_from))["controller"]
+            self._version = self._saved_step = saved["version"]
+            self._training.load_state(saved["training"])
+            self._evaluator.records = saved["evals"]
+        await self._guard(together(self._flow.start(), self._learner.start()))
+        held = self._learner_slot.info["version"]
+        if held != self._version:
+            raise RunFailed(f"{self._learner_slot.place}: is at version {held} after the start, not {self._version}")
+        # Only now, when everything has come up, are the lines after the checkpoint dropped.
+        metrics_after_resume(self.ctx.run.path, self._version + 1)
+        self._evaluator.write()
+        self._recorder = Recorder(self.ctx, self._flow, self._fatal)
+        await self._publish()
+        self._flow.background(self._training.pump())
+        log.info("started at step %d of %d", self._version, self.cfg.run.steps)
+
+    async def finish(self, status: str) -> dict[str, Any]:
+        """Exports a finished run. Returns the facts of the run for its summary."""
+        counts = self._training.ledger.counts()
+        result: dict[str, Any] = {
+            "status": status,
+            "step": self._version,
+            "evals": self._evaluator.records,
+            "groups": {key: counts[key] for key in ("admitted", "trained", "filtered", "failed")},
+            "takes": self._training.takes,
+            "retries": self._training.ledger.retries,
+            "peak_rss": await self._peak_rss(),
+            "checkpoint": None,
+        }
+        if self._saved_step >= 0:
+            result["checkpoint"] = str(checkpoint.folder_of(self.ctx.run.checkpoints, self._saved_step))
+        if status == "finished":
+            self._state = "exporting"
+            await self._flow.stop()  # their memory is free for the export
+            result["export"] = await self._ask_learner("export", str(self.ctx.run.export))
+        return result
+
+    async def _peak_rss(self) -> int:
+        """Sum of the actors' own peaks, in bytes: an upper bound, for a Ray that is not ours to watch."""
+        slots = [slot for pool in [*self._flow.pools, self._learner] for slot in pool.slots]
+        asked = [asyncio.wait_for(slot.actor.info.remote(), 5) for slot in slots if slot.info]
+        infos = await asyncio.gather(*asked, return_exceptions=True)  # one that is busy does not answer
+        return sum(info["peak_rss"] for info in infos if isinstance(info, dict))
+
+    async def close(self) -> None:
+        await self._flow.stop()
+        self._learner.stop()
+        if self._recorder is not None:
+            await self._recorder.close()
+
+    # ------------------------------------------------------------------------------------------- the loop
+
+    async def run(self) -> None:
+        """Until run.steps or evaluation.reward_target is reached. Raises `Stopped` between steps when asked to."""
+        while True:
+            if self._evaluator.due(self._version):
+                await self._evaluate()
+            every = self.cfg.checkpoint.every
+            if every and self._version and self._version % every == 0:
+                await self.save_if_new()
+            if self._evaluator.target_reached() and self._version > 0:
+                log.info("the held-out reward has reached evaluation.reward_target at step %d", self._version)
+                break
+            if self._version >= self.cfg.run.steps:
+                break
+            await self._step()
+        await self.save_if_new()
+
+    async def _evaluate(self) -> None:
+        self._state = "evaluating"
+        await self._training.pause(True)
+        if self._evaluator.tag == "train":
+            version = self._publisher.train
+        else:  # the workers go back to the training weights with their next training group
+            version = await self._of_learner(self._publisher.fetch(self._evaluator.tag), "fetching weights")
+        record = await self._guard(self._evaluator.run(version))
+        self._record.evaluation(record, self._evaluator.media)
+
+    @property
+    def _record(self) -> Recorder:
+        assert self._recorder is not None  # set by `start`
+        return self._recorder
+
+    async def _step(self) -> None:
+        """One optimisation step, from the groups' rollout to the published version."""
+        started = time.perf_counter()
+        self._state = "training"
+        await self._training.pause(False)
+        weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+        while True:
+            jobs = await self._guard(self._training.batch(self._version))
+            scores = [{name: score.values for name, score in job.scores.items()} for job in jobs]
+            advantages = compute_advantages(scores, weights, self.cfg.algorithm.advantage)
+            items = [(job.group, job.trajectory, advantages.advantages[i]) for i, job in enumerate(jobs)]
+            began = time.perf_counter()
+            answer = await self._ask_learner("train_step", items)
+            if "lost" not in answer:
+                break
+            await self._training.trajectories_lost(answer["lost"])
+        del items
+        learned = time.perf_counter() - began
+        metrics = {**advantages.metrics, **answer["metrics"]}
+        staleness = max(self._version - job.meta.version for job in jobs)
+        if staleness == 0:
+            devices = {
+                str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, self._learner_slot] if slot.info
+            }
+            check_on_policy(self.ctx, self._version, metrics["onpolicy/max_abs_log_ratio"], devices)
+        self._training.consumed(jobs, self._version)
+        self._version = answer["version"]
+        await self._publish()
+        sync = self._publisher.drain_sync()
+        metrics |= self._record.times(jobs, time.perf_counter() - started, learned, sync)
+        metrics["staleness/max"] = float(staleness)
+        self._record.step(self._version, metrics, jobs, self._training.ledger)
+
+    async def _publish(self) -> None:
+        await self._of_learner(self._publisher.fetch("train"), "fetching weights")
+        await self._training.published(self._version)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    async def save_if_new(self) -> None:
+        """A checkpoint of the last completed step, unless there is one. Raises `CheckpointError`."""
+        if self._saved_step == self._version or "version" not in self._learner_slot.info:
+            return
+        self._state = "saving"
+        if self._recorder is not None:
+            await self._recorder.flush()  # metrics of the steps it covers are on disk first
+        controller = {
+            "version": self._version,
+            "training": self._training.state(),
+            "evals": self._evaluator.records,
+        }
+        folder = await self._ask_learner("save", str(self.ctx.run.checkpoints), controller, self.cfg.checkpoint.keep)
+        self._saved_step = self._version
+        log.info("saved %s", folder)
+
+    async def rescue(self) -> None:
+        """Keeps the completed steps of a run that a worker's failure ends. After a failure of the learner itself, or
+        of this loop, its state is not to be trusted: the last checkpoint counts. Never hides the first failure."""
+        if not self._fatal.done() or self._version == 0:
+            return
+        self._fatal = asyncio.get_running_loop().create_future()
+        try:
+            await self.save_if_new()
+        except RushesError as error:
+            log.error("no checkpoint could be saved: %s", error)
+
+    # ------------------------------------------------------------------------------------------- helpers
+
+    async def _ask_learner(self, method: str, *args: Any) -> Any:
+        """A learner call, never abandoned half-way."""
+        self._learner_slot.doing = f"{method.replace('_', ' ')} {self._version}"
+        answer = await self._of_learner(getattr(self._learner_slot.actor, method).remote(*args), method)
+        self._learner_slot.doing = "idle"
+        return answer
+
+    async def _of_learner(self, awaitable: Awaitable[Any], what: str) -> Any:
+        """The learner's `RushesError` is raised as it is; its death ends the run, which can be resumed."""
+        try:
+            return await self._guard(awaitable, stoppable=False)
+        except Exception as error:
+            if is_deterministic(error):
+                raise root(error) from None  # as it was raised, out of Ray's wrappers
+            place = self._learner_slot.place
+            raise RunFailed(f"{place}: {what} failed: {describe(error)}; continue with --resume") from error
+
+    async def _guard(self, awaitable: Awaitable[Any], stoppable: bool = True) -> Any:
+        """Waits for `awaitable`; ends early with a background failure or, if `stoppable`, with `Stopped`."""
+        task = asyncio.ensure_future(awaitable)
+        stop = asyncio.ensure_future(self._stop_asked.wait())
+        try:
+            watched = {task, self._fatal} | ({stop} if stoppable else set())
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if self._fatal.done():
+                raise self._as_run_failed(self._fatal.exception())
+            raise Stopped
+        finally:
+            stop.cancel()
+
+    def _as_run_failed(self, error: BaseException | None) -> RushesError:
+        if isinstance(error, RushesError):
+            return error
+        assert error is not None  # the future only ever gets exceptions
+        return RunFailed(f"controller: {describe(error)} (see {self.ctx.run.log})")

@@ -1,0 +1,151 @@
+"""What a step leaves behind: its metrics, the trackers' files, gauges, and the takes that are kept.
+
+Files are written by one thread, in order, beside the next step rather than before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from actors.common import RunContext
+from actors.flow import Flow, Job
+from actors.telemetry import RunMetrics
+from pipeline.errors import RunFailed
+from pipeline.ledger import Ledger
+from pipeline.tracking import make_tracker
+from pipeline.types import Media
+
+ON_POLICY_TOLERANCE = 1e-5
+
+
+class Recorder:
+    """`fatal` gets the exception of a file that could not be written. Raises `ConfigError` when a tracker fails."""
+
+    def __init__(self, ctx: RunContext, flow: Flow, fatal: asyncio.Future) -> None:
+        self.ctx, self.cfg, self._flow, self._fatal = ctx, ctx.cfg, flow, fatal
+        self.records: list[dict[str, float]] = []  # metrics of the steps of this process
+        self._tracker = make_tracker(self.cfg, ctx.run.path)
+        self._gauges = RunMetrics(ctx.run.name)
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._busy: set[asyncio.Future] = set()
+
+    # ------------------------------------------------------------------------------------------- metrics
+
+    def step(self, step: int, metrics: dict[str, float], jobs: list[Job], ledger: Ledger) -> None:
+        """Records optimisation step `step` (counted after it) and lets go of the jobs' media."""
+        metrics = {
+            **metrics,
+            **self._parts(jobs),
+            "groups/filtered": float(ledger.ended["filtered"]),
+            "groups/failed": float(ledger.ended["failed"]),
+            "retries": float(ledger.retries),
+        }
+        self.records.append({"step": step, **metrics})
+        self._gauges.set({**metrics, "step": step})
+        self._write(self._tracker.log, step, metrics)
+        if self.cfg.takes.every and step % self.cfg.takes.every == 0:
+            kept = [(job, job.media) for job in jobs if job.media is not None]
+            self._watch(asyncio.ensure_future(self._keep_takes(kept, step)))
+        for job in jobs:
+            job.media = None
+
+    def evaluation(self, record: dict[str, Any], media: Media | None) -> None:
+        values = {"heldout/mean": record["mean"], "heldout/se": record["se"]}
+        values |= {f"heldout/{name}": entry["mean"] for name, entry in record["rewards"].items()}
+        self._gauges.set(values)
+        self._write(self._tracker.log, record["step"], values)
+        if media is not None:
+            self._write(self._tracker.log_media, record["step"], "heldout", media)
+
+    def times(self, jobs: list[Job], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
+        """Seconds: of the step, and that each role was busy with it (per worker); and the queues."""
+        rollout = sum(job.meta.seconds["total"] for job in jobs) / len(self._flow.rollouts.slots)
+        score = 0.0
+        for name, pool in self._flow.rewards.items():
+            score += sum(job.scores[name].seconds for job in jobs) / len(pool.slots)
+        times = {
+            "time/step": step_s,
+            "time/rollout": rollout,
+            "time/score": score,
+            "time/learn": learned_s,
+            "time/sync": sync_s,
+            "takes_per_s": self.cfg.algorithm.group_size * len(jobs) / step_s,
+        }
+        for queue in self._flow.queues:
+            times |= {f"queue/{queue.name}/{key}": value for key, value in queue.drain_stats().items()}
+        return times
+
+    def _parts(self, jobs: list[Job]) -> dict[str, float]:
+        """Means of the scorers' auxiliary outputs; NaN means that a part does not apply to the prompt."""
+        found: dict[str, float] = {}
+        for name in self.cfg.rewards:
+            for part in jobs[0].scores[name].parts:
+                values = [float(v) for job in jobs for v in job.scores[name].parts.get(part, ()) if v == v]
+                if values:
+                    found[f"reward/{name}/{part}"] = sum(values) / len(values)
+        return found
+
+    # ------------------------------------------------------------------------------------------- files
+
+    async def flush(self) -> None:
+        """Returns once everything recorded so far is written. Raises what went wrong."""
+        await asyncio.gather(*self._busy)
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._busy, return_exceptions=True)
+        await asyncio.get_running_loop().run_in_executor(self._writer, self._tracker.close)
+        self._writer.shutdown()
+
+    async def _keep_takes(self, kept: list[tuple[Job, ray.ObjectRef]], step: int) -> None:
+        from pipeline.media import save_takes
+
+        folder = self.ctx.run.train_takes(step)
+        weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+
+        def write(job: Job, frames: Media) -> None:
+            work, version = job.work, job.meta.version
+            save_takes(folder, frames, work.prompts, work.seeds, version, job.scores, step=step, weights=weights)
+
+        loop = asyncio.get_running_loop()
+        # Takes are appended, and a run that was killed after this step may have left some.
+        await loop.run_in_executor(self._writer, lambda: shutil.rmtree(folder, ignore_errors=True))
+        for job, reference in kept:
+            await loop.run_in_executor(self._writer, write, job, await reference)
+
+    def _write(self, function: Callable[..., None], *args: Any) -> None:
+        self._watch(asyncio.get_running_loop().run_in_executor(self._writer, function, *args))
+
+    def _watch(self, task: asyncio.Future) -> None:
+        self._busy.add(task)
+
+        def ended(done: asyncio.Future) -> None:
+            self._busy.discard(done)
+            error = None if done.cancelled() else done.exception()
+            if error is not None and not self._fatal.done():
+                self._fatal.set_exception(error)
+
+        task.add_done_callback(ended)
+
+
+def check_on_policy(ctx: RunContext, step: int, gap: float, devices: set[str]) -> None:
+    """The replayed ratio is 1 where learner and rollouts hold the same float32 weights (design, invariant 5).
+
+    `gap`: largest |log-ratio| before the first update; `devices`: of learner and rollout workers.
+    Raises `RunFailed` with the numbers.
+    """
+    cfg = ctx.cfg
+    exact = cfg.generator.dtype == "float32" or (cfg.generator.dtype == "auto" and devices == {"cpu"})
+    if not exact or cfg.learner.autocast != "none" or cfg.rollout.merge_lora:
+        return  # equal to the rounding of those numbers only
+    if not gap < ON_POLICY_TOLERANCE:
+        raise RunFailed(
+            f"step {step}: before the update the learner's log-probs differ from the rollouts' by up to {gap:.2e} "
+            f"(allowed {ON_POLICY_TOLERANCE:.0e} in float32), so it does not train the policy that sampled; all "
+            "workers need the same library versions, and the generator must not keep state between calls"
+        )

@@ -1,0 +1,71 @@
+"""A rollout worker: one policy that draws groups of takes. Thin; the work is in `pipeline.generators.policy`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from actors.common import RoleActor, cores, use_threads
+from pipeline.types import GroupWork, Media, PolicyVersion, PromptItem, RolloutMeta, Trajectory, WeightSet
+
+
+class RolloutWorker(RoleActor):
+    """Draws a group only with the very version it was told to use and has confirmed."""
+
+    role = "rollout"
+
+    def start(self, prompts: list[PromptItem]) -> dict[str, Any]:
+        """Loads and probes the generator (with these prompts). Raises `RushesError` when it cannot be a policy."""
+        from pipeline.generators.policy import Policy
+
+        rollout = self.cfg.rollout
+        with self.doing("starting"):
+            use_threads(rollout.threads or cores() // rollout.workers)
+            self.policy = Policy.load(self.cfg, rollout.device, rollout.threads or max(1, cores() // rollout.workers))
+            report = self.policy.probe(prompts)
+            self.policy.attach()
+            self.held: tuple[int, str] | None = None
+            self.log.info("ready: %s", report)
+        return {**self.info(), "probe": report, "device": str(self.policy.device)}
+
+    def load(self, version: PolicyVersion) -> str:
+        """Fetches and applies a version. Returns the checksum of the weights that the policy now holds."""
+        with self.doing(f"loading version {version.number} ({version.tag})"):
+            self.held = None
+            weights: WeightSet = ray.get(version.weights)
+            found = self.policy.load_weights(weights)
+            self.policy.version = version.number
+            self.held = (version.number, version.tag)
+        return found
+
+    def generate(self, work: GroupWork, number: int, tag: str) -> tuple[RolloutMeta, Media, Trajectory | None]:
+        """Draws one group; the three results are separate objects. The caller owns them."""
+        with self.doing(f"generating {work.purpose} group {work.group}", work.group):
+            if self.held != (number, tag):
+                raise RuntimeError(f"asked for version {number} ({tag}), holding {self.held}")
+            media, trajectory, seconds = self.policy.rollout(work)
+            if trajectory is not None and trajectory.version != number:
+                trajectory = replace(trajectory, version=number)
+            meta = RolloutMeta(
+                group=work.group,
+                attempt=work.attempt,
+                version=number,
+                worker=self.name,
+                seconds=seconds,
+                trajectory_bytes=_bytes(trajectory),
+                media_bytes=media.frames.nbytes,
+            )
+        return meta, media, trajectory
+
+
+def _bytes(trajectory: Trajectory | None) -> int:
+    """Size of the large arrays: samples and step-invariant inputs."""
+    if trajectory is None:
+        return 0
+    total = 0
+    for part in trajectory.parts:
+        total += sum(packed.data.nbytes for packed in part.shared)
+        total += sum(step.sample.data.nbytes + step.next_sample.data.nbytes for step in part.steps)
+    return total

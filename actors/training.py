@@ -1,0 +1,202 @@
+"""The training side of the flow: admits groups, keeps the ledger, and collects the batch of each step."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.flow import Flow, Job
+from actors.weights import Publisher
+from pipeline.advantages import compute_advantages
+from pipeline.config import Config
+from pipeline.errors import RunFailed
+from pipeline.ledger import FAILED, Ledger
+from pipeline.plan import train_work
+from pipeline.prompts import PromptCursor
+from pipeline.types import PolicyVersion, PromptItem
+
+_SCORING = 5  # random stream of the frame picks; pipeline.plan uses 1 to 4
+_MAX_REFILLS = 20  # a step that filters this many times its groups will never find enough of them
+log = logging.getLogger("rushes.training")
+
+
+class Training:
+    """The `Sink` of training groups."""
+
+    def __init__(self, cfg: Config, flow: Flow, publisher: Publisher, prompts: Sequence[PromptItem]) -> None:
+        self.cfg, self._flow, self._publisher = cfg, flow, publisher
+        self._prompts = prompts
+        self._cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
+        self.ledger = Ledger(
+            groups_per_step=cfg.algorithm.groups_per_step,
+            max_staleness=cfg.algorithm.max_staleness,
+            max_attempts=cfg.faults.max_attempts,
+            max_failed_groups=cfg.faults.max_failed_groups,
+            steps=cfg.run.steps,
+        )
+        self._weights = {name: reward.weight for name, reward in cfg.rewards.items()}
+        self._scored: dict[int, Job] = {}
+        self._submitted: set[int] = set()
+        self._changed = asyncio.Condition()
+        self._paused = True
+        self._boundary = self._state()
+
+    # ------------------------------------------------------------------------------------------- admission
+
+    async def pump(self) -> None:
+        """Runs for ever: admits groups as slots come free and submits those whose policy version is out."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(self._has_work)
+                while (step := self.ledger.wanted()) is not None:
+                    self.ledger.admit(step, self._cursor.next().index)
+                ready = [g for g in self.ledger.startable() if g not in self._submitted]
+                self._submitted.update(ready)
+            for number, group in enumerate(ready):
+                if self._paused:  # an evaluation has begun while this waited for room
+                    self._submitted.difference_update(ready[number:])
+                    break
+                await self._flow.submit(self._job(group))
+
+    def _has_work(self) -> bool:
+        if self._paused:
+            return False
+        return self.ledger.wanted() is not None or any(g not in self._submitted for g in self.ledger.startable())
+
+    def _job(self, group: int) -> Job:
+        item = self.ledger.groups[group]
+        seed = int(np.random.SeedSequence([self.cfg.run.seed, _SCORING, group]).generate_state(1)[0])
+        work = train_work(self.cfg, group, item.step, self._prompts[item.prompt])
+        return Job(work=work, sink=self, score_seed=seed)
+
+    async def pause(self, paused: bool) -> None:
+        async with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------------------------------------- Sink
+
+    def version(self) -> PolicyVersion:
+        return self._publisher.train
+
+    def started(self, job: Job, worker: str, version: PolicyVersion) -> int:
+        return self.ledger.start(job.group, worker, version.number)
+
+    def rolled(self, job: Job) -> None:
+        self.ledger.rolled(job.group, job.work.attempt)
+
+    def scoring(self, job: Job) -> None:
+        self.ledger.scoring(job.group, job.work.attempt)
+
+    def rollout_failed(self, job: Job, reason: str) -> bool:
+        return self._after_failure(job, self.ledger.rollout_failed(job.group, job.work.attempt, reason))
+
+    def scoring_failed(self, job: Job, reason: str) -> bool:
+        return self._after_failure(job, self.ledger.scoring_failed(job.group, job.work.attempt, reason))
+
+    def lost(self, job: Job, reason: str) -> bool:
+        self._scored.pop(job.group, None)
+        return self._after_failure(job, self.ledger.lost(job.group, job.work.attempt, reason))
+
+    def _after_failure(self, job: Job, again: bool) -> bool:
+        if not again:
+            self._submitted.discard(job.group)
+            if self.ledger.too_many_failures:
+                count = self.ledger.failed_in_row
+                raise RunFailed(
+                    f"{count} group{'s' if count > 1 else ''} in a row failed, each after "
+                    f"{self.cfg.faults.max_attempts} attempts (faults.max_failed_groups: "
+                    f"{self.cfg.faults.max_failed_groups}); the last one in {self.ledger.last_failure}"
+                )
+            self._flow.background(self._wake())
+        return again
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def scored(self, job: Job) -> None:
+        self.ledger.scored(job.group, job.work.attempt)
+        if not self._keeps_media(job.work.step):
+            job.media = None  # scored: nobody needs it any more
+        if self.cfg.algorithm.advantage.zero_std == "filter" and self._is_flat(job):
+            self._filter(job)
+        else:
+            self._scored[job.group] = job
+        await self._wake()
+
+    def _is_flat(self, job: Job) -> bool:
+        values = {name: scores.values for name, scores in job.scores.items()}
+        return compute_advantages([values], self._weights, self.cfg.algorithm.advantage).zero_std[0]
+
+    def _filter(self, job: Job) -> None:
+        log.info("filtered: all takes have the same reward", extra={"group": job.group})
+        self.ledger.filter(job.group)
+        self._submitted.discard(job.group)
+        job.media = job.trajectory = None
+        seen = self.ledger.filtered_by_step[job.work.step]
+        if seen >= _MAX_REFILLS * self.cfg.algorithm.groups_per_step:
+            raise RunFailed(
+                f"step {job.work.step}: {seen} groups had equal rewards in all takes and were filtered; "
+                "check that the reward tells takes apart, raise sampler.noise_level, or set "
+                "algorithm.advantage.zero_std=train"
+            )
+
+    def _keeps_media(self, step: int) -> bool:
+        return self.cfg.takes.every > 0 and (step + 1) % self.cfg.takes.every == 0
+
+    # ------------------------------------------------------------------------------------------- steps
+
+    async def batch(self, learner_version: int) -> list[Job]:
+        """The jobs of the next step, in group order, once all are scored."""
+        async with self._changed:
+            while (groups := self.ledger.batch(learner_version)) is None:
+                await self._changed.wait()
+            return [self._scored[group] for group in groups]
+
+    async def trajectories_lost(self, groups: list[int]) -> None:
+        """Their node died between scoring and training: roll them out again."""
+        for group in groups:
+            job = self._scored[group]
+            if self.lost(job, f"group {group}: its trajectory was lost with its node"):
+                await self._flow.again(job)
+        await self._wake()
+
+    def consumed(self, jobs: list[Job], learner_version: int) -> None:
+        """The learner has trained on `jobs`; their data is freed."""
+        self.ledger.trained([job.group for job in jobs], learner_version)
+        for job in jobs:
+            self._submitted.discard(job.group)
+            del self._scored[job.group]
+            job.trajectory = None
+        self._boundary = self._state()
+
+    async def published(self, version: int) -> None:
+        async with self._changed:
+            self.ledger.publish(version)
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def _state(self) -> dict[str, Any]:
+        return copy.deepcopy({"cursor": self._cursor.state(), "ledger": self.ledger.state()})
+
+    def state(self) -> dict[str, Any]:
+        """As of the last completed step; groups admitted since are admitted again by the resumed run."""
+        return self._boundary
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._cursor.load_state(state["cursor"])
+        self.ledger.load_state(state["ledger"])
+        self._boundary = self._state()
+
+    @property
+    def takes(self) -> int:
+        """Training takes that reached an end, failed groups apart."""
+        ended = self.ledger.ended
+        return (sum(ended.values()) - ended[FAILED]) * self.cfg.algorithm.group_size

@@ -1,0 +1,160 @@
+"""Joins a Ray cluster or starts a small local one, and leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from pathlib import Path
+
+import psutil
+
+import pipeline
+from pipeline.config import Config
+from pipeline.errors import ConfigError, RushesError
+from pipeline.files import describe_os_error
+
+CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`, not by a Ray that a program started
+NAMESPACE = "rushes"
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # no idle workers in advance: every actor gets its own process anyway
+    "RAY_enable_worker_prestart": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def cluster_address(cfg: Config) -> str | None:
+    """The cluster to join: ray.address, RAY_ADDRESS, or one that `ray start` runs on this machine; None: start one."""
+    address = cfg.ray.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        return None if address == "local" else address
+    try:
+        found = CLUSTER_FILE.read_text().strip()
+    except OSError:
+        return None
+    host, _, port = found.rpartition(":")
+    with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=2):
+        return found
+    return None  # a left-over of a cluster that is gone
+
+
+def _messages_to_the_log() -> None:
+    """Ray prints cluster messages ("A worker died ...", with tracebacks) to stdout even with `log_to_driver` off, and
+    has no switch for it. The run itself reports what matters, in one line."""
+    from ray._private import worker
+
+    def to_log(data: dict, ignore_prefix: bool = False) -> None:
+        logging.getLogger("rushes.ray").warning("%s", "\n".join(data.get("lines", [])))
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = to_log
+
+
+class RaySession:
+    """`with RaySession(cfg) as session:` connects; `session.ours` says whether the Ray was started here."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.ours = False
+        self._before: set[int] = set()
+
+    def __enter__(self) -> RaySession:
+        os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
+        if (Path(pipeline.__file__).parents[1] / "pyproject.toml").exists():  # run from a checkout: workers need it too
+            paths = [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+            os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        import ray
+
+        _messages_to_the_log()
+        address = cluster_address(self.cfg)
+        common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        if address is not None:
+            try:
+                ray.init(address=address, **common)
+            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+                text = " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"ray.address: no Ray answers at {address} ({text}); start it, correct ray.address or RAY_ADDRESS, "
+                    "or set ray.address=local"
+                ) from error
+            return self
+        self._before = {child.pid for child in psutil.Process().children(recursive=True)}
+        self.ours = True
+        try:
+            ray.init(
+                address="local",
+                num_cpus=self.cfg.ray.num_cpus,
+                object_store_memory=self.cfg.ray.object_store_mb * 2**20,
+                include_dashboard=self.cfg.ray.dashboard,
+                dashboard_host="127.0.0.1",
+                dashboard_port=self.cfg.ray.dashboard_port,
+                **common,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise RushesError(f"Ray could not start: {describe_os_error(error)}") from error
+        except (ValueError, RuntimeError) as error:
+            self.close()
+            raise RushesError(f"Ray could not start: {' '.join(str(error).split())[:300]}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def children(self) -> list[psutil.Process]:
+        """Live processes below this one that were not there before Ray was started."""
+        return [child for child in psutil.Process().children(recursive=True) if child.pid not in self._before]
+
+    def close(self) -> None:
+        """Disconnects; of a Ray that was started here, no process is left."""
+        import ray
+
+        family = self.children() if self.ours else []
+        with contextlib.suppress(Exception):  # whatever state Ray is in, its processes end below
+            ray.shutdown()
+        _end(family)
+
+    def kill(self) -> None:
+        """At once, without asking Ray."""
+        if self.ours:
+            for process in self.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def _end(family: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(family, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=3)
+
+
+class MemorySampler(threading.Thread):
+    """Highest sum of resident memory of this process and all below it. Shared pages count once per process."""
+
+    def __init__(self, interval_s: float = 1.0) -> None:
+        super().__init__(name="memory", daemon=True)
+        self.peak = 0
+        self._interval, self._done = interval_s, threading.Event()
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while not self._done.wait(self._interval):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    total += process.memory_info().rss
+            self.peak = max(self.peak, total)
+
+    def stop(self) -> int:
+        self._done.set()
+        return self.peak

@@ -1,0 +1,49 @@
+"""What `rushes train --dry-run` prints: the plan of a run, after every check that needs no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config
+from pipeline.plan import stochastic_steps
+from pipeline.preflight import check_all
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_plan(cfg: Config, console: Console) -> None:
+    """Raises what `check_all` raises."""
+    found = check_all(cfg)
+    generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler
+    takes = algorithm.group_size * algorithm.groups_per_step
+    noisy = stochastic_steps(sampler, cfg.run.seed, 0)
+    heldout = min(cfg.evaluation.prompts or len(found.heldout), len(found.heldout))
+    size = f"{generator.width}x{generator.height}" + (
+        f", {generator.num_frames} frames" if generator.num_frames > 1 else ""
+    )
+    if found.components:
+        kinds = [
+            found.components[name] for name in ("transformer", "transformer_2", "unet") if name in found.components
+        ]
+        source = f"{generator.pretrained} ({', '.join(kinds)}; files complete)"
+    else:
+        source = f"{generator.pretrained} (hub id, not checked)"
+    rows = {
+        "generator": f"{source}, {size}",
+        "training": f"LoRA of rank {cfg.trainable.rank}" if cfg.trainable.kind == "lora" else "all weights",
+        "prompts": f"{len(found.train)} to train on, {len(found.heldout)} held out",
+        "each step": f"{algorithm.groups_per_step} prompts x {algorithm.group_size} takes = {takes} takes, "
+        f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {', '.join(map(str, noisy))}",
+        "whole run": f"{cfg.run.steps} steps, {takes * cfg.run.steps:,} takes",
+        "rewards": ", ".join(f"{name} ({r.scorer}) x {r.weight:g}" for name, r in cfg.rewards.items()),
+        "evaluation": f"{heldout * cfg.evaluation.takes_per_prompt} takes before and after"
+        + (f" and every {cfg.evaluation.every} steps" if cfg.evaluation.every else "")
+        if heldout
+        else "none (prompts.heldout is not set)",
+        "workers": f"{cfg.rollout.workers} rollout, {sum(r.workers for r in cfg.rewards.values())} reward, 1 learner",
+        "disk": f"about {found.disk_needed / 2**20:,.0f} MiB needed, {found.disk_free / 2**30:,.1f} GiB free",
+    }
+    for name, text in rows.items():
+        console.print(f"{name:<11} {text}", highlight=False, markup=False, soft_wrap=True)
+    console.print("all checks passed; no model was loaded", highlight=False)

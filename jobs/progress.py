@@ -1,0 +1,139 @@
+"""What `rushes train` shows while it runs: a live view on a terminal, one plain line per step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+TREND = 10  # steps on each side of the reward's trend
+
+
+class View(Protocol):
+    def update(self, snapshot: dict[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def make_view(console: Console, name: str) -> View:
+    return LiveView(console, name) if console.is_terminal else PlainView(console)
+
+
+def trend(rewards: list[float]) -> float:
+    """Mean of the last few steps minus that of the few before them (of the first ones, when there are few)."""
+    if len(rewards) < 2:
+        return 0.0
+    width = min(TREND, len(rewards) // 2)
+    late, early = rewards[-width:], rewards[-2 * width : -width]
+    return sum(late) / width - sum(early) / width
+
+
+def eta_s(records: list[dict[str, float]], steps: int) -> float | None:
+    """Seconds left, from the recent steps; evaluations and the export come on top."""
+    if not records:
+        return None
+    recent = [record["time/step"] for record in records[-TREND:]]
+    return sum(recent) / len(recent) * (steps - int(records[-1]["step"]))
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def step_line(record: dict[str, float], records: list[dict[str, float]], steps: int) -> str:
+    rewards = [r["reward/mean"] for r in records]
+    return (
+        f"step {int(record['step'])}/{steps}  reward {record['reward/mean']:.4f} ({trend(rewards):+.4f})  "
+        f"{record['takes_per_s']:.1f} takes/s  {record['time/step']:.1f} s "
+        f"(rollout {record['time/rollout']:.1f}, score {record['time/score']:.1f}, learn {record['time/learn']:.1f}, "
+        f"sync {record['time/sync']:.2f})  ETA {clock(eta_s(records, steps))}"
+    )
+
+
+def eval_line(record: dict[str, Any]) -> str:
+    return f"held-out reward at step {record['step']}: {record['mean']:.4f} ± {record['se']:.4f} (n = {record['n']})"
+
+
+class PlainView:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._records: list[dict[str, float]] = []
+        self._evals: set[int] = set()
+        self._state = ""
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        if snapshot["state"] != self._state:
+            self._state = snapshot["state"]
+            if self._state not in ("training", "saving"):
+                self.note(self._state)
+        evals = [record for record in snapshot["evals"] if record["step"] not in self._evals]
+        for record in sorted([*snapshot["records"], *evals], key=lambda r: (r["step"], "tag" in r)):
+            if "tag" in record:
+                self._evals.add(record["step"])
+                self.note(eval_line(record))
+            else:
+                self._records.append(record)
+                self.note(step_line(record, self._records, snapshot["steps"]))
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Nothing to tidy up: every line is final."""
+
+
+class LiveView:
+    def __init__(self, console: Console, name: str) -> None:
+        self._console, self._name, self._started = console, name, time.monotonic()
+        self._records: list[dict[str, float]] = []
+        self._live = Live(Text("starting"), console=console, refresh_per_second=4, transient=False)
+        self._live.start()
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        self._records += snapshot["records"]
+        self._live.update(self._render(snapshot))
+
+    def _render(self, snapshot: dict[str, Any]) -> Group:
+        steps, step = snapshot["steps"], snapshot["step"]
+        head = Table.grid(padding=(0, 1))
+        left = clock(eta_s(self._records, steps))
+        elapsed = clock(time.monotonic() - self._started)
+        head.add_row(
+            Text(self._name, style="bold"),
+            ProgressBar(total=steps, completed=step, width=30),
+            Text(f"{step}/{steps}  {snapshot['state']}  {elapsed} gone, about {left} left"),
+        )
+        lines: list[Any] = [head]
+        if self._records:
+            last = self._records[-1]
+            change = trend([r["reward/mean"] for r in self._records])
+            text = Text("reward ")
+            text.append(f"{last['reward/mean']:.4f} ", style="bold")
+            text.append(f"({change:+.4f})", style="green" if change > 0 else "red" if change < 0 else "")
+            text.append(f"   {last['takes_per_s']:.1f} takes/s   {last['time/step']:.1f} s a step")
+            lines.append(text)
+        for record in snapshot["evals"][-2:]:
+            lines.append(Text(eval_line(record)))
+        if snapshot["state"] == "evaluating":
+            done, total = snapshot["eval_progress"]
+            lines.append(Text(f"evaluation: {done} of {total} batches"))
+        roles = Table.grid(padding=(0, 2))
+        for name, doing in snapshot["roles"].items():
+            roles.add_row(Text(name, style="dim"), Text(doing))
+        lines.append(roles)
+        return Group(*lines)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        self._live.stop()

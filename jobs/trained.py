@@ -1,0 +1,161 @@
+"""Trained weights by path: a run, one of its checkpoints, or an export, applied to a policy.
+
+`generate`, `evaluate` and `export` take the same kinds of path:
+
+    runs/NAME                          newest complete checkpoint of a run (its EMA, if it keeps one)
+    runs/NAME/checkpoints/step-000050  one checkpoint
+    runs/NAME/export                   a LoRA (pytorch_lora_weights.safetensors) or a whole diffusers folder
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.checkpoint_files import check_diffusers_folder, check_safetensors
+from pipeline.config import Config
+from pipeline.config_io import load_config
+from pipeline.errors import CheckpointError, ConfigError, InputError
+from pipeline.files import nearest
+
+if TYPE_CHECKING:
+    from pipeline.generators.policy import Policy
+    from pipeline.types import WeightSet
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a path turned out to be. `config` is the run's own, for checkpoints."""
+
+    label: str
+    kind: Literal["checkpoint", "lora", "full"]
+    path: Path
+    config: Config | None = None
+    step: int | None = None
+
+
+def find_trained(path: Path, step: int | None = None) -> Trained:
+    """Looks at files only, loads nothing. Raises `InputError` or `CheckpointError`."""
+    from pipeline import checkpoint
+
+    path = Path(path)
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        hit = nearest(path.name, siblings)
+        raise InputError(
+            f"{path}: no such folder{f'; did you mean {path.parent / hit}?' if hit else ''}; give a "
+            "run, a checkpoint or an export"
+        )
+    if (path / LORA_FILE).exists():
+        check_safetensors(path / LORA_FILE)
+        return Trained(label=str(path), kind="lora", path=path)
+    if (path / "model_index.json").exists():
+        check_diffusers_folder(path)
+        return Trained(label=str(path), kind="full", path=path)
+    if (path / checkpoint.STATE).exists() or (path / checkpoint.MANIFEST).exists():
+        run = path.parent.parent
+    elif (path / "config.yaml").exists():
+        run, path = path, _checkpoint_of(path, step)
+    else:
+        raise InputError(
+            f"{path}: is neither a run (config.yaml), a checkpoint ({checkpoint.MANIFEST}) nor an "
+            f"export ({LORA_FILE} or model_index.json)"
+        )
+    checkpoint.verify(path)
+    if not (run / "config.yaml").exists():
+        raise InputError(
+            f"{run / 'config.yaml'}: is missing, so it is unknown what {path.name} trained; restore "
+            "it from a copy of the run"
+        )
+    return Trained(
+        label=str(path),
+        kind="checkpoint",
+        path=path,
+        config=load_config(run / "config.yaml"),
+        step=checkpoint.step_of(path),
+    )
+
+
+def _checkpoint_of(run: Path, step: int | None) -> Path:
+    from pipeline import checkpoint
+
+    folders = checkpoint.complete(run / "checkpoints")
+    if not folders:
+        raise CheckpointError(f"{run}: has no complete checkpoint yet; let it train on, or set checkpoint.every lower")
+    if step is None:
+        return folders[0]
+    steps = {checkpoint.step_of(folder): folder for folder in folders}
+    if step not in steps:
+        raise CheckpointError(
+            f"{run}: has no checkpoint of step {step}; there are {', '.join(map(str, sorted(steps)))}"
+        )
+    return steps[step]
+
+
+def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
+    """The weights of a checkpoint; the EMA where asked for and kept."""
+    from pipeline import checkpoint, weights
+
+    tensors, _ = checkpoint.load(trained.path)
+    has_ema = any(name.startswith("ema/") for name in tensors)
+    prefix = "ema/" if ema and has_ema else "weights/"
+    chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not chosen:
+        raise CheckpointError(f"checkpoint {trained.path}: holds no trained weights; use another one")
+    return weights.to_weight_set(trained.config.trainable.kind, chosen)
+
+
+def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Policy:
+    """The generator of `cfg`, with the trained weights in place. Raises `RushesError` kinds."""
+    quiet_libraries()
+    from pipeline.generators.policy import Policy
+
+    update: dict[str, Any] = {}
+    if trained and trained.kind == "full":
+        update["generator"] = cfg.generator.model_copy(update={"pretrained": str(trained.path), "revision": None})
+    if trained and trained.kind == "checkpoint":
+        base = trained.config.generator.pretrained
+        if _same_folder(base, cfg.generator.pretrained) is False:
+            raise ConfigError(
+                f"{trained.label}: was trained on {base}, but the config's generator.pretrained is "
+                f"{cfg.generator.pretrained}; "
+                f"use generator.pretrained={base}"
+            )
+        update["trainable"] = trained.config.trainable
+    cfg = cfg.model_copy(update=update)
+    policy = Policy.load(cfg, cfg.rollout.device, cfg.rollout.threads)
+    if trained and trained.kind == "checkpoint":
+        policy.attach()
+        policy.load_weights(read_weights(trained, ema))
+    if trained and trained.kind == "lora":
+        try:
+            policy.pipe.load_lora_weights(trained.path)
+        except Exception as error:  # diffusers and peft raise many kinds for a LoRA of another model
+            raise InputError(
+                f"{trained.path / LORA_FILE}: does not fit {cfg.generator.pretrained} ({_first_line(error)}); "
+                "give the generator it was trained on"
+            ) from error
+    return policy
+
+
+def quiet_libraries() -> None:
+    """Keeps loading bars and advice of transformers and diffusers off the terminal; call before they are imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _same_folder(a: str, b: str) -> bool:
+    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,254 @@
+"""Atomic checkpoints: written beside, made durable, then renamed; a manifest with checksums is written last.
+
+    checkpoints/step-000025/
+        tensors.safetensors   everything that is a tensor (trained weights, optimiser moments, EMA)
+        state.json            {"learner": {...}, "controller": {...}}
+        identity.json         the config values that a resume must share
+        MANIFEST.json         sizes and sha256 of the files above; without it a folder does not count
+
+A folder without a manifest was interrupted while being written or deleted and is skipped; one with a manifest that
+its files contradict is corrupt and refused, naming the previous good one. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.errors import CheckpointError
+from pipeline.files import describe_os_error
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+MANIFEST, TENSORS, STATE, IDENTITY = "MANIFEST.json", "tensors.safetensors", "state.json", "identity.json"
+_NAME = re.compile(r"step-(\d{6,})$")
+log = logging.getLogger("rushes.checkpoint")
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """What must not change between a run and its resume: it decides which takes are drawn and what they train."""
+    plain = cfg.model_dump(mode="json")
+    sections = {name: plain[name] for name in ("generator", "trainable", "algorithm", "sampler", "prompts")}
+    return {**sections, "run": {"seed": cfg.run.seed}}
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in [*old, *(k for k in new if k not in old)]:
+            found += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [] if old == new else [(key, old, new)]
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    learner: Mapping[str, Any],
+    controller: Mapping[str, Any],
+    cfg: Config,
+    keep: int,
+) -> Path:
+    """Writes `root/step-<step>` completely or not at all, then deletes all but the newest `keep`.
+
+    `learner` and `controller` must be JSON-able. Raises `CheckpointError` (disk full, no permission) with the
+    previous checkpoint untouched.
+    """
+    from safetensors.torch import save_file
+
+    final, partial = folder_of(root, step), root / f".partial-step-{step:06d}-{os.getpid()}"
+    same = identity(cfg)
+    texts = {
+        STATE: json.dumps({"learner": learner, "controller": controller}, allow_nan=True),
+        IDENTITY: json.dumps({"digest": _digest(same), "config": same}, indent=1),
+    }
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+        for name, text in texts.items():
+            (partial / name).write_text(text)
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
+        if final.exists():  # the same step again (stopped right after a periodic save): replace it
+            _remove(final)
+        os.rename(partial, final)
+        _fsync(root)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        last = next((p for p in complete(root) if p != final), None)
+        kept = f"the previous checkpoint {last} is intact" if last else "there is no earlier checkpoint"
+        raise CheckpointError(f"cannot write checkpoint {describe_os_error(cause, final)} ({kept})") from error
+    _prune(root, keep)
+    return final
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """safetensors words a full disk as its own error; both are the environment's fault."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    if type(error).__name__ == "SafetensorError" and found:
+        number = int(found.group(1) or found.group(2))
+        return OSError(number, os.strerror(number))
+    return None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as handle:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """The manifest goes first: killed half-way, the folder is incomplete rather than corrupt."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for folder in complete(root)[keep:]:
+        try:
+            _remove(folder)
+        except OSError as error:
+            log.warning("old checkpoint not deleted: %s", describe_os_error(error, folder))
+
+
+def complete(root: Path) -> list[Path]:
+    """Folders with a manifest, newest first. Others are left-overs of an interrupted save and do not count."""
+    if not root.is_dir():
+        return []
+    folders = [path for path in root.iterdir() if _NAME.match(path.name) and path.is_dir()]
+    for path in folders:
+        if not (path / MANIFEST).exists():
+            log.warning("%s has no %s (it was interrupted): skipped", path, MANIFEST)
+    whole = [path for path in folders if (path / MANIFEST).exists()]
+    return sorted(whole, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in the folder's name; -1 where it is not a checkpoint's name."""
+    found = _NAME.match(folder.name)
+    return int(found.group(1)) if found else -1
+
+
+def verify(folder: Path) -> None:
+    """Compares every file with the manifest. Raises `CheckpointError` naming the previous good checkpoint."""
+    problem = _problem(folder)
+    if problem is None:
+        return
+    older = [p for p in complete(folder.parent) if step_of(p) < step_of(folder)] if _NAME.match(folder.name) else []
+    good = next((path for path in older if _problem(path) is None), None)
+    advice = (
+        f"the previous good one is {good}; delete {folder.name} to resume from it"
+        if good
+        else "there is no earlier good one; delete the folder to start over"
+    )
+    raise CheckpointError(f"checkpoint {folder} is corrupt: {problem}; {advice}")
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version of Rushes reads {FORMAT}"
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable JSON of the expected form"
+    missing = {TENSORS, STATE, IDENTITY} - set(files)
+    if missing:
+        return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
+    for name, (size, sha) in files.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, {size} were written"
+            if _fingerprint(path)["sha256"] != sha:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint, verified; None when there is none. Raises `CheckpointError` if corrupt."""
+    folders = complete(root)
+    if not folders:
+        return None
+    verify(folders[0])
+    return folders[0]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """{"learner": ..., "controller": ...} without reading any tensor."""
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read: {error}") from error
+
+
+def check_config(folder: Path, cfg: Config) -> None:
+    """Refuses to go on with another config. Raises `CheckpointError` naming the first key that differs."""
+    try:
+        saved = json.loads((folder / IDENTITY).read_text())
+        old, digest = saved["config"], saved["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {IDENTITY} cannot be read: {error}") from error
+    new = identity(cfg)
+    if digest == _digest(new):
+        return
+    changed = _differences(old, new)
+    key, was, now = changed[0] if changed else ("config", digest, _digest(new))
+    more = f" (also {', '.join(k for k, _, _ in changed[1:4])})" if len(changed) > 1 else ""
+    raise CheckpointError(
+        f"cannot resume from {folder}: {key} was {json.dumps(was)} and is now {json.dumps(now)}{more}; "
+        "use the value it was started with, or start a new run"
+    )
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, {"learner": ..., "controller": ...}), after checking every byte. Raises `CheckpointError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist; check the path")
+    verify(folder)
+    try:
+        return load_file(folder / TENSORS, device=device), read_state(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {TENSORS} cannot be read: {error}") from error

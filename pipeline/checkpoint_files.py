@@ -1,0 +1,135 @@
+"""Checks a local diffusers folder by its files alone: nothing is loaded, no torch is imported.
+
+A cut-off or corrupt safetensors file is found by its header: 8 bytes of length, JSON, and data that must fill the rest
+of the file exactly. Pickle weights are refused, because loading them runs code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.files import describe_os_error
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_HEADER = 100_000_000
+
+
+def is_local(pretrained: str) -> bool:
+    """Whether `pretrained` means a folder rather than a hub id (owner/name)."""
+    path = Path(pretrained)
+    return path.exists() or path.is_absolute() or pretrained.startswith((".", "~")) or len(path.parts) != 2
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `InputError`."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; copy the checkpoint again") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: is not valid JSON ({error}); copy the checkpoint again") from None
+    except OSError as error:
+        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: must hold a JSON object; copy the checkpoint again")
+    return data
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Returns the header (name -> dtype, shape, data_offsets). Raises `InputError` if it or the length is wrong."""
+    again = "the file is corrupt or cut off, copy it again"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
+                hint = " (a git-lfs pointer: run git lfs pull)" if head == b"version " else ""
+                raise InputError(f"{path}: is not a complete safetensors file{hint}; {again}")
+            header = json.loads(file.read(length))
+    except (ValueError, UnicodeDecodeError):
+        raise InputError(f"{path}: its safetensors header cannot be read; {again}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
+    try:
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise InputError(f"{path}: its safetensors header is malformed; {again}") from None
+    if 8 + length + end != size:
+        raise InputError(f"{path}: has {size:,} bytes but its header states {8 + length + end:,}; {again}")
+    return header
+
+
+def check_diffusers_folder(folder: Path) -> dict[str, str]:
+    """Returns component -> class name of a complete diffusers folder. Raises `InputError` naming what is wrong."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise InputError(
+            f"{folder}: {what}; generator.pretrained must be a diffusers folder (with "
+            "model_index.json) or a hub id owner/name"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder}: has no model_index.json, so it is not a diffusers checkpoint; save one with "
+            "pipeline.save_pretrained(folder)"
+        )
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
+        raise InputError(
+            f"{folder / 'model_index.json'}: names no pipeline class (_class_name); copy the checkpoint again"
+        )
+    components = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            continue
+        components[name] = str(entry[1])
+        _check_component(folder / name, str(entry[1]))
+    if not components:
+        raise InputError(f"{folder / 'model_index.json'}: lists no components; copy the checkpoint again")
+    return components
+
+
+def _check_component(folder: Path, cls: str) -> None:
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: the folder is missing, but model_index.json lists it ({cls}); copy the checkpoint again"
+        )
+    if "Scheduler" in cls:
+        read_json(folder / "scheduler_config.json")
+    elif "Tokenizer" in cls:
+        if not any(folder.iterdir()):
+            raise InputError(f"{folder}: holds no tokenizer files; copy the checkpoint again")
+    elif "Processor" in cls or "FeatureExtractor" in cls:
+        if not any(folder.glob("*.json")):
+            raise InputError(f"{folder}: holds no processor settings; copy the checkpoint again")
+    else:
+        read_json(folder / "config.json")
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        if pickles:
+            raise InputError(
+                f"{folder / pickles[0]}: weights in pickle files are refused, because loading them "
+                "runs code; convert once "
+                "with DiffusionPipeline.from_pretrained(old).save_pretrained(new, safe_serialization=True)"
+            )
+        raise InputError(f"{folder}: holds no .safetensors weights; copy the checkpoint again")
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        missing = sorted(shards - {file.name for file in files})
+        if missing:
+            raise InputError(f"{folder / missing[0]}: this part of the weights is missing; copy the checkpoint again")
+    for file in files:
+        check_safetensors(file)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files directly in `folder`."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

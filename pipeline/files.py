@@ -1,0 +1,64 @@
+"""Atomic file writes and one wording for the errors of the operating system.
+
+A reader never sees a half-written file: the bytes go to a temporary neighbour first, which then replaces the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.errors import RushesError
+
+_FIXES = {
+    errno.ENOSPC: "the disk is full; free some space or write to another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or write to another folder",
+    errno.EACCES: "no permission; choose a folder you may write to or change its owner",
+    errno.EPERM: "no permission; choose a folder you may write to or change its owner",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; remove it or choose another path",
+    errno.EEXIST: "a file stands where a folder is needed; remove it or choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ENOENT: "no such file or folder; check the path",
+    errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
+}
+
+
+def describe_os_error(error: OSError, path: str | os.PathLike | None = None) -> str:
+    """One line naming the path, what went wrong and what to do."""
+    where = path if path is not None else error.filename
+    fix = _FIXES.get(error.errno or 0, error.strerror or str(error))
+    return f"{where}: {fix}" if where is not None else fix
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` completely or not at all. Raises `RushesError` naming the path and a fix."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise RushesError(f"cannot write {describe_os_error(error, path)}") from error
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The most similar known word, or None when nothing is similar."""
+    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.55)
+    return found[0] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' or ''."""
+    hit = nearest(word, known)
+    return f"; did you mean {hit}?" if hit else ""

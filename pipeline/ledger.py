@@ -1,0 +1,254 @@
+"""The life cycle of groups as a pure state machine: no Ray, no torch, no clock.
+
+    queued -> rolling -> rolled -> scoring -> scored -> trained
+                 |          ^________|           |-----> filtered        (no learning signal, slot given back)
+                 |--> queued (retry)             |-----> queued          (its data was lost)
+                 `--> failed(reason) <-- scoring                         (attempts used up, slot given back)
+
+Steps are numbered from 0; step s turns learner version s into s + 1. Group ids rise in admission order, and the
+batch of a step is its first `groups_per_step` unfiltered groups in id order, so it does not depend on who was faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+QUEUED, ROLLING, ROLLED, SCORING, SCORED = "queued", "rolling", "rolled", "scoring", "scored"
+TRAINED, FILTERED, FAILED = "trained", "filtered", "failed"
+ACTIVE = (QUEUED, ROLLING, ROLLED, SCORING, SCORED)
+ENDS = (TRAINED, FILTERED, FAILED)
+
+
+class LedgerError(RuntimeError):
+    """A transition that the life cycle does not allow: a bug of the caller, never the user's."""
+
+
+@dataclass(slots=True)
+class Group:
+    """One admitted group. Ended groups are kept as counts only."""
+
+    id: int
+    step: int  # the optimisation step that will consume it
+    prompt: int  # row in the prompt set
+    state: str = QUEUED
+    attempt: int = 0  # rollout tries started
+    score_attempt: int = 0  # scoring tries started
+    worker: str | None = None
+    version: int | None = None  # policy version of the current or last rollout
+    reason: str | None = None
+
+
+class Ledger:
+    """Accounts for every group of a run. All methods raise `LedgerError` on an illegal transition."""
+
+    def __init__(
+        self,
+        *,
+        groups_per_step: int,
+        max_staleness: int,
+        max_attempts: int,
+        max_failed_groups: int,
+        steps: int,
+        slots: int | None = None,
+    ) -> None:
+        """`slots`: groups that may be active at once (default: those of max_staleness + 1 steps)."""
+        self.groups_per_step = groups_per_step
+        self.max_staleness = max_staleness
+        self.max_attempts = max_attempts
+        self.max_failed_groups = max_failed_groups
+        self.steps = steps
+        self.slots = slots if slots is not None else groups_per_step * (max_staleness + 1)
+        if self.slots < groups_per_step:
+            raise ValueError(f"slots {self.slots} cannot hold one step of {groups_per_step} groups")
+        self.groups: dict[int, Group] = {}  # active ones
+        self.next_id = 0
+        self.step = 0  # the step to be consumed next
+        self.version = 0  # newest published policy version
+        self.ended = dict.fromkeys(ENDS, 0)
+        self.failed_in_row = 0
+        self.filtered_by_step: dict[int, int] = {}
+        self.retries = 0
+        self.last_failure = ""
+
+    # ------------------------------------------------------------------------------------------- admission
+
+    def wanted(self) -> int | None:
+        """The step for which a group should be admitted now, or None: no slot free or nothing missing."""
+        if len(self.groups) >= self.slots:
+            return None
+        missing = dict.fromkeys(range(self.step, min(self.step + self.max_staleness + 1, self.steps)), 0)
+        for group in self.groups.values():
+            missing[group.step] += 1
+        return next((step for step, held in missing.items() if held < self.groups_per_step), None)
+
+    def admit(self, step: int, prompt: int) -> Group:
+        if step != self.wanted():
+            raise LedgerError(f"no group of step {step} is wanted now (wanted: {self.wanted()})")
+        group = Group(id=self.next_id, step=step, prompt=prompt)
+        self.groups[group.id] = group
+        self.next_id += 1
+        return group
+
+    # ------------------------------------------------------------------------------------------- rollout
+
+    def may_start(self, group: int) -> bool:
+        """Whether a rollout with the newest published version would be fresh enough when it is consumed."""
+        return self.version >= self._get(group).step - self.max_staleness
+
+    def startable(self) -> list[int]:
+        """Queued groups that may start now, in id order."""
+        return [g for g in sorted(self.groups) if self.groups[g].state == QUEUED and self.may_start(g)]
+
+    def start(self, group: int, worker: str, version: int) -> int:
+        """A worker begins the rollout with `version`. Returns the attempt's number, from 1."""
+        item = self._expect(group, QUEUED)
+        if version > self.version:
+            raise LedgerError(f"group {group}: version {version} is not published yet (newest: {self.version})")
+        if version < item.step - self.max_staleness:
+            raise LedgerError(
+                f"group {group}: version {version} would be {item.step - version} behind at step {item.step}, "
+                f"allowed are {self.max_staleness}"
+            )
+        item.state, item.worker, item.version = ROLLING, worker, version
+        item.attempt += 1
+        return item.attempt
+
+    def rolled(self, group: int, attempt: int) -> None:
+        item = self._expect(group, ROLLING, attempt)
+        item.state, item.score_attempt = ROLLED, 0
+
+    def rollout_failed(self, group: int, attempt: int, reason: str) -> bool:
+        """True: queued again on the same seeds. False: the group has failed for good."""
+        item = self._expect(group, ROLLING, attempt)
+        return self._retry(item, item.attempt, QUEUED, reason)
+
+    # ------------------------------------------------------------------------------------------- scoring
+
+    def scoring(self, group: int, attempt: int) -> int:
+        """Reward servers begin. Returns the number of the scoring attempt, from 1."""
+        item = self._expect(group, ROLLED, attempt)
+        item.state = SCORING
+        item.score_attempt += 1
+        return item.score_attempt
+
+    def scoring_failed(self, group: int, attempt: int, reason: str) -> bool:
+        """True: back to `rolled`, its media can be scored again. False: the group has failed for good."""
+        item = self._expect(group, SCORING, attempt)
+        return self._retry(item, item.score_attempt, ROLLED, reason)
+
+    def scored(self, group: int, attempt: int) -> None:
+        self._expect(group, SCORING, attempt).state = SCORED
+        self.failed_in_row = 0
+
+    def lost(self, group: int, attempt: int, reason: str) -> bool:
+        """Its media or trajectory is gone (a node died). True: queued again. False: failed for good."""
+        item = self._expect(group, (ROLLED, SCORING, SCORED), attempt)
+        return self._retry(item, item.attempt, QUEUED, reason)
+
+    # ------------------------------------------------------------------------------------------- the ends
+
+    def filter(self, group: int) -> None:
+        """No learning signal (equal rewards): ends the group; its slot goes to the next prompt."""
+        item = self._expect(group, SCORED)
+        self.filtered_by_step[item.step] = self.filtered_by_step.get(item.step, 0) + 1
+        self._end(item, FILTERED)
+
+    def batch(self, learner_version: int) -> list[int] | None:
+        """The groups of the current step in id order once all of them are scored, else None."""
+        if learner_version != self.step:
+            raise LedgerError(f"the learner is at version {learner_version} but step {self.step} is next")
+        mine = sorted(g.id for g in self.groups.values() if g.step == self.step)
+        chosen = mine[: self.groups_per_step]
+        if len(chosen) < self.groups_per_step or any(self.groups[g].state != SCORED for g in chosen):
+            return None
+        for group in chosen:
+            version = self.groups[group].version
+            behind = learner_version - version if version is not None else -1
+            if not 0 <= behind <= self.max_staleness:
+                raise LedgerError(f"group {group} is {behind} versions behind, allowed are {self.max_staleness}")
+        return chosen
+
+    def trained(self, groups: list[int], learner_version: int) -> None:
+        """The learner has consumed the current step's batch (it was at `learner_version` before)."""
+        if groups != self.batch(learner_version):
+            raise LedgerError(f"groups {groups} are not the batch of step {self.step}: {self.batch(learner_version)}")
+        for group in groups:
+            self._end(self.groups[group], TRAINED)
+        self.filtered_by_step.pop(self.step, None)
+        self.step += 1
+
+    def publish(self, version: int) -> None:
+        """Policy version `version` may be used by workers from now on."""
+        if not self.version <= version <= self.step:
+            raise LedgerError(f"cannot publish version {version}: {self.version} is published, {self.step} is trained")
+        self.version = version
+
+    @property
+    def too_many_failures(self) -> bool:
+        return self.failed_in_row > self.max_failed_groups
+
+    # ------------------------------------------------------------------------------------------- accounts
+
+    def counts(self) -> dict[str, int]:
+        """Groups admitted, ended by kind, and active by state. admitted = ends + active, always."""
+        active = dict.fromkeys(ACTIVE, 0)
+        for group in self.groups.values():
+            active[group.state] += 1
+        return {"admitted": self.next_id, **self.ended, **active}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able. Active groups are included: a resumed run rolls them out again on the same seeds."""
+        return {
+            "next_id": self.next_id,
+            "step": self.step,
+            "ended": dict(self.ended),
+            "failed_in_row": self.failed_in_row,
+            "retries": self.retries,
+            "filtered_by_step": {str(step): n for step, n in self.filtered_by_step.items()},
+            "active": [asdict(self.groups[g]) for g in sorted(self.groups)],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.next_id = int(state["next_id"])
+        self.step = self.version = int(state["step"])
+        self.ended = {end: int(state["ended"][end]) for end in ENDS}
+        self.failed_in_row = int(state["failed_in_row"])
+        self.retries = int(state["retries"])
+        self.filtered_by_step = {int(step): n for step, n in state["filtered_by_step"].items()}
+        self.groups = {g["id"]: Group(id=g["id"], step=g["step"], prompt=g["prompt"]) for g in state["active"]}
+        counts = self.counts()
+        if counts["admitted"] != sum(counts[name] for name in (*ENDS, *ACTIVE)):
+            raise LedgerError(f"the saved counts do not add up: {counts}")
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    def _get(self, group: int) -> Group:
+        item = self.groups.get(group)
+        if item is None:
+            known = "has already ended" if 0 <= group < self.next_id else "was never admitted"
+            raise LedgerError(f"group {group} {known}")
+        return item
+
+    def _expect(self, group: int, states: str | tuple[str, ...], attempt: int | None = None) -> Group:
+        item = self._get(group)
+        if item.state not in ((states,) if isinstance(states, str) else states):
+            raise LedgerError(f"group {group} is {item.state}, expected {states}")
+        if attempt is not None and item.attempt != attempt:
+            raise LedgerError(f"group {group} is at attempt {item.attempt}, not {attempt}")
+        return item
+
+    def _retry(self, item: Group, attempts: int, back_to: str, reason: str) -> bool:
+        if attempts >= self.max_attempts:
+            item.reason = self.last_failure = reason
+            self.failed_in_row += 1
+            self._end(item, FAILED)
+            return False
+        item.state, item.worker = back_to, None
+        self.retries += 1
+        return True
+
+    def _end(self, item: Group, end: str) -> None:
+        item.state = end
+        self.ended[end] += 1
+        del self.groups[item.id]

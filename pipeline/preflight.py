@@ -1,0 +1,307 @@
+"""Everything that can be checked before a model is loaded, in the order in which a user would fix it.
+
+Each check raises one `ConfigError` or `InputError` naming the key or file and the fix. Takes well under a second
+(torch is imported only if a GPU is asked for).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.checkpoint_files import check_diffusers_folder, is_local, read_json, weight_bytes
+from pipeline.config import Config
+from pipeline.errors import ConfigError, InputError
+from pipeline.files import describe_os_error
+from pipeline.prompts import check_prompt_lengths, load_prompts, prompt_locations
+from pipeline.rewards.function import is_function_spec
+from pipeline.rewards.loader import check_scorer, scorer_class
+from pipeline.types import PromptItem
+
+_TRACKERS = {
+    "tensorboard": ("tensorboardX", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow"),
+}
+_CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`
+_NOISE_KINDS = ("ddim", "lcm")  # for models that predict epsilon, v or the sample
+_FLOW_CLASSES = ("FlowMatch",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What the checks read, for the plan that `train --dry-run` prints."""
+
+    train: list[PromptItem]
+    heldout: list[PromptItem]
+    components: dict[str, str]  # of a local generator; {} for a hub id
+    disk_needed: int  # bytes
+    disk_free: int  # bytes
+
+
+def check_all(cfg: Config, run_dir: Path | None = None) -> Preflight:
+    """Raises the first thing that is wrong. `run_dir`: the run's folder, if it is known already."""
+    check_samplers(cfg)
+    train, heldout = check_prompts(cfg)
+    components = check_generator(cfg, train, heldout)
+    check_rewards(cfg)
+    check_trackers(cfg)
+    check_devices(cfg)
+    check_ray(cfg)
+    folder = Path(run_dir) if run_dir is not None else cfg.run.dir
+    check_writable(folder)
+    needed, free = check_disk(cfg, folder)
+    return Preflight(train=train, heldout=heldout, components=components, disk_needed=needed, disk_free=free)
+
+
+def check_samplers(cfg: Config) -> None:
+    """A training rollout must draw noise; what makes that impossible is refused."""
+    steps = cfg.sampler.steps
+    if steps < 2:
+        raise ConfigError(
+            f"sampler.steps: {steps} leaves no step that draws noise (one-step and ODE rollouts cannot train)"
+        )
+    if cfg.generator.fps > 240:
+        raise ConfigError(f"generator.fps: found {cfg.generator.fps:g}; expected at most 240 frames per second")
+    lengths = cfg.sampler.window
+    if lengths.kind == "sliding" and lengths.every >= cfg.run.steps and cfg.run.steps > 1:
+        raise ConfigError(
+            f"sampler.window.every: {lengths.every} means the sliding window never moves in run.steps "
+            f"= {cfg.run.steps}; "
+            "make it smaller or use sampler.window.kind=random"
+        )
+
+
+def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
+    """Both sets parse and share no prompt."""
+    train = _under_key("prompts.train", lambda: load_prompts(cfg.prompts.train))
+    if cfg.prompts.heldout is None:
+        if cfg.evaluation.every or cfg.evaluation.reward_target is not None:
+            key = "evaluation.every" if cfg.evaluation.every else "evaluation.reward_target"
+            raise ConfigError(f"{key}: is set but prompts.heldout is not; give a file of prompts to evaluate on")
+        return train, []
+    heldout = _under_key("prompts.heldout", lambda: load_prompts(cfg.prompts.heldout))
+    trained = {(p.text, p.negative, p.image): p.index for p in train}
+    shared = [p for p in heldout if (p.text, p.negative, p.image) in trained]
+    if shared:
+        where = prompt_locations(cfg.prompts.heldout)[shared[0].index]
+        other = prompt_locations(cfg.prompts.train)[trained[(shared[0].text, shared[0].negative, shared[0].image)]]
+        raise ConfigError(
+            f"prompts.heldout: {cfg.prompts.heldout}, {where}: {shared[0].text[:60]!r} is also trained on "
+            f"({cfg.prompts.train}, {other}; {len(shared)} such prompts); remove it from one of the two files"
+        )
+    return train, heldout
+
+
+def _under_key(key: str, load):
+    try:
+        return load()
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+
+
+def check_generator(cfg: Config, train: list[PromptItem], heldout: list[PromptItem]) -> dict[str, str]:
+    """A local folder is complete and fits the sizes asked for; a hub id passes."""
+    if not is_local(cfg.generator.pretrained):
+        return {}
+    folder = Path(cfg.generator.pretrained).expanduser()
+    components = _under_key("generator.pretrained", lambda: check_diffusers_folder(folder))
+    if not {"transformer", "unet"} & set(components):
+        raise ConfigError(
+            f"generator.pretrained: {folder} has neither a transformer nor a unet (components: "
+            f"{', '.join(components)}); "
+            "only diffusion pipelines can be trained"
+        )
+    _check_sizes(cfg, folder, components)
+    _check_scheduler(cfg, folder, components)
+    for prompts, path in ((train, cfg.prompts.train), (heldout, cfg.prompts.heldout)):
+        check_prompt_lengths(prompts, str(folder), cfg.generator.call, path)
+    return components
+
+
+def _check_sizes(cfg: Config, folder: Path, components: dict[str, str]) -> None:
+    if "vae" not in components:
+        return
+    vae = read_json(folder / "vae" / "config.json")
+    spatial = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+    if spatial is None and isinstance(vae.get("block_out_channels"), list):
+        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+    patch = 1
+    if "transformer" in components:
+        size = read_json(folder / "transformer" / "config.json").get("patch_size", 1)
+        size = size[-1] if isinstance(size, list) and size else size
+        patch = size if isinstance(size, int) else 1
+    if isinstance(spatial, int | float):
+        unit = int(spatial) * patch
+        for key, value in (("height", cfg.generator.height), ("width", cfg.generator.width)):
+            if value % unit:
+                below, above = value // unit * unit, (value // unit + 1) * unit
+                raise ConfigError(
+                    f"generator.{key}: found {value}; {folder} needs a multiple of {unit} (VAE "
+                    f"{int(spatial)} x patch {patch}), "
+                    f"such as {below or above} or {above if below else above + unit}"
+                )
+    temporal = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
+    frames = cfg.generator.num_frames
+    if isinstance(temporal, int | float) and (frames - 1) % int(temporal):
+        step = int(temporal)
+        below = (frames - 1) // step * step + 1
+        raise ConfigError(
+            f"generator.num_frames: found {frames}; {folder} needs {step} n + 1, such as {below} or {below + step}"
+        )
+
+
+def _check_scheduler(cfg: Config, folder: Path, components: dict[str, str]) -> None:
+    if "scheduler" not in components:
+        return
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    flow = (
+        components["scheduler"].startswith(_FLOW_CLASSES)
+        or scheduler.get("prediction_type") == "flow_prediction"
+        or bool(scheduler.get("use_flow_sigmas"))
+    )
+    noise_model = not flow and scheduler.get("prediction_type") in ("epsilon", "v_prediction", "sample")
+    if flow and cfg.sampler.kind in _NOISE_KINDS:
+        raise ConfigError(
+            f"sampler.kind: {cfg.sampler.kind} is for epsilon/v/sample-prediction models, {folder} is a flow model "
+            f"({components['scheduler']}); use flow_sde, dance_sde or cps"
+        )
+    wanted = "lcm" if components["scheduler"] == "LCMScheduler" else "ddim"
+    if noise_model and cfg.sampler.kind != wanted:
+        raise ConfigError(
+            f"sampler.kind: {cfg.sampler.kind} does not fit {folder}, which predicts {scheduler['prediction_type']} "
+            f"({components['scheduler']}); use {wanted}"
+        )
+
+
+def check_rewards(cfg: Config) -> None:
+    """Scorers exist, take their options, and fit the generator."""
+    for name, reward in cfg.rewards.items():
+        check_scorer(name, reward)
+        if is_function_spec(reward.scorer) or cfg.generator.num_frames > 1:
+            continue
+        if scorer_class(reward.scorer).reads == "video":
+            raise ConfigError(
+                f"rewards.{name}.scorer: {reward.scorer} reads videos, but generator.num_frames is 1; "
+                "take a frame scorer (`rushes score --list`) or a video generator"
+            )
+
+
+def check_trackers(cfg: Config) -> None:
+    for backend in cfg.tracking.backends:
+        module, extra = _TRACKERS[backend]
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"tracking.backends: {backend} needs the package {module}, which is not installed; "
+                f"run pip install 'rushes[{extra}]' or remove it from the list"
+            )
+
+
+def check_devices(cfg: Config) -> None:
+    for key, device in (("learner.device", cfg.learner.device), ("rollout.device", cfg.rollout.device)):
+        found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+        if not found:
+            raise ConfigError(f"{key}: found {device!r}; expected auto, cpu, cuda or cuda:N")
+        if not device.startswith("cuda") or _joins_cluster(cfg):
+            continue
+        count = _gpu_count()
+        if count == 0:
+            raise ConfigError(
+                f"{key}: {device} is asked for, but torch finds no GPU here; use auto or cpu, or install a CUDA build"
+            )
+        if found.group(1) and int(found.group(1)) >= count:
+            raise ConfigError(
+                f"{key}: {device} is asked for, but there are only {count} GPUs (cuda:0..cuda:{count - 1})"
+            )
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _joins_cluster(cfg: Config) -> bool:
+    """Whether the run will use an existing Ray rather than start a local one."""
+    address = cfg.ray.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        return address != "local"
+    try:
+        host, _, port = _CLUSTER_FILE.read_text().strip().rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=1):
+            return True
+    except (OSError, ValueError):  # no such file, or a left-over of a cluster that is gone
+        return False
+
+
+def check_ray(cfg: Config) -> None:
+    """A local Ray has the CPUs and GPUs that the actors reserve (else they would wait for ever), and a free port."""
+    if _joins_cluster(cfg):
+        return
+    rewards = cfg.rewards.values()
+    cpus = (
+        cfg.learner.num_cpus + cfg.rollout.workers * cfg.rollout.num_cpus + sum(r.workers * r.num_cpus for r in rewards)
+    )
+    have = cfg.ray.num_cpus or os.cpu_count() or 1
+    if cpus > have + 1e-6:
+        raise ConfigError(
+            f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.num_cpus + "
+            "learner.num_cpus + rewards), "
+            f"but the local Ray has {have}; lower them or set ray.num_cpus={int(-(-cpus // 1))}"
+        )
+    gpus = (
+        cfg.learner.num_gpus + cfg.rollout.workers * cfg.rollout.num_gpus + sum(r.workers * r.num_gpus for r in rewards)
+    )
+    if gpus > 0 and gpus > _gpu_count() + 1e-6:
+        raise ConfigError(
+            f"learner.num_gpus, rollout.num_gpus: the actors reserve {gpus:g} GPUs, but torch finds "
+            f"{_gpu_count()} here; "
+            "set them to 0 or join a cluster with ray.address"
+        )
+    if cfg.ray.dashboard:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", cfg.ray.dashboard_port))
+            except OSError:
+                raise ConfigError(
+                    f"ray.dashboard_port: {cfg.ray.dashboard_port} is taken by another program; "
+                    f"choose another one, such as ray.dashboard_port={cfg.ray.dashboard_port + 1}, or "
+                    "ray.dashboard=false"
+                ) from None
+
+
+def check_writable(folder: Path, key: str = "run.dir") -> None:
+    """Creates the folder and writes into it. Raises `ConfigError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rushes-write-test-") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot write {describe_os_error(error, folder)}") from None
+
+
+def check_disk(cfg: Config, folder: Path) -> tuple[int, int]:
+    """(bytes a run needs at most, roughly; bytes free). Raises `ConfigError`."""
+    denoisers = 0
+    if is_local(cfg.generator.pretrained):
+        root = Path(cfg.generator.pretrained).expanduser()
+        denoisers = sum(weight_bytes(root / name) for name in ("transformer", "transformer_2", "unet"))
+    share = 1.0 if cfg.trainable.kind == "full" else 0.05
+    one = int(denoisers * share * 4)  # weights, two Adam moments, EMA
+    needed = 50 * 2**20 + one * (cfg.checkpoint.keep + 1) + int(denoisers * share) * 2
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"run.dir: {folder} has {free / 2**20:,.0f} MiB free, a run needs about "
+            f"{needed / 2**20:,.0f} MiB; free some "
+            "space, choose another run.dir or lower checkpoint.keep"
+        )
+    return needed, free

@@ -1,0 +1,285 @@
+"""Prompt sets: .txt (a line each, verbatim; blank lines are skipped), .jsonl or .parquet, and the cursor over them.
+
+Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file), `metadata`
+(a mapping handed to the scorers; in parquet a struct, a map or JSON text). Everything wrong with a row is an
+`InputError` that names file and line (parquet: row, from 1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import CheckpointError, InputError
+from pipeline.files import describe_os_error, did_you_mean
+from pipeline.types import PromptItem
+
+MAX_CHARACTERS = 4000
+COLUMNS = ("prompt", "negative", "image", "metadata")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def load_prompts(path: Path) -> list[PromptItem]:
+    """All prompts of a file, in order. Raises `InputError`."""
+    path = Path(path)
+    return [_item(path, where, index, row) for index, (where, row) in enumerate(_checked_rows(path))]
+
+
+def prompt_locations(path: Path) -> list[str]:
+    """'line 3' / 'row 3' of each prompt of a file, by `PromptItem.index`."""
+    return [where for where, _ in _checked_rows(Path(path))]
+
+
+def _checked_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if path.suffix not in SUFFIXES:
+        raise InputError(
+            f"{path}: prompts must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, found "
+            f"{path.suffix or 'no suffix'!r}"
+        )
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a prompts file")
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such prompts file{did_you_mean(path.name, siblings) or '; check the path'}")
+    rows = list(_parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path))
+    if not rows:
+        raise InputError(f"{path}: holds no prompts; put one in each {'row' if path.suffix == '.parquet' else 'line'}")
+    return rows
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        where = f"line {number}"
+        try:
+            line = raw.decode("utf-8").removesuffix("\r")
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, {where}: is not UTF-8 text; save the file as UTF-8") from None
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            yield where, {"prompt": line}
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, {where}: is not valid JSON ({error.msg}, column {error.colno}); write one object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(f'{path}, {where}: is not a JSON object; write {{"prompt": "…"}}')
+        yield where, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({_first_line(error)}); write it again") from None
+    if "prompt" not in table.column_names:
+        raise InputError(
+            f"{path}: has no column 'prompt' (columns: {', '.join(table.column_names) or 'none'}); rename one"
+        )
+    for number, row in enumerate(table.to_pylist(), start=1):
+        metadata = row.get("metadata")
+        where = f"row {number}"
+        if isinstance(metadata, str):
+            try:
+                row["metadata"] = json.loads(metadata)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, {where}: metadata is not valid JSON ({error.msg})") from None
+        elif isinstance(metadata, list):  # a parquet map
+            row["metadata"] = dict(metadata)
+        yield where, row
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _item(path: Path, where: str, index: int, row: dict[str, Any]) -> PromptItem:
+    place = f"{path}, {where}"
+    for key in row:
+        if key not in COLUMNS:
+            hint = did_you_mean(key, COLUMNS) or "; put what scorers need into 'metadata'"
+            raise InputError(f"{place}: unknown key {key!r}{hint} (keys: {', '.join(COLUMNS)})")
+    if "prompt" not in row:
+        raise InputError(f"{place}: the key 'prompt' is missing")
+    text, negative, image, metadata = (row.get(key) for key in COLUMNS)
+    if not isinstance(text, str):
+        raise InputError(f"{place}: 'prompt' must be text, found {text!r:.60}")
+    if not text.strip():
+        raise InputError(f"{place}: the prompt is empty; write one or remove the {where.split()[0]}")
+    for name, value in (("prompt", text), ("negative", negative)):
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{place}: {name!r} must be text, found {value!r:.60}")
+        if value is not None and len(value) > MAX_CHARACTERS:
+            raise InputError(
+                f"{place}: the {name} has {len(value):,} characters, the limit is {MAX_CHARACTERS:,}; "
+                "text encoders would cut it silently, so shorten it"
+            )
+        if value is not None and "\x00" in value:
+            raise InputError(f"{place}: the {name} holds a NUL character; remove it")
+    if image is not None:
+        if not isinstance(image, str) or not image:
+            raise InputError(f"{place}: 'image' must be a path, found {image!r:.60}")
+        file = path.parent / image
+        if not file.is_file():
+            raise InputError(
+                f"{place}: image {image!r} is not there (looked for {file}); paths are relative to the prompts file"
+            )
+        image = str(file.absolute())
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InputError(f"{place}: 'metadata' must be a mapping, found {metadata!r:.60}")
+    kept = {k: v for k, v in (metadata or {}).items() if v is not None}  # parquet fills absent fields with null
+    return PromptItem(index=index, text=text, negative=negative, image=image, metadata=kept)
+
+
+# -------------------------------------------------------------------------------------- what the encoder can hold
+
+
+def check_prompt_lengths(
+    prompts: Sequence[PromptItem], pretrained: str, call_kwargs: dict[str, Any], path: Path | None = None
+) -> None:
+    """Refuses prompts that every tokenizer of a local checkpoint would cut. Raises `InputError`.
+
+    A pipeline with several encoders (SD3: CLIP 77 tokens, T5 256) is fine as long as one of them reads the whole
+    prompt. Hub ids and checkpoints without a fast tokenizer (tokenizer.json) are not checked.
+    """
+    folder = Path(pretrained)
+    holders = [(tok, limit) for tok, limit in _tokenizers(folder, call_kwargs) if limit is not None]
+    if not holders:
+        return
+    for prompt in prompts:
+        for kind, text in (("prompt", prompt.text), ("negative prompt", prompt.negative)):
+            if not text:
+                continue
+            counts = [(len(tok.encode(text).ids), limit) for tok, limit in holders]
+            if any(count <= limit for count, limit in counts):
+                continue
+            count, limit = max(counts, key=lambda pair: pair[1])
+            where = (
+                f"{path}, {prompt_locations(path)[prompt.index]}" if path is not None else f"prompt {prompt.index + 1}"
+            )
+            raise InputError(
+                f"{where}: the {kind} {text[:40]!r}… has {count} tokens, the text encoder of "
+                f"{pretrained} reads {limit} "
+                "and would cut the rest silently; shorten it or raise generator.call.max_sequence_length"
+            )
+
+
+def _tokenizers(folder: Path, call_kwargs: dict[str, Any]) -> list[tuple[Any, int | None]]:
+    """(tokenizer, tokens it may hold) of each tokenizer folder; the limit is None where nothing is known."""
+    found = []
+    for sub in sorted(folder.glob("tokenizer*")):
+        file = sub / "tokenizer.json"
+        if not file.is_file():
+            continue
+        import tokenizers
+
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            settings = (
+                json.loads((sub / "tokenizer_config.json").read_text("utf-8"))
+                if (sub / "tokenizer_config.json").exists()
+                else {}
+            )
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InputError(
+                f"{file}: is not a readable tokenizer ({_first_line(error)}); copy the checkpoint again"
+            ) from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        stated = settings.get("model_max_length")
+        limit = int(stated) if isinstance(stated, int | float) and stated < 1_000_000 else None
+        asked = call_kwargs.get("max_sequence_length")
+        if asked is None and not _is_clip(settings):
+            asked = _default_sequence_length(folder)
+        if asked is not None and not (_is_clip(settings) and limit is not None):
+            limit = int(asked) if limit is None else min(limit, int(asked))
+        found.append((tokenizer, limit))
+    return found
+
+
+def _is_clip(settings: dict[str, Any]) -> bool:
+    """CLIP encoders always read model_max_length tokens; max_sequence_length is about T5-like ones."""
+    return "CLIP" in str(settings.get("tokenizer_class", ""))
+
+
+def _default_sequence_length(folder: Path) -> int | None:
+    """Default of `max_sequence_length` in the pipeline's `__call__`; None if it has no such argument."""
+    try:
+        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+        import diffusers
+
+        default = inspect.signature(getattr(diffusers, name).__call__).parameters["max_sequence_length"].default
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return default if isinstance(default, int) else None
+
+
+# --------------------------------------------------------------------------------------------------- the cursor
+
+
+class PromptCursor:
+    """Endless walk over a prompt set: each epoch is one permutation drawn from (seed, epoch) with PCG64.
+
+    `state()` after n calls of `next()` and `load_state` of it continue with prompt n + 1 exactly.
+    """
+
+    def __init__(self, prompts: Sequence[PromptItem], seed: int, shuffle: bool = True) -> None:
+        if not prompts:
+            raise InputError("the prompt set is empty")
+        self._prompts = list(prompts)
+        self._seed, self._shuffle = int(seed), bool(shuffle)
+        self._epoch, self._position = 0, 0
+        self._order = self._permutation(0)
+        text = "\n".join(f"{p.text}\x00{p.negative or ''}\x00{p.image or ''}" for p in self._prompts)
+        self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def next(self) -> PromptItem:
+        if self._position == len(self._prompts):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._permutation(self._epoch)
+        self._position += 1
+        return self._prompts[self._order[self._position - 1]]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "prompts": self._digest,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises `CheckpointError` when the state belongs to another prompt set or order."""
+        if state.get("prompts") != self._digest:
+            raise CheckpointError(
+                "the training prompts changed since the checkpoint; restore the file or start a new run"
+            )
+        if (state["seed"], state["shuffle"]) != (self._seed, self._shuffle):
+            raise CheckpointError(
+                "run.seed or prompts.shuffle changed since the checkpoint; restore them or start a new run"
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._permutation(self._epoch)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self._prompts)))
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
+        return rng.permutation(len(self._prompts)).tolist()

@@ -1,0 +1,255 @@
+"""The scene checker: reads attributes off pixels and gives credit for each one the caption asks for.
+
+No model is involved.  Objects are what stands out from the (plain) background; each is named by the palette
+colour most of its pixels are nearest to and by the shape template its mask fits best.  A blob that is no clear
+colour or fits no template gets no credit for that attribute, so smears are not rewarded by accident.
+
+The functions work on any frame size; thresholds are fractions of the frame or of a 48-pixel frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from pipeline import scenes
+from pipeline.errors import RewardError
+from pipeline.rewards.base import Scorer, register
+from pipeline.types import Media, PromptItem
+
+CONTRAST = 88.0  # RGB distance from the background at which a pixel is object: about half of an edge's blend
+SPECK = 26 / scenes.SIZE**2  # components smaller than this fraction of the frame are ignored
+GRID = 24  # masks are compared with the templates at this resolution
+MIN_FIT = 0.74  # least overlap (intersection over union) with a template to be called that shape
+MIN_PURITY = 0.6  # least share of an object's pixels that agree on its colour
+MAX_COLOUR_ERROR = 80.0  # RGB distance of an object's median colour from its palette entry
+CENTRE = 3.0 / scenes.SIZE  # an object nearer to the centre than this is on no side of the frame
+SPEED_CUT = 1.65 / scenes.SIZE  # fraction of the frame per frame step: between the slow and the quick range
+STILL = 0.3 / scenes.SIZE  # slower than this does not count as moving
+
+_NAMES = tuple(scenes.PALETTE)
+_COLOURS = np.array([scenes.PALETTE[name] for name in _NAMES], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object seen in a frame."""
+
+    colour: str | None
+    shape: str | None
+    x: float  # centre of its bounding box, as a fraction of the frame
+    y: float
+    area: int  # pixels
+
+
+@lru_cache(maxsize=1)
+def _templates() -> dict[str, np.ndarray]:
+    """Each shape's mask, bool [GRID, GRID], stretched to fill its bounding box."""
+    result = {}
+    for shape in scenes.SHAPES:
+        side = 400
+        image = Image.new("L", (side, side), 0)
+        canvas = ImageDraw.Draw(image)
+        corners = scenes.shape_polygon(shape)
+        if corners is None:
+            canvas.ellipse((0, 0, side - 1, side - 1), fill=255)
+        else:
+            low, high = corners.min(0), corners.max(0)
+            canvas.polygon([tuple(p) for p in (corners - low) / (high - low) * (side - 1)], fill=255)
+        result[shape] = np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX)) > 127
+    return result
+
+
+def _name_shape(mask: np.ndarray) -> str | None:
+    """Shape of one object's mask bool [h, w] cropped to its bounding box, or None."""
+    height, width = mask.shape
+    if not 0.66 < width / height < 1.5:
+        return None
+    image = Image.fromarray(mask.astype(np.uint8) * 255).resize((GRID, GRID), Image.Resampling.BILINEAR)
+    seen = np.asarray(image) > 127
+    fits = {name: (seen & t).sum() / (seen | t).sum() for name, t in _templates().items()}
+    best = max(fits, key=fits.__getitem__)
+    return best if fits[best] >= MIN_FIT else None
+
+
+def find_objects(frame: np.ndarray) -> list[Found]:
+    """Objects of a frame uint8 [H, W, 3], largest first."""
+    height, width = frame.shape[:2]
+    pixels = frame.astype(np.float32)
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, 0], pixels[:, -1]])
+    far = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1) > CONTRAST
+    nearest = np.linalg.norm(pixels[:, :, None] - _COLOURS, axis=-1).argmin(-1)
+    least = SPECK * height * width
+    found = []
+    labels, _ = ndimage.label(far)
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        mask = labels[box] == label
+        if mask.sum() < least:
+            continue
+        for part in _split_colours(mask, nearest[box], least):
+            rows, columns = np.nonzero(part.any(1))[0], np.nonzero(part.any(0))[0]
+            top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+            found.append(
+                Found(
+                    colour=_name_colour(pixels[box][part], nearest[box][part]),
+                    shape=_name_shape(part[top:bottom, left:right]),
+                    x=(box[1].start + (left + right) / 2) / width,
+                    y=(box[0].start + (top + bottom) / 2) / height,
+                    area=int(part.sum()),
+                )
+            )
+    return sorted(found, key=lambda item: -item.area)
+
+
+def _split_colours(mask: np.ndarray, nearest: np.ndarray, least: float) -> list[np.ndarray]:
+    """One mask per object: touching objects of different colours are one blob until parted here."""
+    shares = np.bincount(nearest[mask], minlength=len(_NAMES)) / mask.sum()
+    strong = np.flatnonzero(shares > 0.25)
+    if len(strong) < 2:
+        return [mask]
+    parts = []
+    for colour in strong:
+        labels, count = ndimage.label(mask & (nearest == colour))
+        parts += [labels == i for i in range(1, count + 1) if (labels == i).sum() >= least]
+    return parts or [mask]
+
+
+def _name_colour(pixels: np.ndarray, nearest: np.ndarray) -> str | None:
+    """Palette name of an object from its pixels float [N, 3] and their nearest palette indices [N], or None."""
+    votes = np.bincount(nearest, minlength=len(_NAMES))
+    best = int(votes.argmax())
+    off = np.linalg.norm(np.median(pixels, axis=0) - _COLOURS[best])
+    return _NAMES[best] if votes[best] >= MIN_PURITY * len(nearest) and off < MAX_COLOUR_ERROR else None
+
+
+def _dominant(dx: float, dy: float, least: float, names: dict[tuple[int, int], str]) -> str | None:
+    """Name of the side a displacement points to: the larger component decides and must reach ``least``."""
+    if max(abs(dx), abs(dy)) < least:
+        return None
+    step = (int(np.sign(dx)), 0) if abs(dx) > abs(dy) else (0, int(np.sign(dy)))
+    return names[step]
+
+
+_SIDES = {scenes.STEPS[name]: name for name in scenes.POSITIONS}
+_RELATIONS = {scenes.STEPS[name]: name for name in scenes.RELATIONS}
+_DIRECTIONS = {scenes.STEPS[name]: name for name in scenes.DIRECTIONS}
+
+
+def check_image(frame: np.ndarray, caption: str) -> dict[str, float]:
+    """Credit in [0, 1] for each attribute ``caption`` asks of one frame uint8 [H, W, 3].
+
+    Keys: ``colour``, ``shape``, ``count`` always; ``position`` or ``relation`` where the caption has one.  Of a
+    moving scene's caption a single frame is asked for the object only.  An empty frame has credit nowhere.
+    """
+    scene = scenes.parse_caption(caption)
+    found = find_objects(frame)
+    if scene.relation is not None:
+        return _check_relation(found, scene)
+    credits = {
+        "colour": 0.0,
+        "shape": 0.0,
+        "count": max(0.0, 1 - abs(len(found) - scene.count) / scene.count),
+    }
+    if scene.position is not None:
+        credits["position"] = 0.0
+    if found:
+        credits["colour"] = float(np.mean([item.colour == scene.colour for item in found]))
+        credits["shape"] = float(np.mean([item.shape == scene.shape for item in found]))
+        if scene.position is not None:
+            side = _dominant(found[0].x - 0.5, found[0].y - 0.5, CENTRE, _SIDES)
+            credits["position"] = float(side == scene.position)
+    return credits
+
+
+def _check_relation(found: list[Found], scene: scenes.Scene) -> dict[str, float]:
+    """Credits of a two-object caption: the objects seen are matched to the two named ones at their best."""
+    wanted = scene.pairs
+    best = {"colour": 0.0, "shape": 0.0, "relation": 0.0}
+    seats: list[Found | None] = [*found[:4], None]
+    for chosen in permutations(seats + [None], 2):
+        colours = [item is not None and item.colour == pair[0] for item, pair in zip(chosen, wanted, strict=True)]
+        shapes = [item is not None and item.shape == pair[1] for item, pair in zip(chosen, wanted, strict=True)]
+        credits = {"colour": float(np.mean(colours)), "shape": float(np.mean(shapes)), "relation": 0.0}
+        first, second = chosen
+        # An object counts as the named one if its colour, or failing that its shape, says so.
+        if first is not None and second is not None and all(c or s for c, s in zip(colours, shapes, strict=True)):
+            seen = _dominant(first.x - second.x, first.y - second.y, CENTRE, _RELATIONS)
+            credits["relation"] = float(seen == scene.relation)
+        if sum(credits.values()) > sum(best.values()):
+            best = credits
+    return best | {"count": max(0.0, 1 - abs(len(found) - 2) / 2)}
+
+
+def check_motion(frames: np.ndarray, caption: str) -> dict[str, float]:
+    """Credit for ``direction`` and ``speed`` of a clip uint8 [F, H, W, 3]; nothing where nothing moves.
+
+    The largest object's centre is fitted with a straight line over the frames in which one is seen, which must be
+    most of them.  The speed words are told apart by the line's slope, in frame widths per frame step.
+    """
+    scene = scenes.parse_caption(caption)
+    if not scene.is_video:
+        raise ValueError(f"caption {caption!r} names no motion")
+    credits = {"direction": 0.0, "speed": 0.0}
+    seen = [(t, objects[0]) for t, objects in enumerate(map(find_objects, frames)) if objects]
+    if len(seen) < max(2, 0.6 * len(frames)):
+        return credits
+    times = np.array([t for t, _ in seen], dtype=float)
+    dx = float(np.polyfit(times, [item.x for _, item in seen], 1)[0])
+    dy = float(np.polyfit(times, [item.y for _, item in seen], 1)[0])
+    along, across = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    if along < STILL:
+        return credits
+    straight = across < 0.6 * along
+    credits["direction"] = float(straight and _dominant(dx, dy, STILL, _DIRECTIONS) == scene.direction)
+    credits["speed"] = float(("quickly" if along > SPEED_CUT else "slowly") == scene.speed)
+    return credits
+
+
+def _columns(credits: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
+    """Scores and parts, float32 [K] each, of K takes' credits; a part a caption does not ask for is NaN."""
+    score = np.array([np.mean(list(row.values())) for row in credits], dtype=np.float32)
+    names = sorted({name for row in credits for name in row})
+    return {"score": score} | {
+        name: np.array([row.get(name, np.nan) for row in credits], dtype=np.float32) for name in names
+    }
+
+
+def _in_grammar(prompt: PromptItem, video: bool = False) -> str:
+    """The prompt's text, or a RewardError where the checker cannot judge it."""
+    try:
+        scene = scenes.parse_caption(prompt.text)
+    except ValueError as error:
+        raise RewardError(f"the scene checker cannot judge this prompt: {error}") from error
+    if video and not scene.is_video:
+        raise RewardError(f"the motion checker needs a caption with a motion, not {prompt.text!r}")
+    return prompt.text
+
+
+@register("scene")
+class SceneScorer(Scorer):
+    """Does one frame show what the caption says?  Mean credit over the attributes it names."""
+
+    reads = "frame"
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        """Scores and parts float32 [K] of ``media.frames`` uint8 [K, 1, H, W, 3]."""
+        texts = [_in_grammar(prompt) for prompt in prompts]
+        return _columns([check_image(take[0], text) for take, text in zip(media.frames, texts, strict=True)])
+
+
+@register("motion")
+class MotionScorer(Scorer):
+    """Does the object move the way and at the pace the caption says?  Mean of the two credits."""
+
+    reads = "video"
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        """Scores and parts float32 [K] of ``media.frames`` uint8 [K, F, H, W, 3]."""
+        texts = [_in_grammar(prompt, video=True) for prompt in prompts]
+        return _columns([check_motion(take, text) for take, text in zip(media.frames, texts, strict=True)])

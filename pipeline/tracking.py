@@ -1,0 +1,234 @@
+"""Metrics and media out of a run: metrics.jsonl always, TensorBoard / W&B / MLflow behind the same three methods."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, RushesError
+from pipeline.files import atomic_write, describe_os_error
+from pipeline.media import enlarge, view_scale
+from pipeline.types import Media
+
+METRICS_FILE = "metrics.jsonl"
+MAX_STRIP_FRAMES = 8
+
+
+class Tracker(ABC):
+    """Where metrics go. `metrics` are finite floats by name (`ratio/max`), `step` counts optimisation steps."""
+
+    @abstractmethod
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def log_media(self, step: int, tag: str, media: Media) -> None:
+        """Pictures as a grid, videos as one strip of frames per take. Trackers without media ignore it."""
+        return
+
+    def close(self) -> None:
+        """Flushes what is still held back."""
+        return
+
+
+def check_finite(step: int, metrics: dict[str, float]) -> None:
+    """Raises `RushesError` naming the metric: a NaN in the metrics means a broken step, not a number to draw."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        values = ", ".join(f"{name} = {metrics[name]}" for name in bad[:4])
+        raise RushesError(
+            f"step {step}: {values} is not finite; lower optimizer.lr or check the reward (see docs/troubleshooting.md)"
+        )
+
+
+def media_grid(media: Media) -> np.ndarray:
+    """uint8 [H, W, 3]: pictures in a near-square grid; of videos a row of up to 8 frames per take."""
+    frames = enlarge(media.frames, max(1, view_scale(*media.frames.shape[2:4]) // 2))
+    takes, count, height, width, _ = frames.shape
+    if count > 1:
+        chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_STRIP_FRAMES)).round().astype(int))
+        cells, columns = frames[:, chosen].reshape(-1, height, width, 3), len(chosen)
+    else:
+        cells, columns = frames[:, 0], math.ceil(math.sqrt(takes))
+    rows = -(-len(cells) // columns)
+    gap = 2
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, cell in enumerate(cells):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = cell
+    return grid
+
+
+class JsonlTracker(Tracker):
+    """One line per step: {"step": n, "time": unix seconds, "<metric>": float, ...}."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}, allow_nan=False)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise RushesError(f"cannot write {describe_os_error(error, self.path)}") from error
+
+
+class TensorBoardTracker(Tracker):
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), flush_secs=10)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_media(self, step: int, tag: str, media: Media) -> None:
+        self._writer.add_image(tag, media_grid(media), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker(Tracker):
+    """Resumes the W&B run whose id is kept in the run folder."""
+
+    def __init__(self, cfg: Config, run_dir: Path) -> None:
+        import wandb
+
+        file = run_dir / "wandb_id.txt"
+        run_id = file.read_text().strip() if file.exists() else None
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=cfg.tracking.project,
+            name=run_dir.name,
+            id=run_id,
+            resume="allow" if run_id else None,
+            dir=str(run_dir),
+            config=cfg.model_dump(mode="json"),
+        )
+        file.write_text(self._run.id)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def log_media(self, step: int, tag: str, media: Media) -> None:
+        self._run.log({tag: self._wandb.Image(media_grid(media))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowTracker(Tracker):
+    """Continues the MLflow run whose id is kept in the run folder."""
+
+    def __init__(self, cfg: Config, run_dir: Path) -> None:
+        import mlflow
+
+        file = run_dir / "mlflow_id.txt"
+        self._client: Any = mlflow.MlflowClient()
+        found = self._client.get_experiment_by_name(cfg.tracking.project)
+        experiment = found.experiment_id if found else self._client.create_experiment(cfg.tracking.project)
+        if file.exists():
+            self._run = file.read_text().strip()
+        else:
+            self._run = self._client.create_run(experiment, run_name=run_dir.name).info.run_id
+            file.write_text(self._run)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def log_media(self, step: int, tag: str, media: Media) -> None:
+        self._client.log_image(self._run, media_grid(media), f"{tag.replace('/', '_')}-{step:06d}.png")
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class Trackers(Tracker):
+    """Several trackers as one; refuses values that are not finite before anything is written."""
+
+    def __init__(self, members: list[Tracker]) -> None:
+        self.members = members
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        check_finite(step, values)
+        for member in self.members:
+            member.log(step, values)
+
+    def log_media(self, step: int, tag: str, media: Media) -> None:
+        for member in self.members:
+            member.log_media(step, tag, media)
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
+
+def make_tracker(cfg: Config, run_dir: Path) -> Tracker:
+    """metrics.jsonl and the configured backends. Raises `ConfigError` when one cannot start."""
+    run_dir = Path(run_dir)
+    members: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE)]
+    build = {
+        "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard"),
+        "wandb": lambda: WandbTracker(cfg, run_dir),
+        "mlflow": lambda: MlflowTracker(cfg, run_dir),
+    }
+    for backend in cfg.tracking.backends:
+        try:
+            members.append(build[backend]())
+        except Exception as error:  # each backend has its own kinds
+            raise ConfigError(
+                f"tracking.backends: {backend} did not start ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); "
+                "fix that or remove it from the list"
+            ) from error
+    return Trackers(members)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    return read_jsonl(Path(run_dir) / METRICS_FILE)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file ([] if it is not there); a half-written last line is left out. Raises `RushesError`."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text("utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the writer was stopped in the middle
+                break
+            raise RushesError(f"{path}:{number}: is not valid JSON ({error.msg}); remove the line") from None
+    return rows
+
+
+def metrics_after_resume(run_dir: Path, step: int) -> int:
+    """Drops the lines of metrics.jsonl and evals.jsonl with `step` or later, which the resumed run writes again.
+
+    Returns how many were dropped.
+    """
+    dropped = 0
+    for name in (METRICS_FILE, "evals.jsonl"):
+        path = Path(run_dir) / name
+        if not path.exists():
+            continue
+        rows = read_jsonl(path)
+        kept = [row for row in rows if row["step"] < step]
+        dropped += len(rows) - len(kept)
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return dropped

@@ -1,0 +1,205 @@
+"""Checkpoints are whole or absent, corrupt ones are refused by name, and another config cannot resume them."""
+
+import errno
+import json
+import logging
+import os
+import resource
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.config import Config
+from pipeline.errors import CheckpointError
+
+
+def config(**changes) -> Config:
+    data = {
+        "generator": {"pretrained": "models/x"},
+        "prompts": {"train": "p.txt"},
+        "rewards": {"r": {"scorer": "jpeg_compressibility"}},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        data.setdefault(section, {})[name] = value
+    return Config.model_validate(data)
+
+
+def tensors(value=1.0):
+    return {"lora.a": torch.full((4, 3), value), "half": torch.ones(5, dtype=torch.bfloat16), "step": torch.tensor(7)}
+
+
+def save(root, step, value=1.0, keep=10, cfg=None):
+    return checkpoint.save(root, step, tensors(value), {"version": step}, {"cursor": [1, 2]}, cfg or config(), keep)
+
+
+def test_round_trip_is_exact(tmp_path):
+    folder = save(tmp_path, 25, value=0.1)
+    assert folder == tmp_path / "step-000025" == checkpoint.latest(tmp_path)
+    loaded, state = checkpoint.load(folder)
+    for name, tensor in tensors(0.1).items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+    assert state == {"learner": {"version": 25}, "controller": {"cursor": [1, 2]}} == checkpoint.read_state(folder)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".partial")]
+    assert {p.name for p in folder.iterdir()} == {"tensors.safetensors", "state.json", "identity.json", "MANIFEST.json"}
+
+
+def test_keeps_the_last_n_and_replaces_the_same_step(tmp_path):
+    for step in (1, 2, 3, 3, 4):
+        save(tmp_path, step, value=step, keep=2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000004", "step-000003"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_newest_is_by_number_not_by_name_or_time(tmp_path):
+    save(tmp_path, 1_000_000)
+    save(tmp_path, 999_999)
+    assert checkpoint.latest(tmp_path).name == "step-1000000"
+
+
+def test_half_written_folders_are_skipped_with_a_log(tmp_path, caplog):
+    assert checkpoint.latest(tmp_path / "none") is None
+    save(tmp_path, 1)
+    newer = save(tmp_path, 2)
+    (newer / "MANIFEST.json").unlink()
+    (tmp_path / ".partial-step-000003-1").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest(tmp_path).name == "step-000001"
+    assert "step-000002" in caplog.text and "skipped" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["tensors", "state", "manifest", "rename"])
+def test_killed_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, when):
+    """A kill at any point: nothing after it runs, so the partial folder stays as it was."""
+    save(tmp_path, 1)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    if when == "tensors":
+        monkeypatch.setattr("safetensors.torch.save_file", die)
+    elif when == "state":
+        monkeypatch.setattr(checkpoint.Path, "write_text", die)
+    elif when == "manifest":
+        monkeypatch.setattr(checkpoint, "_fingerprint", die)
+    else:
+        monkeypatch.setattr(os, "rename", die)
+    with pytest.raises(Killed):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path).name == "step-000001"
+    save(tmp_path, 2)  # the left-over does not disturb the next attempt
+    assert checkpoint.latest(tmp_path).name == "step-000002"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "format", "unlisted"])
+def test_corrupt_complete_ones_are_refused_naming_the_good_one(tmp_path, damage):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    path, manifest = folder / "tensors.safetensors", folder / "MANIFEST.json"
+    if damage == "flip":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "delete":
+        path.unlink()
+    elif damage == "manifest":
+        manifest.write_text("{")
+    else:
+        plain = json.loads(manifest.read_text())
+        if damage == "format":
+            plain["format"] = 99
+        else:
+            del plain["files"]["state.json"]
+        manifest.write_text(json.dumps(plain))
+    for call in (lambda: checkpoint.latest(tmp_path), lambda: checkpoint.load(folder)):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        text = str(error.value)
+        assert "step-000002 is corrupt" in text and "step-000001" in text and "\n" not in text
+
+
+def test_corrupt_only_one_says_so(tmp_path):
+    folder = save(tmp_path, 2)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no earlier good one"):
+        checkpoint.latest(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.load(tmp_path / "step-000009")
+
+
+def test_disk_full_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError) as error:
+        save(tmp_path, 2)
+    for words in ("disk is full", "step-000002", "step-000001 is intact"):
+        assert words in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    checkpoint.load(checkpoint.latest(tmp_path))
+
+
+def test_a_real_write_error_inside_safetensors_is_recognised(tmp_path):
+    """safetensors words the system's errors as its own; here a file-size limit stands for the full disk."""
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    try:
+        with pytest.raises(CheckpointError, match="step-000001 is intact"):
+            big = {"big": torch.zeros(100_000)}
+            checkpoint.save(tmp_path, 2, big, {}, {}, config(), 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(CheckpointError, match="no permission"):
+            save(tmp_path, 2)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        save(tmp_path / "checkpoints", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"algorithm__group_size": 4}, "algorithm.group_size"),
+        ({"generator__pretrained": "models/y"}, "generator.pretrained"),
+        ({"sampler__noise_level": 0.5}, "sampler.noise_level"),
+        ({"trainable__rank": 8}, "trainable.rank"),
+        ({"prompts__train": "q.txt"}, "prompts.train"),
+        ({"run__seed": 3}, "run.seed"),
+        ({"sampler__window": {"kind": "random", "size": 3}}, "sampler.window.kind"),
+    ],
+)
+def test_another_config_is_refused_naming_the_key(tmp_path, change, key):
+    folder = save(tmp_path, 2)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.check_config(folder, config(**change))
+    assert f"{key} was " in str(error.value)
+
+
+def test_harmless_changes_may_resume(tmp_path):
+    folder = save(tmp_path, 2)
+    checkpoint.check_config(folder, config(run__steps=500, rollout__workers=4, checkpoint__every=1))

@@ -1,0 +1,175 @@
+"""Configs: defaults, overrides, and one clear line for everything that is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config
+from pipeline.config_io import docs_markdown, leaves, load_config, to_yaml
+from pipeline.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+GOOD = """
+generator:
+  pretrained: models/x
+prompts:
+  train: train.txt
+rewards:
+  jpeg:
+    scorer: jpeg_compressibility
+"""
+
+
+def write(tmp_path, text=GOOD, name="run.yaml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_and_overrides(tmp_path):
+    config = load_config(
+        write(tmp_path),
+        [
+            "run.steps=7",
+            "optimizer.lr=3e-4",
+            "rewards.extra.scorer=jpeg_incompressibility",
+            "rewards.extra.args.scale=1e2",
+            "generator.call.max_sequence_length=64",
+            "trainable.targets=[to_q, to_k]",
+            "run.name=007",
+        ],
+    )
+    assert config.run.steps == 7 and config.optimizer.lr == 3e-4
+    assert config.rewards["extra"].args == {"scale": 100.0}
+    assert config.generator.call == {"max_sequence_length": 64}
+    assert config.trainable.targets == ["to_q", "to_k"]
+    assert config.run.name == "007"
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load_config(write(tmp_path), ["optimizer.lr=1e-5", "rewards.jpeg.args.scale=1e-3"])
+    again = load_config(write(tmp_path, to_yaml(config), "resolved.yaml"))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("algorithm.group_sizes=4", ["algorithm.group_sizes", "unknown key", "did you mean algorithm.group_size?"]),
+        ("lr=1", ["lr: unknown key", "optimizer.lr"]),
+        ("sampler.kind=flow_sd", ["sampler.kind", "'flow_sd'", "dance_sde", "did you mean flow_sde?"]),
+        ("run.steps=abc", ["run.steps", "'abc'", "whole number >= 1"]),
+        ("run.steps=0", ["run.steps", "found 0", ">= 1"]),
+        ("run.steps=2.5", ["run.steps", "2.5", "whole number"]),
+        ("run.steps=true", ["run.steps", "found true"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "inf"]),
+        ("optimizer.lr=", ["optimizer.lr", "nothing (null)", "number > 0"]),
+        ("trainable.targets=3", ["trainable.targets", "found 3", "list of (text) or auto"]),
+        ("trainable.targets=[1]", ["trainable.targets", "list of (text)"]),
+        ("rewards.jpeg.segments.count=0", ["rewards.jpeg.segments.count", "whole number >= 1"]),
+        ("rewards.jpeg.wieght=1", ["rewards.jpeg.wieght", "did you mean rewards.jpeg.weight?"]),
+        ("rewards.other.weight=1", ["rewards.other.scorer", "is missing"]),
+        ("rewards={}", ["rewards: found none", "at least one"]),
+        ("rewards=[a]", ["rewards", "a list"]),
+        ("run=5", ["run: found 5", "section", "steps"]),
+        ("run.steps.more=5", ["override: run.steps: found a mapping"]),
+        ("sampler.steps=1", ["sampler.steps", "use 2 or more"]),
+        ("run.steps", ["key=value"]),
+        ("run.steps=[1", ["not valid YAML"]),
+        ("rewards.jpeg.weight=0", ["every weight is 0"]),
+        ("tracking.backends=[tensorbord]", ["tracking.backends", "tensorboard"]),
+    ],
+)
+def test_every_wrong_override_is_one_clear_line(tmp_path, override, parts):
+    message = error_of(write(tmp_path), override)
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("", ["is empty"]),
+        ("- a\n- b\n", ["holds a list", "mapping of sections"]),
+        ("run:\n\tsteps: 1\n", [":2:1", "not valid YAML", "tabs"]),
+        ("run: {steps: 1\n", ["not valid YAML"]),
+        (GOOD + "run:\n  steps: 1\n  steps: 2\n", [":11", "run.steps is given twice", "line 10"]),
+        (GOOD + "run: {}\nrun: {}\n", ["run is given twice"]),
+        (GOOD.replace("pretrained", "pretraind"), [":3", "did you mean generator.pretrained?"]),
+        (GOOD.replace("generator:\n  pretrained: models/x\n", ""), ["generator: this section is missing"]),
+        ("rewards: {}\n" + GOOD.split("rewards")[0], [":1", "rewards: found none"]),
+        (GOOD + "run: {steps: x}\n", [":9", "run.steps", "'x'"]),
+        ("a: !!python/object:os.system {}\n", ["not valid YAML"]),
+        (GOOD + "? [1, 2]\n: 3\n", ["key must be plain text"]),
+        (GOOD + "7: 3\n", ["key 7 must be text"]),
+    ],
+)
+def test_every_wrong_file_is_one_clear_line(tmp_path, text, parts):
+    path = write(tmp_path, text)
+    message = error_of(path)
+    assert "run.yaml" in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_file_errors(tmp_path):
+    write(tmp_path, name="quickstart.yaml")
+    assert "did you mean quickstart.yaml?" in error_of(tmp_path / "quikstart.yaml")
+    assert "is a folder" in error_of(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in error_of(tmp_path / "binary.yaml")
+
+
+def test_paths_beside_the_config_are_found(tmp_path):
+    (tmp_path / "train.txt").write_text("a")
+    (tmp_path / "mine.py").write_text("")
+    config = load_config(write(tmp_path), ["rewards.jpeg.scorer=mine.py:score"])
+    assert config.prompts.train == tmp_path / "train.txt"
+    assert config.rewards["jpeg"].scorer == f"{tmp_path / 'mine.py'}:score"
+
+
+def test_reward_file_in_the_working_directory_becomes_absolute(tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    Path("mine.py").write_text("")
+    config = load_config(write(tmp_path), ["rewards.jpeg.scorer=mine.py:score"])
+    assert config.rewards["jpeg"].scorer == f"{tmp_path / 'cwd' / 'mine.py'}:score"
+
+
+def test_schema_is_small_and_described():
+    assert len(leaves()) < 100
+    assert all(leaf.description for leaf in leaves())
+    defaults = {leaf.path: leaf.default for leaf in leaves()}
+    assert defaults["tracking.backends"] == ["tensorboard"] and defaults["generator.pretrained"] is ...
+
+
+def test_docs_are_current():
+    assert (ROOT / "docs/config.md").read_text("utf-8") == docs_markdown(), (
+        "stale; run: python -m pipeline.config_io > docs/config.md"
+    )
+
+
+def test_every_key_is_read_by_something():
+    sources = "\n".join(
+        p.read_text("utf-8")
+        for folder in ("pipeline", "actors", "jobs")
+        for p in (ROOT / folder).rglob("*.py")
+        if p.name not in ("config.py", "config_io.py")
+    )
+    unread = [leaf.path for leaf in leaves() if f".{leaf.path.rsplit('.', 1)[-1]}" not in sources]
+    assert not unread, f"nothing reads {unread}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    assert isinstance(load_config(path), Config)
+    assert yaml.safe_load(path.read_text())

@@ -1,0 +1,191 @@
+"""Each thing that can be wrong before a model is loaded, found by its files alone."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from fake_checkpoint import fake_config
+
+from pipeline import preflight
+from pipeline.checkpoint_files import check_safetensors, is_local
+from pipeline.errors import ConfigError, InputError, RushesError
+
+
+def error_of(cfg):
+    with pytest.raises((ConfigError, InputError)) as caught:
+        preflight.check_all(cfg)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_good_config_passes_and_reports(tmp_path):
+    result = preflight.check_all(fake_config(tmp_path))
+    assert len(result.train) == 2 and len(result.heldout) == 1 and "transformer" in result.components
+    assert 0 < result.disk_needed < result.disk_free
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_no_torch_is_imported(tmp_path):
+    code = (
+        "import sys, pathlib; sys.path[:0] = ['.', 'tests']; from fake_checkpoint import fake_config;"
+        "from pipeline.preflight import check_all; check_all(fake_config(pathlib.Path(sys.argv[1])));"
+        "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60).returncode == 0
+
+
+def weights(root):
+    return root / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def cut(root):
+    weights(root).write_bytes(weights(root).read_bytes()[:-100])
+
+
+def lengthen(root):
+    weights(root).write_bytes(weights(root).read_bytes() + b"x")
+
+
+def garbage(root):
+    weights(root).write_bytes(b"\xff" * 4000)
+
+
+def bad_header(root):
+    data = bytearray(weights(root).read_bytes())
+    data[10:20] = b"\x00" * 10
+    weights(root).write_bytes(data)
+
+
+def lfs(root):
+    weights(root).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n")
+
+
+def pickled(root):
+    weights(root).rename(weights(root).with_suffix(".bin"))
+
+
+def missing_shard(root):
+    index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "part-2.safetensors"}}
+    (root / "model/transformer/x.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "spoil, parts",
+    [
+        (cut, ["transformer/diffusion_pytorch_model.safetensors", "header states", "copy it again"]),
+        (lengthen, ["header states"]),
+        (garbage, ["not a complete safetensors file"]),
+        (bad_header, ["header cannot be read"]),
+        (lfs, ["git lfs pull"]),
+        (pickled, ["pickle", "safe_serialization"]),
+        (missing_shard, ["part-2.safetensors", "missing"]),
+        (lambda r: weights(r).unlink(), ["no .safetensors weights"]),
+        (lambda r: shutil.rmtree(r / "model/vae"), ["vae", "folder is missing"]),
+        (lambda r: (r / "model/vae/config.json").unlink(), ["vae/config.json", "is missing"]),
+        (lambda r: (r / "model/scheduler/scheduler_config.json").write_text("{"), ["scheduler_config.json", "JSON"]),
+        (lambda r: (r / "model/model_index.json").unlink(), ["no model_index.json", "save_pretrained"]),
+        (lambda r: (r / "model/model_index.json").write_text("[]"), ["model_index.json", "object"]),
+        (lambda r: (r / "model/model_index.json").write_text("{}"), ["_class_name"]),
+        (lambda r: shutil.rmtree(r / "model"), ["no such folder", "hub id"]),
+    ],
+)
+def test_spoilt_generators_are_named(tmp_path, spoil, parts):
+    cfg = fake_config(tmp_path)
+    spoil(tmp_path)
+    message = error_of(cfg)
+    for part in ["generator.pretrained", *parts]:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "sections, parts",
+    [
+        ({"generator": {"height": 50}}, ["generator.height: found 50", "multiple of 16", "48 or 64"]),
+        ({"generator": {"num_frames": 8}}, ["generator.num_frames: found 8", "4 n + 1", "5 or 9"]),
+        ({"generator": {"fps": 1000}}, ["generator.fps"]),
+        ({"sampler": {"kind": "ddim"}}, ["sampler.kind: ddim", "flow_sde"]),
+        ({"rewards": {"a": {"scorer": "jpeg_compresibility"}}}, ["rewards.a", "did you mean jpeg_compressibility?"]),
+        ({"rewards": {"a": {"scorer": "nothing.py:score"}}}, ["rewards.a", "nothing.py is not there"]),
+        (
+            {"rewards": {"a": {"scorer": "jpeg_compressibility", "args": {"q": 1}}}},
+            ["rewards.a.args.q", "no such option"],
+        ),
+        ({"tracking": {"backends": ["mlflow"]}}, ["tracking.backends: mlflow", "pip install 'rushes[mlflow]'"]),
+        ({"learner": {"device": "gpu"}}, ["learner.device: found 'gpu'", "cuda"]),
+        ({"learner": {"num_cpus": 9}}, ["ray.num_cpus", "reserve 9.6 CPUs", "has 4"]),
+        ({"prompts": {"heldout": None}, "evaluation": {"every": 5}}, ["evaluation.every", "prompts.heldout"]),
+        (
+            {"sampler": {"window": {"kind": "sliding", "every": 500}}},
+            ["sampler.window.every: 500", "never moves"],
+        ),
+    ],
+)
+def test_wrong_configs_are_named(tmp_path, sections, parts):
+    message = error_of(fake_config(tmp_path, **sections))
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("scheduler, wanted", [("DDPMScheduler", "ddim"), ("LCMScheduler", "lcm")])
+def test_epsilon_models_need_their_own_sampler(tmp_path, scheduler, wanted):
+    cfg = fake_config(tmp_path)
+    index = tmp_path / "model/model_index.json"
+    index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", scheduler))
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
+    assert f"use {wanted}" in error_of(cfg)
+
+
+def test_missing_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_gpu_count", lambda: 0)
+    assert "learner.device: cuda is asked for" in error_of(fake_config(tmp_path, learner={"device": "cuda"}))
+    assert "reserve 1 GPUs" in error_of(fake_config(tmp_path, learner={"num_gpus": 1}))
+    monkeypatch.setattr(preflight, "_gpu_count", lambda: 2)
+    assert "only 2 GPUs" in error_of(fake_config(tmp_path, rollout={"device": "cuda:2"}))
+
+
+def test_overlap_of_train_and_heldout(tmp_path):
+    cfg = fake_config(tmp_path)
+    (tmp_path / "heldout.txt").write_text("new\n\na blue cross\n")
+    message = error_of(cfg)
+    assert "heldout.txt, line 3" in message and "train.txt, line 2" in message and "remove it" in message
+
+
+def test_taken_dashboard_port(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = error_of(fake_config(tmp_path, ray={"dashboard": True, "dashboard_port": port}))
+    assert f"ray.dashboard_port: {port} is taken" in message and f"dashboard_port={port + 1}" in message
+
+
+def test_run_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(fake_config(tmp_path, run={"dir": str(tmp_path / "file" / "runs")}))
+    assert "run.dir: cannot write" in message and "file stands where a folder is needed" in message
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(100, 99, 1 << 20)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    assert "1 MiB free" in error_of(fake_config(tmp_path))
+
+
+def test_video_scorers_need_videos(tmp_path):
+    cfg = fake_config(tmp_path, generator={"num_frames": 1}, rewards={"m": {"scorer": "motion"}})
+    assert "reads videos" in error_of(cfg)
+
+
+def test_hub_ids_pass():
+    assert not is_local("stabilityai/stable-diffusion-3.5-medium")
+    assert is_local("/data/model") and is_local("./a/b") and is_local("models") and is_local("a/b/c")
+
+
+def test_safetensors_header_is_returned(tmp_path):
+    fake_config(tmp_path)
+    assert check_safetensors(weights(tmp_path))["weight"]["shape"] == [64, 64]
+    with pytest.raises(RushesError, match="no such file"):
+        check_safetensors(tmp_path / "missing.safetensors")

@@ -1,0 +1,332 @@
+"""The whole loop on a real local Ray, with a tiny random-weight generator. One Ray for all tests of this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import tiny
+
+from actors.common import RunContext
+from actors.controller import Controller
+from actors.failures import root
+from actors.rollout import RolloutWorker
+from jobs.local_ray import RaySession
+from pipeline import checkpoint
+from pipeline.config import Config
+from pipeline.config_io import to_yaml
+from pipeline.errors import RunFailed, RushesError, UnsupportedPolicyError
+from pipeline.plan import train_work
+from pipeline.run_dir import RunDir
+from pipeline.types import PolicyVersion, PromptItem
+from pipeline.wire import checksum, tree_bytes
+
+TIMED = ("time", "queue/", "takes_per_s", "retries")
+
+REWARDS = """
+import time
+import numpy as np
+
+def brightness(frames, prompts):
+    return frames.reshape(len(prompts), -1).mean(1) / 255
+
+def slow(frames, prompts):
+    time.sleep(0.2)
+    return brightness(frames, prompts)
+
+def broken(frames, prompts):
+    raise ZeroDivisionError("the scorer's own words")
+
+def flat(frames, prompts):
+    return np.zeros(len(prompts))
+
+for function in (brightness, slow, broken, flat):
+    function.batched = True
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    base = tiny.config(Path("unused"), ray={"address": "local", "num_cpus": 8, "object_store_mb": 200})
+    with RaySession(base) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "train.txt").write_text("a red circle\nb blue square\nc green circle\na blue circle\nb red square\n")
+    (folder / "heldout.txt").write_text("c red square\na green square\nb green circle\nc blue circle\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def make_config(sd3: Path, files: Path, runs: Path, reward: str = "brightness", **sections) -> Config:
+    base = {
+        "run": {"dir": str(runs), "steps": 2},
+        "prompts": {"train": str(files / "train.txt"), "heldout": str(files / "heldout.txt")},
+        "rewards": {"own": {"scorer": f"{files / 'rewards.py'}:{reward}"}},
+        "evaluation": {"prompts": 4, "steps": 3, "batch": 2},
+        "optimizer": {"lr": 1e-2, "ema_decay": 0.9},
+        "checkpoint": {"every": 1, "keep": 9},
+        "takes": {"report_prompts": 2},
+        "tracking": {"backends": []},
+        "ray": {"address": "local", "num_cpus": 8, "object_store_mb": 200},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    cfg = tiny.config(sd3, **base)
+    return cfg.model_copy(update={"rewards": {"own": cfg.rewards.pop("own")}})
+
+
+class Run:
+    """A controller and its run folder."""
+
+    def __init__(self, cfg: Config, name: str, resume_from: Path | None = None) -> None:
+        self.dir = RunDir(cfg.run.dir / name)
+        self.dir.path.mkdir(parents=True, exist_ok=True)
+        self.cfg = cfg
+        ctx = RunContext(cfg=cfg, run_path=str(self.dir.path), cwd=os.getcwd())
+        start = str(resume_from) if resume_from else None
+        self.controller = ray.remote(Controller).options(num_cpus=0).remote(ctx, start)
+        self.ended = self.controller.run.remote()
+
+    def result(self, timeout: float = 120) -> dict:
+        return ray.get(self.ended, timeout=timeout)
+
+    def failure(self) -> RushesError:
+        with pytest.raises(ray.exceptions.RayError) as error:
+            self.result()
+        return root(error.value)
+
+    def until(self, condition, timeout: float = 90) -> dict:
+        limit = time.monotonic() + timeout
+        while time.monotonic() < limit:
+            snapshot = ray.get(self.controller.progress.remote(0))
+            if condition(snapshot):
+                return snapshot
+            time.sleep(0.01)
+        raise AssertionError(f"never came true; last: {snapshot}")
+
+    def metrics(self) -> list[dict]:
+        lines = [json.loads(line) for line in self.dir.metrics.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
+
+    def evals(self) -> list[dict]:
+        return [json.loads(line) for line in self.dir.evals.read_text().splitlines()]
+
+    def tensors(self, step: int):
+        return checkpoint.load(checkpoint.folder_of(self.dir.checkpoints, step))[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tiny_sd3, files, tmp_path_factory) -> Run:
+    runs = tmp_path_factory.mktemp("runs")
+    cfg = make_config(tiny_sd3, files, runs, "slow", run={"steps": 4}, evaluation={"every": 2})
+    run = Run(cfg, "undisturbed")
+    run.outcome = run.result()
+    return run
+
+
+def same_results(run: Run, other: Run) -> None:
+    assert run.metrics() == other.metrics()
+    assert run.evals() == other.evals()
+    mine, theirs = run.tensors(4), other.tensors(4)
+    assert mine.keys() == theirs.keys() and all((mine[name] == theirs[name]).all() for name in mine)
+
+
+def test_a_run_ends_with_all_its_artefacts(undisturbed):
+    run, outcome = undisturbed, undisturbed.outcome
+    assert outcome["status"] == "finished" and outcome["step"] == 4 and outcome["takes"] == 32
+    assert outcome["groups"] == {"admitted": 8, "trained": 8, "filtered": 0, "failed": 0}
+    steps = [line for line in run.metrics() if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(line["onpolicy/max_abs_log_ratio"] < 1e-5 and line["staleness/max"] == 0 for line in steps)
+    assert steps[0]["reward/mean"] == steps[0]["reward/own"] and steps[0]["grad_norm"] > 0
+    evals = run.evals()
+    assert [(e["step"], e["tag"], e["n"]) for e in evals] == [(0, "ema", 4), (2, "ema", 4), (4, "ema", 4)]
+    assert evals[0]["mean"] != evals[2]["mean"]
+    for step in (0, 2, 4):
+        assert len(list(run.dir.eval_takes(step).glob("*.png"))) == 2
+    assert [checkpoint.step_of(p) for p in checkpoint.complete(run.dir.checkpoints)] == [4, 3, 2, 1]
+    assert list(Path(outcome["export"]).iterdir())
+    log = run.dir.log.read_text()
+    assert "role=rollout worker=rollout-0" in log and "role=controller" in log
+
+
+def test_a_killed_rollout_worker_changes_nothing(cluster, undisturbed):
+    run = Run(undisturbed.cfg, "killed")
+    seen = run.until(lambda s: s["step"] >= 1 and s["roles"]["rollout-0"].startswith("train group"))
+    os.kill(seen["pids"]["rollout-0"], signal.SIGKILL)
+    outcome = run.result()
+    assert outcome["groups"]["trained"] == 8 and outcome["groups"]["failed"] == 0
+    assert "replacing rollout-0" in run.dir.log.read_text()
+    same_results(run, undisturbed)
+
+
+def test_killed_at_a_random_moment_and_resumed(cluster, undisturbed):
+    run = Run(undisturbed.cfg, "resumed")
+    run.until(lambda s: s["step"] >= 1)
+    time.sleep(random.Random().uniform(0, 0.8))
+    pids = run.until(lambda s: True)["pids"]
+    ray.kill(run.controller)
+    limit = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids.values()):  # its actors end with it
+        assert time.monotonic() < limit, "actors outlive their controller"
+        time.sleep(0.05)
+    folder = checkpoint.latest(run.dir.checkpoints)
+    assert folder is not None
+    resumed = Run(undisturbed.cfg, "resumed", folder)
+    assert resumed.result()["status"] == "finished"
+    same_results(resumed, undisturbed)
+
+
+def test_a_reward_that_raises_ends_the_run_by_name(cluster, tiny_sd3, files, tmp_path):
+    faults = {"max_attempts": 2, "max_failed_groups": 1}
+    cfg = make_config(tiny_sd3, files, tmp_path, "broken", prompts={"heldout": None}, faults=faults)
+    error = Run(cfg, "broken").failure()
+    text = str(error)
+    assert isinstance(error, RunFailed) and "\n" not in text
+    assert "2 groups in a row failed, each after 2 attempts" in text
+    assert "reward.own-0 on " in text and os.uname().nodename in text
+    assert "ZeroDivisionError: the scorer's own words" in text and "RayTaskError" not in text
+    log = (tmp_path / "broken" / "run.log").read_text()
+    assert "Traceback" in log and "role=reward worker=reward.own-0 group=0" in log
+
+
+def test_equal_rewards_are_filtered_and_a_hopeless_step_ends_the_run(cluster, tiny_sd3, files, tmp_path):
+    advantage = {"groups_per_step": 1, "group_size": 2, "advantage": {"zero_std": "filter"}}
+    cfg = make_config(tiny_sd3, files, tmp_path, "flat", prompts={"heldout": None}, algorithm=advantage)
+    error = Run(cfg, "flat").failure()
+    assert isinstance(error, RunFailed) and "20 groups had equal rewards" in str(error)
+
+
+def test_a_start_up_error_is_the_original_one(cluster, tiny_sd3, files, tmp_path):
+    cfg = make_config(tiny_sd3, files, tmp_path, sampler={"kind": "ddim"})
+    error = Run(cfg, "unsupported").failure()
+    assert isinstance(error, UnsupportedPolicyError) and str(error).startswith("sampler.kind: ddim")
+
+
+def test_a_stuck_worker_is_found_and_the_evaluation_fails_by_name(cluster, tiny_sd3, files, tmp_path):
+    cfg = make_config(tiny_sd3, files, tmp_path, rollout={"timeout_s": 0.01}, faults={"max_attempts": 1})
+    error = Run(cfg, "stuck").failure()
+    assert isinstance(error, RunFailed)
+    assert "the evaluation at step 0 failed after 1 attempts in rollout-0 on" in str(error)
+    assert "not generated within 0.01 s" in str(error)
+
+
+def test_staleness_one_and_two_workers(cluster, tiny_sd3, files, tmp_path):
+    cfg = make_config(
+        tiny_sd3,
+        files,
+        tmp_path,
+        "slow",
+        run={"steps": 3},
+        prompts={"heldout": None},
+        algorithm={"max_staleness": 1},
+        rollout={"workers": 2},
+        ray={"queue_capacity": 1},
+    )
+    run = Run(cfg, "stale")
+    outcome = run.result()
+    assert outcome["groups"]["trained"] == 6
+    steps = run.metrics()
+    assert all(line["staleness/max"] <= 1 for line in steps) and any(line["staleness/max"] == 1 for line in steps)
+
+
+def test_results_outlive_the_worker_that_made_them(cluster, tiny_sd3, files, tmp_path):
+    """The controller calls and so owns; here the test is the caller."""
+    cfg = make_config(tiny_sd3, files, tmp_path, sampler={"steps": 30})
+    ctx = RunContext(cfg=cfg, run_path=str(tmp_path), cwd=os.getcwd())
+    worker = ray.remote(RolloutWorker).remote(ctx, "rollout-0")
+    prompt = PromptItem(index=0, text="a red circle")
+    pid = ray.get(worker.start.remote([prompt]))["pid"]
+    with pytest.raises(ray.exceptions.RayTaskError, match="holding None"):
+        ray.get(worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")[0])
+    weights = _weights(cfg)
+    version = PolicyVersion(number=0, tag="train", checksum=weights.checksum, weights=ray.put(weights))
+    assert ray.get(worker.load.remote(version)) == weights.checksum == checksum(weights.tensors)
+    meta, media, trajectory = worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")
+    assert ray.get(meta).worker == "rollout-0"
+    os.kill(pid, signal.SIGKILL)
+    while psutil.pid_exists(pid):
+        time.sleep(0.02)
+    assert ray.get(media).frames.shape[0] == 4
+    parts = ray.get(trajectory).parts
+    assert len(parts[0].steps) == 29 and tree_bytes([step.sample for step in parts[0].steps]) > 0
+
+
+def _weights(cfg: Config):
+    from pipeline.learner import Learner
+
+    return Learner(cfg, "cpu").weights("train")
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from jobs.train import train
+from pipeline.config_io import load_config
+from pipeline.errors import RushesError
+try:
+    sys.exit(train(load_config(Path(sys.argv[1]), sys.argv[2:]), Path(sys.argv[1])))
+except RushesError as error:
+    print("error:", error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def start_driver(cfg: Config, folder: Path) -> subprocess.Popen:
+    (folder / "job.yaml").write_text(to_yaml(cfg))
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder / "job.yaml"), "run.name=mine"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_sigterm_while_starting_is_a_proper_end(tiny_sd3, files, tmp_path):
+    """Ray installs its own handler of SIGTERM in the middle of this."""
+    driver = start_driver(make_config(tiny_sd3, files, tmp_path / "runs"), tmp_path)
+    assert driver.stdout.readline().startswith("run ")
+    time.sleep(2)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.terminate()
+    output = driver.stdout.read()
+    assert driver.wait(60) == 130, output
+    assert "--resume run.name=mine" in output.splitlines()[-1] and "Traceback" not in output
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_running(tiny_sd3, files, tmp_path):
+    cfg = make_config(tiny_sd3, files, tmp_path / "runs", "slow", run={"steps": 500}, checkpoint={"every": 0})
+    driver = start_driver(cfg, tmp_path)
+    lines = []
+    for line in driver.stdout:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            break
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert family
+    os.killpg(driver.pid, signal.SIGINT)  # what a terminal does
+    lines += driver.stdout.readlines()
+    assert driver.wait(60) == 130, "".join(lines)
+    assert "--resume run.name=mine" in lines[-1] and "stopped at step" in lines[-1], "".join(lines)
+    assert not any("Traceback" in line for line in lines)
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    folder = checkpoint.latest(tmp_path / "runs" / "mine" / "checkpoints")
+    state = checkpoint.read_state(folder)["controller"]
+    assert state["version"] == checkpoint.step_of(folder) >= 2 and state["evals"][0]["step"] == 0
