@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class Evaluator:
         self._weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
 
     @property
-    def tag(self) -> str:
+    def tag(self) -> Literal["train", "ema"]:
         return "ema" if self.cfg.optimizer.ema_decay > 0 else "train"
 
     def due(self, step: int) -> bool:

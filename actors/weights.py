@@ -7,6 +7,7 @@ it (one object, shared by all workers of a node), recompute the checksum from wh
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 from actors.pool import Slot
 from pipeline.types import PolicyVersion
@@ -31,7 +32,7 @@ class Publisher:
             raise RuntimeError("no version has been fetched yet")
         return self._train
 
-    async def fetch(self, tag: str) -> PolicyVersion:
+    async def fetch(self, tag: Literal["train", "ema"]) -> PolicyVersion:
         """A new version from the learner's present weights; `train` becomes the newest one for rollouts."""
         started = time.perf_counter()
         about, weights = self._learner.actor.weights.options(num_returns=2).remote(tag)

@@ -385,14 +385,13 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(describe_os_error(error), 1, error, debug)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of click, which typer may carry a copy of
-            return _fail(_usage(error), getattr(error, "exit_code", 2), error, debug)
+            return _fail(_usage(error, error.format_message()), getattr(error, "exit_code", 2), error, debug)
         text = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
         return _fail(text, 70, error, debug)
 
 
-def _usage(error: Exception) -> str:
+def _usage(error: Exception, message: str) -> str:
     command = getattr(getattr(error, "ctx", None), "command_path", None)
-    message = error.format_message()
     if not message:
         return f"give a command; see: {command or 'rushes'} --help"
     end = "" if message.endswith("?") else ";"

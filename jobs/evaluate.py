@@ -105,7 +105,7 @@ def _run_one(
             version = source.step or 0 if source else 0
             save_takes(folder, media, work.prompts, work.seeds, version, found, weights=weights)
     columns = {name: np.concatenate(parts).astype(np.float64) for name, parts in scores.items()}
-    columns["reward"] = sum(weights[name] * columns[name] for name in runners)
+    columns["reward"] = np.sum([weights[name] * columns[name] for name in runners], axis=0)
     return columns
 
 

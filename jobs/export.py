@@ -27,7 +27,7 @@ def export(
     trained = find_trained(run, step)
     if trained.kind != "checkpoint":
         raise InputError(f"{run}: is an export already; give the run's folder")
-    cfg = trained.config
+    cfg = trained.run_config
     format_ = format_ or cfg.trainable.kind
     if format_ not in ("lora", "full"):
         raise ConfigError(f"--format: found {format_!r}; expected lora or full")

@@ -55,6 +55,15 @@ def _messages_to_the_log() -> None:
         worker.print_to_stdstream = to_log
 
 
+def _keep_our_signals() -> None:
+    """`ray.init` replaces the handler of SIGTERM by one that exits on the spot, which loses the run's last steps, and
+    during its start-up swallows the signal. The caller's own handler stays in place instead."""
+    from ray._private import utils
+
+    if hasattr(utils, "set_sigterm_handler"):
+        utils.set_sigterm_handler = lambda handler: None
+
+
 class RaySession:
     """`with RaySession(cfg) as session:` connects; `session.ours` says whether the Ray was started here."""
 
@@ -71,6 +80,7 @@ class RaySession:
         import ray
 
         _messages_to_the_log()
+        _keep_our_signals()
         address = cluster_address(self.cfg)
         common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if address is not None:

@@ -98,7 +98,7 @@ def find_items(path: Path, prompt: str | None) -> list[Item]:
     if path.is_dir() and (path / "takes.parquet").exists():  # what `rushes generate` writes
         table = {item.path: item for item in _items_of_table(path / "takes.parquet", None)}
     return [
-        table.get(file) if file in table and prompt is None else _item_of_file(file, prompt)
+        table[file] if file in table and prompt is None else _item_of_file(file, prompt)
         for file in list_media(path)
     ]
 
@@ -190,7 +190,7 @@ def _score_batch(batch: Batch, runners: dict[str, RewardRunner], rows: Rows, don
         if not part:
             continue
         try:
-            values = _run(runner, part)
+            values: list[float | None] = list(_run(runner, part))
         except RewardError:
             values = [None] * len(part)  # find out which one it is: one bad file must not fail the others
         for (item, media), value in zip(part, values, strict=True):

@@ -49,11 +49,9 @@ def train(
         signals = _Signals()
         try:
             with signals, RaySession(cfg) as session:
-                signals.install()  # once more: ray.init puts its own handler of SIGTERM in place
+                signals.install()  # over Ray's native one, which prints a stack to stderr before it calls ours
                 result = _drive(cfg, run, resume_from, session, signals, console, debug)
                 ours = session.ours
-        except SystemExit:  # that handler, before ours was back
-            raise RunInterrupted(_stopped(cfg, config_path, run, None, 0)) from None
         finally:
             peak = sampler.stop()
         if result["status"] == "stopped":

@@ -37,6 +37,13 @@ class Trained:
     config: Config | None = None
     step: int | None = None
 
+    @property
+    def run_config(self) -> Config:
+        """The config of the run that made this checkpoint. Raises `InputError` for an export, which has none."""
+        if self.config is None:
+            raise InputError(f"{self.path}: is an export, which does not know its run; give the run's folder")
+        return self.config
+
 
 def find_trained(path: Path, step: int | None = None) -> Trained:
     """Looks at files only, loads nothing. Raises `InputError` or `CheckpointError`."""
@@ -106,7 +113,7 @@ def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
     chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not chosen:
         raise CheckpointError(f"checkpoint {trained.path}: holds no trained weights; use another one")
-    return weights.to_weight_set(trained.config.trainable.kind, chosen)
+    return weights.to_weight_set(trained.run_config.trainable.kind, chosen)
 
 
 def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Policy:
@@ -118,14 +125,14 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
     if trained and trained.kind == "full":
         update["generator"] = cfg.generator.model_copy(update={"pretrained": str(trained.path), "revision": None})
     if trained and trained.kind == "checkpoint":
-        base = trained.config.generator.pretrained
+        base = trained.run_config.generator.pretrained
         if _same_folder(base, cfg.generator.pretrained) is False:
             raise ConfigError(
                 f"{trained.label}: was trained on {base}, but the config's generator.pretrained is "
                 f"{cfg.generator.pretrained}; "
                 f"use generator.pretrained={base}"
             )
-        update["trainable"] = trained.config.trainable
+        update["trainable"] = trained.run_config.trainable
     cfg = cfg.model_copy(update=update)
     policy = Policy.load(cfg, cfg.rollout.device, cfg.rollout.threads)
     if trained and trained.kind == "checkpoint":

@@ -64,7 +64,7 @@ def compute_advantages(
         raw = _normalise(rewards, cfg)
     else:
         per_reward = {name: _normalise([group[name] for group in scores], cfg) for name in weights}
-        raw = [sum(weights[name] * per_reward[name][i] for name in weights) for i in range(len(scores))]
+        raw = [np.sum([weights[name] * per_reward[name][i] for name in weights], axis=0) for i in range(len(scores))]
     advantages = [np.clip(group, -cfg.clamp, cfg.clamp).astype(np.float32) for group in raw]
     zero = [is_zero_std(group) for group in rewards]
     flat = np.concatenate(rewards)

@@ -70,8 +70,10 @@ class WindowConfig(Section):
 
 
 class SamplerConfig(Section):
-    kind: Literal["flow_sde", "dance_sde", "cps", "ddim"] = Field(
-        "flow_sde", description="Stochastic sampler of the rollouts (ddim: for epsilon/v/sample-prediction models)."
+    kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "lcm"] = Field(
+        "flow_sde",
+        description="Stochastic sampler of the rollouts (ddim: for epsilon/v/sample-prediction models; lcm: for "
+        "latent consistency models).",
     )
     noise_level: Positive = Field(0.7, description="Noise: a of flow-SDE, eta of dance-SDE, CPS and DDIM.")
     steps: Count = Field(10, description="Sampler steps in training rollouts.")
@@ -211,7 +213,7 @@ class TakesConfig(Section):
 
 class TrackingConfig(Section):
     backends: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        default_factory=lambda: ["tensorboard"], description="Trackers besides metrics.jsonl."
+        ["tensorboard"], description="Trackers besides metrics.jsonl."
     )
     project: str = Field("rushes", description="W&B project or MLflow experiment.")
 

@@ -113,7 +113,7 @@ def _kind(spec: dict) -> str:
     if kind == "array":
         return f"list of ({_kind(spec.get('items', {}))})"
     names = {"string": "text", "boolean": "true or false", "null": "null", "object": "mapping"}
-    return "path" if spec.get("format") == "path" else names.get(kind, "any value")
+    return "path" if spec.get("format") == "path" else names.get(str(kind), "any value")
 
 
 def _number(value: float) -> str:
@@ -303,15 +303,18 @@ def _refuse_bools(data: Any, prefix: str, where: _Where) -> None:
 
 def _message(error: ValidationError, where: _Where, data: dict) -> str:
     """One line for the first error; the other keys are only named."""
-    first, others = None, []
+    first: tuple[str, str] | None = None
+    others: list[str] = []
     items = error.errors(include_url=False)
     items.sort(key=lambda item: item["type"] != "extra_forbidden")  # a mistyped key is why another one is missing
     for item in items:
-        path, text = _one(item, data)
+        path, text = _one(dict(item), data)
         if first is None:
             first = (path, text)
         elif path != first[0] and path not in others:
             others.append(path)
+    if first is None:  # pydantic never raises an empty list
+        raise error
     path, text = first
     more = f" (also wrong: {', '.join(others[:5])}{', …' if len(others) > 5 else ''})" if others else ""
     return f"{where(path)}: {text}{more}"
@@ -407,7 +410,7 @@ def _resolve_paths(config: Config, base: Path) -> Config:
     for name, reward in config.rewards.items():
         file, colon, function = reward.scorer.rpartition(":")
         if colon and file.endswith(".py"):
-            reward = reward.model_copy(update={"scorer": f"{Path(beside(Path(file))).absolute()}:{function}"})
+            reward = reward.model_copy(update={"scorer": f"{Path(str(beside(Path(file)))).absolute()}:{function}"})
         rewards[name] = reward
     return config.model_copy(update={"prompts": prompts, "generator": generator, "rewards": rewards})
 

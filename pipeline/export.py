@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from pipeline import weights as weights_lib
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.generators.loading import denoisers_of, load_pipeline
 from pipeline.types import WeightSet
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
@@ -41,21 +47,48 @@ def _finish(scratch: Path, out: Path) -> Path:
 
 
 def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
-    """Writes `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(out)`. Returns `out`.
+    """Writes the adapter in the format that the pipeline's own loader reads, and a README that says how. Returns `out`.
 
-    alpha / rank is folded into lora_B, so that a loader that knows no alpha gets the same model.
+    `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(out)`; components that the pipeline class has no
+    LoRA loader for (a second expert, a class without one) get a folder each: for
+    `pipe.<component>.load_lora_adapter(out/<component>, prefix=None)`, or in PEFT's own format where the model class
+    has no loader either. alpha / rank is folded into lora_B, so that a loader that knows no alpha gets the same model.
     Raises ConfigError when full weights were trained.
     """
     if weights.kind != "lora":
         raise ConfigError("export: this run trained full weights; use --format full")
     pipe = _loaded(cfg, weights)
     scale = cfg.trainable.alpha / cfg.trainable.rank
-    layers = {}
+    save = getattr(type(pipe), "save_lora_weights", None)
+    known = inspect.signature(save).parameters if save is not None else {}
+    together, lines, scratch = {}, [], _fresh(out)
     for name, module in denoisers_of(pipe).items():
         state = get_peft_model_state_dict(module, adapter_name=weights_lib.ADAPTER)
-        layers[f"{name}_lora_layers"] = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
-    scratch = _fresh(out)
-    type(pipe).save_lora_weights(save_directory=scratch, safe_serialization=True, **layers)
+        state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
+        loads = hasattr(module, "load_lora_adapter")
+        if loads and f"{name}_lora_layers" in known:
+            together[f"{name}_lora_layers"] = state
+            continue
+        folder = scratch / name
+        folder.mkdir(parents=True)
+        if loads:
+            save_file(state, folder / LORA_FILE)
+            lines.append(f'pipe.{name}.load_lora_adapter("{name}", prefix=None)')
+            continue
+        rank = cfg.trainable.rank
+        targets = [key for key, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(folder)
+        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / "adapter_model.safetensors")
+        lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{name}").merge_and_unload()')
+    if save is not None and together:
+        save(save_directory=scratch, safe_serialization=True, **together)
+        lines.insert(0, 'pipe.load_lora_weights(".")')
+    (scratch / "README.md").write_text(
+        f"LoRA for {cfg.generator.pretrained} ({type(pipe).__name__}), made by Rushes.\n\n"
+        + ("    from peft import PeftModel\n" if any("PeftModel" in line for line in lines) else "")
+        + "    pipe = DiffusionPipeline.from_pretrained(...)\n"
+        + "".join(f"    {line}\n" for line in lines)
+    )
     return _finish(scratch, out)
 
 
@@ -63,9 +96,7 @@ def export_full(cfg: Config, weights: WeightSet, out: Path) -> Path:
     """Writes a whole diffusers folder for `DiffusionPipeline.from_pretrained(out)`; a LoRA is merged in."""
     pipe = _loaded(cfg, weights)
     if weights.kind == "lora":
-        for module in denoisers_of(pipe).values():
-            module.fuse_lora()
-            module.unload_lora()  # takes the PEFT wrappers away; the merged weights stay
+        weights_lib.bake_in(denoisers_of(pipe))
     scratch = _fresh(out)
     pipe.save_pretrained(scratch, safe_serialization=True)
     return _finish(scratch, out)

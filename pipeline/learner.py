@@ -21,7 +21,7 @@ from pipeline.generators.loading import load_denoisers, resolve_device, resolve_
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.objectives import OBJECTIVES, Terms
-from pipeline.samplers import Transition, log_prob, transition
+from pipeline.samplers import Transition, log_prob
 from pipeline.samplers.transition import gaussian_kl
 from pipeline.types import GroupBatch, Trajectory, WeightSet
 
@@ -45,7 +45,7 @@ class Learner:
         weights_lib.attach(self.modules, cfg.trainable, cfg.run.seed)
         if cfg.learner.activation_checkpointing:
             for module in self.modules.values():
-                module.enable_gradient_checkpointing()
+                module.enable_gradient_checkpointing()  # type: ignore[operator]
                 module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
                 _no_dropout(module)
         self.parameters = weights_lib.trainable(self.modules)
@@ -85,7 +85,7 @@ class Learner:
         """One optimiser update over whole groups: loss averaged over all (take, trained step) pairs."""
         pairs = sum(len(g.advantages) * len(g.trajectory.parts[0].steps) for g in groups)
         self.optimizer.zero_grad(set_to_none=True)
-        total = defaultdict(float)
+        total: dict[str, float] = defaultdict(float)
         for group in groups:
             for micro in self._micro_batches(group.trajectory):
                 replayer, j, takes = micro
@@ -106,8 +106,8 @@ class Learner:
                 "lower optimizer.lr or algorithm.clip_high, or train fewer low-noise steps (sampler.window.stop)"
             )
         lr = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = lr
         self.optimizer.step()
         self.updates += 1
         self._update_ema()
@@ -142,17 +142,7 @@ class Learner:
             enabled=self.cfg.learner.autocast != "none",
         ):
             out = replayer.model_output(j, takes, x)
-        step, sampling = replayer.part.steps[j], trajectory.sampling
-        return transition(
-            sampling.kind,
-            sampling.noise_level,
-            replayer.spec.prediction,
-            x,
-            out,
-            step.sigma,
-            step.sigma_next,
-            step.sigma_cap,
-        )
+        return replayer.move(j, takes, x, out, trajectory.sampling)
 
     def _micro_loss(
         self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, advantages: torch.Tensor

@@ -131,8 +131,8 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+            with Image.open(path) as opened:
+                image: Image.Image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # PIL would clip, not scale
                     grey = np.asarray(image, dtype=np.float64)
                     top = 65535.0 if grey.max(initial=0) > 255 else 255.0
@@ -334,10 +334,11 @@ def save_takes(
         }
         for name, score in scores.items():
             row[f"reward/{name}"] = float(score.values[k])
-            if score.segment_values is not None:
-                row[f"segments/{name}"] = [float(v) for v in score.segment_values[k]]
-                row[f"segment_weights/{name}"] = [float(v) for v in score.segment_weights]
-                row[f"segment_frames/{name}"] = [[int(i) for i in segment] for segment in score.segment_frames]
+            values, shares, frames = score.segment_values, score.segment_weights, score.segment_frames
+            if values is not None and shares is not None and frames is not None:
+                row[f"segments/{name}"] = [float(v) for v in values[k]]
+                row[f"segment_weights/{name}"] = [float(v) for v in shares]
+                row[f"segment_frames/{name}"] = [[int(i) for i in segment] for segment in frames]
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     buffer = pyarrow.BufferOutputStream()

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,9 @@ def _times(metrics: list[dict]) -> list[Markup]:
     if not known:
         return []
     steps = [row["step"] for row in metrics]
-    series = {name.split("/")[1]: [row[name] if finite(row.get(name)) else 0.0 for row in metrics] for name in known}
+    series: dict[str, Sequence[float]] = {
+        name.split("/")[1]: [row[name] if finite(row.get(name)) else 0.0 for row in metrics] for name in known
+    }
     plots = [stacked("Seconds per role in each step (roles may overlap)", steps, series)]
     x, y = _series(metrics, "takes_per_s")
     if x:

@@ -82,6 +82,7 @@ def stacked(
 
 def _axes(title: str, size: tuple[float, float]):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -91,7 +92,7 @@ def _axes(title: str, size: tuple[float, float]):
     axes.grid(True, color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -27,7 +27,7 @@ class PromptItem:
 class SamplingSpec:
     """How the denoising chain of one group is drawn."""
 
-    kind: str  # flow_sde | dance_sde | cps | ddim | ode
+    kind: str  # flow_sde | dance_sde | cps | ddim | lcm | ode
     noise_level: float
     num_steps: int
     stochastic_steps: tuple[int, ...]  # step indices (0 = noisiest) that draw noise; () for ode
@@ -58,7 +58,7 @@ class RecordedCall:
     """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are `wire.Packed`,
     `wire.SharedSlot` (stored once in `Trajectory.shared`) or `wire.SampleSlot` (the step's own sample)."""
 
-    module: str  # transformer | transformer_2 | unet
+    module: str  # component name, such as transformer, transformer_2, unet
     args: Any
     kwargs: Any
 
@@ -70,13 +70,16 @@ class RecordedStep:
     index: int  # sampler step, 0 = noisiest
     sigma: float  # flow: sigma in [0, 1]; ddim: alphas_cumprod at t
     sigma_next: float
-    sigma_cap: float  # replaces sigma where 1 - sigma would be 0 (flow-SDE at t = 1)
+    sigma_cap: float  # flow-SDE: in place of sigma = 1 in 1 / (1 - sigma); ddim: clamp of x0; lcm: scaled timestep
     sample: Any  # wire.Packed [K, ...], x_t as the scheduler was given it (storage dtype)
     next_sample: Any  # wire.Packed [K, ...], the x_next that was continued from, rounded before its log-prob
     log_prob: np.ndarray  # [K] float32
     mean: np.ndarray | None  # [K, ...] float32, kept only for objectives that need the old mean
     guidance_scale: float
     calls: tuple[RecordedCall, ...]
+    rule: str = "identity"  # guidance rule of this step (generators.guidance), with its further numbers
+    rule_extra: tuple[float, ...] = ()
+    mask: Any = None  # wire.Packed bool [K, ...]: the values of next_sample the policy chose; None: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -31,7 +31,7 @@ def lora_targets(module: torch.nn.Module, wanted: list[str] | Literal["auto"]) -
     """
     linear = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
     if wanted == "auto":
-        return [name for name in linear if re.search(r"\.\d+\.", name)]
+        return [name for name in linear if re.search(r"\.\d+\.", name) and not _called_by_keyword(module, name)]
     chosen = [name for name in linear if any(name == w or name.endswith("." + w) for w in wanted)]
     missing = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in linear)]
     if missing:
@@ -41,6 +41,13 @@ def lora_targets(module: torch.nn.Module, wanted: list[str] | Literal["auto"]) -
             f"known: {', '.join(known)}"
         )
     return chosen
+
+
+def _called_by_keyword(module: torch.nn.Module, name: str) -> bool:
+    """Temporal transformers call `proj_in(input=...)`, which PEFT's layers do not take, here or in plain diffusers."""
+    parent, _, child = name.rpartition(".")
+    cls = type(module.get_submodule(parent)).__name__
+    return child in ("proj_in", "proj_out") and cls in ("AnimateDiffTransformer3D", "TransformerTemporalModel")
 
 
 def attach(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
@@ -53,7 +60,12 @@ def attach(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
         torch.manual_seed(seed)
         for module in modules.values():
             targets = lora_targets(module, cfg.targets)
-            module.add_adapter(LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets), ADAPTER)
+            if not targets:
+                raise ConfigError(f"trainable.targets: {type(module).__name__} has no linear layer inside its blocks")
+            config = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets)
+            inject_adapter_in_model(config, module, ADAPTER)  # also for models without diffusers' PEFT mixin
+            module.peft_config = {ADAPTER: config}  # type: ignore[assignment]
+            module._hf_peft_config_loaded = True  # type: ignore[assignment]
     for parameter in trainable(modules).values():
         parameter.data = parameter.data.float()  # float32 master weights whatever the base's dtype
 
@@ -72,13 +84,14 @@ def trainable(modules: Modules) -> dict[str, torch.nn.Parameter]:
 @contextmanager
 def adapters_off(modules: Modules) -> Iterator[None]:
     """The base model: LoRA disabled within the block."""
-    for module in modules.values():
-        module.disable_adapters()
+    layers = [layer for module in modules.values() for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        for module in modules.values():
-            module.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def to_weight_set(kind: Literal["lora", "full"], tensors: dict[str, torch.Tensor]) -> WeightSet:
@@ -109,6 +122,18 @@ def apply(modules: Modules, weights: WeightSet) -> str:
             parameter.copy_(value)
     held: dict[str, Packed] = {name: pack(parameter) for name, parameter in parameters.items()}
     return checksum(held)
+
+
+def bake_in(modules: Modules) -> None:
+    """Merges the LoRA into the weights and takes its layers away: plain modules remain."""
+    for module in modules.values():
+        for name, layer in list(module.named_modules()):
+            if isinstance(layer, LoraLayer):
+                layer.merge()
+                parent, _, child = name.rpartition(".")
+                setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        module.__dict__.pop("peft_config", None)
+        module._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 class MergedLora:

@@ -1,16 +1,22 @@
 """Guidance rules: how a pipeline turns its denoiser outputs into what the scheduler is given.
 
-The rule is found by comparison (`pipeline.generators.probe`), never assumed; each rule repeats the pipelines' own
-arithmetic in the same order, so that the replayed value can be bitwise equal.
+The rule is found by comparison, never assumed, and compared again at every recorded step. Named rules repeat the
+pipelines' own arithmetic in the same order, so that the replayed value can be bitwise equal. Where none fits, any
+combination that is linear in the outputs and the sample is found by least squares (several scales, skipped layers,
+x0-space preconditioning).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 Branches = Sequence[torch.Tensor]  # denoiser outputs, each [B, ...]
+
+LINEAR_FIT = "linear in outputs and sample"
 
 
 def _norm_rescaled(combined: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
@@ -18,34 +24,59 @@ def _norm_rescaled(combined: torch.Tensor, conditional: torch.Tensor) -> torch.T
     return combined * (conditional.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
 
-def _sample_rescaled(combined: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-    """guidance_rescale = 1: keeps the conditional output's std per sample (arXiv 2305.08891, section 3.4)."""
+def _sample_rescaled(combined: torch.Tensor, conditional: torch.Tensor, phi: float) -> torch.Tensor:
+    """guidance_rescale = phi: the conditional output's std per sample, in part (arXiv 2305.08891, section 3.4)."""
     dims = list(range(1, combined.ndim))
-    return combined * (conditional.std(dim=dims, keepdim=True) / combined.std(dim=dims, keepdim=True))
+    rescaled = combined * (conditional.std(dim=dims, keepdim=True) / combined.std(dim=dims, keepdim=True))
+    return rescaled if phi == 1.0 else phi * rescaled + (1 - phi) * combined
 
 
-RULES: dict[str, tuple[int, Callable[[Branches, float], torch.Tensor]]] = {
+def _norm_capped(combined: torch.Tensor, conditional: torch.Tensor, cap: float) -> torch.Tensor:
+    """Norm per sample at most `cap` times the conditional output's (Z-Image's cfg_normalization)."""
+    dims = list(range(1, combined.ndim))
+    new = torch.linalg.vector_norm(combined, dim=dims, keepdim=True)
+    limit = torch.linalg.vector_norm(conditional, dim=dims, keepdim=True) * cap
+    return torch.where(new > limit, combined * (limit / new), combined)
+
+
+def _uncond_first(b: Branches, g: float) -> torch.Tensor:
+    return b[0] + g * (b[1] - b[0])
+
+
+def _cond_first(b: Branches, g: float) -> torch.Tensor:
+    return b[1] + g * (b[0] - b[1])
+
+
+def _cond_first_plus(b: Branches, g: float) -> torch.Tensor:
+    return b[0] + g * (b[0] - b[1])
+
+
+def _uncond_first_plus(b: Branches, g: float) -> torch.Tensor:
+    return b[1] + g * (b[1] - b[0])
+
+
+Rule = Callable[..., torch.Tensor]  # (branches, scale[, extra]) -> value
+
+RULES: dict[str, tuple[int, Rule]] = {
     # name: (number of branches, rule)
     "identity": (1, lambda b, g: b[0]),
-    "negated": (1, lambda b, g: -b[0]),
-    "cfg uncond-first": (2, lambda b, g: b[0] + g * (b[1] - b[0])),
-    "cfg cond-first": (2, lambda b, g: b[1] + g * (b[0] - b[1])),
-    "cfg cond-first, scale g+1": (2, lambda b, g: b[0] + g * (b[0] - b[1])),
-    "cfg uncond-first, scale g+1": (2, lambda b, g: b[1] + g * (b[1] - b[0])),
-    "cfg cond-first, negated": (2, lambda b, g: -(b[1] + g * (b[0] - b[1]))),
-    "cfg cond-first, scale g+1, negated": (2, lambda b, g: -(b[0] + g * (b[0] - b[1]))),
-    "cfg cond-first, token norm": (2, lambda b, g: _norm_rescaled(b[1] + g * (b[0] - b[1]), b[0])),
-    "cfg uncond-first, token norm": (2, lambda b, g: _norm_rescaled(b[0] + g * (b[1] - b[0]), b[1])),
-    "cfg cond-first, token norm, negated": (2, lambda b, g: -_norm_rescaled(b[1] + g * (b[0] - b[1]), b[0])),
-    "cfg cond-first, sample std": (2, lambda b, g: _sample_rescaled(b[1] + g * (b[0] - b[1]), b[0])),
-    "cfg uncond-first, sample std": (2, lambda b, g: _sample_rescaled(b[0] + g * (b[1] - b[0]), b[1])),
+    "cfg uncond-first": (2, _uncond_first),
+    "cfg cond-first": (2, _cond_first),
+    "cfg cond-first, scale g+1": (2, _cond_first_plus),
+    "cfg uncond-first, scale g+1": (2, _uncond_first_plus),
+    "cfg cond-first, token norm": (2, lambda b, g: _norm_rescaled(_cond_first(b, g), b[0])),
+    "cfg uncond-first, token norm": (2, lambda b, g: _norm_rescaled(_uncond_first(b, g), b[1])),
+    "cfg cond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_cond_first(b, g), b[0], phi)),
+    "cfg uncond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_uncond_first(b, g), b[1], phi)),
+    "cfg cond-first, scale g+1, norm cap": (2, lambda b, g, cap=1.0: _norm_capped(_cond_first_plus(b, g), b[0], cap)),
 }
-
-LINEAR = [name for name in RULES if name.startswith("cfg") and "norm" not in name and "std" not in name]
+LINEAR = [name for name in RULES if name.startswith("cfg") and not name.endswith(("norm", "std", "cap"))]
+WITH_EXTRA = [name for name in RULES if name.endswith(("std", "cap"))]  # take a second number
 
 # How an output is cut to the scheduler's sample where it is larger.
 CUTS: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
     "whole": lambda out, like: out,
+    "reshaped": lambda out, like: out.reshape(like),
     "first channels (learned variance dropped)": lambda out, like: out[:, : like[1]],
     "first tokens": lambda out, like: out[:, : like[1]],
 }
@@ -55,9 +86,37 @@ def cut_for(output: torch.Size, like: torch.Size) -> str | None:
     """Which cut makes `output` the shape `like`; None if none does."""
     if tuple(output) == tuple(like):
         return "whole"
+    if [n for n in output[1:] if n > 1] == [n for n in like[1:] if n > 1]:
+        return "reshaped"  # an axis of length 1 more or less
     if len(output) == len(like) and output[1] > like[1] and output[2:] == like[2:]:
         return "first tokens" if len(output) == 3 else "first channels (learned variance dropped)"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A rule with its numbers, and how well it gives the target (largest error relative to the largest value)."""
+
+    rule: str
+    scale: float
+    extra: tuple[float, ...]  # phi or cap of a named rule; the weights of a linear fit (outputs, then the sample)
+    sign: float
+    error: float
+    known: bool = True  # the scale is one that the call itself names, not one that was solved for
+
+    @property
+    def order(self) -> tuple[bool, bool, float]:
+        """Sorts fits: exact to rounding first, among these the ones whose scale is known."""
+        return self.error > 1e-6, not self.known, self.error
+
+
+def evaluate(rule: str, branches: Branches, sample: torch.Tensor, scale: float, extra: Sequence[float], sign: float):
+    """What the scheduler is given, by a rule and its numbers."""
+    if rule == LINEAR_FIT:
+        value = sum(w * b for w, b in zip(extra, branches, strict=False))
+        return value if extra[-1] == 0.0 else value + extra[-1] * sample
+    value = RULES[rule][1](branches, scale, *extra)
+    return -value if sign < 0 else value
 
 
 def solve_scale(name: str, branches: Branches, target: torch.Tensor) -> float | None:
@@ -72,3 +131,59 @@ def solve_scale(name: str, branches: Branches, target: torch.Tensor) -> float | 
     if power == 0.0:
         return None
     return float(((target.double() - at_zero).flatten() @ slope) / power)
+
+
+def _linear_weights(branches: Branches, sample: torch.Tensor, target: torch.Tensor) -> tuple[float, ...] | None:
+    """Least-squares weights of the outputs and of the sample (0 where it is not needed); None if undetermined."""
+    for columns in (list(branches), [*branches, sample]):
+        matrix = torch.stack([c.flatten().double() for c in columns], 1)
+        gram = matrix.T @ matrix
+        if float(torch.linalg.cond(gram)) > 1e12:
+            return None
+        weights = torch.linalg.solve(gram, matrix.T @ target.flatten().double())
+        gap = float((matrix @ weights - target.flatten().double()).abs().max())
+        found = tuple(float(f"{w:.9g}") for w in weights.tolist())
+        if gap <= 1e-5 * max(float(target.abs().max()), 1e-30):
+            return found if len(columns) > len(branches) else (*found, 0.0)
+    return found
+
+
+def _rounded(value: float | None) -> list[float]:
+    return [] if value is None or not math.isfinite(value) else [float(f"{value:.5g}"), value]
+
+
+def candidates(branches: Branches, sample: torch.Tensor, target: torch.Tensor, scales: Iterable[float]) -> list[Fit]:
+    """Every rule for this number of branches with the numbers that suit it best, best first.
+
+    `scales`: numbers that the pipeline call itself knows (guidance scales, rescale factors); they come first, so that
+    a rule is bitwise equal where it can be. Named rules are preferred to a linear fit when they are good enough.
+    """
+    numbers = list(dict.fromkeys(float(s) for s in scales))
+    peak = float(target.abs().max()) or 1.0
+    found: list[Fit] = []
+
+    def consider(name: str, scale: float, extra: tuple[float, ...], sign: float) -> None:
+        gap = float((evaluate(name, branches, sample, scale, extra, sign) - target).abs().max()) / peak
+        known = scale in numbers and name != LINEAR_FIT
+        found.append(Fit(name, scale, extra, sign, gap if gap == gap else float("inf"), known))
+
+    for name, (number, _) in RULES.items():
+        if number != len(branches):
+            continue
+        for sign in (1.0, -1.0):
+            if number == 1:
+                consider(name, 1.0, (), sign)
+                continue
+            solved = _rounded(solve_scale(name, branches, sign * target)) if name in LINEAR else []
+            for scale in [*numbers, *solved]:
+                consider(name, scale, (), sign)
+                for extra in numbers if name in WITH_EXTRA else []:
+                    if 0.0 < extra <= 2.0 and extra != 1.0:
+                        consider(name, scale, (extra,), sign)
+    named = sorted(found, key=lambda fit: fit.order)
+    if named and named[0].error <= 1e-5:
+        return named
+    weights = _linear_weights(branches, sample, target)
+    if weights is not None:
+        consider(LINEAR_FIT, 1.0, weights, 1.0)
+    return sorted(found, key=lambda fit: fit.order)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from pipeline.config import GeneratorConfig
 from pipeline.errors import InputError, UnsupportedPolicyError
+from pipeline.wire import map_leaves
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+# Component names of denoisers, in diffusers' pipelines.
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
+_CACHED_PROMPTS = 256
 
 
 def resolve_device(name: str) -> torch.device:
@@ -93,41 +95,32 @@ def load_denoisers(cfg: GeneratorConfig, device: torch.device, dtype: torch.dtyp
     return modules
 
 
-def prediction_of(scheduler: Any) -> str:
-    """What the denoiser predicts: flow | epsilon | v_prediction | sample."""
-    kind = scheduler.config.get("prediction_type")
-    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas") or kind == "flow_prediction":
-        return "flow"
-    if kind in ("epsilon", "v_prediction", "sample") and hasattr(scheduler, "alphas_cumprod"):
-        return kind
-    raise UnsupportedPolicyError(
-        f"scheduler {type(scheduler).__name__} (prediction_type {kind!r}) is neither a flow scheduler nor one with "
-        "alphas_cumprod; swap it for FlowMatchEulerDiscreteScheduler or DDIMScheduler in the checkpoint"
-    )
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(entry) for entry in value)
+    if isinstance(value, dict):
+        return all(_plain(entry) for entry in value.values())
+    return isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device))
 
 
-def first_order_scheduler(pipe: DiffusionPipeline) -> str:
-    """Puts the matching first-order grid in place where the checkpoint's scheduler has another; returns prediction.
+def cache_prompts(pipe: Any) -> None:
+    """Remembers `encode_prompt` results by argument, so that a prompt is encoded once and not once per group.
 
-    Flow schedulers of order 1 keep their own sigmas (their `step` is replaced anyway). Diffusion models get DDIM,
-    whose latents are not rescaled by sigma as in the Euler and LMS families.
+    Only calls with plain arguments (no pictures or tensors) are remembered; results are handed out as copies.
     """
-    scheduler = pipe.scheduler
-    prediction = prediction_of(scheduler)
-    if prediction == "flow":
-        if getattr(scheduler, "order", 1) != 1:
-            raise UnsupportedPolicyError(
-                f"scheduler {type(scheduler).__name__} takes {scheduler.order} model calls per step; "
-                "use FlowMatchEulerDiscreteScheduler"
-            )
-    elif not isinstance(scheduler, DDIMScheduler):
-        pipe.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
-    return prediction
+    encode = getattr(pipe, "encode_prompt", None)
+    if encode is None:
+        return
+    cache: dict[str, Any] = {}
 
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        if not _plain(args) or not _plain(kwargs):
+            return encode(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in cache:
+            if len(cache) >= _CACHED_PROMPTS:
+                cache.pop(next(iter(cache)))
+            cache[key] = encode(*args, **kwargs)
+        return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, cache[key])
 
-def accepted(call: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that the callable takes."""
-    parameters = inspect.signature(call).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return kwargs
-    return {name: value for name, value in kwargs.items() if name in parameters}
+    pipe.encode_prompt = cached

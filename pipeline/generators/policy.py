@@ -6,6 +6,8 @@ Loads any checkpoint, probes how it works, draws takes with their trajectory, an
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +16,30 @@ import torch
 from pipeline import weights as weights_lib
 from pipeline.config import Config
 from pipeline.errors import RushesError, UnsupportedPolicyError
-from pipeline.generators.loading import accepted, denoisers_of, first_order_scheduler, load_pipeline, resolve_device
-from pipeline.generators.probe import RATIO_TOLERANCE, find_spec
-from pipeline.generators.recorder import Recording, record
-from pipeline.generators.replay import Replayer, to_part
+from pipeline.generators import probe as probing
+from pipeline.generators.calling import (
+    Form,
+    call_arguments,
+    condition_arguments,
+    condition_key,
+    conditions_of,
+    forms,
+    parameters_of,
+    to_floats,
+    to_uint8,
+)
+from pipeline.generators.hints import hint_for
+from pipeline.generators.loading import cache_prompts, denoisers_of, load_pipeline, resolve_device
+from pipeline.generators.recorder import RawStep, Recording, record
+from pipeline.generators.replay import Replayer, branches_of, to_part
+from pipeline.generators.schedule import first_order_scheduler, kinds_for
 from pipeline.generators.spec import PolicySpec
-from pipeline.samplers import log_prob, transition
-from pipeline.samplers.transition import DIFFUSION_KINDS, FLOW_KINDS
+from pipeline.samplers import log_prob
 from pipeline.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
 _PROBE_STEPS = 3
-_CACHED_PROMPTS = 256
+_PROBE_TEXTS = ("a red circle on a table", "a dog", "the blue sea")  # the longest first: padding is then the same
 
 
 class Policy:
@@ -33,19 +47,25 @@ class Policy:
 
     def __init__(self, cfg: Config, pipe: Any, device: torch.device) -> None:
         self.cfg, self.pipe, self.device = cfg, pipe, device
+        self.name = type(pipe).__name__
+        if hint_for(pipe).refuse:
+            raise UnsupportedPolicyError(f"{self.name}: {hint_for(pipe).refuse}")
         self.modules = denoisers_of(pipe)
         self.prediction = first_order_scheduler(pipe)
-        kinds = FLOW_KINDS if self.prediction == "flow" else DIFFUSION_KINDS
+        kinds = kinds_for(pipe.scheduler, self.prediction)
         if cfg.sampler.kind not in kinds:
             raise UnsupportedPolicyError(
-                f"sampler.kind: {cfg.sampler.kind} does not fit {type(pipe).__name__}, which predicts "
-                f"{self.prediction}; use {' or '.join(kinds)}"
+                f"sampler.kind: {cfg.sampler.kind} does not fit {self.name}, which predicts {self.prediction} "
+                f"({type(pipe.scheduler).__name__}); use {' or '.join(kinds)}"
             )
         self.spec: PolicySpec | None = None
         self.version = 0
+        self._form = Form()
+        self._fill: list[str] = []
+        self._scales = self._known_scales()
         self._merged: weights_lib.MergedLora | None = None
         self._keep_mean = cfg.algorithm.objective != "grpo"
-        _cache_prompts(pipe)
+        cache_prompts(pipe)
 
     @classmethod
     def load(cls, cfg: Config, device: str = "auto", threads: int = 0) -> Policy:
@@ -54,6 +74,16 @@ class Policy:
             torch.set_num_threads(threads)
         where = resolve_device(device)
         return cls(cfg, load_pipeline(cfg.generator, where), where)
+
+    def _known_scales(self) -> list[float]:
+        """Numbers the call itself knows that may be a guidance scale or a rescale factor."""
+        given = {name: p.default for name, p in parameters_of(self.pipe).items()} | dict(self.cfg.generator.call)
+        found = [self.cfg.generator.guidance_scale]
+        for name, value in given.items():
+            wanted = any(word in name for word in ("guidance", "cfg", "scale"))
+            if wanted and isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append(float(value))
+        return list(dict.fromkeys([*found, 1.0]))
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -79,14 +109,14 @@ class Policy:
         per phase. Raises RushesError when the pipeline's output is not finite.
         """
         started = time.perf_counter()
-        batch = self.cfg.rollout.batch or work.takes
         frames: list[np.ndarray] = []
         parts: list[TrajectoryPart] = []
         seconds = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
-        for start in range(0, work.takes, batch):
-            stop = min(start + batch, work.takes)
+        if work.sampling.trained_steps and self.spec is None:
+            raise RuntimeError("probe() must run before trajectories are recorded")
+        for start, stop in self._calls(work):
             began = time.perf_counter()
-            images, recording = self._sample(
+            values, recording = self._sample(
                 work.prompts[start:stop],
                 work.seeds[start:stop],
                 work.shared_noise_seed,
@@ -97,13 +127,11 @@ class Policy:
             seconds["encode"] += recording.denoise_started - began
             seconds["denoise"] += recording.denoise_ended - recording.denoise_started
             seconds["decode"] += ended - recording.denoise_ended
-            frames.append(images)
+            frames.append(to_uint8(values))
             if work.sampling.trained_steps:
                 parts.append(to_part(recording.steps, start, stop, self._keep_mean))
         trajectory = None
         if parts:
-            if self.spec is None:
-                raise RuntimeError("probe() must run before trajectories are recorded")
             trajectory = Trajectory(
                 group=work.group,
                 version=self.version,
@@ -114,67 +142,104 @@ class Policy:
         seconds["total"] = time.perf_counter() - started
         return Media(frames=np.concatenate(frames), fps=self.cfg.generator.fps), trajectory, seconds
 
+    def _calls(self, work: GroupWork) -> Iterator[tuple[int, int]]:
+        """Takes [start, stop) of each pipeline call: a batch at most, and one condition where the form shares it."""
+        size = (self.cfg.rollout.batch or work.takes) if self._form.batched else 1
+        start = 0
+        while start < work.takes:
+            stop = min(start + size, work.takes)
+            if self._form.shared:
+                keys = [condition_key(prompt) for prompt in work.prompts[start:stop]]
+                stop = start + next((i for i, key in enumerate(keys) if key != keys[0]), len(keys))
+            yield start, stop
+            start = stop
+
     @torch.no_grad()
     def _sample(
         self,
-        prompts: tuple[PromptItem, ...],
-        seeds: tuple[int, ...],
+        prompts: Sequence[PromptItem],
+        seeds: Sequence[int],
         shared_noise_seed: int | None,
         sampling: SamplingSpec,
         *,
         keep_steps: set[int],
-        keep_outputs: bool = False,
+        **options: Any,
     ) -> tuple[np.ndarray, Recording]:
-        """One pipeline call. Returns uint8 [K, F, H, W, 3] and the recording."""
+        """One pipeline call. Returns float32 [K, F, H, W, 3] and the recording; `options`: see `record`."""
         noise = [_generator(seed ^ _POLICY_NOISE) for seed in seeds]
         kwargs = self._call_arguments(prompts, sampling)
-        kwargs["generator"] = [_generator(seed if shared_noise_seed is None else shared_noise_seed) for seed in seeds]
+        first = [_generator(seed if shared_noise_seed is None else shared_noise_seed) for seed in seeds]
+        kwargs["generator"] = first if self._form.batched else first[0]
+        if self.spec is not None:
+            options.setdefault("on_step", self._fit_step)
+        output = None
         with record(
-            self.pipe,
-            self.modules,
-            self.prediction,
-            sampling,
-            noise,
-            keep_steps=keep_steps,
-            keep_outputs=keep_outputs,
+            self.pipe, self.modules, self.prediction, sampling, noise, keep_steps=keep_steps, **options
         ) as recording:
             output = self.pipe(**kwargs)
+        if recording.stopped:
+            return np.zeros(0, np.float32), recording
         if recording.num_steps != sampling.num_steps:
             raise UnsupportedPolicyError(
-                f"{type(self.pipe).__name__} took {recording.num_steps} scheduler steps, "
-                f"where {sampling.num_steps} were asked for"
+                f"{self.name} took {recording.num_steps} scheduler steps where {sampling.num_steps} were asked for: a "
+                "model distilled to a fixed number of steps, or one that drives its scheduler in its own way"
             )
-        return _to_frames(output), recording
+        return to_floats(output, len(prompts)), recording
 
-    def _call_arguments(self, prompts: tuple[PromptItem, ...], sampling: SamplingSpec) -> dict[str, Any]:
-        cfg = self.cfg.generator
-        kwargs: dict[str, Any] = {
-            "prompt": [prompt.text for prompt in prompts],
-            "height": cfg.height,
-            "width": cfg.width,
-            "num_frames": cfg.num_frames,
-            "num_inference_steps": sampling.num_steps,
-            "guidance_scale": sampling.guidance_scale,
-            "output_type": "np",
-        }
-        if any(prompt.negative for prompt in prompts):
-            kwargs["negative_prompt"] = [prompt.negative or "" for prompt in prompts]
-        if any(prompt.image for prompt in prompts):
-            from PIL import Image
+    def _call_arguments(self, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
+        return call_arguments(self.pipe, self.cfg.generator, prompts, sampling, self._form, self._fill)
 
-            kwargs["image"] = [Image.open(prompt.image).convert("RGB") for prompt in prompts if prompt.image]
-        return {**accepted(self.pipe.__call__, kwargs), **cfg.call}
+    def _fit_step(self, step: RawStep) -> None:
+        """Checks at every recorded step that replay will give what the scheduler received; notes the numbers."""
+        outputs = [call.output for call in step.calls]
+        if not all(f"{len(outputs)}.{i}" in self.spec.outputs for i in range(len(outputs))) or not outputs:
+            raise UnsupportedPolicyError(
+                f"{self.name} makes {len(outputs)} denoiser calls at step {step.index}, which the probe did not see"
+            )
+        branches = branches_of(self.spec, outputs, step.sample.shape)
+        rule = self.spec.rules.get(str(len(branches)))
+        if rule is None:
+            raise UnsupportedPolicyError(
+                f"{self.name} has {len(branches)} guidance branches at step {step.index}, which the probe did not see"
+            )
+        found = probing.fit_step(branches, step, rule, self.spec.sign, self._scales)
+        step.guidance_scale, step.rule, step.rule_extra = found.scale, found.rule, found.extra
 
     # -- probing ------------------------------------------------------------------------------------------------
 
     def probe(self, prompts: list[PromptItem] | None = None) -> dict[str, Any]:
         """Finds the policy spec and checks that replay repeats the rollout. Call before weights are attached or after.
 
-        `prompts`: three to probe with (different texts, so that takes differ). Returns a plain-data report.
+        `prompts`: some to probe with; what they bring besides text decides which conditions are given. None: made-up
+        texts, and made-up conditions where the pipeline takes any. Returns a plain-data report.
         Raises UnsupportedPolicyError with the numbers.
         """
-        texts = prompts or [PromptItem(index=i, text=text) for i, text in enumerate(("a", "b", "c"))]
-        trio = tuple((texts * 3)[:3])
+        if prompts:
+            trio = [replace((prompts * 3)[i], image=prompts[0].image, metadata=prompts[0].metadata) for i in range(3)]
+            fills: list[list[str]] = [[]]
+        else:
+            trio = [PromptItem(index=i, text=text) for i, text in enumerate(_PROBE_TEXTS)]
+            fills = condition_arguments(self.pipe)
+        failures: dict[str, Exception] = {}
+        for fill in fills:
+            for form in forms(bool(fill) or bool(conditions_of(trio[0]))):
+                self._form, self._fill, self.spec = form, fill, None
+                try:
+                    return self._probe(trio)
+                except Exception as error:  # a pipeline may refuse a form in any way; all are reported below
+                    failures[f"{form.words()}{' with ' + ', '.join(fill) if fill else ''}"] = error
+        refusals = [error for error in failures.values() if isinstance(error, RushesError)]
+        if refusals:
+            raise refusals[0]
+        causes: dict[str, str] = {}  # the same cause is told once
+        for words, error in failures.items():
+            causes.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", words)
+        told = "; ".join(f"{words}: {cause}" for cause, words in list(causes.items())[:3])
+        raise UnsupportedPolicyError(
+            f"{self.name} could not be run ({told}); arguments of its __call__ can be set in generator.call"
+        ) from next(iter(failures.values()))
+
+    def _probe(self, trio: list[PromptItem]) -> dict[str, Any]:
         sampling = SamplingSpec(
             kind=self.cfg.sampler.kind,
             noise_level=self.cfg.sampler.noise_level,
@@ -183,45 +248,69 @@ class Policy:
             trained_steps=(0, 1),
             guidance_scale=self.cfg.generator.guidance_scale,
         )
-        runs = {
-            n: self._sample(trio[:n], tuple(range(11, 11 + n)), None, sampling, keep_steps={0, 1}, keep_outputs=True)[1]
-            for n in (2, 3)
-        }
-        name = type(self.pipe).__name__
-        self.spec, report = find_spec(name, self.prediction, runs[2], runs[3], sampling.guidance_scale)
-        report.update(self._check_replay(runs[3], sampling))
+
+        def run(first: int, stop: int, **options: Any) -> Recording:
+            seeds = tuple(range(11 + first, 11 + stop))
+            return self._sample(trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, **options)[1]
+
+        if self._form.batched:
+            small, large = run(0, 2), run(0, 3, stop_early=True)
+            outputs = probing.find_outputs(small.steps, large.steps)
+            layouts, note = probing.find_layouts(small.steps, large.steps)
+        else:
+            small, large = run(0, 1), run(1, 2, stop_early=True)
+            outputs, layouts, note = probing.single_outputs(small.steps), {}, ""
+        takes = small.steps[0].sample.shape[0]
+        spec = replace(probing.bare_spec(small.steps[0], outputs, self.name, self.prediction), layouts=layouts)
+        try:
+            if spec.cut == "gather":
+                raise UnsupportedPolicyError("shapes differ")
+            rules, sign, error = probing.fit_steps(spec, small.steps + large.steps, self._scales)
+        except UnsupportedPolicyError as by_shape:
+            if "equal" in str(by_shape):
+                raise
+            places = probing.trace_output(
+                lambda send: self._sample(
+                    trio[:takes], (11, 12)[:takes], None, sampling, keep_steps={0}, on_output=send, stop_early=True
+                )[1],
+                outputs,
+                takes,
+            )
+            spec = replace(spec, cut="gather", gather=places)
+            rules, sign, error = probing.fit_steps(spec, small.steps + large.steps, self._scales)
+        self.spec = replace(spec, rules=rules, sign=sign)
+        probing.check_linear_weights(self.spec, small.steps, large.steps)
+        for step in large.steps:
+            self._fit_step(step)
+        report = probing.report(self.spec, small, large, error)
+        report["form"] = self._form.words()
+        report["conditions"] = sorted({*self._fill, *conditions_of(trio[0])})
+        report["takes_note"] = note
+        report.update(self._check_replay(large, sampling))
         return report
 
     @torch.no_grad()
     def _check_replay(self, recording: Recording, sampling: SamplingSpec) -> dict[str, float]:
         """Replays steps out of order, whole and take by take; the log-ratio must be 0 to rounding."""
-        part = to_part(recording.steps, 0, 3, keep_mean=False)
+        takes = recording.steps[0].sample.shape[0]
+        part = to_part(recording.steps, 0, takes, keep_mean=False)
         replayer = Replayer(part, self.spec, self.modules, self.device)
         worst = {"replay_whole": 0.0, "replay_single": 0.0}
         for j in (1, 0, 1):
-            step = part.steps[j]
-            for key, cuts in (("replay_whole", [slice(0, 3)]), ("replay_single", [slice(i, i + 1) for i in range(3)])):
-                for takes in cuts:
-                    sample, next_sample, old = replayer.step_tensors(j, takes)
-                    out = replayer.model_output(j, takes, sample)
-                    moved = transition(
-                        sampling.kind,
-                        sampling.noise_level,
-                        self.prediction,
-                        sample,
-                        out,
-                        step.sigma,
-                        step.sigma_next,
-                        step.sigma_cap,
-                    )
+            singles = [slice(i, i + 1) for i in range(takes)]
+            for key, cuts in (("replay_whole", [slice(0, takes)]), ("replay_single", singles)):
+                for cut in cuts:
+                    sample, next_sample, old = replayer.step_tensors(j, cut)
+                    out = replayer.model_output(j, cut, sample)
+                    moved = replayer.move(j, cut, sample, out, sampling)
                     gap = float((log_prob(next_sample, moved) - old).abs().max())
                     worst[key] = max(worst[key], gap)
         exact = all(p.dtype == torch.float32 for m in self.modules.values() for p in m.parameters())
-        bound = RATIO_TOLERANCE if exact else 1e-2
+        bound = probing.RATIO_TOLERANCE if exact else 1e-2
         # Single takes run through other kernels; over few latent values their rounding shows more.
         if not (worst["replay_whole"] < bound and worst["replay_single"] < 10 * bound):
             raise UnsupportedPolicyError(
-                f"{type(self.pipe).__name__}: replaying a rollout gives log-ratios of up to {max(worst.values()):.1e} "
+                f"{self.name}: replaying a rollout gives log-ratios of up to {max(worst.values()):.1e} "
                 f"(allowed {bound:.0e}); does it keep state between calls (caching, a stateful guider, dropout)?"
             )
         return worst
@@ -229,36 +318,3 @@ class Policy:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed % 2**63)
-
-
-def _to_frames(output: Any) -> np.ndarray:
-    """A pipeline's numpy output -> uint8 [K, F, H, W, 3]. Raises RushesError on NaN."""
-    values = getattr(output, "frames", None)
-    if values is None:
-        values = output.images
-    values = np.asarray(values, np.float32)
-    if not np.isfinite(values).all():
-        raise RushesError("the generator's output has NaN or infinity; a lower learning rate or float32 may help")
-    if values.ndim == 4:  # images [K, H, W, 3]
-        values = values[:, None]
-    return np.rint(values.clip(0.0, 1.0) * 255.0).astype(np.uint8)
-
-
-def _cache_prompts(pipe: Any) -> None:
-    """Remembers `encode_prompt` results by argument, so that a prompt is encoded once and not once per group."""
-    encode = getattr(pipe, "encode_prompt", None)
-    if encode is None:
-        return
-    cache: dict[str, Any] = {}
-
-    def cached(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
-            return encode(*args, **kwargs)
-        key = repr((args, sorted(kwargs.items())))
-        if key not in cache:
-            if len(cache) >= _CACHED_PROMPTS:
-                cache.pop(next(iter(cache)))
-            cache[key] = encode(*args, **kwargs)
-        return cache[key]
-
-    pipe.encode_prompt = cached

@@ -7,21 +7,27 @@ look at what each denoiser is called with. Inputs are cloned at call time, since
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers import LCMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from pipeline.errors import UnsupportedPolicyError
+from pipeline.generators.schedule import step_times
 from pipeline.samplers import log_prob, transition
+from pipeline.samplers.transition import Transition, clean_and_noise, consistency_function
 from pipeline.types import SamplingSpec
 from pipeline.wire import map_leaves
 
-_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
+_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, np.generic, slice)
 
 
 @dataclass(slots=True)
@@ -37,7 +43,8 @@ class RawCall:
 
 @dataclass(slots=True)
 class RawStep:
-    """One scheduler step as it happened. Tensors [B, ...] in the pipeline's dtype unless said otherwise."""
+    """One scheduler step as it happened. Tensors [B, ...], B takes, in the pipeline's dtype unless said otherwise;
+    frames that a pipeline folds into the batch are unfolded into axis 1."""
 
     index: int
     sigma: float
@@ -50,6 +57,10 @@ class RawStep:
     mean: torch.Tensor  # float32
     log_prob: torch.Tensor | None  # float32 [B]; None where the step is deterministic
     calls: list[RawCall]
+    std: float = 0.0
+    rule: str = "identity"
+    rule_extra: tuple[float, ...] = ()
+    mask: torch.Tensor | None = None  # bool, like next_sample; None: the policy chose every value
 
 
 @dataclass(slots=True)
@@ -63,29 +74,57 @@ class Recording:
     denoise_started: float = 0.0
     denoise_ended: float = 0.0
     last_next: torch.Tensor | None = None
-    continuous: bool = True  # every step was given exactly what the step before returned
+    chosen_share: float = 1.0  # share of the latent values that the policy chose, least over the steps
+    stopped: bool = False
+
+
+class EnoughRecorded(Exception):
+    """Ends a probing run once its steps are recorded, before the VAE decodes."""
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The tensor of a denoiser's output: itself, the first of a tuple, or `.sample`."""
+    """The tensor of a denoiser's output: itself, the first of a tuple, or `.sample`; a list of tensors is stacked."""
     if isinstance(output, torch.Tensor):
         return output
+    if isinstance(output, list) and output and all(isinstance(entry, torch.Tensor) for entry in output):
+        if any(entry.shape != output[0].shape for entry in output):
+            raise UnsupportedPolicyError("the denoiser returns tensors of different shapes for the takes of a batch")
+        return torch.stack(output)
     if hasattr(output, "sample"):
-        return output.sample
-    return output[0]
+        return first_tensor(output.sample)
+    if isinstance(output, dict):
+        return first_tensor(next(iter(output.values())))
+    return first_tensor(output[0])
 
 
-def scheduler_times(scheduler: Any, prediction: str, index: int, timestep: Any) -> tuple[float, float, float]:
-    """(sigma, sigma_next, sigma_cap) of step `index`; alphas_cumprod in place of sigma for diffusion models."""
-    if prediction == "flow":
-        sigmas = scheduler.sigmas
-        cap = float(sigmas[1]) if len(sigmas) > 2 else 0.5
-        return float(sigmas[index]), float(sigmas[index + 1]), cap
-    t = int(timestep)
-    previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    final = scheduler.final_alpha_cumprod
-    abar_next = scheduler.alphas_cumprod[previous] if previous >= 0 else final
-    return float(scheduler.alphas_cumprod[t]), float(abar_next), 0.0
+def replace_first(output: Any, value: torch.Tensor) -> Any:
+    """`output` with its first tensor (see `first_tensor`) replaced."""
+    if isinstance(output, torch.Tensor):
+        return value
+    if isinstance(output, list) and output and all(isinstance(entry, torch.Tensor) for entry in output):
+        return list(value.unbind(0))
+    if hasattr(output, "sample"):
+        output = type(output)(**output)
+        output.sample = replace_first(output.sample, value)
+        return output
+    return type(output)([replace_first(output[0], value), *output[1:]])
+
+
+class _PolicyStep:
+    """Stands in for `scheduler.step`. A copy of the scheduler (for a second modality) gets its own step back."""
+
+    def __init__(self, scheduler: Any, act: Callable[..., Any]) -> None:
+        own = type(scheduler).step
+        self._scheduler, self._own, self._act = scheduler, own, act
+        parameters = list(inspect.signature(own).parameters.values())
+        self.__signature__ = inspect.Signature(parameters[1:])  # pipelines look for eta and generator
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        return self._act(**{"generator": None, "return_dict": True, **given})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return MethodType(self._own, memo[id(self._scheduler)])
 
 
 @contextmanager
@@ -97,17 +136,23 @@ def record(
     generators: list[torch.Generator],
     *,
     keep_steps: set[int],
-    keep_outputs: bool = False,
+    on_step: Callable[[RawStep], None] | None = None,
+    on_output: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
+    stop_early: bool = False,
 ) -> Iterator[Recording]:
     """Patches the pipeline for the duration of one call and yields the growing recording.
 
     `generators`: one CPU generator per take for the policy's noise, so a take does not depend on its batch.
-    `keep_steps`: step indices whose inputs are stored. `keep_outputs`: also store denoiser outputs (probing).
+    `keep_steps`: step indices whose inputs are stored. `on_step` sees each of them with its outputs and may fill in
+    the guidance; the outputs are then dropped unless it is None. `on_output` may replace a denoiser's output.
+    `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`).
     """
     scheduler = pipe.scheduler
     recording = Recording()
     pending: list[RawCall] = []
+    open_step: RawStep | None = None  # its mask shows only when the next step's sample is seen
     count = 0
+    takes = len(generators)
 
     def before(name: str):
         def hook(_module, args, kwargs):
@@ -118,69 +163,160 @@ def record(
 
         return hook
 
-    def after(_module, _args, _kwargs, output):
-        if keep_outputs and count in keep_steps:
-            pending[-1].output = first_tensor(output).detach().clone()
+    def after(name: str):
+        def hook(_module, _args, _kwargs, output):
+            changed = None
+            if on_output is not None:
+                changed = on_output(count, name, first_tensor(output))
+                output = replace_first(output, changed)
+            if count in keep_steps:
+                pending[-1].output = first_tensor(output).detach().clone()
+            return None if changed is None else output
 
-    def step(model_output, timestep, sample, *_args, return_dict=True, **_kwargs):
-        nonlocal count
-        index = count + (scheduler.begin_index or 0 if hasattr(scheduler, "begin_index") else 0)
-        sigma, sigma_next, cap = scheduler_times(scheduler, prediction, index, timestep)
+        return hook
+
+    def unfold(tensor: torch.Tensor) -> torch.Tensor:
+        """[takes x frames, ...] -> [takes, frames, ...]"""
+        if tensor.shape[0] == takes:
+            return tensor
+        if tensor.shape[0] % takes:
+            raise UnsupportedPolicyError(
+                f"{type(pipe).__name__} hands the scheduler {tensor.shape[0]} samples for {takes} takes"
+            )
+        return tensor.unflatten(0, (takes, tensor.shape[0] // takes))
+
+    def act(model_output, timestep, sample, generator, return_dict, **_rest):
+        nonlocal count, open_step
+        times, index = step_times(scheduler, prediction, count, timestep)
+        shape = sample.shape
+        if model_output.shape != shape and model_output.shape[1] == 2 * shape[1]:
+            model_output = model_output[:, : shape[1]]  # the learned-variance half, which DDPM's step takes apart
+        if model_output.shape != shape:
+            raise UnsupportedPolicyError(
+                f"{type(pipe).__name__} hands the scheduler {list(model_output.shape)} for a sample {list(shape)}"
+            )
+        x, out = unfold(sample), unfold(-model_output if times.flip else model_output)
+        if open_step is not None:
+            _close(open_step, x, recording, type(pipe).__name__)
+            open_step = None
+        if stop_early and count > max(keep_steps):
+            recording.stopped = True
+            raise EnoughRecorded
+        last = index + 1 >= len(scheduler.timesteps)
         noisy = count in sampling.stochastic_steps
-        kind = sampling.kind if noisy else "ode"
-        moved = transition(kind, sampling.noise_level, prediction, sample, model_output, sigma, sigma_next, cap)
-        next_sample, logp = moved.mean, None
+        moved = _move(scheduler, sampling, prediction, x, out, times, noisy, last, generator)
+        next_sample = moved.mean
         if noisy:
-            if sample.shape[0] != len(generators):
-                raise UnsupportedPolicyError(
-                    f"{type(pipe).__name__} hands the scheduler {sample.shape[0]} samples for {len(generators)} takes; "
-                    "frames folded into the batch are not supported"
-                )
-            noise = torch.stack([torch.randn(sample.shape[1:], generator=g) for g in generators])
+            noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
             next_sample = moved.mean + moved.std * noise.to(moved.mean.device)
         # Rounded to the pipeline's dtype before its log-prob is taken: replay sees exactly this tensor.
         next_sample = next_sample.to(sample.dtype)
-        if noisy:
-            logp = log_prob(next_sample, moved)
-        if recording.last_next is not None and not torch.equal(recording.last_next, sample):
-            recording.continuous = False
         if count in keep_steps:
-            recording.steps.append(
-                RawStep(
-                    index=count,
-                    sigma=sigma,
-                    sigma_next=sigma_next,
-                    sigma_cap=cap,
-                    guidance_scale=float(getattr(pipe, "guidance_scale", sampling.guidance_scale) or 0.0),
-                    sample=sample.detach().clone(),
-                    model_output=model_output.detach().clone() if keep_outputs else model_output,
-                    next_sample=next_sample.detach().clone(),
-                    mean=moved.mean,
-                    log_prob=logp,
-                    calls=list(pending),
-                )
+            open_step = RawStep(
+                index=count,
+                sigma=times.sigma,
+                sigma_next=times.sigma_next,
+                sigma_cap=times.cap,
+                guidance_scale=_number(getattr(pipe, "guidance_scale", None), sampling.guidance_scale),
+                sample=x.detach().clone(),
+                model_output=out.detach().clone(),
+                next_sample=next_sample.detach().clone(),
+                mean=moved.mean,
+                log_prob=log_prob(next_sample, moved) if noisy and moved.std > 0 else None,
+                calls=list(pending),
+                std=moved.std if noisy else 0.0,
             )
+            if on_step is not None:
+                on_step(open_step)
+                for call in open_step.calls:
+                    call.output = None
+            recording.steps.append(open_step)
         pending.clear()
         count += 1
         recording.num_steps = count
-        recording.last_next = next_sample.detach().clone()
         recording.denoise_ended = time.perf_counter()
-        if getattr(scheduler, "_step_index", None) is None:
-            scheduler._step_index = index
-        scheduler._step_index = index + 1
-        return SchedulerOutput(prev_sample=next_sample) if return_dict else (next_sample,)
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = index + 1
+        clean = _clean(scheduler, prediction, x, out, times).to(sample.dtype).reshape(shape)
+        moved_on = next_sample.reshape(shape)
+        if return_dict:
+            return DDIMSchedulerOutput(prev_sample=moved_on, pred_original_sample=clean)
+        return (moved_on,) if prediction == "flow" else (moved_on, clean)
 
     hooks = []
     for name, module in denoisers.items():
         hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        hooks.append(module.register_forward_hook(after, with_kwargs=True))
-    scheduler.step = step
+        hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
+    scheduler.step = _PolicyStep(scheduler, act)
     try:
         yield recording
+    except EnoughRecorded:
+        pass
     finally:
-        del scheduler.step  # the class's own method shows again
+        scheduler.__dict__.pop("step", None)  # the class's own method shows again
         for hook in hooks:
             hook.remove()
+
+
+def _number(value: Any, default: float) -> float:
+    """A scale as a float; `default` where the pipeline has none, or one per frame."""
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return default
+
+
+def _move(
+    scheduler: Any, sampling: SamplingSpec, prediction: str, x, out, times, noisy: bool, last: bool, generator: Any
+) -> Transition:
+    """The step's Gaussian; a deterministic one where the policy draws no noise."""
+    if not isinstance(scheduler, LCMScheduler):
+        kind = sampling.kind if noisy else "ode"
+        return transition(kind, sampling.noise_level, prediction, x, out, times.sigma, times.sigma_next, times.cap)
+    moved = transition("lcm", 1.0, prediction, x, out, times.sigma, times.sigma_next, times.cap)
+    if noisy:
+        return moved
+    if last:
+        return replace(moved, mean=consistency_function(x.float(), out.float(), times.sigma, times.cap, prediction))
+    # Noise belongs to the sampler itself: without the policy's, it comes from the pipeline's own generators.
+    sources = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    noise = torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in sources])
+    return replace(moved, mean=moved.mean + moved.std * noise.to(x.device).float())
+
+
+def _clean(scheduler: Any, prediction: str, x, out, times) -> torch.Tensor:
+    """The x0 prediction, which some pipelines read from the scheduler's answer."""
+    x, out = x.float(), out.float()
+    if prediction == "flow":
+        return x - times.sigma * out
+    if isinstance(scheduler, LCMScheduler):
+        return consistency_function(x, out, times.sigma, times.cap, prediction)
+    if times.sigma == 0.0 and prediction == "epsilon":
+        return torch.zeros_like(x)
+    return clean_and_noise(x, out, times.sigma, prediction)[0]
+
+
+def _close(step: RawStep, sample: torch.Tensor, recording: Recording, name: str) -> None:
+    """Finds what the pipeline kept of a step, now that the next step's sample is known."""
+    if sample.shape != step.next_sample.shape:
+        raise UnsupportedPolicyError(
+            f"{name} changes the sample's shape after step {step.index}, from {list(step.next_sample.shape)} to "
+            f"{list(sample.shape)}; such a step has no log-prob"
+        )
+    kept = sample == step.next_sample
+    if bool(kept.all()):
+        return
+    share = float(kept.float().mean())
+    recording.chosen_share = min(recording.chosen_share, share)
+    if not bool(kept.flatten(1).any(1).all()):
+        raise UnsupportedPolicyError(
+            f"{name} replaces every value of the sample after step {step.index}; the policy chooses nothing that lasts"
+        )
+    step.mask = kept
+    if step.log_prob is not None:
+        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept))
 
 
 def _clone_call(name: str, args: Any, kwargs: Any, clones: dict[tuple[int, int], tuple[Any, Any]]) -> RawCall:
@@ -194,6 +330,8 @@ def _clone_call(name: str, args: Any, kwargs: Any, clones: dict[tuple[int, int],
             return clones[key][1]
         if isinstance(leaf, _PLAIN):
             return leaf
+        if isinstance(leaf, np.ndarray):
+            return leaf.copy()
         raise UnsupportedPolicyError(
             f"{name} is called with {path.split('.', 1)[-1]} of type {type(leaf).__name__}, "
             "which cannot be recorded and replayed"

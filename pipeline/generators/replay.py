@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.generators.guidance import CUTS, RULES
+from pipeline.generators.guidance import CUTS, evaluate
 from pipeline.generators.recorder import RawStep, first_tensor
-from pipeline.generators.spec import PolicySpec
-from pipeline.types import RecordedCall, RecordedStep, TrajectoryPart
+from pipeline.generators.spec import LIST, PolicySpec
+from pipeline.samplers import transition
+from pipeline.samplers.transition import Transition
+from pipeline.types import RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
 from pipeline.wire import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
 
 
@@ -55,6 +57,9 @@ def to_part(steps: list[RawStep], start: int, stop: int, keep_mean: bool) -> Tra
             mean=np.array(step.mean.cpu(), np.float32) if keep_mean else None,
             guidance_scale=step.guidance_scale,
             calls=tuple(packed_call(step, call) for call in step.calls),
+            rule=step.rule,
+            rule_extra=step.rule_extra,
+            mask=None if step.mask is None else pack(step.mask),
         )
         for step in steps
     )
@@ -62,22 +67,43 @@ def to_part(steps: list[RawStep], start: int, stop: int, keep_mean: bool) -> Tra
 
 
 def _copies_of(leaf: torch.Tensor, sample: torch.Tensor) -> int:
-    """n if `leaf` is the sample n times along axis 0 (n = 1, 2), else 0."""
+    """n if `leaf` is the sample n times along axis 0 (n = 1, 2, 3), else 0."""
     if leaf.dtype != sample.dtype or leaf.shape[1:] != sample.shape[1:] or leaf.ndim == 0:
         return 0
-    for copies in (1, 2):
+    for copies in (1, 2, 3):
         if leaf.shape[0] == copies * sample.shape[0] and all(torch.equal(c, sample) for c in leaf.chunk(copies)):
             return copies
     return 0
 
 
-def combine(spec: PolicySpec, outputs: list[torch.Tensor], scale: float, like: torch.Size) -> torch.Tensor:
-    """Denoiser outputs of one step -> what the scheduler is given, by the probed rule. `like`: the sample's shape."""
-    branches = []
-    for output, layout in zip(outputs, spec.outputs, strict=True):
-        branches.extend(output.chunk(layout.copies) if layout.order == "tile" else [output])
-    cut = CUTS[spec.cut]
-    return RULES[spec.rule][1]([cut(branch, like) for branch in branches], scale)
+def branches_of(spec: PolicySpec, outputs: list[torch.Tensor], like: torch.Size) -> list[torch.Tensor]:
+    """Denoiser outputs of one step -> one tensor per guidance branch, in the sample's shape `like` [B, ...]."""
+    total, found = like[0], []
+    for number, output in enumerate(outputs):
+        for branch in spec.outputs[f"{len(outputs)}.{number}"].branches(output, total):
+            if spec.cut == "gather":
+                places = torch.from_numpy(spec.gather).to(branch.device).flatten().long()
+                found.append(branch.flatten(1).index_select(1, places).reshape(like))
+            else:
+                found.append(CUTS[spec.cut](branch, like))
+    return found
+
+
+def _descend(node: Any, path: str, layouts: dict[str, Any], key: str, takes: slice, total: int, leaf: Any) -> Any:
+    """Rebuilds an input tree; lists with an entry per take are cut to the takes."""
+    if isinstance(node, dict):
+        return {
+            k: _descend(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf) for k, v in node.items()
+        }
+    if isinstance(node, (list, tuple)):
+        built = [_descend(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
+        layout = layouts.get(f"{key}:{path}")
+        if layout is not None and layout.axis == LIST:
+            built = layout.pick(built, takes, total)
+        if isinstance(node, list):
+            return built
+        return type(node)(*built) if hasattr(node, "_fields") else tuple(built)
+    return leaf(path, node)
 
 
 class Replayer:
@@ -100,14 +126,39 @@ class Replayer:
         """The rollout's mean [b, ...]; only recorded for objectives that need it."""
         return torch.from_numpy(np.array(self.part.steps[j].mean)).to(self.device)[takes]
 
+    def move(self, j: int, takes: slice, x: torch.Tensor, out: torch.Tensor, sampling: SamplingSpec) -> Transition:
+        """The Gaussian of trained step `j` for a model output `out`, over the values that the policy chose."""
+        step = self.part.steps[j]
+        moved = transition(
+            sampling.kind,
+            sampling.noise_level,
+            self.spec.prediction,
+            x,
+            out,
+            step.sigma,
+            step.sigma_next,
+            step.sigma_cap,
+        )
+        if step.mask is None:
+            return moved
+        return Transition(moved.mean, moved.std, moved.dt, unpack(step.mask, self.device)[takes])
+
     def model_output(self, j: int, takes: slice, sample: torch.Tensor) -> torch.Tensor:
         """Calls the denoisers again for trained step `j` and the given takes; `sample`: those takes' x_t."""
         step = self.part.steps[j]
-        whole = len(range(*takes.indices(self.total))) == self.total
+        if len(range(*takes.indices(self.total))) == self.total:
+            return self._run(step, None, sample)
+        if self.spec.layouts is None:  # takes cannot be told apart in the inputs: the whole part, then those takes
+            return self._run(step, None, unpack(step.sample, self.device))[takes]
+        return self._run(step, takes, sample)
+
+    def _run(self, step: RecordedStep, takes: slice | None, sample: torch.Tensor) -> torch.Tensor:
+        layouts = self.spec.layouts if takes is not None else {}
         outputs = []
         for number, call in enumerate(step.calls):
+            key = f"{len(step.calls)}.{number}"
 
-            def resolve(path: str, leaf: Any, number: int = number) -> Any:
+            def resolve(path: str, leaf: Any, key: str = key) -> Any:
                 if isinstance(leaf, SampleSlot):
                     return torch.cat([sample] * leaf.copies) if leaf.copies > 1 else sample
                 if isinstance(leaf, SharedSlot):
@@ -116,10 +167,10 @@ class Replayer:
                     tensor = unpack(leaf, self.device)
                 else:
                     return leaf
-                layout = self.spec.layouts.get(f"{number}:{path}")
-                return tensor if layout is None or whole else layout.take(tensor, takes, self.total)
+                layout = layouts.get(f"{key}:{path}")
+                return tensor if layout is None else layout.take(tensor, takes, self.total)
 
-            tree = map_leaves(resolve, {"args": call.args, "kwargs": call.kwargs})
+            tree = _descend({"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve)
             outputs.append(first_tensor(self.modules[call.module](*tree["args"], **tree["kwargs"])))
-        scale = step.guidance_scale if self.spec.scale is None else self.spec.scale
-        return combine(self.spec, outputs, scale, sample.shape)
+        branches = branches_of(self.spec, outputs, sample.shape)
+        return evaluate(step.rule, branches, sample, step.guidance_scale, step.rule_extra, self.spec.sign)

@@ -25,6 +25,12 @@ class Terms:
     clip_low: float
     clip_high: float
 
+    def divergence(self) -> torch.Tensor:
+        """KL to the rollout policy per dimension [b]. Raises ValueError where its mean was not recorded."""
+        if self.old_mean is None:
+            raise ValueError("this objective needs the rollout policy's mean, which was not recorded")
+        return gaussian_kl(self.step, self.old_mean)
+
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -50,9 +56,9 @@ def grpo(terms: Terms) -> Loss:
 def grpo_guard(terms: Terms) -> Loss:
     """GRPO-Guard (arXiv 2510.22319): the ratio's mean drift b is added back, its spread made the same at every step.
 
-    ratio = exp((logp - logp_old + b) S), b = mean_D |mean - mean_old|^2 / (2 S^2), S = std; loss divided by the step dt.
+    ratio = exp((logp - logp_old + b) S), b = mean_D |mean - mean_old|^2 / (2 S^2), S = std; the loss is divided by dt.
     """
-    drift = gaussian_kl(terms.step, terms.old_mean)
+    drift = terms.divergence()
     ratio = torch.exp((terms.log_prob - terms.old_log_prob + drift) * terms.step.std)
     loss, stats = _clipped(terms.advantages, ratio, terms.clip_low, terms.clip_high)
     return loss / terms.step.dt, stats
@@ -62,7 +68,7 @@ def flow_dppo(terms: Terms) -> Loss:
     """Flow-DPPO (arXiv 2606.11025): no ratio clip; a take is dropped where its KL to the rollout policy exceeds
     `clip_high` and the update would move it further away. Dropped takes still count in the mean."""
     ratio = torch.exp(terms.log_prob - terms.old_log_prob)
-    divergence = gaussian_kl(terms.step, terms.old_mean).detach()
+    divergence = terms.divergence().detach()
     away_up = (terms.advantages > 0) & (ratio > 1.0)
     away_down = (terms.advantages < 0) & (ratio < 1.0)
     drop = (divergence >= terms.clip_high) & (away_up | away_down)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,8 +23,8 @@ class Scorer(ABC):
     `reads = "video"`: gets the whole clip with its fps.
     """
 
-    reads: ClassVar[Literal["frame", "video"]]
-    differentiable: ClassVar[bool] = False
+    reads: Literal["frame", "video"]
+    differentiable: bool = False
 
     @abstractmethod
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
@@ -32,6 +32,15 @@ class Scorer(ABC):
 
         NaN in a *part* means "does not apply to this prompt"; NaN in the score is a failure.
         """
+
+    def finish(self, values: np.ndarray) -> np.ndarray:
+        """Last step on a take's score [K], after the segments of a video have been combined. Default: unchanged."""
+        return values
+
+    @classmethod
+    def check_args(cls, args: dict) -> None:
+        """Checks of the options beyond their names that need no model. Raises `ConfigError`."""
+        return None
 
 
 REGISTRY: dict[str, type[Scorer]] = {}
@@ -63,7 +72,7 @@ def check_output(name: str, output, takes: int) -> tuple[np.ndarray, dict[str, n
         raise RewardError(f"reward {name}: returned {type(output).__name__}, which is not numbers: {error}") from error
     if scores.shape != (takes,):
         raise RewardError(
-            f"reward {name}: returned shape {list(scores.shape)} for {takes} takes; expected [{takes}], one number a take"
+            f"reward {name}: returned shape {list(scores.shape)} for {takes} takes; expected [{takes}], a number each"
         )
     if not np.isfinite(scores).all():
         bad = np.flatnonzero(~np.isfinite(scores)).tolist()

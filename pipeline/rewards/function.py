@@ -16,10 +16,10 @@ retried and never scored 0.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         ) from None
     except (UnicodeDecodeError, ValueError, OSError) as error:
         raise ConfigError(f"{path}: the reward file cannot be read ({error})") from None
-    module_spec = importlib.util.spec_from_loader(f"rushes_user_{path.stem}", loader=None)
-    module = importlib.util.module_from_spec(module_spec)
+    module = types.ModuleType(f"rushes_user_{path.stem}")
     module.__file__ = str(path)
     folder = str(path.parent.absolute())
     if folder not in sys.path:  # so that it can import its neighbours, now and when it is called

@@ -39,7 +39,7 @@ def scorer_names() -> list[str]:
 
 def list_scorers() -> list[tuple[str, str, str]]:
     """(name, 'frame' or 'video', first line of its docstring) of every registered scorer."""
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for name in scorer_names():
         cls = scorer_class(name)
         rows.append((name, cls.reads, (inspect.getdoc(cls) or "").split("\n")[0]))

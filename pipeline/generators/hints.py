@@ -1,0 +1,37 @@
+"""What cannot be found by probing, per pipeline class. An entry is the exception: every field is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import GeneratorConfig
+
+
+def _nothing(_: GeneratorConfig) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """`call`: further arguments of the pipeline's __call__ (generator.call overrides them). `refuse`: why this class
+    cannot be a policy, where running it would not show it."""
+
+    call: Callable[[GeneratorConfig], dict[str, Any]] = _nothing
+    refuse: str = ""
+
+
+def _kontext(cfg: GeneratorConfig) -> dict[str, Any]:
+    # Otherwise every picture is made at one of the model's own 1-megapixel sizes, whatever height and width say.
+    return {"max_area": cfg.height * cfg.width, "_auto_resize": False}
+
+
+HINTS: dict[str, Hint] = {
+    "FluxKontextPipeline": Hint(call=_kontext),
+    "FluxKontextInpaintPipeline": Hint(call=_kontext),
+}
+
+
+def hint_for(pipe: Any) -> Hint:
+    return HINTS.get(type(pipe).__name__, Hint())

@@ -1,0 +1,46 @@
+"""HPSv2 and HPSv2.1: human preference score on CLIP ViT-H/14 (Wu et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.rewards.base import Scorer, register
+from pipeline.rewards.clip import ClipEmbedder
+from pipeline.types import Media, PromptItem
+
+
+@register("hpsv2")
+class Hpsv2(Scorer):
+    """HPSv2 / v2.1 (by the weights given): cosine of picture and prompt, no logit scale (about 0.15 to 0.35).
+
+    The official val transform letterboxes: the long side becomes 224 and black bars fill the square, so nothing of a
+    16:9 frame is cut off. Scores of v2.0 and v2.1 cannot be compared; nor can those of different prompts.
+    """
+
+    reads = "frame"
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: str | None = None,
+        long_prompts: str = "cut",
+        device: str = "auto",
+        dtype: str = "float32",
+        batch: int = 32,
+    ) -> None:
+        """`model`: the HPS weights as a transformers CLIPModel in safetensors (docs/rewards.md: how to get them)."""
+        self.clip = ClipEmbedder(
+            model,
+            tokenizer_of=tokenizer,
+            long_prompts=long_prompts,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            fit="letterbox",
+        )
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        cosine, cut = self.clip.cosine(media, prompts)
+        return {"score": cosine, "cut_tokens": cut}

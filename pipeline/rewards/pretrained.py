@@ -1,0 +1,174 @@
+"""Weights of reward models: a hub id or a local folder, safetensors only, and nothing silently left at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError, InputError
+from pipeline.files import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto`: the GPU if there is one, else the CPU. Raises `ConfigError` for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device: found {device!r}; expected auto, cpu, cuda or cuda:0") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: found {device!r}, but torch sees no GPU here; use auto or cpu")
+    return chosen
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
+    return getattr(torch, dtype)
+
+
+def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{key}: found {value!r}{did_you_mean(value, allowed)}; expected one of {', '.join(allowed)}")
+    return value
+
+
+def check_batch(batch: Any) -> int:
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise ConfigError(f"batch: found {batch!r}; expected a whole number of at least 1")
+    return batch
+
+
+def check_number(key: str, value: Any, low: float = float("-inf"), high: float = float("inf")) -> float:
+    """A finite number in [low, high], or `ConfigError`."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not low <= value <= high
+        or value
+        in (
+            float("inf"),
+            float("-inf"),
+        )
+    ):
+        bounds = "" if (low, high) == (float("-inf"), float("inf")) else f" from {low:g} to {high:g}"
+        raise ConfigError(f"{key}: found {value!r}; expected a number{bounds}")
+    return float(value)
+
+
+def pretrained(
+    cls: Any, model: str, device: torch.device, dtype: torch.dtype, unused: str | None = None, **kwargs: Any
+) -> Any:
+    """`cls.from_pretrained` for scoring: eval mode, no gradients, on `device`. `unused`: a part that may be missing.
+
+    Raises `InputError` if nothing loads, if the weights are pickled, or if the checkpoint lacks some of the model's
+    weights (transformers would leave them random and only warn).
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of weights that were not asked for; what is missing is checked here
+    try:
+        loaded, info = cls.from_pretrained(model, use_safetensors=True, dtype=dtype, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"reward model {model}: {_cause(error)}; {_wanted(model)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(k for k in info["missing_keys"] if not (unused and k.startswith(unused)))
+    if missing:
+        raise InputError(
+            f"reward model {model}: {len(missing)} of {cls.__name__}'s weights are not in the checkpoint "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); it is another kind of model"
+        )
+    return loaded.eval().requires_grad_(False).to(device)
+
+
+def pretrained_config(cls: Any, model: str) -> Any:
+    """The checkpoint's config as a `cls`. Raises `InputError`."""
+    try:
+        config, _ = cls.get_config_dict(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"reward model {model}: {_cause(error)}; {_wanted(model)}") from error
+    if config.get("model_type") != cls.model_type:
+        raise InputError(f"reward model {model}: found a {config.get('model_type')} model; expected {cls.model_type}")
+    return cls.from_dict(config)
+
+
+def tokenizer(model: str) -> Any:
+    """The checkpoint's own tokenizer. Raises `InputError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # the tokenizer classes raise anything from KeyError to their own Rust exceptions
+        raise InputError(f"tokenizer of {model}: {_cause(error)}; {_wanted(model)}") from error
+
+
+def image_processor(model: str) -> Any:
+    """The checkpoint's own image preprocessing, on PIL (torchvision is not needed). Raises `InputError`."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(model, backend="pil")
+    except Exception as error:  # as with tokenizers: a broken JSON, a missing class, a missing file
+        raise InputError(f"image processor of {model}: {_cause(error)}; {_wanted(model)}") from error
+
+
+def weight_file(model: str, name: str | None = None) -> Path:
+    """A safetensors file: a local file, the one in a local folder, or `owner/repo/file.safetensors` on the hub."""
+    path = Path(model)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InputError(f"{model}: weights must be a .safetensors file (pickled weights can run code)")
+        return path
+    if path.is_dir():
+        files = [path / name] if name else sorted(path.glob("*.safetensors"))
+        if len(files) != 1 or not files[0].is_file():
+            found = ", ".join(f.name for f in sorted(path.glob("*"))) or "nothing"
+            raise InputError(f"{model}: expected one .safetensors file there, found {found}")
+        return files[0]
+    parts = model.split("/")
+    if len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and parts[-1].endswith(".safetensors"):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        except Exception as error:  # the hub client raises its own tree of errors, and those of its HTTP library
+            raise InputError(f"weights {model}: {_cause(error)}") from error
+    raise InputError(f"weights {model}: no such file; give a .safetensors file or owner/repo/file.safetensors")
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _cause(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _wanted(model: str) -> str:
+    if Path(model).exists():
+        return "expected a transformers folder with config.json, model.safetensors and the tokenizer's files"
+    return "expected a local folder or a hub id that can be reached from here"

@@ -1,0 +1,202 @@
+"""What a VLM judge is asked and how its answer is read: a YAML file, checked when it is loaded.
+
+    mode: likert            # likert: numbers found by patterns; yes_no: probability of yes; pairwise: which is better
+    system: You are …       # optional
+    prompt: |               # {prompt} is the take's prompt; {frames} and {fps} describe a clip; {metadata.key} a column
+      Rate how well the picture shows "{prompt}".  Alignment (1-5): X
+    axes:                   # likert: one pattern each, whose first group is the number
+      alignment: 'Alignment \\(1-5\\): ([0-9.]+)'
+    range: [1, 5]           # likert: numbers outside are not accepted
+    source: false           # also show the prompt's conditioning image, first (for edits)
+    max_tokens: 256
+
+yes_no has `yes` and `no` (lists of answers; default [yes] and [no]); pairwise has `first` and `second` (patterns).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, RewardError
+from pipeline.files import did_you_mean
+from pipeline.types import PromptItem
+
+MODES = ("likert", "yes_no", "pairwise")
+_KEYS = {
+    "likert": {"axes", "range", "weights"},
+    "yes_no": {"yes", "no"},
+    "pairwise": {"first", "second"},
+}
+_COMMON = {"mode", "system", "prompt", "source", "max_tokens"}
+
+
+class Unparseable(Exception):
+    """The judge's answer does not follow the rubric."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rubric:
+    mode: str
+    prompt: str
+    system: str | None = None
+    source: bool = False
+    max_tokens: int = 512
+    axes: dict[str, re.Pattern] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    low: float = 1.0
+    high: float = 5.0
+    yes: tuple[str, ...] = ("yes",)
+    no: tuple[str, ...] = ("no",)
+    first: re.Pattern | None = None
+    second: re.Pattern | None = None
+
+    def fill(self, prompt: PromptItem, frames: int, fps: float) -> str:
+        """The question about one take. Other braces than the known ones are left as they are."""
+
+        def value(match: re.Match) -> str:
+            name = match.group(1)
+            if name.startswith("metadata."):
+                if name[9:] not in prompt.metadata:
+                    raise RewardError(f"the rubric wants {{{name}}}, which prompt {prompt.index} has no metadata for")
+                return str(prompt.metadata[name[9:]])
+            return {"prompt": prompt.text, "frames": str(frames), "fps": f"{fps:g}"}[name]
+
+        return re.sub(r"\{(prompt|frames|fps|metadata\.[A-Za-z0-9_]+)\}", value, self.prompt)
+
+    def read_likert(self, text: str) -> dict[str, float]:
+        """{"score": weighted mean of the axes on 0..1, axis: number}. Raises `Unparseable`."""
+        values = {}
+        for axis, pattern in self.axes.items():
+            found = {match.group(1) for match in pattern.finditer(text)}
+            if len(found) != 1:
+                problem = "is there more than once" if found else "is not in the answer"
+                raise Unparseable(f"{axis} {problem}: {text!r:.120}")
+            try:
+                values[axis] = float(found.pop())
+            except (TypeError, ValueError):
+                raise Unparseable(f"{axis} is no number: {text!r:.120}") from None
+            if not self.low <= values[axis] <= self.high:
+                raise Unparseable(f"{axis} = {values[axis]:g} is outside {self.low:g} to {self.high:g}")
+        weights = [self.weights.get(axis, 1.0) for axis in values]
+        mean = sum(w * v for w, v in zip(weights, values.values(), strict=True)) / sum(weights)
+        return {"score": (mean - self.low) / (self.high - self.low), **values}
+
+    def read_yes_no(self, top: list[tuple[str, float]]) -> float:
+        """P(yes) / (P(yes) + P(no)) from the first token's (text, log-probability) candidates. Raises `Unparseable`."""
+        mass = {"yes": 0.0, "no": 0.0}
+        for token, log_prob in top:
+            word = token.strip().strip(".,:!\"'").lower()
+            if not math.isnan(log_prob):
+                mass["yes"] += math.exp(log_prob) if word in self.yes else 0.0
+                mass["no"] += math.exp(log_prob) if word in self.no else 0.0
+        if mass["yes"] + mass["no"] <= 0.0:
+            raise Unparseable(f"neither yes nor no is among the candidates {[t for t, _ in top][:8]}")
+        return mass["yes"] / (mass["yes"] + mass["no"])
+
+    def read_winner(self, text: str) -> int:
+        """0 if the first of a pair is better, 1 if the second. Raises `Unparseable` unless exactly one is said."""
+        assert self.first is not None and self.second is not None
+        verdicts = [i for i, pattern in enumerate((self.first, self.second)) if pattern.search(text)]
+        if len(verdicts) != 1:
+            raise Unparseable(f"the answer names {'neither' if not verdicts else 'both'}: {text[-120:]!r}")
+        return verdicts[0]
+
+
+def builtin_rubrics() -> list[str]:
+    folder = resources.files("pipeline") / "rewards" / "rubrics"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_rubric(source: str) -> Rubric:
+    """A rubric from a YAML file or one of those that ship. Raises `ConfigError` naming file, key and fix."""
+    import yaml
+
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        known = builtin_rubrics()
+        if source not in known:
+            hint = did_you_mean(source, known)
+            raise ConfigError(f"rubric: found {source!r}{hint}; expected a .yaml file or one of {', '.join(known)}")
+        text = (resources.files("pipeline") / "rewards" / "rubrics" / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"rubric: {path} cannot be read ({error})") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"rubric {source}: not YAML ({' '.join(str(error).split())})") from error
+    return parse_rubric(data, source)
+
+
+def parse_rubric(data: Any, source: str) -> Rubric:
+    def fail(message: str) -> ConfigError:
+        return ConfigError(f"rubric {source}: {message}")
+
+    if not isinstance(data, dict):
+        raise fail("expected keys such as mode and prompt")
+    mode = data.get("mode")
+    if mode not in MODES:
+        raise fail(f"mode: found {mode!r}{did_you_mean(mode or '', MODES)}; expected one of {', '.join(MODES)}")
+    for key in data:
+        if key not in _COMMON | _KEYS[mode]:
+            known = sorted(_COMMON | _KEYS[mode])
+            raise fail(f"unknown key {key!r}{did_you_mean(key, known) or '; the keys are ' + ', '.join(known)}")
+    if not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
+        raise fail("prompt: the text of the question is missing")
+    fields: dict[str, Any] = {"mode": mode, "prompt": data["prompt"], "system": data.get("system")}
+    if not isinstance(data.get("source", False), bool):
+        raise fail(f"source: found {data['source']!r}; expected true or false")
+    fields["source"] = data.get("source", False)
+    if "max_tokens" in data:
+        if not isinstance(data["max_tokens"], int) or data["max_tokens"] < 1:
+            raise fail(f"max_tokens: found {data['max_tokens']!r}; expected a whole number of at least 1")
+        fields["max_tokens"] = data["max_tokens"]
+    if mode == "likert":
+        fields |= _likert(data, fail)
+    elif mode == "yes_no":
+        for key in ("yes", "no"):
+            words = data.get(key, [key])
+            if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+                raise fail(f"{key}: expected a list of answers, quoted (YAML reads a bare {key} as a truth value)")
+            fields[key] = tuple(word.lower() for word in words)
+        if set(fields["yes"]) & set(fields["no"]):
+            raise fail("yes and no share an answer")
+    else:
+        for key in ("first", "second"):
+            fields[key] = _pattern(data.get(key), key, 0, fail)
+    return Rubric(**fields)
+
+
+def _likert(data: dict, fail: Any) -> dict[str, Any]:
+    axes = data.get("axes")
+    if not isinstance(axes, dict) or not axes or "score" in axes:
+        raise fail("axes: expected one pattern per axis (and none called score)")
+    bounds = data.get("range", [1, 5])
+    numeric = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+    if not numeric or not bounds[0] < bounds[1]:
+        raise fail(f"range: found {bounds!r}; expected [lowest, highest]")
+    weights = data.get("weights") or {}
+    positive = isinstance(weights, dict) and all(isinstance(w, int | float) and w > 0 for w in weights.values())
+    if not positive or not set(weights) <= set(axes):
+        raise fail(f"weights: found {weights!r}; expected a number above 0 for some of {', '.join(map(str, axes))}")
+    patterns = {str(axis): _pattern(pattern, f"axes.{axis}", 1, fail) for axis, pattern in axes.items()}
+    return {"axes": patterns, "weights": weights, "low": float(bounds[0]), "high": float(bounds[1])}
+
+
+def _pattern(value: Any, key: str, groups: int, fail: Any) -> re.Pattern:
+    if not isinstance(value, str) or not value:
+        raise fail(f"{key}: expected a regular expression")
+    try:
+        pattern = re.compile(value, flags=re.IGNORECASE)
+    except re.error as error:
+        raise fail(f"{key}: {value!r} is not a regular expression ({error})") from error
+    if pattern.groups < groups:
+        raise fail(f"{key}: {value!r} needs a group, (…), around the number")
+    return pattern

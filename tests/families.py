@@ -1,0 +1,175 @@
+"""Every family that is tested: a tiny random-weight checkpoint of the real classes, and how it is called."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import families_image as images
+import families_video as videos
+import torch
+from diffusers import DiffusionPipeline
+from family_parts import liven
+
+from pipeline.config import Config
+from pipeline.generators.policy import Policy
+from pipeline.types import PromptItem
+
+TEXTS = ("a red circle", "b blue square", "c green circle")
+
+
+@dataclass(frozen=True)
+class Family:
+    build: Callable[[], DiffusionPipeline]
+    size: int = 16  # pixels
+    frames: int = 1
+    scale: float = 3.0
+    call: dict[str, Any] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()  # files a prompt brings
+    sampler: str = "flow_sde"
+    noise: float = 0.7
+    vae_gain: float = 1.0  # keeps the pictures of a random decoder neither flat nor clipped
+
+
+_T5 = {"max_sequence_length": 8}
+_DDIM = {"sampler": "ddim", "noise": 1.0}
+
+_HUNYUAN = {"max_sequence_length": 16, "prompt_template": {"template": "{}", "crop_start": 0}}
+_LLAVA = {
+    "max_sequence_length": 16,
+    "prompt_template": {
+        "template": "<image> <|end_header_id|> {} <|end_header_id|> b b b <|end_header_id|>",
+        "crop_start": 3,
+        "image_emb_len": 16,
+        "image_emb_start": 1,
+        "image_emb_end": 17,
+    },
+}
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusion": Family(images.stable_diffusion, **_DDIM),
+    "StableDiffusion 2 (v)": Family(images.stable_diffusion_v, **_DDIM),
+    "StableDiffusionImg2Img": Family(images.stable_diffusion_img2img, conditions=("image",), **_DDIM),
+    "StableDiffusionInpaint": Family(images.inpaint, conditions=("image", "mask_image"), **_DDIM),
+    "StableDiffusionInpaint (9 channels)": Family(images.inpaint_nine, conditions=("image", "mask_image"), **_DDIM),
+    "StableDiffusionControlNet": Family(images.controlnet, conditions=("image",), **_DDIM),
+    "LatentConsistencyModel": Family(images.latent_consistency, sampler="lcm", noise=1.0),
+    "StableDiffusionXL": Family(images.sdxl, **_DDIM),
+    "PixArtAlpha": Family(
+        images.pixart_alpha, call={**_T5, "use_resolution_binning": False, "clean_caption": False}, **_DDIM
+    ),
+    "PixArtSigma": Family(
+        images.kolors_like_pixart, call={**_T5, "use_resolution_binning": False, "clean_caption": False}, **_DDIM
+    ),
+    "StableDiffusion3": Family(images.sd3, call=_T5),
+    "Flux": Family(images.flux, call=_T5),
+    "FluxKontext": Family(images.flux_kontext, call=_T5, conditions=("image",)),
+    "FluxControlNet": Family(images.flux_controlnet, call=_T5, conditions=("control_image",)),
+    "Flux2": Family(images.flux2, call={"max_sequence_length": 16}),
+    "Chroma": Family(images.chroma, call=_T5),
+    "QwenImage": Family(images.qwen_image, call={"max_sequence_length": 16}),
+    "QwenImageEdit": Family(images.qwen_image_edit, conditions=("image",), call={"max_sequence_length": 16}),
+    "Sana": Family(
+        images.sana,
+        size=32,
+        call={**_T5, "use_resolution_binning": False, "complex_human_instruction": None},
+    ),
+    "Lumina2": Family(images.lumina2, size=32, call={"max_sequence_length": 64}),
+    "ZImage": Family(images.z_image, call={"max_sequence_length": 32}),
+    "TextToVideoSD": Family(videos.text_to_video_sd, frames=3, **_DDIM),
+    "AnimateDiff": Family(videos.animate_diff, frames=3, **_DDIM),
+    "Latte": Family(videos.latte, frames=2, call={"clean_caption": False}, **_DDIM),
+    "CogVideoX": Family(videos.cogvideox, frames=9, call=_T5, **_DDIM),
+    "CogVideoXImageToVideo": Family(videos.cogvideox_i2v, frames=9, call=_T5, conditions=("image",), **_DDIM),
+    "Wan 2.1": Family(videos.wan, size=32, vae_gain=8.0, frames=5, call=_T5),
+    "Wan 2.1 ImageToVideo": Family(videos.wan_i2v, size=32, vae_gain=8.0, frames=5, call=_T5, conditions=("image",)),
+    "Wan 2.2 (two experts)": Family(
+        videos.wan_22, size=32, vae_gain=8.0, frames=5, call={**_T5, "guidance_scale_2": 2.0}
+    ),
+    "Wan 2.2 ImageToVideo 5B": Family(
+        videos.wan_22_ti2v, size=32, vae_gain=8.0, frames=9, call=_T5, conditions=("image",)
+    ),
+    "HunyuanVideo": Family(videos.hunyuan_video, frames=5, vae_gain=0.3, call=_HUNYUAN),
+    "HunyuanVideoImageToVideo": Family(
+        videos.hunyuan_video_i2v,
+        frames=5,
+        vae_gain=0.3,
+        call={**_LLAVA, "true_cfg_scale": 2.0},
+        conditions=("image",),
+    ),
+    "HunyuanSkyreelsImageToVideo": Family(
+        videos.hunyuan_skyreels, frames=5, vae_gain=0.3, call={**_HUNYUAN, "true_cfg_scale": 2.0}, conditions=("image",)
+    ),
+    "LTX": Family(videos.ltx, size=32, frames=9, call=_T5),
+    "LTXImageToVideo": Family(videos.ltx_i2v, size=32, frames=9, call=_T5, conditions=("image",)),
+    "Mochi": Family(videos.mochi, frames=7, call=_T5),
+}
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def make(name: str, root: Path) -> Path:
+    """The family's checkpoint on disk, built anew."""
+    folder = root / slug(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(0)
+    pipe = FAMILIES[name].build()
+    liven(pipe)
+    if FAMILIES[name].vae_gain != 1.0:
+        for key, parameter in pipe.vae.decoder.named_parameters():
+            if key.startswith("conv_out"):
+                parameter.data.mul_(FAMILIES[name].vae_gain)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for condition in FAMILIES[name].conditions:
+        _picture(folder / f"{condition}.png", FAMILIES[name].size, "mask" in condition)
+    return folder
+
+
+def _picture(path: Path, size: int, mask: bool) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = np.mgrid[0:size, 0:size] * (255 // size)
+    if mask:
+        Image.fromarray(np.where(columns > 128, 255, 0).astype(np.uint8), "L").save(path)
+    else:
+        Image.fromarray(np.stack([rows, columns, 255 - rows], -1).astype(np.uint8)).save(path)
+
+
+def prompts(name: str, folder: Path | None = None) -> list[PromptItem]:
+    """Three prompts, with the family's conditions where the folder that holds them is given."""
+    family = FAMILIES[name]
+    if folder is None and family.conditions:
+        return []
+    given = {c: str(folder / f"{c}.png") for c in family.conditions}
+    return [PromptItem(index=i, text=t, metadata={"conditions": given} if given else {}) for i, t in enumerate(TEXTS)]
+
+
+def config(name: str, folder: Path, **sections) -> Config:
+    family = FAMILIES[name]
+    base: dict[str, Any] = {
+        "generator": {
+            "pretrained": str(folder),
+            "height": family.size,
+            "width": family.size,
+            "num_frames": family.frames,
+            "guidance_scale": family.scale,
+            "call": family.call,
+        },
+        "prompts": {"train": "unused.txt"},
+        "rewards": {"r": {"scorer": "unused"}},
+        "sampler": {"steps": 3, "kind": family.sampler, "noise_level": family.noise},
+        "algorithm": {"group_size": 2, "groups_per_step": 1},
+    }
+    for key, values in sections.items():
+        base[key] = {**base.get(key, {}), **values}
+    return Config.model_validate(base)
+
+
+def policy(name: str, folder: Path, **sections) -> Policy:
+    return Policy.load(config(name, folder, **sections), "cpu", threads=1)

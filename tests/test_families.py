@@ -1,0 +1,196 @@
+"""Every family as a policy, on tiny random-weight checkpoints: probe, parity, ratio, LoRA step, full step, export.
+
+`RUSHES_WRITE_DOCS=1 pytest tests/test_families.py` writes docs/families.md from the results.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from peft import PeftModel
+
+from pipeline.export import export_full, export_lora
+from pipeline.generators.calling import to_floats
+from pipeline.generators.policy import Policy
+from pipeline.learner import Learner
+from pipeline.plan import ode_sampling, train_work
+from pipeline.types import GroupBatch, GroupWork
+
+DOCS = Path(__file__).parent.parent / "docs" / "families.md"
+CHECKS = ("probe", "parity", "ratio", "LoRA step", "full step", "export")
+RESULTS: dict[str, dict[str, str]] = {}
+
+
+def generators(seeds) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Case:
+    """One family: its checkpoint, and what the checks share."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name = name
+        self.folder = families.make(name, root)
+        self.out = root / f"{self.folder.name}-export"
+        self.prompts = families.prompts(name, self.folder)
+        self.policy = families.policy(name, self.folder)
+        self.report = self.policy.probe(self.prompts)
+
+    def train(self, kind: str) -> tuple[Policy, Learner, dict[str, float]]:
+        """One GRPO step; the policy then holds the new weights."""
+        sections = {"trainable": {"kind": kind, "rank": 4}, "optimizer": {"lr": 1e-2 if kind == "lora" else 1e-3}}
+        cfg = families.config(self.name, self.folder, **sections)
+        policy = Policy.load(cfg, "cpu", threads=1)
+        policy.spec, policy._form, policy._fill = self.policy.spec, self.policy._form, self.policy._fill
+        policy.attach()
+        learner = Learner(cfg, "cpu")
+        assert policy.load_weights(learner.weights()) == learner.weights().checksum
+        media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, self.prompts[0]))
+        assert media.frames.shape[0] == 2 and np.ptp(media.frames) > 0
+        frozen = checksums(policy, but=learner.modules)
+        metrics = learner.train_step([GroupBatch(trajectory=trajectory, advantages=np.array([1, -1], np.float32))])
+        assert policy.load_weights(learner.weights()) == learner.weights().checksum
+        assert checksums(policy, but=learner.modules) == frozen
+        return policy, learner, metrics
+
+    def evaluate(self, policy: Policy) -> np.ndarray:
+        """Deterministic takes, as float pictures."""
+        work = GroupWork(
+            group=0,
+            attempt=1,
+            purpose="eval",
+            step=0,
+            prompts=tuple(self.prompts[:2]),
+            seeds=(5, 6),
+            shared_noise_seed=None,
+            sampling=ode_sampling(policy.cfg, 3),
+        )
+        return np.concatenate(
+            [
+                policy._sample(work.prompts[a:b], work.seeds[a:b], None, work.sampling, keep_steps=set())[0]
+                for a, b in policy._calls(work)
+            ]
+        )
+
+    def untouched(self, pipe: DiffusionPipeline) -> np.ndarray:
+        """The same takes from a plain pipeline with the first-order scheduler that matches."""
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = first_order(pipe.scheduler)
+        made = []
+        batched = self.policy._form.batched
+        for start in (0,) if batched else (0, 1):
+            takes = slice(start, start + (2 if batched else 1))
+            kwargs = self.policy._call_arguments(self.prompts[:2][takes], ode_sampling(self.policy.cfg, 3))
+            seeds = generators((5, 6)[takes])
+            with torch.no_grad():
+                output = pipe(**kwargs, generator=seeds if batched else seeds[0])
+            made.append(to_floats(output, len(seeds)))
+        return np.concatenate(made)
+
+
+def first_order(scheduler):
+    config = scheduler.config
+    if isinstance(scheduler, UniPCMultistepScheduler) and config.use_flow_sigmas:
+        return type(scheduler).from_config(config, solver_order=1, disable_corrector=[0, 1, 2])
+    if isinstance(scheduler, DPMSolverMultistepScheduler) and config.use_flow_sigmas:
+        return type(scheduler).from_config(config, solver_order=1)
+    if isinstance(scheduler, CogVideoXDPMScheduler):
+        return CogVideoXDDIMScheduler.from_config(config)
+    if hasattr(scheduler, "alphas_cumprod") and not isinstance(
+        scheduler, (DDIMScheduler, LCMScheduler, CogVideoXDDIMScheduler)
+    ):
+        return DDIMScheduler.from_config(config, clip_sample=bool(config.get("clip_sample")), thresholding=False)
+    return scheduler
+
+
+def checksums(policy: Policy, but) -> dict[str, float]:
+    """A number per frozen module of the pipeline."""
+    return {
+        name: sum(float(p.double().sum()) for p in module.parameters())
+        for name, module in policy.pipe.components.items()
+        if isinstance(module, torch.nn.Module) and name not in but
+    }
+
+
+@pytest.fixture(scope="module", params=list(families.FAMILIES))
+def case(request, tmp_path_factory):
+    RESULTS[request.param] = {}
+    return Case(request.param, tmp_path_factory.mktemp("family"))
+
+
+def done(case: Case, check: str, text: str) -> None:
+    RESULTS[case.name][check] = text
+
+
+def test_probe(case):
+    assert case.report["guidance_error"] <= 1e-5
+    done(case, "probe", case.report["guidance_rule"])
+
+
+def test_parity(case):
+    ours = case.evaluate(case.policy)
+    gap = float(np.abs(ours - case.untouched(DiffusionPipeline.from_pretrained(case.folder))).max())
+    assert gap <= 1e-5
+    assert float(np.ptp(ours)) > 0.01
+    done(case, "parity", f"{gap:.0e}")
+
+
+def test_lora_step_and_export(case):
+    policy, learner, metrics = case.train("lora")
+    assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and case.report["replay_single"] <= 1e-5
+    done(case, "ratio", f"{metrics['onpolicy/max_abs_log_ratio']:.0e}, take by take {case.report['replay_single']:.0e}")
+    assert metrics["grad_norm"] > 0
+    fresh = families.policy(case.name, case.folder).modules
+    for component, module in learner.modules.items():
+        base = dict(fresh[component].named_parameters())
+        moved = False
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                moved = moved or ("lora_B" in name and bool(parameter.detach().abs().max() > 0))
+            else:
+                assert torch.equal(parameter, base[name.replace(".base_layer", "")]), name
+        assert moved or component not in case.report["denoisers"], component
+    done(case, "LoRA step", f"{sum(p.numel() for p in learner.parameters.values()):,} weights")
+
+    ours, before = case.evaluate(policy), case.evaluate(case.policy)
+    assert float(np.abs(ours - before).max()) > 1e-4
+    pipe = DiffusionPipeline.from_pretrained(case.folder)
+    folder = export_lora(policy.cfg, learner.weights(), case.out / "lora")
+    for line in re.findall(r"^    (pipe\.\w+[.( ].*)$", (folder / "README.md").read_text(), re.M):
+        exec(re.sub(r'"(transformer\w*|unet|\.)"', rf'"{folder}/\1"', line), {"pipe": pipe, "PeftModel": PeftModel})
+    gaps = [float(np.abs(case.untouched(pipe) - ours).max())]
+    whole = DiffusionPipeline.from_pretrained(export_full(policy.cfg, learner.weights(), case.out / "merged"))
+    gaps.append(float(np.abs(case.untouched(whole) - ours).max()))
+    assert max(gaps) <= 1e-4, gaps
+    done(case, "export", f"{max(gaps):.0e}")
+
+
+def test_full_step(case):
+    _, learner, metrics = case.train("full")
+    assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and metrics["grad_norm"] > 0
+    fresh = families.policy(case.name, case.folder).modules
+    changed = 0
+    for component, module in learner.modules.items():
+        base = dict(fresh[component].named_parameters())
+        for name, parameter in module.named_parameters():
+            same = torch.equal(parameter, base[name])
+            assert same or parameter.grad is not None, f"{component}.{name}"
+            changed += not same
+    assert changed > 0
+    done(case, "full step", f"{changed} tensors")

@@ -1,0 +1,80 @@
+"""The Grafana dashboard and the alerts: every metric in them is one that is exported."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+MONITORING = ROOT / "k8s" / "components" / "monitoring"
+
+
+@functools.cache
+def exported() -> list[re.Pattern]:
+    """Names on the metrics port, from the source of what sets them: `reward/{name}` -> ray_rushes_reward_.+"""
+    from actors.queues import BoundedQueue
+    from actors.telemetry import metric_name
+
+    patterns = [f"ray_{metric_name('queue')}_.+_{key}" for key in BoundedQueue("any", 1).drain_stats()]
+    for file in ("actors/recorder.py", "actors/loop.py", "pipeline/learner.py", "pipeline/advantages.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "*" for part in parts]
+            name = "".join(texts) if all(isinstance(text, str) for text in texts) else ""
+            if re.fullmatch(r"[a-z][a-z0-9_/*]+", name) and not name.startswith("queue/"):
+                patterns.append("ray_" + metric_name(name.replace("*", "ANY")).replace("ANY", ".+"))
+    tree = ast.parse((ROOT / "actors/telemetry.py").read_text())
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        if call.func.id in ("Gauge", "Counter") and isinstance(call.args[0], ast.Constant):
+            patterns.append(f"ray_{call.args[0].value}" + ("_total" if call.func.id == "Counter" else ""))
+    return [re.compile(pattern) for pattern in patterns]
+
+
+def expressions() -> list[str]:
+    board = json.loads((MONITORING / "dashboard.json").read_text())
+    rules = yaml.safe_load((MONITORING / "rules.yaml").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    found += [board["templating"]["list"][1]["definition"]]
+    return found + [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+
+
+def unknown(expr: str) -> list[str]:
+    """Metric names in a PromQL expression that neither Rushes nor Ray itself exports."""
+    import ray
+
+    panels = Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards/default_dashboard_panels.py"
+    own, known = panels.read_text(), exported()
+    exact = [pattern.pattern for pattern in known if ".+" not in pattern.pattern]
+    names = re.findall(r"\bray_[a-z0-9_]+", re.sub(r'__name__[=!]~"[^"]+"', "", expr))
+    wrong = [name for name in names if name not in exact and f"{name}{{{{" not in own]
+    for text in re.findall(r'__name__=~"([^"]+)"', expr):  # one that any exported name could match
+        if not any(pattern.fullmatch(text.replace(".+", "x")) for pattern in known):
+            wrong.append(text)
+    return wrong if names or "__name__" in expr else [expr]
+
+
+def test_panels_and_alerts_use_metrics_that_exist():
+    assert [name for expr in expressions() for name in unknown(expr)] == []
+
+
+@pytest.mark.parametrize(
+    "expr",
+    ["ray_rushes_reward_men", "rate(ray_rushes_phase_seconds[5m])", '{__name__=~"ray_rushes_queue_.+_depht"}', "up"],
+)
+def test_a_wrong_metric_name_is_noticed(expr):
+    assert unknown(expr)
+
+
+def test_the_dashboard_covers_what_to_watch():
+    text = " ".join(expressions())
+    for part in ("reward_mean", "takes_per_s", "_depth", "_wait_s", "staleness", "ratio", "clip", "kl", "retries"):
+        assert part in text
+    board = json.loads((MONITORING / "dashboard.json").read_text())
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids)) and all(panel["title"] for panel in board["panels"])
