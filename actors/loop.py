@@ -193,7 +193,8 @@ class Loop:
             devices = {
                 str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, self._learner_slot] if slot.info
             }
-            check_on_policy(self.ctx, self._version, metrics["onpolicy/max_abs_log_ratio"], devices)
+            gap = metrics.get("onpolicy/max_abs_log_ratio", metrics.get("onpolicy/max_abs_gap"))
+            check_on_policy(self.ctx, self._version, gap, devices)
         self._training.consumed(jobs, self._version)
         self._version = answer["version"]
         await self._publish()

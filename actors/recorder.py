@@ -136,7 +136,8 @@ class Recorder:
 def check_on_policy(ctx: RunContext, step: int, gap: float, devices: set[str]) -> None:
     """The replayed ratio is 1 where learner and rollouts hold the same float32 weights (design, invariant 5).
 
-    `gap`: largest |log-ratio| before the first update; `devices`: of learner and rollout workers.
+    `gap`: largest |log-ratio| before the first update (awm: largest difference of a replayed sample).
+    `devices`: of learner and rollout workers.
     Raises `RunFailed` with the numbers.
     """
     cfg = ctx.cfg
@@ -145,7 +146,7 @@ def check_on_policy(ctx: RunContext, step: int, gap: float, devices: set[str]) -
         return  # equal to the rounding of those numbers only
     if not gap < ON_POLICY_TOLERANCE:
         raise RunFailed(
-            f"step {step}: before the update the learner's log-probs differ from the rollouts' by up to {gap:.2e} "
+            f"step {step}: before the update the learner's replay differs from the rollouts by up to {gap:.2e} "
             f"(allowed {ON_POLICY_TOLERANCE:.0e} in float32), so it does not train the policy that sampled; all "
             "workers need the same library versions, and the generator must not keep state between calls"
         )

@@ -282,14 +282,15 @@ class Recipe:
     vae_lr: float = 2e-3
     kl: float = 1e-3  # weight of the KL term (mean over latents)
     object_weight: float = 0.0  # how much more the loss minds pixels at objects
+    polish_steps: int = 0  # of the decoder alone, afterwards
     lr: float = 1.2e-3
     shift: float = 2.0  # of the noise schedule
-    wrong: float = 0.6  # share of training captions with something replaced
+    wrong: float = 0.45  # share of training captions with something replaced
 
 
 RECIPES = {
-    "image": Recipe(24000, 1200, 32, 0, 3600, 64),
-    "video": Recipe(6000, 3000, 24, 4, 2600, 32, vae_lr=3e-3, kl=1e-4, object_weight=6.0),
+    "image": Recipe(24000, 1200, 32, 0, 5200, 64),
+    "video": Recipe(6000, 2600, 24, 4, 3700, 32, vae_lr=3e-3, kl=1e-4, object_weight=6.0, polish_steps=700),
 }
 
 

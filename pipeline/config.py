@@ -121,7 +121,11 @@ class AdvantageConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    objective: Literal["grpo", "grpo_guard", "flow_dppo"] = Field("grpo", description="Policy loss.")
+    objective: Literal["grpo", "grpo_guard", "flow_dppo", "awm"] = Field(
+        "grpo",
+        description="Policy loss on the sampler's log-probs (grpo, grpo_guard, flow_dppo), or on the flow-matching "
+        "likelihood of finished takes (awm), whose takes are drawn without noise: sampler.kind is then not used.",
+    )
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="Takes per prompt (K).")
     groups_per_step: Count = Field(8, description="Groups per optimisation step.")
     updates_per_step: Count = Field(
@@ -267,6 +271,14 @@ class Config(Section):
             )
         if self.algorithm.objective == "grpo_guard" and self.sampler.kind not in ("flow_sde", "dance_sde"):
             raise ValueError("algorithm.objective: grpo_guard needs sampler.kind flow_sde or dance_sde")
+        if self.algorithm.objective == "awm":
+            if self.algorithm.updates_per_step != 1:
+                raise ValueError("algorithm.updates_per_step: must be 1 with algorithm.objective awm (on-policy only)")
+            if self.sampler.same_initial_noise:
+                raise ValueError(
+                    "sampler.same_initial_noise: must be false with algorithm.objective awm, whose takes differ by "
+                    "their initial noise alone"
+                )
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("rewards: every weight is 0, so nothing can be learned; set one above 0")
         return self

@@ -33,6 +33,10 @@ class UnsupportedPolicyError(RushesError):
     """The diffusers pipeline cannot be trained as a policy; the message carries the numbers found."""
 
 
+class CannotRun(UnsupportedPolicyError):
+    """The pipeline could not even be called as configured: sizes, arguments or conditions it does not accept."""
+
+
 class RewardError(RushesError):
     """A scorer raised, returned NaN or the wrong length. Never turned into a score."""
 

@@ -73,7 +73,7 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         folder.mkdir(parents=True)
         if loads:
             save_file(state, folder / LORA_FILE)
-            lines.append(f'pipe.{name}.load_lora_adapter("{name}", prefix=None)')
+            lines.append(f'pipe.{name}.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
             continue
         rank = cfg.trainable.rank
         targets = [key for key, layer in module.named_modules() if isinstance(layer, LoraLayer)]

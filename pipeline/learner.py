@@ -16,11 +16,11 @@ import torch
 
 from pipeline import weights as weights_lib
 from pipeline.config import Config
-from pipeline.errors import CheckpointError, RunFailed
+from pipeline.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.generators.loading import load_denoisers, resolve_device, resolve_dtype
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
-from pipeline.objectives import OBJECTIVES, Terms
+from pipeline.objectives import OBJECTIVES, Terms, matching
 from pipeline.samplers import Transition, log_prob
 from pipeline.samplers.transition import gaussian_kl
 from pipeline.types import GroupBatch, Trajectory, WeightSet
@@ -78,7 +78,8 @@ class Learner:
         metrics["ratio/min"] = float(ratios.min())
         metrics["ratio/max"] = float(ratios.max())
         metrics["ratio/max_abs_log"] = float(np.abs(np.log(ratios)).max())
-        metrics["onpolicy/max_abs_log_ratio"] = float(max(on_policy))
+        name = "onpolicy/max_abs_gap" if self.cfg.algorithm.objective == "awm" else "onpolicy/max_abs_log_ratio"
+        metrics[name] = float(max(on_policy))
         return metrics
 
     def _update(self, groups: list[GroupBatch], stats: dict[str, list[Any]], *, first: bool) -> None:
@@ -90,7 +91,8 @@ class Learner:
             for micro in self._micro_batches(group.trajectory):
                 replayer, j, takes = micro
                 advantages = self._advantages(group, replayer, takes)
-                loss, logs = self._micro_loss(group.trajectory, replayer, j, takes, advantages)
+                micro_loss = self._matching_loss if self.cfg.algorithm.objective == "awm" else self._micro_loss
+                loss, logs = micro_loss(group.trajectory, replayer, j, takes, advantages)
                 (loss.sum() / pairs).backward()
                 stats["ratio_values"].append(logs["ratio"].cpu().numpy())
                 if first:
@@ -136,13 +138,16 @@ class Learner:
         self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x: torch.Tensor
     ) -> Transition:
         """The policy's Gaussian at trained step `j`, from a fresh denoiser call."""
+        return replayer.move(j, takes, x, self._output(replayer, j, takes, x), trajectory.sampling)
+
+    def _output(self, replayer: Replayer, j: int, takes: slice, x: torch.Tensor) -> torch.Tensor:
+        """What the scheduler would be given at step `j` for the sample x [b, ...]."""
         with torch.autocast(
             self.device.type,
             dtype=getattr(torch, self.cfg.learner.autocast, None),
             enabled=self.cfg.learner.autocast != "none",
         ):
-            out = replayer.model_output(j, takes, x)
-        return replayer.move(j, takes, x, out, trajectory.sampling)
+            return replayer.model_output(j, takes, x)
 
     def _micro_loss(
         self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, advantages: torch.Tensor
@@ -157,7 +162,7 @@ class Learner:
             old_log_prob=old,
             advantages=advantages,
             step=step,
-            old_mean=None if algorithm.objective == "grpo" else replayer.old_mean(j, takes),
+            old_mean=replayer.old_mean(j, takes) if replayer.part.steps[j].mean is not None else None,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
         )
@@ -166,21 +171,51 @@ class Learner:
         kl = torch.zeros_like(policy_loss)
         if algorithm.kl_beta > 0:
             # Closed form between Gaussians of equal std (per dimension); only the reference is outside the graph.
-            kl = gaussian_kl(step, self._reference_mean(trajectory, replayer, j, takes, x))
+            reference = self._reference_output(replayer, j, takes, x)
+            kl = gaussian_kl(step, replayer.move(j, takes, x, reference, trajectory.sampling).mean)
             loss = loss + algorithm.kl_beta * kl
         logs = {**logs, "gap": (logp - old).detach(), "policy_loss": policy_loss.detach(), "kl": kl.detach()}
         return loss, logs
 
+    def _matching_loss(
+        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same for `awm`: finished takes are noised to step `j`'s sigma and their flow-matching error weighed."""
+        step = replayer.part.steps[j]
+        if replayer.spec.prediction != "flow" or not replayer.takes_any_sample(j):
+            raise UnsupportedPolicyError(
+                f"algorithm.objective: awm needs a flow model whose denoiser is given the sample itself; "
+                f"{replayer.spec.pipeline} predicts {replayer.spec.prediction}; use grpo"
+            )
+        x0 = replayer.clean(takes).float()
+        generator = torch.Generator().manual_seed(_noise_seed(self.cfg.run.seed, trajectory.group, step.index))
+        # One noise for the whole group: what is common to its takes cancels, since advantages sum to zero.
+        eps = torch.randn(x0.shape[1:], generator=generator).to(x0.device).expand_as(x0)
+        noised = ((1.0 - step.sigma) * x0 + step.sigma * eps).to(getattr(torch, step.sample.dtype))
+        velocity = self._output(replayer, j, takes, noised).float()
+        policy_loss, logs = matching(velocity, eps - x0, advantages)
+        loss, kl = policy_loss, torch.zeros_like(policy_loss)
+        if self.cfg.algorithm.kl_beta > 0:
+            kl = (velocity - self._reference_output(replayer, j, takes, noised).float()).pow(2).flatten(1).mean(1)
+            loss = loss + self.cfg.algorithm.kl_beta * kl
+        return loss, {**logs, "gap": self._replay_gap(trajectory, replayer, j, takes), "kl": kl.detach()}
+
     @torch.no_grad()
-    def _reference_mean(
-        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x: torch.Tensor
-    ) -> torch.Tensor:
-        """The starting policy's mean: adapter off (LoRA) or the frozen copy (full weights)."""
+    def _replay_gap(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> torch.Tensor:
+        """How far a replayed deterministic step is from the rollout's: 0 on-policy. One step per part is looked at."""
+        if j > 0 or takes.start > 0:
+            return torch.zeros(1)
+        x, x_next = replayer.samples(j, takes)
+        return (self._transition(trajectory, replayer, j, takes, x).mean.to(x_next.dtype) - x_next).float()
+
+    @torch.no_grad()
+    def _reference_output(self, replayer: Replayer, j: int, takes: slice, x: torch.Tensor) -> torch.Tensor:
+        """The starting policy's output: adapter off (LoRA) or the frozen copy (full weights)."""
         if self._reference is None:
             with weights_lib.adapters_off(self.modules):
-                return self._transition(trajectory, replayer, j, takes, x).mean
+                return self._output(replayer, j, takes, x)
         other = Replayer(replayer.part, replayer.spec, self._reference, self.device)
-        return self._transition(trajectory, other, j, takes, x).mean
+        return self._output(other, j, takes, x)
 
     def _learning_rate(self) -> float:
         warmup = self.cfg.optimizer.warmup_steps
@@ -233,6 +268,11 @@ class Learner:
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.updates = int(meta["version"]), int(meta["updates"])
+
+
+def _noise_seed(*key: int) -> int:
+    """A seed of its own for every (run seed, group, sampler step), the same after a resume."""
+    return int(np.random.SeedSequence([*key, 0xA3]).generate_state(1)[0])
 
 
 def _no_dropout(module: torch.nn.Module) -> None:

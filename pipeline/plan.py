@@ -53,7 +53,8 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
     takes = cfg.algorithm.group_size
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
     noise = int(_rng(seed, _NOISE, group).integers(2**62)) if cfg.sampler.same_initial_noise else None
-    noisy = stochastic_steps(cfg.sampler, seed, step)
+    window = stochastic_steps(cfg.sampler, seed, step)
+    noisy = () if cfg.algorithm.objective == "awm" else window  # awm: the window says which noise levels train
     return GroupWork(
         group=group,
         attempt=attempt,
@@ -63,11 +64,11 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
         seeds=tuple(int(s) for s in seeds),
         shared_noise_seed=noise,
         sampling=SamplingSpec(
-            kind=cfg.sampler.kind,
-            noise_level=cfg.sampler.noise_level,
+            kind=cfg.sampler.kind if noisy else "ode",
+            noise_level=cfg.sampler.noise_level if noisy else 0.0,
             num_steps=cfg.sampler.steps,
             stochastic_steps=noisy,
-            trained_steps=trained_subset(cfg.sampler, noisy, seed, group),
+            trained_steps=trained_subset(cfg.sampler, window, seed, group),
             guidance_scale=cfg.generator.guidance_scale,
         ),
     )

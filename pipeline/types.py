@@ -73,7 +73,7 @@ class RecordedStep:
     sigma_cap: float  # flow-SDE: in place of sigma = 1 in 1 / (1 - sigma); ddim: clamp of x0; lcm: scaled timestep
     sample: Any  # wire.Packed [K, ...], x_t as the scheduler was given it (storage dtype)
     next_sample: Any  # wire.Packed [K, ...], the x_next that was continued from, rounded before its log-prob
-    log_prob: np.ndarray  # [K] float32
+    log_prob: np.ndarray | None  # [K] float32; None where the step drew no noise
     mean: np.ndarray | None  # [K, ...] float32, kept only for objectives that need the old mean
     guidance_scale: float
     calls: tuple[RecordedCall, ...]
@@ -90,6 +90,7 @@ class TrajectoryPart:
     stop: int
     steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
     shared: tuple[Any, ...]  # wire.Packed: step-invariant denoiser inputs, stored once
+    final: Any  # wire.Packed [K, ...], the finished latents (x0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

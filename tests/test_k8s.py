@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from pipeline.config_io import load_config
+from pipeline.preflight import check_prompts, check_rewards, check_samplers
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
@@ -266,7 +267,9 @@ def test_the_entrypoint_is_a_real_command(name, monkeypatch):
     mounts = {mount["mountPath"]: mount["name"] for mount in head["containers"][0]["volumeMounts"]}
     assert mounts["/data"] == "runs" and str(folder).startswith("/data/")
     assert head["containers"][0]["workingDir"] == "/opt/rushes"
-    assert cfg.prompts.train.is_file() and cfg.prompts.heldout.is_file()
+    check_samplers(cfg)
+    check_prompts(cfg)
+    check_rewards(cfg)
 
 
 def test_resume_starts_a_run_whose_folder_is_empty(tmp_path, monkeypatch):

@@ -8,16 +8,15 @@ import pytest
 import tiny_rewards as tiny
 import torch
 from PIL import Image
+from reward_math import centred, cosine, letterboxed, normalised, pil, run, whole_clip
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, CLIPModel, ViTModel
+from transformers import AutoProcessor, CLIPModel
 
-from pipeline.config import RewardConfig
 from pipeline.errors import ConfigError, InputError, RewardError
 from pipeline.rewards.image_reward import transformers_name
-from pipeline.rewards.images import CLIP_MEAN, CLIP_STD, Preprocess, place, preprocess
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.images import CLIP_STD, Preprocess, place, preprocess
 from pipeline.rewards.pretrained import pick_device
-from pipeline.types import Media, PromptItem
+from pipeline.types import Media
 
 TEXTS = ("a red cat", "Eine Tür, 猫 und кот!", "", "a red cat")
 LONG = "a very long prompt " * 20
@@ -26,55 +25,6 @@ LONG = "a very long prompt " * 20
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return tiny.clip(tmp_path_factory.mktemp("clip"))
-
-
-def run(scorer, media, prompts, seed=None, **args):
-    return build_scorer("r", RewardConfig(scorer=scorer, args=args)).run(media, prompts, seed)
-
-
-def pil(media):
-    return [Image.fromarray(frame) for frame in media.frames[:, 0]]
-
-
-def normalised(pictures, mean=CLIP_MEAN, std=CLIP_STD):
-    """Square PIL pictures -> [N, 3, S, S], the way torchvision's ToTensor and Normalize do it."""
-    x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in pictures])
-    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
-def letterboxed(picture, size=tiny.SIZE):
-    scale = size / max(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    square = Image.new("RGB", (size, size))
-    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
-    return square
-
-
-def centred(picture, size=tiny.SIZE, short=None):
-    """Short side to `short`, central square, as torchvision's Resize and CenterCrop."""
-    short = short or size
-    w, h = picture.size
-    w, h = (int(short * w / h), short) if h <= w else (short, int(short * h / w))
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return picture.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-
-
-@torch.no_grad()
-def whole_clip(folder, pixels, texts):
-    """(unit picture vectors, unit text vectors, logit scale, logits) of the whole CLIP model, one pair at a time."""
-    model = CLIPModel.from_pretrained(folder).eval()
-    tokenizer = tiny.clip_tokenizer()
-    rows = []
-    for x, text in zip(pixels, texts, strict=True):
-        ids = tokenizer(text, truncation=True, max_length=77, padding="max_length", return_tensors="pt")
-        out = model(**ids, pixel_values=x[None])
-        rows.append((out.image_embeds[0], out.text_embeds[0], out.logits_per_image[0, 0]))
-    images, words, logits = (torch.stack(part) for part in zip(*rows, strict=True))
-    return images, words, model.logit_scale.exp(), logits
-
-
-def cosine(images, words):
-    return (images * words).sum(-1).numpy()
 
 
 @pytest.mark.parametrize("shape", [(45, 70), (70, 45), (33, 47), (32, 32), (20, 90)])
@@ -129,7 +79,7 @@ def test_square_pictures_are_the_only_ones_where_cropping_and_letterboxing_agree
 
 def test_long_prompts_are_cut_at_77_tokens_with_the_end_token_kept_and_it_is_reported(clip):
     media = tiny.pictures(2)
-    pixels = normalised([centred(p) for p in pil(media)])
+    pixels = AutoProcessor.from_pretrained(clip, backend="pil")(images=pil(media), return_tensors="pt").pixel_values
     model = CLIPModel.from_pretrained(clip).eval()
     tokens = tiny.clip_tokenizer()(LONG).input_ids
     kept = torch.tensor([tokens[:76] + [tiny.clip_tokenizer().eos_token_id]])
@@ -287,7 +237,7 @@ def straight_image_reward(blip, head, pixels, texts, length=35, pooled=0):
 
 @pytest.mark.parametrize("names", [0, 1])
 def test_image_reward_matches_blips_own_forward_pass(image_reward, names):
-    media, texts = tiny.pictures(4, 45, 70), ["a red cat", "the mats on the cat", "", "猫 " + "red " * 60]
+    media, texts = tiny.pictures(4), ["a red cat", "the mats on the cat", "", "猫 " + "red " * 60]
     blip, head = image_reward[2:]
     pixels = normalised([centred(p) for p in pil(media)])
     expected = straight_image_reward(blip, head, pixels, texts)
@@ -318,64 +268,6 @@ def test_image_reward_weights_must_be_complete(image_reward, tmp_path):
         run("image_reward", tiny.pictures(1), tiny.items("x"), model=str(tmp_path))
 
 
-# --------------------------------------------------------------------------- subject and its reference
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    for i in range(2):
-        Image.fromarray(tiny.pictures(1, 50, 60, seed=50 + i).frames[0, 0]).save(folder / f"{i}.png")
-    (folder / "broken.png").write_bytes(b"\x89PNG nothing")
-    return folder
-
-
-def test_clip_i_dino_and_their_harmonic_use(clip, reference, tmp_path):
-    media = tiny.pictures(3)
-    paths = [str(reference / f"{i}.png") for i in range(2)]
-    prompts = [
-        PromptItem(index=0, text="a", image=paths[0]),
-        PromptItem(index=1, text="b", metadata={"reference": paths}),
-        PromptItem(index=2, text="c", image=paths[1], metadata={"reference": paths[0]}),
-    ]
-    shown = pil(media) + [Image.open(p) for p in paths]
-    images, words, _, _ = whole_clip(clip, normalised([centred(p) for p in shown]), ["a", "b", "c", "", ""])
-    similar = images[:3] @ images[3:].T
-    expected = torch.stack([similar[0, 0], similar[1].mean(), similar[2, 0]]).numpy()
-    np.testing.assert_allclose(run("clip_i", media, prompts, model=str(clip)).values, expected, atol=1e-4)
-
-    text = cosine(images[:3], words[:3])
-    subject = run("subject", media, prompts, model=str(clip), balance=0.7, floor=0.05)
-    harmonic = 1 / (0.7 / expected.clip(0.05) + 0.3 / text.clip(0.05))
-    np.testing.assert_allclose(subject.values, harmonic, atol=1e-4)
-    np.testing.assert_allclose(subject.parts["text"], text, atol=1e-4)
-
-    folder = tiny.dino(tmp_path)
-    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    pixels = normalised([centred(p, short=37) for p in shown], **imagenet)  # 32 * 256 / 224 = 36.6
-    with torch.no_grad():
-        cls = ViTModel.from_pretrained(folder).eval()(pixel_values=pixels).last_hidden_state[:, 0]
-    cls = torch.nn.functional.normalize(cls, dim=-1)
-    similar = cls[:3] @ cls[3:].T
-    expected = torch.stack([similar[0, 0], similar[1].mean(), similar[2, 0]]).numpy()
-    np.testing.assert_allclose(run("dino", media, prompts, model=str(folder)).values, expected, atol=1e-4)
-
-
-def test_a_picture_is_most_like_itself(clip, tmp_path):
-    media = tiny.pictures(2)
-    Image.fromarray(media.frames[0, 0]).save(tmp_path / "self.png")
-    prompts = tiny.items("a", "a", image=str(tmp_path / "self.png"))
-    values = run("clip_i", media, prompts, model=str(clip)).values
-    assert values[0] == pytest.approx(1.0, abs=1e-5) and values[1] < 0.99
-
-
-@pytest.mark.parametrize("extra, message", [({}, "no reference picture"), ({"image": "broken.png"}, "cannot be read")])
-def test_missing_or_broken_references_are_reward_errors(clip, reference, extra, message):
-    extra = {key: str(reference / value) for key, value in extra.items()}
-    with pytest.raises(RewardError, match=message):
-        run("clip_i", tiny.pictures(1), tiny.items("a", **extra), model=str(clip))
-
-
 # ------------------------------------------------------------------------------------ loading weights
 
 
@@ -401,7 +293,8 @@ def test_weights_that_are_missing_pickled_or_of_another_kind_are_refused(clip, t
 @pytest.mark.parametrize(
     "scorer, args, message",
     [
-        ("hpsv2", {}, r"rewards\.r\.args\.model: hpsv2 needs this option"),
+        ("hpsv2", {}, "weights: not set"),
+        ("aesthetic", {}, r"rewards\.r\.args\.head: aesthetic needs this option"),
         ("clip_score", {"batch": 0}, "batch: found 0"),
         ("clip_score", {"long_prompts": "cutt"}, "did you mean cut"),
         ("clip_score", {"dtype": "float8"}, "dtype: found 'float8'"),

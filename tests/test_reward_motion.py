@@ -55,7 +55,9 @@ def test_dynamics_is_the_speed_in_short_sides_per_second():
     still, slow, fast = moving([0] * 5), moving([1] * 5), moving([3] * 5)
     values = score("motion_dynamics", still, slow, fast, fps=8.0, short_side=64, fraction=0.5)
     np.testing.assert_allclose(values, [0, 8 / 64, 24 / 64], rtol=0.3, atol=1e-3)
-    np.testing.assert_allclose(score("motion_dynamics", slow, fps=16, short_side=64, fraction=0.5), 2 * values[1], rtol=1e-5)
+    np.testing.assert_allclose(
+        score("motion_dynamics", slow, fps=16, short_side=64, fraction=0.5), 2 * values[1], rtol=1e-5
+    )
     np.testing.assert_allclose(score("motion_dynamics", slow, short_side=32, fraction=0.5), values[1], rtol=0.2)
     assert score("motion_dynamics", fast, cap=0.1)[0] == pytest.approx(0.1)
 

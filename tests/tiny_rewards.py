@@ -136,7 +136,7 @@ def detector(folder: Path, labels: list[str], seed: int = 0) -> Path:
     return folder
 
 
-def pictures(count: int, height: int = 45, width: int = 70, seed: int = 0) -> Media:
+def pictures(count: int, height: int = 45, width: int = 72, seed: int = 0) -> Media:
     """Smooth coloured noise: unlike in its middle and at its edges, so that cropping shows."""
     rng = np.random.default_rng(seed)
     coarse = torch.from_numpy(rng.uniform(0, 255, (count, 3, 5, 7)).astype(np.float32))

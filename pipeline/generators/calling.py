@@ -22,7 +22,7 @@ from pipeline.types import PromptItem, SamplingSpec
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
 _OPTIONAL_CONDITIONS = ("image", "mask_image", "control_image")
-_FRAMES = ("num_frames", "video_length", "frames")
+FRAMES = ("num_frames", "video_length", "frames")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
 
@@ -156,7 +156,7 @@ def call_arguments(
         "num_inference_steps": steps_to_ask(pipe, cfg, sampling.num_steps),
         "output_type": "np",
     }
-    kwargs.update({name: cfg.num_frames for name in _FRAMES if name in parameters})
+    kwargs.update({name: cfg.num_frames for name in FRAMES if name in parameters})
     if "prompt" not in parameters and "batch_size" in parameters:
         kwargs["batch_size"] = len(prompts)
     true_cfg = parameters.get("true_cfg_scale")
@@ -165,6 +165,8 @@ def call_arguments(
         kwargs["true_cfg_scale"] = sampling.guidance_scale
     elif embedded is not None:
         kwargs["guidance_scale"] = sampling.guidance_scale
+    if "use_resolution_binning" in parameters:
+        kwargs["use_resolution_binning"] = False  # height and width are what the config says
     kwargs.update(hint_for(pipe).call(cfg))
     asked = cfg.call.get("true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None))
     needed = isinstance(asked, (int, float)) and asked > 1.0  # these guide only when given a negative prompt

@@ -46,6 +46,7 @@ def load_pipeline(cfg: GeneratorConfig, device: torch.device) -> DiffusionPipeli
 
     Raises InputError naming the checkpoint. Weights must be safetensors; remote code is never run.
     """
+    _no_progress_bars()
     try:
         pipe = DiffusionPipeline.from_pretrained(
             cfg.pretrained,
@@ -61,6 +62,15 @@ def load_pipeline(cfg: GeneratorConfig, device: torch.device) -> DiffusionPipeli
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _no_progress_bars() -> None:
+    """One bar per component and shard would bury what a run has to say."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -109,7 +119,7 @@ def cache_prompts(pipe: Any) -> None:
     Only calls with plain arguments (no pictures or tensors) are remembered; results are handed out as copies.
     """
     encode = getattr(pipe, "encode_prompt", None)
-    if encode is None:
+    if encode is None or getattr(encode, "remembers", False):
         return
     cache: dict[str, Any] = {}
 
@@ -123,4 +133,5 @@ def cache_prompts(pipe: Any) -> None:
             cache[key] = encode(*args, **kwargs)
         return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, cache[key])
 
+    cached.remembers = True
     pipe.encode_prompt = cached

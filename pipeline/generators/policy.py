@@ -15,7 +15,7 @@ import torch
 
 from pipeline import weights as weights_lib
 from pipeline.config import Config
-from pipeline.errors import RushesError, UnsupportedPolicyError
+from pipeline.errors import CannotRun, RushesError, UnsupportedPolicyError
 from pipeline.generators import probe as probing
 from pipeline.generators.calling import (
     Form,
@@ -64,7 +64,7 @@ class Policy:
         self._fill: list[str] = []
         self._scales = self._known_scales()
         self._merged: weights_lib.MergedLora | None = None
-        self._keep_mean = cfg.algorithm.objective != "grpo"
+        self._keep_mean = cfg.algorithm.objective in ("grpo_guard", "flow_dppo")
         cache_prompts(pipe)
 
     @classmethod
@@ -129,7 +129,7 @@ class Policy:
             seconds["decode"] += ended - recording.denoise_ended
             frames.append(to_uint8(values))
             if work.sampling.trained_steps:
-                parts.append(to_part(recording.steps, start, stop, self._keep_mean))
+                parts.append(to_part(recording, start, stop, self._keep_mean))
         trajectory = None
         if parts:
             trajectory = Trajectory(
@@ -216,6 +216,7 @@ class Policy:
         """
         if prompts:
             trio = [replace((prompts * 3)[i], image=prompts[0].image, metadata=prompts[0].metadata) for i in range(3)]
+            trio.sort(key=lambda prompt: -len(prompt.text))  # the longest first: padding is then the same for 2 and 3
             fills: list[list[str]] = [[]]
         else:
             trio = [PromptItem(index=i, text=text) for i, text in enumerate(_PROBE_TEXTS)]
@@ -235,7 +236,7 @@ class Policy:
         for words, error in failures.items():
             causes.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", words)
         told = "; ".join(f"{words}: {cause}" for cause, words in list(causes.items())[:3])
-        raise UnsupportedPolicyError(
+        raise CannotRun(
             f"{self.name} could not be run ({told}); arguments of its __call__ can be set in generator.call"
         ) from next(iter(failures.values()))
 
@@ -254,11 +255,11 @@ class Policy:
             return self._sample(trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, **options)[1]
 
         if self._form.batched:
-            small, large = run(0, 2), run(0, 3, stop_early=True)
+            large, small = run(0, 3, stop_early=True), run(0, 2)
             outputs = probing.find_outputs(small.steps, large.steps)
             layouts, note = probing.find_layouts(small.steps, large.steps)
         else:
-            small, large = run(0, 1), run(1, 2, stop_early=True)
+            large, small = run(1, 2, stop_early=True), run(0, 1)
             outputs, layouts, note = probing.single_outputs(small.steps), {}, ""
         takes = small.steps[0].sample.shape[0]
         spec = replace(probing.bare_spec(small.steps[0], outputs, self.name, self.prediction), layouts=layouts)
@@ -269,13 +270,16 @@ class Policy:
         except UnsupportedPolicyError as by_shape:
             if "equal" in str(by_shape):
                 raise
-            places = probing.trace_output(
-                lambda send: self._sample(
-                    trio[:takes], (11, 12)[:takes], None, sampling, keep_steps={0}, on_output=send, stop_early=True
-                )[1],
-                outputs,
-                takes,
-            )
+            try:
+                places = probing.trace_output(
+                    lambda send: self._sample(
+                        trio[:takes], (11, 12)[:takes], None, sampling, keep_steps={0}, on_output=send, stop_early=True
+                    )[1],
+                    outputs,
+                    takes,
+                )
+            except UnsupportedPolicyError as by_trace:
+                raise (by_trace if spec.cut == "gather" else by_shape) from by_trace
             spec = replace(spec, cut="gather", gather=places)
             rules, sign, error = probing.fit_steps(spec, small.steps + large.steps, self._scales)
         self.spec = replace(spec, rules=rules, sign=sign)
@@ -293,7 +297,7 @@ class Policy:
     def _check_replay(self, recording: Recording, sampling: SamplingSpec) -> dict[str, float]:
         """Replays steps out of order, whole and take by take; the log-ratio must be 0 to rounding."""
         takes = recording.steps[0].sample.shape[0]
-        part = to_part(recording.steps, 0, takes, keep_mean=False)
+        part = to_part(recording, 0, takes, keep_mean=False)
         replayer = Replayer(part, self.spec, self.modules, self.device)
         worst = {"replay_whole": 0.0, "replay_single": 0.0}
         for j in (1, 0, 1):
@@ -311,7 +315,8 @@ class Policy:
         if not (worst["replay_whole"] < bound and worst["replay_single"] < 10 * bound):
             raise UnsupportedPolicyError(
                 f"{self.name}: replaying a rollout gives log-ratios of up to {max(worst.values()):.1e} "
-                f"(allowed {bound:.0e}); does it keep state between calls (caching, a stateful guider, dropout)?"
+                f"(allowed {bound:.0e}); does it keep state between calls, or change its model while sampling "
+                "(caching, a stateful guider, attention processors of its own, dropout)?"
             )
         return worst
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UnsupportedPolicyError
-from pipeline.generators.guidance import CUTS, LINEAR_FIT, Fit, candidates, cut_for
+from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, cut_for
 from pipeline.generators.recorder import RawStep, Recording
 from pipeline.generators.replay import branches_of
 from pipeline.generators.spec import LIST, Layout, PolicySpec
@@ -137,7 +137,10 @@ def find_outputs(two: list[RawStep], three: list[RawStep]) -> dict[str, Layout]:
             key = f"{len(names)}.{number}"
             if key in outputs:
                 continue
-            layout = layout_between(f"{a.module} output", a.output, b.output)
+            try:
+                layout = layout_between(f"{a.module} output", a.output, b.output)
+            except UnsupportedPolicyError as error:
+                raise UnsupportedPolicyError(f"{error}; does the model keep state between calls?") from error
             if layout is None or layout.axis != 0:
                 raise UnsupportedPolicyError(
                     f"{a.module} output {list(a.output.shape)}: the batch is not its first axis"

@@ -73,7 +73,7 @@ class Recording:
     num_steps: int = 0
     denoise_started: float = 0.0
     denoise_ended: float = 0.0
-    last_next: torch.Tensor | None = None
+    final: torch.Tensor | None = None  # [takes, ...], what the last step gave
     chosen_share: float = 1.0  # share of the latent values that the policy chose, least over the steps
     stopped: bool = False
 
@@ -234,6 +234,7 @@ def record(
         pending.clear()
         count += 1
         recording.num_steps = count
+        recording.final = next_sample.detach()
         recording.denoise_ended = time.perf_counter()
         if hasattr(scheduler, "_step_index"):
             scheduler._step_index = index + 1
@@ -244,6 +245,7 @@ def record(
         return (moved_on,) if prediction == "flow" else (moved_on, clean)
 
     hooks = []
+    processors = {name: getattr(module, "attn_processors", None) for name, module in denoisers.items()}
     for name, module in denoisers.items():
         hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
@@ -251,7 +253,9 @@ def record(
     try:
         yield recording
     except EnoughRecorded:
-        pass
+        for name, own in processors.items():  # the pipeline had no chance to take its own ones away
+            if own is not None and denoisers[name].attn_processors != own:
+                denoisers[name].set_attn_processor(dict(own))
     finally:
         scheduler.__dict__.pop("step", None)  # the class's own method shows again
         for hook in hooks:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.generators.guidance import CUTS, evaluate
-from pipeline.generators.recorder import RawStep, first_tensor
+from pipeline.generators.recorder import RawStep, Recording, first_tensor
 from pipeline.generators.spec import LIST, PolicySpec
 from pipeline.samplers import transition
 from pipeline.samplers.transition import Transition
@@ -21,8 +21,9 @@ from pipeline.types import RecordedCall, RecordedStep, SamplingSpec, TrajectoryP
 from pipeline.wire import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
 
 
-def to_part(steps: list[RawStep], start: int, stop: int, keep_mean: bool) -> TrajectoryPart:
+def to_part(recording: Recording, start: int, stop: int, keep_mean: bool) -> TrajectoryPart:
     """Packs recorded steps: inputs met in several calls are stored once, the step's own sample not at all."""
+    steps = recording.steps
     uses = Counter(key for step in steps for call in step.calls for key in set(call.origin.values()))
     shared: list[Packed] = []
     slots: dict[tuple[int, int], SharedSlot] = {}
@@ -53,7 +54,7 @@ def to_part(steps: list[RawStep], start: int, stop: int, keep_mean: bool) -> Tra
             sigma_cap=step.sigma_cap,
             sample=pack(step.sample),
             next_sample=pack(step.next_sample),
-            log_prob=np.asarray(step.log_prob.cpu(), np.float32),
+            log_prob=None if step.log_prob is None else np.asarray(step.log_prob.cpu(), np.float32),
             mean=np.array(step.mean.cpu(), np.float32) if keep_mean else None,
             guidance_scale=step.guidance_scale,
             calls=tuple(packed_call(step, call) for call in step.calls),
@@ -63,7 +64,7 @@ def to_part(steps: list[RawStep], start: int, stop: int, keep_mean: bool) -> Tra
         )
         for step in steps
     )
-    return TrajectoryPart(start=start, stop=stop, steps=recorded, shared=tuple(shared))
+    return TrajectoryPart(start=start, stop=stop, steps=recorded, shared=tuple(shared), final=pack(recording.final))
 
 
 def _copies_of(leaf: torch.Tensor, sample: torch.Tensor) -> int:
@@ -116,11 +117,30 @@ class Replayer:
         self.total = part.stop - part.start
         self.shared = [unpack(packed, device) for packed in part.shared]
 
-    def step_tensors(self, j: int, takes: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_t [b, ...], x_next [b, ...], rollout log-prob [b]) of trained step `j`."""
+    def samples(self, j: int, takes: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t [b, ...], x_next [b, ...]) of trained step `j`."""
         step = self.part.steps[j]
-        old = torch.from_numpy(np.array(step.log_prob)).to(self.device)
-        return unpack(step.sample, self.device)[takes], unpack(step.next_sample, self.device)[takes], old[takes]
+        return unpack(step.sample, self.device)[takes], unpack(step.next_sample, self.device)[takes]
+
+    def step_tensors(self, j: int, takes: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x_t [b, ...], x_next [b, ...], rollout log-prob [b]) of trained step `j`, which drew noise."""
+        old = torch.from_numpy(np.array(self.part.steps[j].log_prob)).to(self.device)
+        return *self.samples(j, takes), old[takes]
+
+    def clean(self, takes: slice) -> torch.Tensor:
+        """The finished latents x0 [b, ...] of the takes."""
+        return unpack(self.part.final, self.device)[takes]
+
+    def takes_any_sample(self, j: int) -> bool:
+        """Whether the denoisers of step `j` are given the sample itself, so that another one can be put in."""
+
+        def is_slot(call: RecordedCall) -> bool:
+            found: list[bool] = []
+            map_leaves(lambda _, leaf: found.append(isinstance(leaf, SampleSlot)), [call.args, call.kwargs])
+            return any(found)
+
+        step = self.part.steps[j]
+        return step.mask is None and all(is_slot(call) for call in step.calls)
 
     def old_mean(self, j: int, takes: slice) -> torch.Tensor:
         """The rollout's mean [b, ...]; only recorded for objectives that need it."""

@@ -34,7 +34,8 @@ class Layout:
             split, at = tensor.unflatten(self.axis, (total, self.copies)), self.axis
         index = [slice(None)] * split.ndim
         index[at] = takes
-        return split[tuple(index)].flatten(self.axis, self.axis + (2 if self.order == "tile" else 1))
+        taken = split[tuple(index)].flatten(self.axis, self.axis + (2 if self.order == "tile" else 1))
+        return taken.contiguous()  # as recorded inputs are: some models call `view` on them
 
     def pick(self, entries: list[Any] | tuple[Any, ...], takes: slice, total: int) -> list[Any]:
         """The same for a list."""

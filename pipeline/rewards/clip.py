@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pipeline.errors import RewardError
+from pipeline.rewards.clip_layout import from_open_clip, is_open_clip
 from pipeline.rewards.images import Preprocess, preprocess
 from pipeline.rewards.pretrained import (
     batches,
@@ -17,12 +18,19 @@ from pipeline.rewards.pretrained import (
     pick_dtype,
     pretrained,
     pretrained_config,
+    read_safetensors,
     tokenizer,
+    weight_file,
 )
 from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch
+
+
+def _state(weights: str) -> dict[str, torch.Tensor]:
+    tensors = read_safetensors(weight_file(weights))
+    return from_open_clip(tensors) if is_open_clip(tensors) else tensors
 
 
 class ClipEmbedder:
@@ -34,6 +42,7 @@ class ClipEmbedder:
         model: str,
         *,
         text: bool = True,
+        weights: str | None = None,
         tokenizer_of: str | None = None,
         long_prompts: str = "cut",
         device: str = "auto",
@@ -42,14 +51,16 @@ class ClipEmbedder:
         fit: Literal["crop", "letterbox"] = "crop",
         odd: Literal["floor", "round"] = "floor",
     ) -> None:
-        """`text` False loads the image tower only. `fit`, `odd`: see `Preprocess`."""
+        """`text` False loads the image tower only. `weights`: a safetensors file to be used in place of `model`'s
+        own, under transformers' or open_clip's names. `fit`, `odd`: see `Preprocess`."""
         self.long_prompts = check_choice("long_prompts", long_prompts, ("cut", "error"))
         self.batch, self.device, self.dtype = check_batch(batch), pick_device(device), pick_dtype(dtype)
         from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
         config = pretrained_config(CLIPConfig, model)
         if text:
-            self.model = pretrained(CLIPModel, model, self.device, self.dtype)
+            options = {} if weights is None else {"config": config, "state_dict": _state(weights)}
+            self.model = pretrained(CLIPModel, model, self.device, self.dtype, **options)
             self.tokenizer = tokenizer(tokenizer_of or model)
             self.context = config.text_config.max_position_embeddings
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ class Geneval(Scorer):
         for part in batches(len(frames), self.batch):
             for frame, metadata, found in zip(frames[part], wanted[part], self.detect(frames[part]), strict=True):
                 objects = keep(found, metadata.get("tag") == "counting", self.max_overlap)
-                verdicts.append(judge(objects, metadata, lambda boxes, f=frame: self.colors(f, boxes)))
+                verdicts.append(judge(objects, metadata, functools.partial(self.colors, frame)))
         correct = np.asarray([v.correct for v in verdicts], dtype=np.float32)
         partial = np.asarray([v.partial for v in verdicts], dtype=np.float32)
         return {"score": partial if self.partial else correct, "correct": correct, "partial": partial}
@@ -130,7 +131,7 @@ def _renamed(metadata: dict[str, Any]) -> dict[str, Any]:
     for key in ("include", "exclude"):
         if isinstance(metadata.get(key), list):
             out[key] = [
-                {**c, "class": ALIASES.get(c.get("class"), c.get("class"))} if isinstance(c, dict) else c
+                {**c, "class": ALIASES.get(str(c.get("class")), c.get("class"))} if isinstance(c, dict) else c
                 for c in metadata[key]
             ]
     return out

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.errors import ConfigError
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.clip import ClipEmbedder
 from pipeline.types import Media, PromptItem
@@ -23,16 +24,23 @@ class Hpsv2(Scorer):
 
     def __init__(
         self,
-        model: str,
+        weights: str | None = None,
+        model: str | None = None,
         tokenizer: str | None = None,
         long_prompts: str = "cut",
         device: str = "auto",
         dtype: str = "float32",
         batch: int = 32,
     ) -> None:
-        """`model`: the HPS weights as a transformers CLIPModel in safetensors (docs/rewards.md: how to get them)."""
+        """`weights`: the published weights as safetensors (docs/rewards.md: how); `model` then gives config and
+        tokenizer, by default LAION's ViT-H/14. Without `weights`, `model` holds HPS as a transformers CLIPModel."""
+        if weights is None and model is None:
+            raise ConfigError(
+                "weights: not set; give HPSv2's weights as a .safetensors file (docs/rewards.md says how)"
+            )
         self.clip = ClipEmbedder(
-            model,
+            model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            weights=weights,
             tokenizer_of=tokenizer,
             long_prompts=long_prompts,
             device=device,

@@ -66,7 +66,13 @@ class Ocr(Scorer):
             raise ConfigError(
                 f"the scorer ocr needs rapidocr-onnxruntime ({error}); run: pip install 'rushes[ocr]'"
             ) from error
-        self.engine = RapidOCR(text_score=confidence, intra_op_num_threads=threads, inter_op_num_threads=1)
+        self.engine = RapidOCR(
+            text_score=confidence,
+            intra_op_num_threads=threads,
+            inter_op_num_threads=1,
+            det_limit_type="max",  # PaddleOCR's rule: only shrink; RapidOCR's enlarges to 736 pixels, 10 times slower
+            det_limit_side_len=960,
+        )
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
         wanted = [target_text(prompt) for prompt in prompts]

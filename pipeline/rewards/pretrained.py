@@ -80,7 +80,8 @@ def pretrained(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of weights that were not asked for; what is missing is checked here
     try:
-        loaded, info = cls.from_pretrained(model, use_safetensors=True, dtype=dtype, output_loading_info=True, **kwargs)
+        where = None if "state_dict" in kwargs else model
+        loaded, info = cls.from_pretrained(where, use_safetensors=True, dtype=dtype, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"reward model {model}: {_cause(error)}; {_wanted(model)}") from error
     finally:

@@ -13,7 +13,7 @@ import base64
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,12 +28,12 @@ from pipeline.types import Media, PromptItem
 class HttpScorer(Scorer):
     """Scores of a remote server: JSON over HTTP with PNG frames or mp4 (docs/rewards.md has the protocol)."""
 
-    reads = "video"
+    reads: Literal["frame", "video"] = "video"  # each as it is set up
 
     def __init__(
         self,
         url: str,
-        reads: str = "frame",
+        reads: Literal["frame", "video"] = "frame",
         encoding: str = "png",
         api_key_env: str | None = None,
         timeout_s: float = 60.0,
@@ -41,7 +41,8 @@ class HttpScorer(Scorer):
         batch: int = 16,
     ) -> None:
         """`reads`: frame (videos go through segments) or video. `encoding` mp4 is smaller and lossy."""
-        self.reads = check_choice("reads", reads, ("frame", "video"))
+        check_choice("reads", reads, ("frame", "video"))
+        self.reads = reads
         self.encoding = check_choice("encoding", encoding, ("png", "mp4"))
         if (reads, encoding) == ("frame", "mp4"):
             raise ConfigError("encoding: found 'mp4' for single frames; use png, or reads: video")

@@ -117,8 +117,8 @@ def png_base64(frame: np.ndarray, max_side: int | None = None) -> str:
     picture = Image.fromarray(frame)
     if max_side and max(picture.size) > max_side:
         scale = max_side / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -4,7 +4,7 @@ videos after the segments have been combined."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pipeline.types import Media, PromptItem
 
 
 class _Wrapper(Scorer):
-    reads = "frame"  # the wrapped scorer's, once it is built
+    reads: Literal["frame", "video"] = "frame"  # the wrapped scorer's, once it is built
 
     def __init__(self, scorer: str, args: dict[str, Any] | None) -> None:
         from pipeline.rewards.loader import build_scorer  # the loader imports scorers, not the other way round

@@ -1,0 +1,318 @@
+"""Further families, beyond the ones asked for: tiny random-weight pipelines from the real classes."""
+
+from __future__ import annotations
+
+import diffusers as d
+import family_parts as p
+import transformers as tf
+from families_image import BETAS, _euler_flow, sd3, sdxl, stable_diffusion
+from families_video import _wan_parts
+from family_parts import DIM, tokenizer
+
+
+def instruct_pix2pix():
+    """Three branches in one batch, two scales."""
+    return stable_diffusion(d.StableDiffusionInstructPix2PixPipeline, unet=p.unet(in_channels=8))
+
+
+def perturbed_attention():
+    return d.StableDiffusionPAGPipeline(
+        unet=p.unet(),
+        scheduler=d.DDIMScheduler(**BETAS, clip_sample=False),
+        vae=p.kl(),
+        text_encoder=p.clip(),
+        tokenizer=tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        pag_applied_layers=["mid"],
+    )
+
+
+def sdxl_img2img():
+    return d.StableDiffusionXLImg2ImgPipeline(**sdxl().components)
+
+
+def sd3_img2img():
+    return d.StableDiffusion3Img2ImgPipeline(**_known(sd3().components, "image_encoder", "feature_extractor"))
+
+
+def _known(components, *without):
+    return {name: value for name, value in components.items() if name not in without}
+
+
+def aura_flow():
+    return d.AuraFlowPipeline(
+        transformer=d.AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_projection_dim=16,
+            joint_attention_dim=DIM,
+            out_channels=4,
+            pos_embed_max_size=256,
+        ),
+        scheduler=_euler_flow(),
+        vae=p.kl(),
+        text_encoder=p.umt5(),
+        tokenizer=tokenizer(),
+    )
+
+
+def cogview3():
+    return d.CogView3PlusPipeline(
+        transformer=d.CogView3PlusTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            out_channels=4,
+            text_embed_dim=DIM,
+            time_embed_dim=8,
+            condition_dim=2,
+            pos_embed_max_size=8,
+            sample_size=8,
+        ),
+        scheduler=d.CogVideoXDDIMScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        vae=p.kl(levels=4),
+        text_encoder=p.t5(),
+        tokenizer=tokenizer(),
+    )
+
+
+def cogview4():
+    return d.CogView4Pipeline(
+        transformer=d.CogView4Transformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            out_channels=4,
+            text_embed_dim=DIM,
+            time_embed_dim=8,
+            condition_dim=4,
+        ),
+        scheduler=_euler_flow(),
+        vae=p.kl(levels=4),
+        text_encoder=p.glm(),
+        tokenizer=tokenizer(32),
+    )
+
+
+def hunyuan_dit():
+    return d.HunyuanDiTPipeline(
+        transformer=d.HunyuanDiT2DModel(
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            in_channels=4,
+            cross_attention_dim=DIM,
+            cross_attention_dim_t5=DIM,
+            pooled_projection_dim=16,
+            hidden_size=24,
+            activation_fn="gelu-approximate",
+            text_len=77,
+            text_len_t5=256,
+        ),
+        scheduler=d.DDPMScheduler(),
+        vae=p.kl(),
+        text_encoder=tf.BertModel(
+            tf.BertConfig(
+                vocab_size=p.VOCAB,
+                hidden_size=DIM,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
+        ),
+        tokenizer=tokenizer(77),
+        text_encoder_2=p.t5(),
+        tokenizer_2=tokenizer(256),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def hidream():
+    llama = tf.LlamaForCausalLM(p.llama().config)
+    return d.HiDreamImagePipeline(
+        transformer=d.HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_channels=[2 * DIM, DIM],
+            text_emb_dim=2 * DIM,
+            num_routed_experts=2,
+            num_activated_experts=2,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=(0, 1),
+            force_inference_output=True,
+        ),
+        scheduler=d.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+        vae=p.kl(),
+        text_encoder=p.clip(True),
+        tokenizer=tokenizer(),
+        text_encoder_2=p.clip(True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=p.t5(2 * DIM),
+        tokenizer_3=tokenizer(),
+        text_encoder_4=llama,
+        tokenizer_4=tokenizer(),
+    )
+
+
+def bria():
+    return d.BriaPipeline(
+        transformer=d.BriaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=DIM,
+            axes_dims_rope=[0, 4, 4],
+        ),
+        scheduler=_euler_flow(),
+        vae=p.kl(),
+        text_encoder=p.t5(),
+        tokenizer=tokenizer(),
+    )
+
+
+def deepfloyd():
+    """Pixel space, learned variance, a scheduler that takes the variance apart."""
+    return d.IFPipeline(
+        unet=d.UNet2DConditionModel(
+            sample_size=16,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            in_channels=3,
+            out_channels=6,
+            cross_attention_dim=2 * DIM,
+            encoder_hid_dim=2 * DIM,
+            attention_head_dim=8,
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            cross_attention_norm="group_norm",
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+            norm_num_groups=32,
+        ),
+        scheduler=d.DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2",
+            thresholding=True,
+            dynamic_thresholding_ratio=0.95,
+            sample_max_value=1.0,
+            prediction_type="epsilon",
+            variance_type="learned_range",
+        ),
+        text_encoder=p.t5(2 * DIM),
+        tokenizer=tokenizer(128),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+
+
+def class_conditional():
+    return d.DiTPipeline(
+        transformer=d.DiTTransformer2DModel(
+            sample_size=8,
+            num_layers=1,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            in_channels=4,
+            out_channels=8,
+            num_embeds_ada_norm=1000,
+        ),
+        vae=p.kl(),
+        scheduler=d.DDIMScheduler(),
+    )
+
+
+def skyreels_v2():
+    parts = _wan_parts()
+    parts["transformer"] = d.SkyReelsV2Transformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=DIM,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+    return d.SkyReelsV2Pipeline(**parts)
+
+
+def wan_vace():
+    parts = _wan_parts()
+    parts["transformer"] = d.WanVACETransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=DIM,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+        vace_layers=[0],
+        vace_in_channels=72,
+    )
+    return d.WanVACEPipeline(**parts)
+
+
+def stable_video_diffusion():
+    """Refused: EDM noise levels, and a guidance scale per frame."""
+    return d.StableVideoDiffusionPipeline(
+        unet=d.UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            sample_size=8,
+            in_channels=8,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=DIM,
+            num_attention_heads=8,
+            projection_class_embeddings_input_dim=24,
+            addition_time_embed_dim=8,
+        ),
+        scheduler=d.EulerDiscreteScheduler(
+            **BETAS, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True
+        ),
+        vae=d.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            latent_channels=4,
+        ),
+        image_encoder=p.clip_vision(True),
+        feature_extractor=p.clip_image_processor(),
+    )

@@ -1,0 +1,158 @@
+"""What cannot be a policy is refused with one message that says what was found; `rushes inspect` and its exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import families
+import families_image
+import families_more
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+
+from jobs.cli import main
+from pipeline.errors import UnsupportedPolicyError
+from pipeline.generators.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("refusals")
+
+
+@pytest.fixture(scope="module")
+def sd(root):
+    return families.make("StableDiffusion", root)
+
+
+def policy_with(change, name: str = "StableDiffusion", folder=None, **sections) -> Policy:
+    policy = families.policy(name, folder, **sections)
+    change(policy.pipe)
+    return policy
+
+
+def test_momentum_guidance_is_refused(sd, monkeypatch):
+    """A stateful guider: what it adds depends on the steps before."""
+    policy = families.policy("StableDiffusion", sd)
+    forward = policy.pipe.unet.forward
+    memory = {"last": 0.0}
+
+    def with_memory(*args, **kwargs):
+        kwargs["return_dict"] = False
+        out = forward(*args, **kwargs)[0]
+        memory["last"] = 0.5 * memory["last"] + out.mean()
+        return (out + memory["last"],)
+
+    monkeypatch.setattr(policy.pipe.unet, "forward", with_memory)
+    with pytest.raises(UnsupportedPolicyError, match="state between calls"):
+        policy.probe(families.prompts("StableDiffusion", sd))
+
+
+def test_a_model_changed_while_sampling_is_refused(root):
+    """Perturbed-attention guidance: the learner's model has no such attention processors."""
+    torch.manual_seed(0)
+    pipe = families_more.perturbed_attention()
+    families.liven(pipe)
+    pipe.save_pretrained(root / "pag")
+    cfg = families.config("StableDiffusion", root / "pag")
+    with pytest.raises(UnsupportedPolicyError, match=r"log-ratios of up to \d.*attention processors"):
+        Policy.load(cfg, "cpu", threads=1).probe()
+
+
+class Squashed(StableDiffusionPipeline):
+    """Guidance that is no known rule: the scheduler is given a squashed value."""
+
+    def progress_bar(self, *args, **kwargs):
+        step = self.scheduler.step
+        self.scheduler.step = lambda out, *a, **k: step(out.tanh() * out.std(), *a, **k)
+        return super().progress_bar(*args, **kwargs)
+
+
+def test_unknown_guidance_is_refused_with_numbers(sd):
+    policy = families.policy("StableDiffusion", sd)
+    policy.pipe.__class__ = Squashed
+    with pytest.raises(UnsupportedPolicyError, match=r"no guidance rule.*closest: cfg.*\d"):
+        policy.probe(families.prompts("StableDiffusion", sd))
+
+
+def test_equal_branches_are_refused(sd):
+    def zero(pipe):
+        for parameter in pipe.unet.parameters():
+            parameter.data.zero_()
+
+    with pytest.raises(UnsupportedPolicyError, match="outputs are equal"):
+        policy_with(zero, folder=sd).probe(families.prompts("StableDiffusion", sd))
+
+
+def test_a_fixed_number_of_steps_is_refused(sd, monkeypatch):
+    """A model distilled to one step takes it whatever it is asked for."""
+    policy = families.policy("StableDiffusion", sd)
+    grid = policy.pipe.scheduler.set_timesteps
+    monkeypatch.setattr(policy.pipe.scheduler, "set_timesteps", lambda n, device=None: grid(1, device=device))
+    with pytest.raises(UnsupportedPolicyError, match="took 1 scheduler steps where 3 were asked for"):
+        policy.probe(families.prompts("StableDiffusion", sd))
+
+
+def test_inputs_that_cannot_be_recorded_are_refused(sd, monkeypatch):
+    policy = families.policy("StableDiffusion", sd)
+    with pytest.raises(UnsupportedPolicyError, match="of type object, which cannot be recorded"):
+        policy.cfg.generator.call["cross_attention_kwargs"] = {"cache": object()}
+        policy.probe(families.prompts("StableDiffusion", sd))
+
+
+def test_a_scheduler_without_counterpart_is_refused_by_inspect(root, capsys):
+    torch.manual_seed(0)
+    folder = root / "svd"
+    families_more.stable_video_diffusion().save_pretrained(folder)
+    assert main(["inspect", str(folder), "--device", "cpu"]) == 1
+    assert "no first-order counterpart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, DDIMScheduler])
+def test_other_schedulers_are_swapped_for_ddim(sd, scheduler):
+    policy = policy_with(lambda pipe: None, folder=sd)
+    pipe = policy.pipe
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    again = Policy(policy.cfg, pipe, policy.device)
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert again.probe(families.prompts("StableDiffusion", sd))["guidance_error"] <= 1e-5
+
+
+def test_heun_is_swapped_for_euler(root):
+    folder = families.make("Flux", root)
+    pipe = families.policy("Flux", folder).pipe
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    Policy(families.config("Flux", folder), pipe, torch.device("cpu"))
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_inspect_reports_in_words_and_json(sd, capsys):
+    assert main(["inspect", str(sd), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "UNet2DConditionModel",
+        "uncond + g (cond - uncond) with g = 7.5",
+        "LoRA of rank 16",
+        "can be trained",
+    ):
+        assert part in text
+    assert main(["inspect", str(sd), "--json", "--guidance-scale", "1", "--height", "16", "--width", "16"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["trainable"] and report["scheduler"]["prediction"] == "epsilon" and report["lora"]["parameters"] > 0
+    assert report["probed_with"]["height"] == 16 and report["probe"]["replay_whole"] <= 1e-5
+    assert main(["inspect", str(sd), "--call", "nonsense"]) == 2
+
+
+def test_inspect_makes_up_images(root, capsys):
+    torch.manual_seed(0)
+    folder = root / "inpaint"
+    families_image.inpaint().save_pretrained(folder)
+    assert main(["inspect", str(folder), "--json", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["probe"]["conditions"] == ["image", "mask_image"] and report["probe"]["chosen_share"] < 1
