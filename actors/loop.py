@@ -21,7 +21,7 @@ from actors.failures import describe, is_deterministic, root
 from actors.flow import Flow
 from actors.learner import LearnerActor
 from actors.pool import Pool, Slot, together
-from actors.recorder import Recorder, check_on_policy
+from actors.recorder import ON_POLICY_METRICS, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
 from pipeline import checkpoint
@@ -193,7 +193,7 @@ class Loop:
             devices = {
                 str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, self._learner_slot] if slot.info
             }
-            gap = metrics.get("onpolicy/max_abs_log_ratio", metrics.get("onpolicy/max_abs_gap"))
+            gap = next(metrics[name] for name in ON_POLICY_METRICS if name in metrics)
             check_on_policy(self.ctx, self._version, gap, devices)
         self._training.consumed(jobs, self._version)
         self._version = answer["version"]

@@ -133,6 +133,9 @@ class Recorder:
         task.add_done_callback(ended)
 
 
+ON_POLICY_METRICS = ("onpolicy/max_abs_log_ratio", "onpolicy/max_abs_gap")  # the second one: objective awm
+
+
 def check_on_policy(ctx: RunContext, step: int, gap: float, devices: set[str]) -> None:
     """The replayed ratio is 1 where learner and rollouts hold the same float32 weights (design, invariant 5).
 

@@ -17,9 +17,7 @@ from pipeline.rewards.scene import check_image, check_motion
 STEPS = 10
 
 
-def sample(
-    pipeline: DiffusionPipeline, kind: str, prompts: list[str], seed: int, **options: object
-) -> np.ndarray:
+def sample(pipeline: DiffusionPipeline, kind: str, prompts: list[str], seed: int, **options: object) -> np.ndarray:
     """Takes uint8 [K, F, 48, 48, 3] of K prompts (F = 1 for images) through the pipeline's ``__call__``."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
@@ -152,9 +150,7 @@ def write_card(
             task="text-to-video" if video else "text-to-image",
             name=f"shapes-{kind}",
             kind=kind,
-            what="text-to-video model (9 frames, 48 x 48, 8 fps)"
-            if video
-            else "text-to-image model (48 x 48)",
+            what="text-to-video model (9 frames, 48 x 48, 8 fps)" if video else "text-to-image model (48 x 48)",
             pipeline="WanPipeline" if video else "StableDiffusion3Pipeline",
             sample_note=f"{rows}, the first prompts of `configs/prompts/{kind}-heldout.txt`.",
             example=result["prompts"][0],

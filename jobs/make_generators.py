@@ -86,9 +86,7 @@ def fit_autoencoder(
     The video autoencoder sees single frames and whole clips in turn: frames are cheap and teach what is spatial.
     bfloat16 autocast halves the time of the convolutions on CPUs that have it and costs nothing visible.
     """
-    optimiser = torch.optim.AdamW(
-        parts.vae.parameters(), lr=recipe.vae_lr, weight_decay=1e-4, betas=(0.9, 0.99)
-    )
+    optimiser = torch.optim.AdamW(parts.vae.parameters(), lr=recipe.vae_lr, weight_decay=1e-4, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(recipe.vae_steps))
     for step in range(recipe.vae_steps):
         clips = recipe.clip_batch > 0 and step % 2 == 0
@@ -113,9 +111,7 @@ def fit_autoencoder(
             log(f"autoencoder {step} loss {loss.item():.4f} l1 {l1:.4f} kl {kl.item():.3f}")
 
 
-def polish_decoder(
-    parts: ImageParts | VideoParts, drawn: np.ndarray, recipe: Recipe, rng: np.random.Generator
-) -> None:
+def polish_decoder(parts: ImageParts | VideoParts, drawn: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> None:
     """Train the decoder alone on jittered latents of whole clips: crisper edges, and off-manifold latents too.
 
     A generator's latents are never quite an encoder's; a decoder that has seen slightly wrong ones forgives them.
@@ -233,9 +229,7 @@ def fit_flow(
 # ------------------------------------------------------------------------------------------------------ job
 
 
-def ship(
-    kind: str, parts: ImageParts | VideoParts, recipe: Recipe, out: Path, notes: dict[str, object]
-) -> None:
+def ship(kind: str, parts: ImageParts | VideoParts, recipe: Recipe, out: Path, notes: dict[str, object]) -> None:
     """Save as a diffusers folder with card and sample sheet; the folder appears all at once or not at all."""
     parts.eval()
     pipeline = parts.pipeline(recipe.shift)
@@ -254,9 +248,7 @@ def ship(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["image", "video"])
     parser.add_argument("--out", type=Path, help="folder to write (default models/shapes-KIND)")
     parser.add_argument("--seed", type=int, default=0)
@@ -264,9 +256,7 @@ def main() -> None:
     parser.add_argument("--wrong", type=float, help="share of wrong training captions")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keep and reuse the trained autoencoder in this folder")
-    parser.add_argument(
-        "--ship-every", type=int, default=0, help="also ship the half-trained model this often"
-    )
+    parser.add_argument("--ship-every", type=int, default=0, help="also ship the half-trained model this often")
     parser.add_argument("--resume", type=Path, help="start from this saved pipeline's weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

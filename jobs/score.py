@@ -98,8 +98,7 @@ def find_items(path: Path, prompt: str | None) -> list[Item]:
     if path.is_dir() and (path / "takes.parquet").exists():  # what `rushes generate` writes
         table = {item.path: item for item in _items_of_table(path / "takes.parquet", None)}
     return [
-        table[file] if file in table and prompt is None else _item_of_file(file, prompt)
-        for file in list_media(path)
+        table[file] if file in table and prompt is None else _item_of_file(file, prompt) for file in list_media(path)
     ]
 
 

@@ -83,9 +83,7 @@ class Scene:
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The (colour, shape) compositions the scene names, one or two."""
         first = (self.colour, self.shape)
-        return (
-            (first,) if self.relation is None else (first, (self.other_colour or "", self.other_shape or ""))
-        )
+        return (first,) if self.relation is None else (first, (self.other_colour or "", self.other_shape or ""))
 
 
 # ------------------------------------------------------------------------------------------------- language
@@ -184,9 +182,7 @@ def all_image_scenes() -> list[Scene]:
 
 def all_video_scenes() -> list[Scene]:
     """Every video scene of the grammar in a fixed order."""
-    return [
-        Scene(c, s, direction=d, speed=v) for c in PALETTE for s in SHAPES for d in DIRECTIONS for v in SPEEDS
-    ]
+    return [Scene(c, s, direction=d, speed=v) for c in PALETTE for s in SHAPES for d in DIRECTIONS for v in SPEEDS]
 
 
 def image_prompts(held_out: bool, count: int | None = None) -> list[str]:
@@ -319,9 +315,7 @@ def shape_polygon(shape: str) -> np.ndarray | None:
     return None
 
 
-def paint(
-    canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: float, y: float, r: float
-):
+def paint(canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: float, y: float, r: float):
     """Draw one filled shape of 'radius' ``r`` centred at (x, y), all in canvas pixels."""
     corners = shape_polygon(shape)
     if corners is None:
@@ -330,9 +324,7 @@ def paint(
         canvas.polygon([(x + r * px, y + r * py) for px, py in corners], fill=colour)
 
 
-def render(
-    objects: list[tuple[str, str, float, float, float]], background: tuple[int, int, int]
-) -> np.ndarray:
+def render(objects: list[tuple[str, str, float, float, float]], background: tuple[int, int, int]) -> np.ndarray:
     """Frame uint8 [48, 48, 3] of ``(colour, shape, x, y, radius)`` objects on a plain background."""
     side = SIZE * SUPERSAMPLE
     image = Image.new("RGB", (side, side), background)

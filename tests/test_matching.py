@@ -1,4 +1,4 @@
-"""Advantage-weighted matching: its gradient, and that it learns a toy whose reward the pretrained flow does not know."""
+"""Advantage-weighted matching: its gradient, that it learns a toy, and the learner's side of it on real pipelines."""
 
 from __future__ import annotations
 
