@@ -123,7 +123,7 @@ def _facts(config: Config | None, summary: dict | None, metrics: list[dict]) -> 
         facts += [
             ("generator", f"{generator.pretrained} ({shape})"),
             ("trained", f"LoRA rank {config.trainable.rank}" if config.trainable.kind == "lora" else "all weights"),
-            ("sampler", f"{config.sampler.kind}, {config.sampler.steps} steps, noise {config.sampler.noise_level:g}"),
+            ("sampler", _sampler(config)),
             (
                 "algorithm",
                 f"{config.algorithm.objective}, {config.algorithm.groups_per_step} × "
@@ -217,7 +217,7 @@ def _heldout_line(evals: list[dict], pick, label: str) -> Line:
 
 def _reward_curve(metrics: list[dict], evals: list[dict], config: Config | None) -> Markup | None:
     lines = [
-        _train_line(metrics, "reward/mean", "training prompts (SDE takes)", config, "reward/std"),
+        _train_line(metrics, "reward/mean", "training prompts", config, "reward/std"),
         _heldout_line(evals, lambda row: row, "held-out prompts (ODE, fixed seeds)"),
     ]
     if not any(len(line.x) for line in lines):
@@ -249,6 +249,13 @@ def _diagnostics(metrics: list[dict]) -> list[Markup]:
         if lines:
             plots.append(plot(title, lines, size=(4.4, 2.2), **options))
     return plots
+
+
+def _sampler(config: Config) -> str:
+    steps = f"{config.sampler.steps} steps"
+    if config.algorithm.objective == "awm":
+        return f"ODE, {steps}"
+    return f"{config.sampler.kind}, {steps}, noise {config.sampler.noise_level:g}"
 
 
 def _times(metrics: list[dict]) -> list[Markup]:

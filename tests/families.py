@@ -115,7 +115,6 @@ FAMILIES: dict[str, Family] = {
     "CogView4": Family(more.cogview4, size=32, call={"max_sequence_length": 16}),
     "HunyuanDiT": Family(more.hunyuan_dit, **_DDIM),
     "Bria": Family(more.bria, call=_T5),
-    "DeepFloyd IF": Family(more.deepfloyd, call={"clean_caption": False}, **_DDIM),
     "DiT": Family(more.class_conditional, values={"class_labels": 7}, **_DDIM),
     "SkyReelsV2": Family(more.skyreels_v2, size=32, vae_gain=8.0, frames=5, call=_T5),
     "WanVACE": Family(more.wan_vace, size=32, vae_gain=8.0, frames=5, call=_T5),
@@ -126,6 +125,7 @@ UNTESTED: dict[str, str] = {
     "QwenImageEdit": "needs torchvision (Qwen2-VL processor), which has no CPU build here",
     "StableDiffusionPAG": "refused: it puts its own attention processors into the UNet while sampling only",
     "StableVideoDiffusion": "refused: EDM noise levels, no first-order counterpart; a guidance scale per frame",
+    "DeepFloyd IF": "probed by hand; nothing to compare with: it hands the scheduler 6 channels, as DDPM wants",
     "OmniGen": "needs torchvision (its processor), which has no CPU build here",
     "HiDreamImage": "probed by hand (negated guidance, found); always draws 1 megapixel, too slow for a test",
 }

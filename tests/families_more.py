@@ -195,45 +195,6 @@ def bria():
     )
 
 
-def deepfloyd():
-    """Pixel space, learned variance, a scheduler that takes the variance apart."""
-    return d.IFPipeline(
-        unet=d.UNet2DConditionModel(
-            sample_size=16,
-            layers_per_block=1,
-            block_out_channels=(32, 64),
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            in_channels=3,
-            out_channels=6,
-            cross_attention_dim=2 * DIM,
-            encoder_hid_dim=2 * DIM,
-            attention_head_dim=8,
-            addition_embed_type="text",
-            addition_embed_type_num_heads=2,
-            cross_attention_norm="group_norm",
-            resnet_time_scale_shift="scale_shift",
-            act_fn="gelu",
-            norm_num_groups=32,
-        ),
-        scheduler=d.DDPMScheduler(
-            beta_schedule="squaredcos_cap_v2",
-            thresholding=True,
-            dynamic_thresholding_ratio=0.95,
-            sample_max_value=1.0,
-            prediction_type="epsilon",
-            variance_type="learned_range",
-        ),
-        text_encoder=p.t5(2 * DIM),
-        tokenizer=tokenizer(128),
-        safety_checker=None,
-        feature_extractor=None,
-        watermarker=None,
-        requires_safety_checker=False,
-    )
-
-
 def class_conditional():
     return d.DiTPipeline(
         transformer=d.DiTTransformer2DModel(
