@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.checkpoint_files import check_diffusers_folder, check_safetensors
+from pipeline.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors
 from pipeline.config import Config
 from pipeline.config_io import load_config
 from pipeline.errors import CheckpointError, ConfigError, InputError
@@ -23,8 +23,6 @@ from pipeline.files import nearest
 if TYPE_CHECKING:
     from pipeline.generators.policy import Policy
     from pipeline.types import WeightSet
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.files import describe_os_error
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER = 100_000_000
 

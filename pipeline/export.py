@@ -14,12 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from pipeline import weights as weights_lib
+from pipeline.checkpoint_files import LORA_FILE
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.generators.loading import denoisers_of, load_pipeline
 from pipeline.types import WeightSet
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:

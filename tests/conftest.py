@@ -25,3 +25,20 @@ def tiny_wan(tmp_path_factory) -> Path:
     import tiny
 
     return tiny.wan(tmp_path_factory.mktemp("tiny") / "wan")
+
+
+@pytest.fixture
+def serve():
+    """Starts HTTP servers on localhost that answer as told, and ends them."""
+    from http_server import Server
+
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()

@@ -9,26 +9,12 @@ import time
 
 import numpy as np
 import pytest
-from http_server import Server, items, levels, picture, run
+from http_server import items, levels, picture, run
 
 from pipeline.config import RewardConfig
 from pipeline.errors import ConfigError, RewardError
 from pipeline.rewards.loader import build_scorer
 from pipeline.types import PromptItem
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(reply):
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
 
 
 def brightness(path, payload, number):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from http_server import Server, items, levels, picture, run
+from http_server import items, levels, picture, run
 from PIL import Image
 
 from pipeline.config import RewardConfig
@@ -15,20 +15,6 @@ from pipeline.rewards.loader import check_scorer
 from pipeline.rewards.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
 from pipeline.rewards.vlm_judge import matches
 from pipeline.types import Media, PromptItem
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(reply):
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
 
 
 def chat(text, finish="stop", top=None):

@@ -6,6 +6,7 @@ satisfies best: use them together, or beside a reward that needs motion.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,9 +37,9 @@ class _ClipScorer(Scorer):
         greys = [grey_frames(take, self.short_side) for take in media.frames]
         return np.asarray([self.rate(grey, media.fps) for grey in greys], dtype=np.float32)
 
+    @abstractmethod
     def rate(self, grey: np.ndarray, fps: float) -> float:
         """grey float32 [F, h, w] -> the clip's score."""
-        raise NotImplementedError
 
 
 @register("motion_dynamics")
