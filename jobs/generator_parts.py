@@ -289,8 +289,8 @@ class Recipe:
 
 
 RECIPES = {
-    "image": Recipe(24000, 1200, 32, 0, 5200, 64),
-    "video": Recipe(6000, 2600, 24, 4, 3700, 32, vae_lr=3e-3, kl=1e-4, object_weight=6.0, polish_steps=700),
+    "image": Recipe(24000, 1200, 32, 0, 4800, 64),
+    "video": Recipe(6000, 2600, 24, 4, 3800, 32, vae_lr=3e-3, kl=1e-4, object_weight=6.0, polish_steps=700),
 }
 
 

@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimisation steps of the transformer")
     parser.add_argument("--wrong", type=float, help="share of wrong training captions")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="small models gain nothing from a second")
     parser.add_argument("--work", type=Path, help="keep and reuse the trained autoencoder in this folder")
     parser.add_argument("--ship-every", type=int, default=0, help="also ship the half-trained model this often")
     parser.add_argument("--resume", type=Path, help="start from this saved pipeline's weights")
