@@ -335,6 +335,7 @@ def inspect(
         typer.Option("--call", metavar="KEY=VALUE", help="A further argument of the pipeline, as in generator.call."),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
+    pipeline: Annotated[str | None, typer.Option("--pipeline", help="Pipeline class, if not its own.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_out: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
     debug: Debug = False,
@@ -361,6 +362,7 @@ def inspect(
         run(
             checkpoint,
             revision=revision,
+            pipeline=pipeline,
             height=height,
             width=width,
             num_frames=num_frames,

@@ -12,6 +12,7 @@ def inspect(
     checkpoint: str,
     *,
     revision: str | None = None,
+    pipeline: str | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -32,6 +33,7 @@ def inspect(
     report = inspect_checkpoint(
         checkpoint,
         revision=revision,
+        pipeline=pipeline,
         height=height,
         width=width,
         num_frames=num_frames,

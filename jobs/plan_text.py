@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import Config
 from pipeline.plan import stochastic_steps
 from pipeline.preflight import check_all
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def print_plan(cfg: Config, console: Console) -> None:
     """Raises what `check_all` raises."""
-    found = check_all(cfg)
+    found = check_all(cfg, dry=True)
     generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler
     takes = algorithm.group_size * algorithm.groups_per_step
     noisy = stochastic_steps(sampler, cfg.run.seed, 0)
@@ -23,12 +24,12 @@ def print_plan(cfg: Config, console: Console) -> None:
         f", {generator.num_frames} frames" if generator.num_frames > 1 else ""
     )
     if found.components:
-        kinds = [
-            found.components[name] for name in ("transformer", "transformer_2", "unet") if name in found.components
-        ]
+        kinds = [found.components[name] for name in DENOISERS if name in found.components]
         source = f"{generator.pretrained} ({', '.join(kinds)}; files complete)"
     else:
-        source = f"{generator.pretrained} (hub id, not checked)"
+        source = f"{generator.pretrained} (hub id, not here)"
+    if generator.pipeline:
+        source += f" called through {generator.pipeline}"
     rows = {
         "generator": f"{source}, {size}",
         "training": f"LoRA of rank {cfg.trainable.rank}" if cfg.trainable.kind == "lora" else "all weights",
@@ -46,4 +47,24 @@ def print_plan(cfg: Config, console: Console) -> None:
     }
     for name, text in rows.items():
         console.print(f"{name:<11} {text}", highlight=False, markup=False, soft_wrap=True)
+    checked, unchecked = what_was_checked(found.components, cfg)
+    rows = {"checked": checked, "not checked": unchecked}
+    if found.lacking:
+        rows["machine"] = (
+            f"too small: the actors reserve {found.lacking}; rushes train would stop here, so join a cluster "
+            "(ray.address) or lower the reservations"
+        )
+    for name, text in rows.items():
+        console.print(f"{name:<11} {text}", highlight=False, markup=False, soft_wrap=True)
     console.print("all checks passed; no model was loaded", highlight=False)
+
+
+def what_was_checked(components: dict[str, str], cfg: Config) -> tuple[str, str]:
+    """In words: what the checks before covered, and what they could not. `components`: empty for a hub id."""
+    done = ["keys and values", "prompt files", "scorers and their options", "trackers", "disk"]
+    later = ["whether the checkpoint can be a policy (rushes inspect)", "the scorers' own weights", "memory"]
+    if components:
+        done[2:2] = ["the checkpoint's files, sizes and scheduler", "prompt lengths"]
+    else:
+        later.insert(0, f"the checkpoint ({cfg.generator.pretrained} is no folder here): files, sizes, prompt lengths")
+    return ", ".join(done), "; ".join(later)

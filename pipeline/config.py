@@ -31,6 +31,9 @@ class RunConfig(Section):
 class GeneratorConfig(Section):
     pretrained: str = Field(description="diffusers checkpoint: local folder or hub id.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of the checkpoint.")
+    pipeline: str | None = Field(
+        None, description="diffusers pipeline class to load it with (LTXImageToVideoPipeline); default: its own."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' dtype for sampling; auto: bfloat16 on a GPU, float32 on the CPU."
     )

@@ -36,6 +36,7 @@ def inspect_checkpoint(
     checkpoint: str,
     *,
     revision: str | None = None,
+    pipeline: str | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -45,11 +46,11 @@ def inspect_checkpoint(
 ) -> dict[str, Any]:
     """Loads and probes a checkpoint. `trainable` says whether it can be a policy, `reason` why not.
 
-    Raises InputError when the checkpoint cannot be loaded at all.
+    `pipeline`: a class to load it with other than its own. Raises InputError when it cannot be loaded at all.
     """
     started = time.perf_counter()
     where = resolve_device(device)
-    base = _config(checkpoint, revision, 64, 64, 1, 1.0, call or {}, "flow_sde")
+    base = _config(checkpoint, revision, pipeline, 64, 64, 1, 1.0, call or {}, "flow_sde")
     pipe = load_pipeline(base.generator, where)
     report: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -68,13 +69,14 @@ def inspect_checkpoint(
     return report
 
 
-def _config(checkpoint, revision, height, width, frames, scale, call, kind) -> Config:
+def _config(checkpoint, revision, pipeline, height, width, frames, scale, call, kind) -> Config:
     """A config that is only a carrier: what has no default is filled in and not used."""
     return Config.model_validate(
         {
             "generator": {
                 "pretrained": checkpoint,
                 "revision": revision,
+                "pipeline": pipeline,
                 "height": height,
                 "width": width,
                 "num_frames": frames,
@@ -100,9 +102,8 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
     failure: CannotRun | None = None
     for size, frames in _sizes(pipe, modules, num_frames):
         tall, wide = height or size, width or size
-        cfg = _config(
-            base.generator.pretrained, base.generator.revision, tall, wide, frames, scale, base.generator.call, kinds[0]
-        )
+        own = base.generator
+        cfg = _config(own.pretrained, own.revision, own.pipeline, tall, wide, frames, scale, own.call, kinds[0])
         try:
             found = Policy(cfg, pipe, where).probe()
         except CannotRun as error:

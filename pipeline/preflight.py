@@ -15,10 +15,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint_files import check_diffusers_folder, is_local, read_json, weight_bytes
+from pipeline.checkpoint_files import DENOISERS, check_diffusers_folder, is_local, read_json, weight_bytes
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.files import describe_os_error
+from pipeline.files import describe_os_error, did_you_mean
 from pipeline.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.loader import check_scorer, scorer_class
@@ -43,21 +43,25 @@ class Preflight:
     components: dict[str, str]  # of a local generator; {} for a hub id
     disk_needed: int  # bytes
     disk_free: int  # bytes
+    lacking: str  # what the actors reserve and this machine does not have; "" if nothing
 
 
-def check_all(cfg: Config, run_dir: Path | None = None) -> Preflight:
-    """Raises the first thing that is wrong. `run_dir`: the run's folder, if it is known already."""
+def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Preflight:
+    """Raises the first thing that is wrong. `run_dir`: the run's folder, if it is known already. `dry`: a machine that
+    is too small for the config is noted (`lacking`) and not refused, so that recipes can be checked anywhere."""
     check_samplers(cfg)
     train, heldout = check_prompts(cfg)
     components = check_generator(cfg, train, heldout)
     check_rewards(cfg)
     check_trackers(cfg)
     check_devices(cfg)
-    check_ray(cfg)
+    lacking = check_ray(cfg, dry)
     folder = Path(run_dir) if run_dir is not None else cfg.run.dir
     check_writable(folder)
     needed, free = check_disk(cfg, folder)
-    return Preflight(train=train, heldout=heldout, components=components, disk_needed=needed, disk_free=free)
+    return Preflight(
+        train=train, heldout=heldout, components=components, disk_needed=needed, disk_free=free, lacking=lacking
+    )
 
 
 def check_samplers(cfg: Config) -> None:
@@ -108,13 +112,14 @@ def _under_key(key: str, load):
 
 def check_generator(cfg: Config, train: list[PromptItem], heldout: list[PromptItem]) -> dict[str, str]:
     """A local folder is complete and fits the sizes asked for; a hub id passes."""
+    _check_pipeline_name(cfg.generator.pipeline)
     if not is_local(cfg.generator.pretrained):
         return {}
     folder = Path(cfg.generator.pretrained).expanduser()
     components = _under_key("generator.pretrained", lambda: check_diffusers_folder(folder))
-    if not {"transformer", "unet"} & set(components):
+    if not set(DENOISERS) & set(components):
         raise ConfigError(
-            f"generator.pretrained: {folder} has neither a transformer nor a unet (components: "
+            f"generator.pretrained: {folder} has none of {', '.join(DENOISERS)} (components: "
             f"{', '.join(components)}); "
             "only diffusion pipelines can be trained"
         )
@@ -123,6 +128,18 @@ def check_generator(cfg: Config, train: list[PromptItem], heldout: list[PromptIt
     for prompts, path in ((train, cfg.prompts.train), (heldout, cfg.prompts.heldout)):
         check_prompt_lengths(prompts, str(folder), cfg.generator.call, path)
     return components
+
+
+def _check_pipeline_name(name: str | None) -> None:
+    """diffusers lists its classes in its __init__, which is read and not imported."""
+    if name is None:
+        return
+    spec = importlib.util.find_spec("diffusers")
+    source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
+    known = sorted(set(re.findall(r'"(\w+Pipeline)"', source)))
+    if name not in known:
+        hint = did_you_mean(name, known) or "; it must be one of diffusers' own, such as LTXImageToVideoPipeline"
+        raise ConfigError(f"generator.pipeline: diffusers has no pipeline class {name!r}{hint}")
 
 
 def _check_sizes(cfg: Config, folder: Path, components: dict[str, str]) -> None:
@@ -240,30 +257,38 @@ def _joins_cluster(cfg: Config) -> bool:
         return False
 
 
-def check_ray(cfg: Config) -> None:
-    """A local Ray has the CPUs and GPUs that the actors reserve (else they would wait for ever), and a free port."""
+def check_ray(cfg: Config, dry: bool = False) -> str:
+    """A local Ray has the CPUs and GPUs that the actors reserve (else they would wait for ever), and a free port.
+
+    `dry`: what only the machine lacks is returned in words instead of raised.
+    """
     if _joins_cluster(cfg):
-        return
+        return ""
     rewards = cfg.rewards.values()
     cpus = (
         cfg.learner.num_cpus + cfg.rollout.workers * cfg.rollout.num_cpus + sum(r.workers * r.num_cpus for r in rewards)
     )
     have = cfg.ray.num_cpus or os.cpu_count() or 1
+    lacking = []
     if cpus > have + 1e-6:
-        raise ConfigError(
-            f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.num_cpus + "
-            "learner.num_cpus + rewards), "
-            f"but the local Ray has {have}; lower them or set ray.num_cpus={int(-(-cpus // 1))}"
-        )
+        if not dry or cfg.ray.num_cpus:
+            raise ConfigError(
+                f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.num_cpus + "
+                "learner.num_cpus + rewards), "
+                f"but the local Ray has {have}; lower them or set ray.num_cpus={int(-(-cpus // 1))}"
+            )
+        lacking.append(f"{cpus:g} CPUs (it has {have})")
     gpus = (
         cfg.learner.num_gpus + cfg.rollout.workers * cfg.rollout.num_gpus + sum(r.workers * r.num_gpus for r in rewards)
     )
     if gpus > 0 and gpus > _gpu_count() + 1e-6:
-        raise ConfigError(
-            f"learner.num_gpus, rollout.num_gpus: the actors reserve {gpus:g} GPUs, but torch finds "
-            f"{_gpu_count()} here; "
-            "set them to 0 or join a cluster with ray.address"
-        )
+        if not dry:
+            raise ConfigError(
+                f"learner.num_gpus, rollout.num_gpus: the actors reserve {gpus:g} GPUs, but torch finds "
+                f"{_gpu_count()} here; "
+                "set them to 0 or join a cluster with ray.address"
+            )
+        lacking.append(f"{gpus:g} GPUs (it has {_gpu_count()})")
     if cfg.ray.dashboard:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -275,6 +300,7 @@ def check_ray(cfg: Config) -> None:
                     f"choose another one, such as ray.dashboard_port={cfg.ray.dashboard_port + 1}, or "
                     "ray.dashboard=false"
                 ) from None
+    return " and ".join(lacking)
 
 
 def check_writable(folder: Path, key: str = "run.dir") -> None:
@@ -293,7 +319,7 @@ def check_disk(cfg: Config, folder: Path) -> tuple[int, int]:
     denoisers = 0
     if is_local(cfg.generator.pretrained):
         root = Path(cfg.generator.pretrained).expanduser()
-        denoisers = sum(weight_bytes(root / name) for name in ("transformer", "transformer_2", "unet"))
+        denoisers = sum(weight_bytes(root / name) for name in DENOISERS)
     share = 1.0 if cfg.trainable.kind == "full" else 0.05
     one = int(denoisers * share * 4)  # weights, two Adam moments, EMA
     needed = 50 * 2**20 + one * (cfg.checkpoint.keep + 1) + int(denoisers * share) * 2

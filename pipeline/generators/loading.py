@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import GeneratorConfig
-from pipeline.errors import InputError, UnsupportedPolicyError
+from pipeline.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.wire import map_leaves
 
-# Component names of denoisers, in diffusers' pipelines.
-DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 _CACHED_PROMPTS = 256
 
 
@@ -42,13 +41,13 @@ def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
 
 
 def load_pipeline(cfg: GeneratorConfig, device: torch.device) -> DiffusionPipeline:
-    """The checkpoint's own pipeline class, in evaluation mode, on `device`.
+    """The checkpoint's own pipeline class (or `cfg.pipeline`), in evaluation mode, on `device`.
 
     Raises InputError naming the checkpoint. Weights must be safetensors; remote code is never run.
     """
     _no_progress_bars()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = _pipeline_class(cfg).from_pretrained(
             cfg.pretrained,
             revision=cfg.revision,
             dtype=resolve_dtype(cfg.dtype, device),
@@ -62,6 +61,18 @@ def load_pipeline(cfg: GeneratorConfig, device: torch.device) -> DiffusionPipeli
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _pipeline_class(cfg: GeneratorConfig) -> type[DiffusionPipeline]:
+    """The class that loads the checkpoint. Raises ConfigError where `generator.pipeline` names none."""
+    if cfg.pipeline is None:
+        return DiffusionPipeline
+    import diffusers
+
+    found = getattr(diffusers, cfg.pipeline, None)
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise ConfigError(f"generator.pipeline: diffusers has no pipeline class {cfg.pipeline!r}")
+    return found
 
 
 def _no_progress_bars() -> None:
