@@ -66,17 +66,19 @@ class Recorder:
     def times(self, jobs: list[Job], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
         """Seconds: of the step, and that each role was busy with it (per worker); and the queues."""
         rollout = sum(job.meta.seconds["total"] for job in jobs) / len(self._flow.rollouts.slots)
-        score = 0.0
-        for name, pool in self._flow.rewards.items():
-            score += sum(job.scores[name].seconds for job in jobs) / len(pool.slots)
+        score = {
+            name: sum(job.scores[name].seconds for job in jobs) / len(pool.slots)
+            for name, pool in self._flow.rewards.items()
+        }
         times = {
             "time/step": step_s,
             "time/rollout": rollout,
-            "time/score": score,
+            "time/score": sum(score.values()),
             "time/learn": learned_s,
             "time/sync": sync_s,
             "takes_per_s": self.cfg.algorithm.group_size * len(jobs) / step_s,
         }
+        times |= {f"time/score/{name}": seconds for name, seconds in score.items()}
         for queue in self._flow.queues:
             times |= {f"queue/{queue.name}/{key}": value for key, value in queue.drain_stats().items()}
         return times

@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
+from jobs.cluster_cli import add_cluster_commands
 from pipeline.errors import ConfigError, RushesError
 from pipeline.files import describe_os_error
 
@@ -27,24 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Config keys to override, such as run.steps=20."),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Ema = Annotated[
-    bool,
-    typer.Option("--ema/--raw", help="The EMA of the trained weights (if kept), or the weights themselves."),
-]
-
-
-def console():
-    """stdout; plain text when it is no terminal."""
-    from rich.console import Console
-
-    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
 
 
 def version(value: bool) -> None:
@@ -413,6 +397,9 @@ def config(
     if config is None:
         raise ConfigError("config: give a config file, such as configs/quickstart.yaml, or --docs")
     print(to_yaml(load_config(config, overrides or [])), end="")
+
+
+add_cluster_commands(app)
 
 
 # ------------------------------------------------------------------------------------------------- the entry point

@@ -17,7 +17,7 @@ from jobs.statistics import estimate, t_quantile, win_rate
 from pipeline.config_io import to_yaml
 from pipeline.media import encode_mp4
 
-COMMANDS = ["train", "generate", "score", "evaluate", "export", "report", "doctor", "config"]
+COMMANDS = ["train", "generate", "score", "evaluate", "export", "report", "doctor", "config", "plan"]
 
 
 def run(capsys, *args):
