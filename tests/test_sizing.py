@@ -53,8 +53,13 @@ def test_the_choice_stops_where_workers_no_longer_pay():
     assert choose(rows, 0.05).reward == {"clip": 1}
     assert choose(choices(GUIDE, 1, most=2), 0.05).rollout == 2
     rows = choices(GUIDE, 0)
-    assert [row.rollout for row in rows] == [1, 2, 3, 4, 8]  # 5 to 7 workers need two waves like 4
-    assert choose(rows, 0.05).rollout == 8 and choose(rows, 0.1).rollout == 4 and choose(rows, 0.5).rollout == 1
+    assert [row.rollout for row in rows] == [1, 2, 3, 4, 7, 8]  # 5 and 6 need two waves like 4
+    assert (
+        choose(rows, 0.05).rollout == 8
+        and choose(rows, 0.1).rollout == 4
+        and choose(rows, 0.2).rollout == 2
+        and choose(rows, 0.5).rollout == 1
+    )
 
 
 def test_reward_servers_keep_up_with_the_rollouts():
