@@ -149,9 +149,10 @@ class Evaluator:
 
     def _summary(self, jobs: list[Job]) -> dict[str, Any]:
         values = {name: np.concatenate([job.scores[name].values for job in jobs]) for name in self._weights}
+        applied = {name: scores[~np.isnan(scores)] for name, scores in values.items()}
         return {
             **mean_and_error(weighted_rewards(values, self._weights)),
-            "rewards": {name: mean_and_error(scores) for name, scores in values.items()},
+            "rewards": {name: mean_and_error(scores) for name, scores in applied.items() if len(scores)},
         }
 
     def write(self) -> None:

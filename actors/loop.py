@@ -25,7 +25,6 @@ from actors.recorder import ON_POLICY_METRICS, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
 from pipeline import checkpoint
-from pipeline.advantages import compute_advantages
 from pipeline.errors import RunFailed, RushesError
 from pipeline.prompts import load_prompts
 from pipeline.tracking import metrics_after_resume
@@ -174,11 +173,9 @@ class Loop:
         started = time.perf_counter()
         self._state = "training"
         await self._training.pause(False)
-        weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
         while True:
             jobs = await self._guard(self._training.batch(self._version))
-            scores = [{name: score.values for name, score in job.scores.items()} for job in jobs]
-            advantages = compute_advantages(scores, weights, self.cfg.algorithm.advantage)
+            advantages = self._training.advantages(jobs)
             items = [(job.group, job.trajectory, advantages.advantages[i]) for i, job in enumerate(jobs)]
             began = time.perf_counter()
             answer = await self._ask_learner("train_step", items)

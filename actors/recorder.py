@@ -87,7 +87,7 @@ class Recorder:
         """Means of the scorers' auxiliary outputs; NaN means that a part does not apply to the prompt."""
         found: dict[str, float] = {}
         for name in self.cfg.rewards:
-            for part in jobs[0].scores[name].parts:
+            for part in dict.fromkeys(part for job in jobs for part in job.scores[name].parts):
                 values = [float(v) for job in jobs for v in job.scores[name].parts.get(part, ()) if v == v]
                 if values:
                     found[f"reward/{name}/{part}"] = sum(values) / len(values)

@@ -12,7 +12,8 @@ import numpy as np
 
 from actors.flow import Flow, Job
 from actors.weights import Publisher
-from pipeline.advantages import compute_advantages
+from pipeline.advantages import AdvantageResult
+from pipeline.combining import Combiner
 from pipeline.config import Config
 from pipeline.errors import RunFailed
 from pipeline.ledger import FAILED, Ledger
@@ -39,7 +40,7 @@ class Training:
             max_failed_groups=cfg.faults.max_failed_groups,
             steps=cfg.run.steps,
         )
-        self._weights = {name: reward.weight for name, reward in cfg.rewards.items()}
+        self._combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
         self._scored: dict[int, Job] = {}
         self._submitted: set[int] = set()
         self._changed = asyncio.Condition()
@@ -124,15 +125,11 @@ class Training:
         self.ledger.scored(job.group, job.work.attempt)
         if not self._keeps_media(job.work.step):
             job.media = None  # scored: nobody needs it any more
-        if self.cfg.algorithm.advantage.zero_std == "filter" and self._is_flat(job):
+        if self.cfg.algorithm.advantage.zero_std == "filter" and self._combiner.is_flat(job.scores):
             self._filter(job)
         else:
             self._scored[job.group] = job
         await self._wake()
-
-    def _is_flat(self, job: Job) -> bool:
-        values = {name: scores.values for name, scores in job.scores.items()}
-        return compute_advantages([values], self._weights, self.cfg.algorithm.advantage).zero_std[0]
 
     def _filter(self, job: Job) -> None:
         log.info("filtered: all takes have the same reward", extra={"group": job.group})
@@ -159,6 +156,9 @@ class Training:
                 await self._changed.wait()
             return [self._scored[group] for group in groups]
 
+    def advantages(self, jobs: list[Job]) -> AdvantageResult:
+        return self._combiner.step([job.scores for job in jobs])
+
     async def trajectories_lost(self, groups: list[int]) -> None:
         """Their node died between scoring and training: roll them out again."""
         for group in groups:
@@ -174,6 +174,7 @@ class Training:
             self._submitted.discard(job.group)
             del self._scored[job.group]
             job.trajectory = None
+        self._combiner.commit()
         self._boundary = self._state()
 
     async def published(self, version: int) -> None:
@@ -184,7 +185,8 @@ class Training:
     # ------------------------------------------------------------------------------------------- state
 
     def _state(self) -> dict[str, Any]:
-        return copy.deepcopy({"cursor": self._cursor.state(), "ledger": self.ledger.state()})
+        state = {"cursor": self._cursor.state(), "ledger": self.ledger.state(), "rewards": self._combiner.state()}
+        return copy.deepcopy(state)
 
     def state(self) -> dict[str, Any]:
         """As of the last completed step; groups admitted since are admitted again by the resumed run."""
@@ -193,6 +195,7 @@ class Training:
     def load_state(self, state: dict[str, Any]) -> None:
         self._cursor.load_state(state["cursor"])
         self.ledger.load_state(state["ledger"])
+        self._combiner.load_state(state.get("rewards"))
         self._boundary = self._state()
 
     @property

@@ -21,8 +21,9 @@ from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
 from pipeline.media import save_takes
 from pipeline.plan import eval_works
-from pipeline.prompts import check_prompt_lengths, load_prompts
+from pipeline.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.rewards.loader import RewardRunner, build_scorer
+from pipeline.rewards.routing import check_routing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,7 @@ def evaluate(
     preflight.check_devices(cfg)
     preflight.check_rewards(cfg)
     preflight.check_generator(cfg, [], [])
+    check_routing(prompts, list(cfg.rewards), prompt_locations(path), path)
     check_prompt_lengths(prompts, cfg.generator.pretrained, cfg.generator.call, path)
     if out is not None:
         preflight.check_writable(out, "--out")
@@ -105,18 +107,23 @@ def _run_one(
             version = source.step or 0 if source else 0
             save_takes(folder, media, work.prompts, work.seeds, version, found, weights=weights)
     columns = {name: np.concatenate(parts).astype(np.float64) for name, parts in scores.items()}
-    columns["reward"] = np.sum([weights[name] * columns[name] for name in runners], axis=0)
+    # NaN: the reward does not apply to the take's prompt.
+    terms = [np.where(np.isnan(columns[name]), 0.0, weights[name] * columns[name]) for name in runners]
+    columns["reward"] = np.sum(terms, axis=0)
     return columns
 
 
 def summarise(results: dict[str, dict[str, np.ndarray]], index: np.ndarray, rewards: list[str]) -> list[dict]:
-    """One row per checkpoint: means of the weighted reward and of each reward; against the first row: paired
-    difference and win rate."""
+    """One row per checkpoint: means of the weighted reward and of each reward (NaN: it does not apply to the take;
+    None: to no take); against the first row: paired difference and win rate."""
     first = next(iter(results.values()))
     rows = []
     for number, (label, columns) in enumerate(results.items()):
         row: dict = {"checkpoint": label, "reward": asdict(estimate(columns["reward"], index))}
-        row["rewards"] = {name: asdict(estimate(columns[name], index)) for name in rewards}
+        row["rewards"] = {}
+        for name in rewards:
+            known = ~np.isnan(columns[name])
+            row["rewards"][name] = asdict(estimate(columns[name][known], index[known])) if known.any() else None
         if number:
             row["difference"] = asdict(estimate(columns["reward"] - first["reward"], index))
             row["win_rate"] = asdict(win_rate(columns["reward"], first["reward"], index))
@@ -139,7 +146,7 @@ def _print(rows: list[dict], rewards: list[str], console: Console, prompts: int,
         table.add_column("win rate", justify="right")
     for row in rows:
         cells = [row["checkpoint"], _text(row["reward"])]
-        cells += [_text(row["rewards"][name]) for name in rewards] if len(rewards) > 1 else []
+        cells += [_text(row["rewards"][name]) if row["rewards"][name] else "–" for name in rewards] * (len(rewards) > 1)
         if len(rows) > 1:
             cells += [
                 _text(row["difference"], "+") if "difference" in row else "",
@@ -150,11 +157,13 @@ def _print(rows: list[dict], rewards: list[str], console: Console, prompts: int,
 
 
 def _text(value: dict, sign: str = "") -> str:
-    return f"{value['mean']:{sign}.3f} ± {value['half']:.3f}"
+    return f"{value['mean']:{sign}.3f}" + (f" ± {value['half']:.3f}" if value["half"] is not None else "")
 
 
 def _percent(value: dict | None) -> str:
-    return f"{100 * value['mean']:.0f} % ± {100 * value['half']:.0f}" if value else ""
+    if not value:
+        return ""
+    return f"{100 * value['mean']:.0f} %" + (f" ± {100 * value['half']:.0f}" if value["half"] is not None else "")
 
 
 __all__ = ["Estimate", "evaluate", "summarise"]

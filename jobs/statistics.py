@@ -9,12 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean with its standard error and the half width of its 95 % confidence interval."""
+    """A mean with its standard error and the half width of its 95 % confidence interval (None for one prompt)."""
 
     mean: float
-    se: float
-    half: float
-    n: int
+    se: float | None
+    half: float | None
+    n: int  # independent units: prompts
 
 
 def t_quantile(freedom: int) -> float:
@@ -33,8 +33,10 @@ def estimate(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     """Of `values` [N] with prompt index [N]; prompts are the independent units."""
     means = per_prompt(np.asarray(values, np.float64), prompts)
     n = len(means)
-    se = float(means.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-    return Estimate(mean=float(means.mean()), se=se, half=t_quantile(n - 1) * se if n > 1 else float("nan"), n=n)
+    if n < 2:
+        return Estimate(mean=float(means.mean()), se=None, half=None, n=n)
+    se = float(means.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean=float(means.mean()), se=se, half=t_quantile(n - 1) * se, n=n)
 
 
 def win_rate(a: np.ndarray, b: np.ndarray, prompts: np.ndarray) -> Estimate:

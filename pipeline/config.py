@@ -15,6 +15,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -93,12 +94,33 @@ class SegmentsConfig(Section):
     attenuation: NonNegative = Field(
         1.0, description="Lambda of exp(-lambda * 16/F * |frame - F/2|); 0: plain segmental mean."
     )
+    shape: Literal["exponential", "gaussian"] = Field(
+        "exponential", description="gaussian: exp(-(lambda * 16/F * |frame - F/2|)^2 / 2), flat around the middle."
+    )
+    aggregate: Literal["mean", "min"] | Share = Field(
+        "mean",
+        description="How a take's segments become its score: their weighted mean, the worst segment, or (a number p) "
+        "the weighted mean of the best share p of them.",
+    )
     normalize: bool = Field(True, description="Divide by the sum of weights, so the score keeps the scorer's scale.")
 
 
 class RewardConfig(Section):
     scorer: str = Field(description="A registered scorer (`rushes score --list`) or `file.py:function`.")
     weight: float = Field(1.0, description="Weight in the sum of rewards or of advantages.")
+    normalize: Literal["none", "step", "running"] = Field(
+        "none",
+        description="Before the rewards are combined: (score - mean) / std of the step's takes, or of all takes so "
+        "far (kept in checkpoints).",
+    )
+    clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[lowest, highest] that the score, once normalised, counts as."
+    )
+    repeats: Count = Field(
+        1,
+        description="Scorings per training take, each of slightly shifted frames; u, their variance over the group's, "
+        "lowers the take's advantage by exp(-u).",
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="Options of the scorer.")
     segments: SegmentsConfig = Field(
         default_factory=SegmentsConfig, description="How a frame scorer is applied to videos."
@@ -108,6 +130,12 @@ class RewardConfig(Section):
     num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved per server (may be a fraction).")
     threads: Count = Field(1, description="Compute threads per server.")
 
+    @model_validator(mode="after")
+    def _ordered(self) -> RewardConfig:
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"clip: found {self.clip}; the first number must be below the second")
+        return self
+
 
 class AdvantageConfig(Section):
     std: Literal["group", "global", "none"] = Field(
@@ -115,8 +143,10 @@ class AdvantageConfig(Section):
     )
     eps: Positive = Field(1e-4, description="Added to the std, so that near-ties do not become unit advantages.")
     clamp: Positive = Field(5.0, description="Advantages are clamped to +- this.")
-    combine: Literal["rewards", "advantages"] = Field(
-        "rewards", description="Several rewards: weighted sum of rewards, or of each reward's own advantages."
+    combine: Literal["rewards", "advantages", "pareto"] = Field(
+        "rewards",
+        description="Several rewards: weighted sum of rewards; of each reward's own advantages; or the latter for the "
+        "takes that no other take of the group beats in every reward (pareto), the others not being trained.",
     )
     zero_std: Literal["train", "filter"] = Field(
         "train", description="Groups of equal rewards: keep (no policy gradient) or filter and admit another group."

@@ -303,7 +303,7 @@ def save_takes(
     """Appends one row per take to `folder/takes.parquet` and writes the media. Returns the media paths.
 
     `weights` (default: all 1) make the `reward` column; `step` defaults to `version`; `keep[k]` False (or media None)
-    leaves that take's media out (its `path` is null).
+    leaves that take's media out (its `path` is null). The score of a reward that does not apply is null.
     """
     import pyarrow
     import pyarrow.parquet
@@ -330,14 +330,21 @@ def save_takes(
             "step": int(version if step is None else step),
             "take": take,
             "path": file.name if file else None,
-            "reward": float(sum((weights or {}).get(name, 1.0) * float(s.values[k]) for name, s in scores.items())),
+            "reward": float(
+                sum(
+                    (weights or {}).get(name, 1.0) * float(s.values[k])
+                    for name, s in scores.items()
+                    if not np.isnan(s.values[k])
+                )
+            ),
         }
         for name, score in scores.items():
-            row[f"reward/{name}"] = float(score.values[k])
+            applies = not np.isnan(score.values[k])
+            row[f"reward/{name}"] = float(score.values[k]) if applies else None
             values, shares, frames = score.segment_values, score.segment_weights, score.segment_frames
-            if values is not None and shares is not None and frames is not None:
+            if applies and values is not None and shares is not None and frames is not None:
                 row[f"segments/{name}"] = [float(v) for v in values[k]]
-                row[f"segment_weights/{name}"] = [float(v) for v in shares]
+                row[f"segment_weights/{name}"] = [float(v) for v in (shares if shares.ndim == 1 else shares[k])]
                 row[f"segment_frames/{name}"] = [[int(i) for i in segment] for segment in frames]
         rows.append(row)
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -22,6 +22,8 @@ from pipeline.files import describe_os_error, did_you_mean
 from pipeline.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.loader import check_scorer, scorer_class
+from pipeline.rewards.routing import KEY as ROUTING_KEY
+from pipeline.rewards.routing import check_routing
 from pipeline.types import PromptItem
 
 _TRACKERS = {
@@ -84,13 +86,14 @@ def check_samplers(cfg: Config) -> None:
 
 def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
     """Both sets parse and share no prompt."""
-    train = _under_key("prompts.train", lambda: load_prompts(cfg.prompts.train))
+    train = _under_key("prompts.train", lambda: _routed(cfg, cfg.prompts.train))
     if cfg.prompts.heldout is None:
         if cfg.evaluation.every or cfg.evaluation.reward_target is not None:
             key = "evaluation.every" if cfg.evaluation.every else "evaluation.reward_target"
             raise ConfigError(f"{key}: is set but prompts.heldout is not; give a file of prompts to evaluate on")
         return train, []
-    heldout = _under_key("prompts.heldout", lambda: load_prompts(cfg.prompts.heldout))
+    heldout_file = cfg.prompts.heldout
+    heldout = _under_key("prompts.heldout", lambda: _routed(cfg, heldout_file))
     trained = {(p.text, p.negative, p.image): p.index for p in train}
     shared = [p for p in heldout if (p.text, p.negative, p.image) in trained]
     if shared:
@@ -101,6 +104,13 @@ def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
             f"({cfg.prompts.train}, {other}; {len(shared)} such prompts); remove it from one of the two files"
         )
     return train, heldout
+
+
+def _routed(cfg: Config, path: Path) -> list[PromptItem]:
+    prompts = load_prompts(path)
+    if any(ROUTING_KEY in prompt.metadata for prompt in prompts):
+        check_routing(prompts, list(cfg.rewards), prompt_locations(path), path)
+    return prompts
 
 
 def _under_key(key: str, load):

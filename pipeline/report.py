@@ -24,6 +24,7 @@ from pipeline.errors import InputError, RushesError
 from pipeline.files import atomic_write
 from pipeline.media import encode_png, enlarge, read_media, read_takes
 from pipeline.report_plots import Line, finite, plot, stacked
+from pipeline.report_rewards import RULES, combining_plots, combining_table
 from pipeline.tracking import read_jsonl, read_metrics
 
 TEMPLATE = Path(__file__).parent / "templates"
@@ -77,6 +78,9 @@ def _collect(run_dir: Path) -> dict[str, Any]:
         "rewards_table": _rewards_table(summary, evals),
         "reward_curve": _reward_curve(metrics, evals, config),
         "reward_plots": _reward_plots(metrics, evals, config),
+        "combining": combining_table(config, metrics),
+        "combining_rule": RULES[config.algorithm.advantage.combine] if config else "",
+        "combining_plots": combining_plots(config, metrics),
         "diagnostics": _diagnostics(metrics),
         "times": _times(metrics),
         "pairs": _pairs(run_dir, config, problems),
@@ -318,7 +322,7 @@ def _cell(run_dir: Path, folder: Path, step: int, row: dict, budget: list[int], 
     cell: dict[str, Any] = {
         "step": step,
         "reward": row["reward"],
-        "scores": {key[7:]: value for key, value in row.items() if key.startswith("reward/")},
+        "scores": {key[7:]: value for key, value in row.items() if key.startswith("reward/") and value is not None},
         "video": path.suffix == ".mp4",
         "src": None,
         "segments": [],

@@ -153,6 +153,16 @@ def test_overlap_of_train_and_heldout(tmp_path):
     assert "heldout.txt, line 3" in message and "train.txt, line 2" in message and "remove it" in message
 
 
+def test_a_prompt_that_asks_for_a_reward_that_is_not_there(tmp_path):
+    cfg = fake_config(tmp_path)
+    rows = [{"prompt": "a red cube"}, {"prompt": "a blue cube", "metadata": {"rewards": ["jpg"]}}]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = cfg.prompts.model_copy(update={"train": path})
+    message = error_of(cfg.model_copy(update={"prompts": prompts}))
+    assert message.startswith(f"prompts.train: {path}, line 2: metadata.rewards: the config has no reward 'jpg'")
+
+
 def test_taken_dashboard_port(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -74,7 +74,8 @@ def make_config(sd3: Path, files: Path, runs: Path, reward: str = "brightness", 
     base = {
         "run": {"dir": str(runs), "steps": 2},
         "prompts": {"train": str(files / "train.txt"), "heldout": str(files / "heldout.txt")},
-        "rewards": {"own": {"scorer": f"{files / 'rewards.py'}:{reward}"}},
+        # running statistics are in every checkpoint: a resumed run must go on with them
+        "rewards": {"own": {"scorer": f"{files / 'rewards.py'}:{reward}", "normalize": "running"}},
         "evaluation": {"prompts": 4, "steps": 3, "batch": 2},
         "optimizer": {"lr": 1e-2, "ema_decay": 0.9},
         "checkpoint": {"every": 1, "keep": 9},

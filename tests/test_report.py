@@ -1,5 +1,6 @@
 """The report of made-up runs: finished, going on, just begun, with broken files."""
 
+import json
 import re
 
 import pytest
@@ -37,6 +38,26 @@ def test_it_is_self_contained(tmp_path):
     links = re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', html)
     assert links == [] and "<script" not in html and "@import" not in html
     assert not re.findall(r'url\((?!["\']?(?:#|data:))', html)
+
+
+def test_how_rewards_are_combined_is_shown(tmp_path):
+    run = make_run(tmp_path, finished=False)
+    html = text_of(run)
+    assert "How the rewards are combined" in html and "The advantage of the weighted sum of rewards." in html
+    config = (run / "config.yaml").read_text()
+    config = config.replace("combine: rewards", "combine: pareto").replace("normalize: none", "normalize: running", 1)
+    (run / "config.yaml").write_text(
+        config.replace("clip: null", "clip: [-2, 2.5]", 1).replace("repeats: 1", "repeats: 3")
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    extra = {"combine/share/scene": 0.75, "combine/share/motion": 0.25, "combine/trust/scene": 0.8}
+    extra |= {"combine/applies/motion": 0.5, "combine/non_dominated": 0.4, "combine/clipped/scene": 0.1}
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**row, **extra}) + "\n" for row in rows))
+    html = text_of(run)
+    cells = ["scene", "1", "running", "-2 to 2.5", "3", "all", "80 %", "75 %"]
+    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) in html
+    assert "<td>50 %</td>" in html and "no other of their group dominates" in html
+    assert html.count("<svg") == 1 + 2 + 9 + 2 + 5 and "not dominated in their group" in html
 
 
 def test_images_are_shown_as_pictures(tmp_path):

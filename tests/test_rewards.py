@@ -102,6 +102,72 @@ def test_a_spoilt_middle_costs_more_than_a_spoilt_end(frames):
     assert plain.run(clip(end), prompts(), None).values[0] == pytest.approx(150)
 
 
+def spoilt(frames, start, stop):
+    """A clip of brightness 200 that is black from `start` to `stop`."""
+    values = np.full(frames, 200)
+    values[start:stop] = 0
+    return clip(values)
+
+
+@pytest.mark.parametrize("frames", [16, 48])
+def test_aggregations_on_a_spoilt_middle_and_a_spoilt_end(frames):
+    """The worst segment finds damage wherever it is; the best half never does; the attenuated mean, in the middle."""
+    quarter = frames // 4
+    middle, end = spoilt(frames, quarter, 3 * quarter), spoilt(frames, 3 * quarter, frames)
+    values = {
+        aggregate: [runner(aggregate=aggregate).run(media, prompts(), None).values[0] for media in (middle, end)]
+        for aggregate in ("mean", "min", 0.5)
+    }
+    assert values["mean"][0] < 10 and values["mean"][1] > 190
+    assert values["min"] == [0, 0]
+    assert values[0.5] == pytest.approx([200, 200])
+    three = runner(aggregate=0.75)  # three of four segments: one of the spoilt middle has to be taken
+    assert three.run(middle, prompts(), None).values[0] < 10 < 199 < three.run(end, prompts(), None).values[0]
+
+
+def test_the_best_share_is_the_attenuated_mean_of_those_segments():
+    """Centres 2, 6, 10, 14 of 16 with weights e^-6, e^-2, e^-2, e^-6; the best two are the third and the first."""
+    values = np.zeros(16)
+    values[[2, 6, 10, 14]] = 100, 10, 200, 50
+    result = runner(aggregate=0.5).run(clip(values), prompts(), None)
+    by_hand = (math.exp(-6) * 100 + math.exp(-2) * 200) / (math.exp(-6) + math.exp(-2))
+    assert result.values[0] == pytest.approx(by_hand, rel=1e-5)
+    assert result.segment_weights.shape == (1, 4) and (result.segment_weights[0] > 0).tolist() == [True, False] * 2
+    raw = runner(aggregate=0.5, normalize=False).run(clip(values), prompts(), None)
+    assert raw.values[0] == pytest.approx((math.exp(-6) * 100 + math.exp(-2) * 200) / 2, rel=1e-5)
+    worst = runner(aggregate="min", normalize=False).run(clip(values), prompts(), None)
+    assert worst.values[0] == pytest.approx(math.exp(-2) * 10, rel=1e-5)
+
+
+@pytest.mark.parametrize("attenuation", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("shape", ["exponential", "gaussian"])
+def test_the_whole_share_is_the_mean_and_shares_are_ordered(attenuation, shape):
+    media = clip(np.random.default_rng(0).integers(0, 256, 24), takes=3)
+    options = {"attenuation": attenuation, "shape": shape, "count": 6}
+    found = {a: runner(aggregate=a, **options).run(media, prompts(3), 2).values for a in ("mean", "min", 1.0, 1 / 6)}
+    np.testing.assert_allclose(found["mean"], found[1.0], rtol=1e-5)
+    segments = runner(**options).run(media, prompts(3), 2).segment_values
+    np.testing.assert_allclose(found["min"], segments.min(axis=1))
+    np.testing.assert_allclose(found[1 / 6], segments.max(axis=1))  # ceil(6 / 6) segments, whatever their weight
+    assert (found["min"] <= found["mean"]).all() and (found["mean"] <= found[1 / 6]).all()
+
+
+def test_gaussian_attenuation_is_flat_around_the_middle():
+    weights = np.exp(log_weights(np.array([8, 7, 6, 2]), 16, 1.0, "gaussian"))
+    np.testing.assert_allclose(weights, np.exp([0, -0.5, -2, -18]))
+    wide = runner(attenuation=0.25, shape="gaussian", normalize=False).run(clip([100] * 16), prompts(), None)
+    np.testing.assert_allclose(wide.segment_weights, np.exp([-1.125, -0.125, -0.125, -1.125]), rtol=1e-5)
+    rescaled = np.exp(log_weights(np.array([40, 20]), 80, 1.0, "gaussian"))  # the same moments of a longer clip
+    np.testing.assert_allclose(rescaled, np.exp([0, -8]))
+
+
+def test_takes_of_a_group_choose_their_own_segments():
+    ramp = np.arange(0, 160, 10)
+    media = Media(frames=np.concatenate([clip(ramp).frames, clip(ramp[::-1]).frames]), fps=8.0)
+    result = runner(aggregate="min").run(media, prompts(2), None)
+    assert result.values.tolist() == [20, 10] and result.segment_weights.argmax(axis=1).tolist() == [0, 3]
+
+
 def test_several_frames_a_segment():
     """R = (1/S) sum_s (1/n) sum_j f r, each frame scored once in one call."""
     scorer = Brightness()

@@ -19,6 +19,8 @@ from pipeline.errors import ConfigError, RewardError
 from pipeline.files import did_you_mean
 from pipeline.rewards.base import REGISTRY, Scorer, check_output
 from pipeline.rewards.function import FunctionScorer, is_function_spec
+from pipeline.rewards.repeats import score_repeatedly
+from pipeline.rewards.routing import score_some
 from pipeline.rewards.segmental import score_segments
 from pipeline.types import Media, PromptItem, RewardScores
 
@@ -104,14 +106,23 @@ class RewardRunner:
         self.name, self.cfg, self.scorer = name, cfg, scorer
 
     def run(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
-        """media [K, F, H, W, 3], K prompts. `seed`: draws the frames, once for all K takes; None: centres."""
+        """media [K, F, H, W, 3], K prompts. `seed`: draws the frames, once for all K takes; None: centres.
+
+        Takes whose prompt the reward does not apply to have the value NaN and are not shown to the scorer.
+        """
         takes, frames = media.frames.shape[:2]
         if takes == 0 or frames == 0:
             raise RewardError(f"reward {self.name}: got media of shape {list(media.frames.shape)}, nothing to score")
         if len(prompts) != takes:
             raise RewardError(f"reward {self.name}: got {len(prompts)} prompts for {takes} takes")
+        return score_some(lambda m, p: self._run_repeatedly(m, p, seed), media, prompts, self.name)
+
+    def _run_repeatedly(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
+        return score_repeatedly(lambda m, s: self._run_once(m, prompts, s), media, seed, self.cfg.repeats)
+
+    def _run_once(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
         start = time.perf_counter()
-        if self.scorer.reads == "frame" and frames > 1:
+        if self.scorer.reads == "frame" and media.frames.shape[1] > 1:
             scores = score_segments(self._call, media, prompts, self.cfg.segments, seed)
         else:
             values, parts = self._call(media, prompts)

@@ -6,8 +6,10 @@ A clip of F frames is split into S segments; n frames of each are scored, and
 
 lambda is stated for 16 frames and rescaled with the clip, otherwise 81 frames would reward a single one. With
 `normalize` R is divided by the mean of the weights, so that it keeps the scorer's scale. lambda = 0 is the plain
-segmental mean. In training the frames are drawn at random, the same for all takes of a group (else the picks' noise
-enters the advantage); in evaluation they are the segments' centres.
+segmental mean. Instead of the mean of all segments, `aggregate` may take the worst, or the best share of them.
+
+In training the frames are drawn at random, the same for all takes of a group (else the picks' noise enters the
+advantage); in evaluation they are the segments' centres.
 """
 
 from __future__ import annotations
@@ -45,13 +47,19 @@ def pick_frames(frames: int, segments: int, per_segment: int, seed: int | None) 
     return np.asarray(picks, dtype=np.int64)
 
 
-def log_weights(picks: np.ndarray, frames: int, attenuation: float) -> np.ndarray:
+def log_weights(picks: np.ndarray, frames: int, attenuation: float, shape: str = "exponential") -> np.ndarray:
     """log f(g), float64, same shape as `picks`."""
-    return -attenuation * (REFERENCE_FRAMES / frames) * np.abs(picks - frames // 2).astype(np.float64)
+    far = attenuation * (REFERENCE_FRAMES / frames) * np.abs(picks - frames // 2).astype(np.float64)
+    return -far if shape == "exponential" else -(far**2) / 2
 
 
 def combine(
-    frame_scores: np.ndarray, picks: np.ndarray, frames: int, attenuation: float, normalize: bool
+    frame_scores: np.ndarray,
+    picks: np.ndarray,
+    frames: int,
+    attenuation: float,
+    normalize: bool,
+    shape: str = "exponential",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """frame_scores [K, S, n] -> (score [K], segment values [K, S], segment weights [S]), float64.
 
@@ -59,7 +67,7 @@ def combine(
     score = sum_s weight_s value_s / S, divided by mean weight when normalised. NaN frames (of logged parts) are left
     out; where all are NaN the result is NaN.
     """
-    logs = log_weights(picks, frames, attenuation)
+    logs = log_weights(picks, frames, attenuation, shape)
     weights = np.exp(logs).mean(axis=1)  # [S]
     inside = np.exp(logs - logs.max(axis=1, keepdims=True))  # shifted: a far segment's weights must not underflow
     values = _mean(frame_scores.astype(np.float64), np.broadcast_to(inside, frame_scores.shape))  # [K, S]
@@ -69,6 +77,30 @@ def combine(
     known = ~np.isnan(values)
     total = np.where(known, values * weights, 0.0).sum(axis=1) / len(weights)
     return np.where(known.any(axis=1), total, np.nan), values, weights
+
+
+def worst_or_best(
+    values: np.ndarray, weights: np.ndarray, aggregate: float | str, normalize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The score of chosen segments only: values [K, S], weights [S] -> (score [K], weights [K, S], 0 if not chosen).
+
+    `aggregate`: min, the worst segment; or a share p, the ceil(p S) best ones. Of these the weighted mean, or without
+    `normalize` their sum of weight * value divided by their number. Attenuation decides between the chosen, so it does
+    not matter to a single one that is normalised: a spoilt end counts as much as a spoilt middle.
+    """
+    count = 1 if aggregate == "min" else int(np.ceil(round(float(aggregate) * values.shape[1], 9)))
+    order = np.argsort(values if aggregate == "min" else -values, axis=1, kind="stable")[:, :count]
+    chosen = np.zeros(values.shape, bool)
+    np.put_along_axis(chosen, order, True, axis=1)
+    shares = np.where(chosen, weights, 0.0)
+    # A chosen segment far from the middle may weigh next to nothing; relative to the others chosen it still counts.
+    scale = shares.max(axis=1, keepdims=True)
+    shares = np.divide(shares, scale, out=chosen.astype(np.float64), where=scale > 0)
+    total = (shares * values).sum(axis=1)
+    if normalize:
+        mass = shares.sum(axis=1, keepdims=True)
+        return total / mass[:, 0], shares / mass
+    return total * scale[:, 0] / count, shares * scale
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -93,14 +125,20 @@ def score_segments(
     repeated = [prompt for prompt in prompts for _ in range(picks.size)]
     scores, parts = score_frames(singles, repeated)
     shape = (takes, *picks.shape)
-    value, per_segment, weights = combine(scores.reshape(shape), picks, frames, config.attenuation, config.normalize)
+    value, per_segment, weights = combine(
+        scores.reshape(shape), picks, frames, config.attenuation, config.normalize, config.shape
+    )
+    if config.aggregate != "mean":
+        value, weights = worst_or_best(per_segment, weights, config.aggregate, config.normalize)
     return RewardScores(
         values=value.astype(np.float32),
         segment_values=per_segment.astype(np.float32),
         segment_weights=weights.astype(np.float32),
         segment_frames=picks,
         parts={
-            key: combine(part.reshape(shape), picks, frames, config.attenuation, True)[0].astype(np.float32)
+            key: combine(part.reshape(shape), picks, frames, config.attenuation, True, config.shape)[0].astype(
+                np.float32
+            )
             for key, part in parts.items()
         },
     )

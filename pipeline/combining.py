@@ -1,0 +1,120 @@
+"""From the scores of a step's groups to its advantages: routing, normalisation, clipping, uncertainty, combination.
+
+    scores that apply -> normalised (rewards.*.normalize) -> clipped (rewards.*.clip) -> `pipeline.advantages`
+
+Which rewards apply to a prompt is the prompt's to say (`pipeline.rewards.routing`). The running statistics change once
+a step, when the step has been trained, so that a resumed run has those of the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.advantages import AdvantageResult, compute_advantages
+from pipeline.config import AdvantageConfig, RewardConfig
+from pipeline.errors import CheckpointError
+from pipeline.types import RewardScores
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of all takes a reward has scored so far."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared deviations from the mean
+
+    def joined(self, values: np.ndarray) -> Moments:
+        """With further values (Chan et al. 1983: exact and stable, unlike sums of squares)."""
+        values = np.asarray(values, np.float64)
+        count = self.count + values.size
+        shift = float(values.mean()) - self.mean
+        squares = float(((values - values.mean()) ** 2).sum())
+        return Moments(
+            count,
+            self.mean + shift * values.size / count,
+            self.squares + squares + shift**2 * self.count * values.size / count,
+        )
+
+    @property
+    def std(self) -> float:
+        """Population std; 1 where all values are equal, which leaves nothing to divide by."""
+        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return std if std > 1e-6 * max(1.0, abs(self.mean)) else 1.0
+
+
+class Combiner:
+    """`rewards` of the config, in order; holds the running statistics."""
+
+    def __init__(self, rewards: Mapping[str, RewardConfig], cfg: AdvantageConfig) -> None:
+        self.rewards, self.cfg = rewards, cfg
+        self._weights = {name: reward.weight for name, reward in rewards.items()}
+        self._running: dict[str, Moments] = {}
+        self._next: dict[str, Moments] = {}  # with the step that `step` was last asked about
+
+    def step(self, groups: Sequence[Mapping[str, RewardScores]]) -> AdvantageResult:
+        """Advantages of a step's groups. May be asked again before `commit`, with other groups in the place of some."""
+        result, self._next = self._combine(groups)
+        return result
+
+    def commit(self) -> None:
+        """The step has been trained: its scores are part of the running statistics from now on."""
+        self._running = self._next
+
+    def is_flat(self, group: Mapping[str, RewardScores]) -> bool:
+        """Whether all takes of a group are equal to the policy gradient."""
+        return self._combine([group])[0].zero_std[0]
+
+    def _combine(self, groups: Sequence[Mapping[str, RewardScores]]) -> tuple[AdvantageResult, dict[str, Moments]]:
+        present = [
+            {name: group[name] for name in self.rewards if not np.isnan(group[name].values).all()} for group in groups
+        ]
+        raw = [{name: scores.values for name, scores in group.items()} for group in present]
+        prepared = [dict(group) for group in raw]
+        variances: list[dict[str, np.ndarray]] = [
+            {name: scores.variance for name, scores in group.items() if scores.variance is not None}
+            for group in present
+        ]
+        running = dict(self._running)
+        metrics: dict[str, float] = {}
+        for name, reward in self.rewards.items():
+            having = [i for i, group in enumerate(raw) if name in group]
+            if not having or (reward.normalize == "none" and reward.clip is None):
+                continue
+            values = np.concatenate([raw[i][name] for i in having])
+            mean, std = 0.0, 1.0
+            if reward.normalize != "none":
+                moments = (running.get(name, Moments()) if reward.normalize == "running" else Moments()).joined(values)
+                if reward.normalize == "running":
+                    running[name] = moments
+                mean, std = moments.mean, moments.std
+                metrics |= {f"combine/mean/{name}": mean, f"combine/std/{name}": std}
+            low, high = reward.clip or (-math.inf, math.inf)
+            for i in having:
+                prepared[i][name] = np.clip((raw[i][name].astype(np.float64) - mean) / std, low, high)
+                if name in variances[i]:
+                    variances[i][name] = variances[i][name] / std**2
+            if reward.clip is not None:
+                scaled = (values - mean) / std
+                metrics[f"combine/clipped/{name}"] = float(np.mean((scaled < low) | (scaled > high)))
+        result = compute_advantages(raw, self._weights, self.cfg, prepared=prepared, variances=variances)
+        result.metrics.update(metrics)
+        return result, running
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, list[float]]:
+        """JSON-able, exact."""
+        return {name: [m.count, m.mean, m.squares] for name, m in self._running.items()}
+
+    def load_state(self, state: Mapping[str, Sequence[float]] | None) -> None:
+        """Statistics of rewards that are no longer in the config are dropped. Raises `CheckpointError`."""
+        try:
+            found = {name: Moments(int(c), float(m), float(s)) for name, (c, m, s) in (state or {}).items()}
+        except (TypeError, ValueError, AttributeError):
+            raise CheckpointError("the checkpoint's running reward statistics cannot be read") from None
+        self._running = self._next = {name: moments for name, moments in found.items() if name in self.rewards}
