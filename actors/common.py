@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,3 +100,10 @@ def actor_env(threads: int) -> dict[str, str]:
     if threads:
         env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return env
+
+
+def ray_resources(resources: Mapping[str, float]) -> dict[str, Any]:
+    """A role's `resources` as options of a Ray actor; CPU, GPU and memory (bytes) have options of their own there."""
+    own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {own[name]: amount for name, amount in resources.items() if name in own}
+    return {**options, "resources": {name: amount for name, amount in resources.items() if name not in own}}

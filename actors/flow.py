@@ -81,9 +81,8 @@ class Flow:
         self.rollouts = Pool(
             ctx,
             RolloutWorker,
-            [f"rollout-{i}" for i in range(rollout.workers)],
-            num_cpus=rollout.num_cpus,
-            num_gpus=rollout.num_gpus,
+            [f"rollout-{i}" for i in range(rollout.workers.min)],
+            resources=rollout.resources,
             threads=rollout.threads,
             start_args=(probe_prompts,),
         )
@@ -91,9 +90,8 @@ class Flow:
             name: Pool(
                 ctx,
                 RewardServer,
-                [f"reward.{name}-{i}" for i in range(reward.workers)],
-                num_cpus=reward.num_cpus,
-                num_gpus=reward.num_gpus,
+                [f"reward.{name}-{i}" for i in range(reward.workers.min)],
+                resources=reward.resources,
                 threads=reward.threads,
                 start_args=(name,),
             )

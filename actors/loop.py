@@ -51,8 +51,7 @@ class Loop:
             ctx,
             LearnerActor,
             ["learner"],
-            num_cpus=cfg.learner.num_cpus,
-            num_gpus=cfg.learner.num_gpus,
+            resources=cfg.learner.resources,
             threads=cfg.learner.threads or cores(),
             start_args=(resume_from,),
         )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from actors.common import MAX_START_S, RoleActor, RunContext, actor_env
+from actors.common import MAX_START_S, RoleActor, RunContext, actor_env, ray_resources
 from actors.failures import describe, is_deterministic, root
 from pipeline.errors import RunFailed
+from pipeline.placement import in_words
 
 STARTING = "starting"
 log = logging.getLogger("rushes.pool")
@@ -63,16 +64,14 @@ class Pool:
         cls: type[RoleActor],
         names: list[str],
         *,
-        num_cpus: float,
-        num_gpus: float,
+        resources: Mapping[str, float],
         threads: int,
         start_args: tuple[Any, ...],
     ) -> None:
-        self.ctx, self.cls = ctx, cls
+        self.ctx, self.cls, self.resources = ctx, cls, resources
         self.slots = [Slot(name) for name in names]
         self.options = {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus,
+            **ray_resources(resources),
             "max_restarts": 0,  # a restarted actor would lack its model; `replace` starts a whole one
             "max_task_retries": 0,
             "runtime_env": {"env_vars": actor_env(threads)},
@@ -134,5 +133,4 @@ class Pool:
 
     @property
     def _waiting(self) -> str:
-        needs = [f"{self.options[key]:g} {unit}" for key, unit in (("num_cpus", "CPU"), ("num_gpus", "GPU"))]
-        return f"waiting for a node with {' and '.join(need for need in needs if not need.startswith('0 '))}"
+        return f"waiting for a node with {in_words(self.resources)}"

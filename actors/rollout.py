@@ -22,8 +22,9 @@ class RolloutWorker(RoleActor):
 
         rollout = self.cfg.rollout
         with self.doing("starting"):
-            use_threads(rollout.threads or cores() // rollout.workers)
-            self.policy = Policy.load(self.cfg, rollout.device, rollout.threads or max(1, cores() // rollout.workers))
+            threads = rollout.threads or max(1, cores() // rollout.workers.max)
+            use_threads(threads)
+            self.policy = Policy.load(self.cfg, rollout.device, threads)
             report = self.policy.probe(prompts)
             self.policy.attach()
             self.held: tuple[int, str] | None = None

@@ -15,6 +15,7 @@ import pipeline
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RushesError
 from pipeline.files import describe_os_error
+from pipeline.placement import ROLE_RESOURCES
 
 CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`, not by a Ray that a program started
 NAMESPACE = "rushes"
@@ -99,6 +100,7 @@ class RaySession:
             ray.init(
                 address="local",
                 num_cpus=self.cfg.ray.num_cpus,
+                resources={name: 1000.0 for name in ROLE_RESOURCES},  # this machine plays all roles
                 object_store_memory=self.cfg.ray.object_store_mb * 2**20,
                 include_dashboard=self.cfg.ray.dashboard,
                 dashboard_host="127.0.0.1",

@@ -42,7 +42,9 @@ def print_plan(cfg: Config, console: Console) -> None:
         + (f" and every {cfg.evaluation.every} steps" if cfg.evaluation.every else "")
         if heldout
         else "none (prompts.heldout is not set)",
-        "workers": f"{cfg.rollout.workers} rollout, {sum(r.workers for r in cfg.rewards.values())} reward, 1 learner",
+        "workers": f"{cfg.rollout.workers} rollout, "
+        + ", ".join(f"{r.workers} reward.{name}" for name, r in cfg.rewards.items())
+        + ", 1 learner",
         "disk": f"about {found.disk_needed / 2**20:,.0f} MiB needed, {found.disk_free / 2**30:,.1f} GiB free",
     }
     for name, text in rows.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, InputError
+from pipeline.placement import Workers, total
 from pipeline.sizing import Sizing, Timings, choices, choose, measured
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def from_run(folder: Path) -> tuple[Timings, Config]:
     if not (folder / "config.yaml").exists():
         raise InputError(f"{folder}: is not a run folder (it has no config.yaml); give one, or timings {_EXAMPLE}")
     cfg = load_config(folder / "config.yaml")
-    servers = {name: reward.workers for name, reward in cfg.rewards.items()}
+    servers = {name: reward.workers.max for name, reward in cfg.rewards.items()}
     try:
-        times = measured(read_metrics(folder), cfg.algorithm.groups_per_step, cfg.rollout.workers, servers)
+        times = measured(read_metrics(folder), cfg.algorithm.groups_per_step, cfg.rollout.workers.max, servers)
     except ValueError:
         raise InputError(f"{folder}: has no finished step to measure yet; give timings {_EXAMPLE}") from None
     return times, cfg
@@ -85,10 +86,14 @@ def show(
         )  # fmt: skip
     console.print(table)
     if cfg is not None:
-        gpus = best.rollout * cfg.rollout.num_gpus + cfg.learner.num_gpus
-        gpus += sum(cfg.rewards[name].num_gpus * count for name, count in best.reward.items())
-        cpus = best.rollout * cfg.rollout.num_cpus + cfg.learner.num_cpus
-        cpus += sum(cfg.rewards[name].num_cpus * count for name, count in best.reward.items())
+        needs = total(
+            [
+                (Workers(1, 1), cfg.learner.resources),
+                (Workers(best.rollout, best.rollout), cfg.rollout.resources),
+                *((Workers(n, n), cfg.rewards[name].resources) for name, n in best.reward.items()),
+            ]
+        )
+        cpus, gpus = needs.get("CPU", 0.0), needs.get("GPU", 0.0)
         console.print(f"reserves {cpus:g} CPUs and {gpus:g} GPUs", highlight=False)
     keys = [f"rollout.workers={best.rollout}", *(f"rewards.{name}.workers={n}" for name, n in best.reward.items())]
     console.print(" ".join(keys), highlight=False, markup=False, soft_wrap=True)

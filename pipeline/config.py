@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.placement import HalfCpu, TenthCpu, WorkerCount, Workers
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -125,9 +127,15 @@ class RewardConfig(Section):
     segments: SegmentsConfig = Field(
         default_factory=SegmentsConfig, description="How a frame scorer is applied to videos."
     )
-    workers: Count = Field(1, description="Reward servers for this reward.")
-    num_cpus: NonNegative = Field(0.1, description="Ray CPUs reserved per server.")
-    num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved per server (may be a fraction).")
+    workers: WorkerCount = Field(
+        Workers(1, 1),
+        json_schema_extra={"default": 1},
+        description="Reward servers for this reward: a number, or a range.",
+    )
+    resources: TenthCpu = Field(
+        {"CPU": 0.1},
+        description="Ray resources reserved per server: CPU, GPU (may be a fraction), memory, custom ones.",
+    )
     threads: Count = Field(1, description="Compute threads per server.")
 
     @model_validator(mode="after")
@@ -195,20 +203,24 @@ class LearnerConfig(Section):
         "none", description="Autocast of the denoiser; weights, latents and log-probs stay float32."
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    num_cpus: NonNegative = Field(0.5, description="Ray CPUs reserved.")
-    num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved.")
+    resources: HalfCpu = Field({"CPU": 0.5}, description="Ray resources reserved: CPU, GPU, memory, custom ones.")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="Compute threads; 0: all cores.")
 
 
 class RolloutConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    workers: Count = Field(1, description="Rollout workers.")
+    workers: WorkerCount = Field(
+        Workers(1, 1),
+        json_schema_extra={"default": 1},
+        description="Rollout workers: a number, or a range within which the pool follows its queue.",
+    )
     batch: Annotated[int, Field(ge=0)] = Field(0, description="Takes per pipeline call; 0: the whole group at once.")
     merge_lora: bool = Field(
         False, description="Merge the LoRA into the weights for sampling (faster, same to rounding)."
     )
-    num_cpus: NonNegative = Field(0.5, description="Ray CPUs reserved per worker.")
-    num_gpus: NonNegative = Field(0.0, description="Ray GPUs reserved per worker.")
+    resources: HalfCpu = Field(
+        {"CPU": 0.5}, description="Ray resources reserved per worker: CPU, GPU, memory, custom ones."
+    )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="Compute threads per worker; 0: cores / workers.")
     timeout_s: Positive = Field(1800.0, description="A group not generated in this time is retried on another worker.")
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.files import describe_os_error, did_you_mean, nearest
+from pipeline.placement import MEANT
 
 FREE = ("generator.call", "rewards.*.args")  # dicts whose keys the schema does not list
 
@@ -334,6 +335,8 @@ def _one(item: dict, data: dict) -> tuple[str, str]:
         return path, f"{path}: unknown key{_suggest(path)}"
     if kind == "value_error":
         text = str(item.get("ctx", {}).get("error", item["msg"]))
+        if leaf is not None:  # a key's own validator, which does not know where it stands
+            return path, f"{path}: {text}"
         return text.split(":")[0], text
     if kind == "missing":
         if leaf is None:
@@ -367,6 +370,8 @@ def _get(data: Any, parts: list[str], fallback: Any) -> Any:
 def _suggest(path: str) -> str:
     head, _, name = path.rpartition(".")
     siblings = _children(head)
+    if name in MEANT and "resources" in siblings:
+        return f"; did you mean {head}.resources.{MEANT[name]}?"
     hit = nearest(name, siblings)
     if hit:
         return f"; did you mean {f'{head}.{hit}' if head else hit}?"

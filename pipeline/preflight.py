@@ -19,6 +19,7 @@ from pipeline.checkpoint_files import DENOISERS, check_diffusers_folder, is_loca
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.files import describe_os_error, did_you_mean
+from pipeline.placement import ROLE_RESOURCES, Workers, total
 from pipeline.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.loader import check_scorer, scorer_class
@@ -275,30 +276,39 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
     if _joins_cluster(cfg):
         return ""
     rewards = cfg.rewards.values()
-    cpus = (
-        cfg.learner.num_cpus + cfg.rollout.workers * cfg.rollout.num_cpus + sum(r.workers * r.num_cpus for r in rewards)
+    needs = total(
+        [
+            (Workers(1, 1), cfg.learner.resources),
+            (cfg.rollout.workers, cfg.rollout.resources),
+            *((reward.workers, reward.resources) for reward in rewards),
+        ]
     )
+    cpus, gpus = needs.get("CPU", 0.0), needs.get("GPU", 0.0)
     have = cfg.ray.num_cpus or os.cpu_count() or 1
     lacking = []
     if cpus > have + 1e-6:
         if not dry or cfg.ray.num_cpus:
             raise ConfigError(
-                f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.num_cpus + "
-                "learner.num_cpus + rewards), "
+                f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.resources.CPU + "
+                "learner.resources.CPU + rewards), "
                 f"but the local Ray has {have}; lower them or set ray.num_cpus={int(-(-cpus // 1))}"
             )
         lacking.append(f"{cpus:g} CPUs (it has {have})")
-    gpus = (
-        cfg.learner.num_gpus + cfg.rollout.workers * cfg.rollout.num_gpus + sum(r.workers * r.num_gpus for r in rewards)
-    )
     if gpus > 0 and gpus > _gpu_count() + 1e-6:
         if not dry:
             raise ConfigError(
-                f"learner.num_gpus, rollout.num_gpus: the actors reserve {gpus:g} GPUs, but torch finds "
+                f"learner.resources.GPU, rollout.resources.GPU: the actors reserve {gpus:g} GPUs, but torch finds "
                 f"{_gpu_count()} here; "
                 "set them to 0 or join a cluster with ray.address"
             )
         lacking.append(f"{gpus:g} GPUs (it has {_gpu_count()})")
+    known = {"CPU", "GPU", "memory", *ROLE_RESOURCES}
+    unknown = [name for name, amount in needs.items() if amount and name not in known]
+    if unknown:
+        raise ConfigError(
+            f"resources.{unknown[0]}: a local Ray announces no such resource (it has {', '.join(sorted(known))}); "
+            "leave it out or join a cluster with ray.address"
+        )
     if cfg.ray.dashboard:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

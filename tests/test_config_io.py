@@ -8,6 +8,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.config_io import docs_markdown, leaves, load_config, to_yaml
 from pipeline.errors import ConfigError
+from pipeline.placement import Workers
 
 ROOT = Path(__file__).parent.parent
 GOOD = """
@@ -61,6 +62,18 @@ def test_yaml_round_trip(tmp_path):
     assert again == config
 
 
+def test_workers_and_resources(tmp_path):
+    path = write(tmp_path)
+    config = load_config(path, ["rollout.workers=3", "rewards.jpeg.workers={min: 2, max: 5}"])
+    assert config.rollout.workers == Workers(3, 3) and config.rewards["jpeg"].workers == Workers(2, 5)
+    assert load_config(path, ["rollout.workers.max=4"]).rollout.workers == Workers(1, 4)
+    pinned = load_config(path, ["rollout.resources.rushes_rollout=0.01", "learner.resources={CPU: 2, GPU: 1}"])
+    assert pinned.rollout.resources == {"CPU": 0.5, "rushes_rollout": 0.01}  # what is not given keeps its default
+    assert pinned.learner.resources == {"CPU": 2.0, "GPU": 1.0} and config.learner.resources == {"CPU": 0.5}
+    again = load_config(write(tmp_path, to_yaml(config), "resolved.yaml"))
+    assert again == config and "workers: 3\n" in to_yaml(config)
+
+
 @pytest.mark.parametrize(
     "override, parts",
     [
@@ -86,6 +99,17 @@ def test_yaml_round_trip(tmp_path):
         ("run.steps", ["key=value"]),
         ("run.steps=[1", ["not valid YAML"]),
         ("rewards.jpeg.weight=0", ["every weight is 0"]),
+        ("rollout.workers=0", ["rollout.workers: found 0", "whole number >= 1, or {min: 1, max: 4}"]),
+        ("rollout.workers=true", ["rollout.workers: found true"]),
+        ("rollout.workers={mix: 1, max: 2}", ["rollout.workers: found {'mix': 1, 'max': 2}"]),
+        ("rollout.workers.min=2", ["rollout.workers: found {'min': 2}"]),
+        ("rewards.jpeg.workers={min: 3, max: 2}", ["rewards.jpeg.workers: min 3 is above max 2", "swap them"]),
+        ("learner.resources={gpu: 1}", ["learner.resources: unknown resource 'gpu'", "did you mean GPU?"]),
+        ("learner.num_gpus=1", ["learner.num_gpus: unknown key", "did you mean learner.resources.GPU?"]),
+        ("rollout.resources.rushes_rolout=1", ["rushes_rolout", "did you mean rushes_rollout?"]),
+        ("rollout.resources.GPU=-1", ["rollout.resources: GPU: found -1", "number >= 0"]),
+        ("rollout.resources.GPU=1.5", ["rollout.resources: GPU: found 1.5", "whole number"]),
+        ("rollout.resources=2", ["rollout.resources: found 2", "{CPU: 1, GPU: 0.5}"]),
         ("tracking.backends=[tensorbord]", ["tracking.backends", "tensorboard"]),
     ],
 )

@@ -291,10 +291,14 @@ def test_the_actors_fit_into_their_groups(name, monkeypatch):
     free = []
     for node in node_types(name).values():
         free += [dict(node["resources"]) for _ in range(node["max_workers"])]
-    roles = [("rollout", cfg.rollout)] * cfg.rollout.workers + [("learner", cfg.learner)]
-    roles += [("reward", reward) for reward in cfg.rewards.values() for _ in range(reward.workers)]
+    roles = [("rollout", cfg.rollout)] * cfg.rollout.workers.max + [("learner", cfg.learner)]
+    roles += [("reward", reward) for reward in cfg.rewards.values() for _ in range(reward.workers.max)]
     for role, wants in roles:
-        needs = {"CPU": wants.num_cpus, "GPU": wants.num_gpus, f"rushes_{role}": 0.001}
+        needs = wants.resources
+        mine = {f"rushes_{role}": 0.001}
+        assert {k: v for k, v in needs.items() if k.startswith("rushes_")} == (
+            mine if name != "overlays/one-gpu" else {}
+        )
         fits = [node for node in free if all(node.get(k, 0) >= v - 1e-9 for k, v in needs.items())]
         assert fits, f"{name}: no pod has room for a {role} actor with {needs}"
         for key, amount in needs.items():

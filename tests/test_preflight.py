@@ -115,7 +115,9 @@ def test_spoilt_generators_are_named(tmp_path, spoil, parts):
         ),
         ({"tracking": {"backends": ["mlflow"]}}, ["tracking.backends: mlflow", "pip install 'rushes[mlflow]'"]),
         ({"learner": {"device": "gpu"}}, ["learner.device: found 'gpu'", "cuda"]),
-        ({"learner": {"num_cpus": 9}}, ["ray.num_cpus", "reserve 9.6 CPUs", "has 4"]),
+        ({"learner": {"resources": {"CPU": 9}}}, ["ray.num_cpus", "reserve 9.6 CPUs", "has 4"]),
+        ({"rollout": {"workers": {"min": 1, "max": 9}}}, ["ray.num_cpus", "reserve 5.1 CPUs", "has 4"]),
+        ({"learner": {"resources": {"bigmem": 1}}}, ["resources.bigmem", "announces no such", "rushes_learner"]),
         ({"prompts": {"heldout": None}, "evaluation": {"every": 5}}, ["evaluation.every", "prompts.heldout"]),
         (
             {"sampler": {"window": {"kind": "sliding", "every": 500}}},
@@ -141,7 +143,7 @@ def test_epsilon_models_need_their_own_sampler(tmp_path, scheduler, wanted):
 def test_missing_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_gpu_count", lambda: 0)
     assert "learner.device: cuda is asked for" in error_of(fake_config(tmp_path, learner={"device": "cuda"}))
-    assert "reserve 1 GPUs" in error_of(fake_config(tmp_path, learner={"num_gpus": 1}))
+    assert "reserve 1 GPUs" in error_of(fake_config(tmp_path, learner={"resources": {"GPU": 1}}))
     monkeypatch.setattr(preflight, "_gpu_count", lambda: 2)
     assert "only 2 GPUs" in error_of(fake_config(tmp_path, rollout={"device": "cuda:2"}))
 

@@ -42,7 +42,7 @@ def test_a_recipe_dry_runs(name, capsys, tmp_path):
     cfg = load_config(Path("configs") / name, [])
     local = Path(cfg.generator.pretrained).is_dir()
     assert ("is no folder here" in out) != local
-    wanted = cfg.learner.num_gpus + cfg.rollout.num_gpus * cfg.rollout.workers
+    wanted = cfg.learner.resources.get("GPU", 0) + cfg.rollout.resources.get("GPU", 0) * cfg.rollout.workers.max
     if wanted > preflight._gpu_count():
         assert f"{wanted:g} GPUs" in out or "GPUs (it has" in out
 

@@ -1,0 +1,98 @@
+"""How many actors a role has and what each of them reserves, as written in the config.
+
+`workers: 2` is a pool of fixed size, `workers: {min: 1, max: 8}` an elastic one. `resources` is in Ray's terms: CPU,
+GPU, memory (bytes) and any custom resource that nodes announce, such as the roles' own (`rushes_rollout: 0.01` ties a
+rollout worker to nodes that announce `rushes_rollout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+
+from pipeline.files import nearest
+
+ROLES = ("rollout", "reward", "learner", "controller")
+ROLE_RESOURCES = tuple(f"rushes_{role}" for role in ROLES)  # what worker groups announce; see docs/kubernetes.md
+MEANT = {"cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU", "gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU"}
+MEANT["memory"] = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Size of a pool: at least `min` actors, at most `max`."""
+
+    min: int
+    max: int
+
+    def __str__(self) -> str:
+        return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _read_workers(value: Any) -> Workers:
+    if isinstance(value, Workers):
+        return value
+    if _whole(value):
+        return Workers(value, value)
+    wanted = "expected a whole number >= 1, or {min: 1, max: 4} for a pool that grows and shrinks"
+    if not isinstance(value, dict) or not set(value) <= {"min", "max"} or "max" not in value:
+        raise ValueError(f"found {value!r}; {wanted}")
+    low, high = value.get("min", 1), value["max"]
+    if not (_whole(low) and _whole(high)):
+        raise ValueError(f"found {value!r}; {wanted}")
+    if low > high:
+        raise ValueError(f"min {low} is above max {high}; swap them, or write one number for a fixed size")
+    return Workers(low, high)
+
+
+def _read_resources(default: dict[str, float], value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"found {value!r}; expected a mapping of Ray resources, such as {{CPU: 1, GPU: 0.5}}")
+    for name, amount in value.items():
+        meant = MEANT.get(str(name).lower(), name)  # any other name may be one that the user's nodes announce
+        if str(name).startswith("rushes_") and name not in ROLE_RESOURCES:
+            meant = nearest(name, ROLE_RESOURCES) or ROLE_RESOURCES[0]
+        if meant != name:
+            raise ValueError(f"unknown resource {name!r}; did you mean {meant}?")
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
+            raise ValueError(f"{name}: found {amount!r}; expected a number >= 0")
+        if name == "GPU" and amount > 1 and amount != int(amount):
+            raise ValueError(
+                f"GPU: found {amount!r}; Ray shares one GPU or gives whole ones: below 1, or a whole number"
+            )
+    return {**default, **{str(name): float(amount) for name, amount in value.items()}}
+
+
+WorkerCount = Annotated[
+    Workers,
+    PlainValidator(_read_workers),
+    PlainSerializer(lambda w: w.min if w.min == w.max else {"min": w.min, "max": w.max}),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "{min: …, max: …}"}]}),
+]
+_SCHEMA = WithJsonSchema({"const": "mapping such as {CPU: 1, GPU: 0.5}"})
+# A mapping that leaves out CPU keeps the default's.
+HalfCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.5})), _SCHEMA]
+TenthCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.1})), _SCHEMA]
+
+
+def total(parts: Iterable[tuple[Workers, Mapping[str, float]]]) -> dict[str, float]:
+    """What pools of these sizes (at their largest) reserve in all, by resource."""
+    found: dict[str, float] = {}
+    for workers, resources in parts:
+        for name, amount in resources.items():
+            found[name] = found.get(name, 0.0) + workers.max * amount
+    return found
+
+
+def in_words(resources: Mapping[str, float]) -> str:
+    """`0.5 CPU, 1 GPU and 0.01 rushes_rollout`."""
+    needs = [f"{amount:g} {name}" for name, amount in resources.items() if amount]
+    return " and ".join(filter(None, [", ".join(needs[:-1]), needs[-1] if needs else ""])) or "nothing"
