@@ -62,3 +62,11 @@ class Controller(RoleActor):
             steps = self.cfg.run.steps
             return {"state": "starting", "step": 0, "steps": steps, "records": [], "evals": [], "roles": {}, "pids": {}}
         return self._loop.snapshot(since)
+
+    async def read_log(self, offset: int) -> dict[str, Any]:
+        """run.log from byte `offset` on, at most 1 MiB of it, whole lines: {"text": ..., "offset": of the rest}."""
+        with open(self.ctx.run.log, "rb") as file:
+            file.seek(offset)
+            data = file.read(2**20)
+        data = data[: data.rfind(b"\n") + 1]
+        return {"text": data.decode("utf-8", "replace"), "offset": offset + len(data)}

@@ -7,8 +7,164 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_common import Debug, console
+from jobs.cli_common import ConfigPath, Debug, Overrides, console
 from pipeline.errors import ConfigError
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        "-a",
+        help="http://HOST:8265 (the dashboard), or HOST:6379 on a machine of the cluster; default: RAY_ADDRESS, or the "
+        "Ray of this machine.",
+    ),
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.")]
+Folder = Annotated[Path, typer.Option("--dir", help="Folder of this machine's runs.")]
+
+
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with run.name.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log and return the exit code.")] = True,
+    working_dir: Annotated[Path, typer.Option("--working-dir", help="Folder to upload.")] = Path("."),
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Name or pattern not to upload; may be repeated.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train on a Ray cluster: uploads this folder, runs `rushes train` there, follows its log.
+
+    Checks the config first. .git, .venv, runs, caches and what .gitignore names are not uploaded. Ctrl-C leaves the
+    log; the run goes on. Exit status: that of the run (130 when it was stopped).
+
+    \b
+    Examples:
+      rushes submit configs/quickstart.yaml run.dir=/data/runs --address http://127.0.0.1:8265
+      rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --no-wait
+      rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --resume
+    """
+    from jobs.submit import submit as run
+
+    raise typer.Exit(
+        run(
+            config,
+            overrides or [],
+            address=address,
+            working_dir=working_dir,
+            exclude=exclude or [],
+            resume=resume,
+            wait=wait,
+            console=console(),
+        )
+    )
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Name of a run, or its folder.")] = None,
+    address: Address = None,
+    dir_: Folder = Path("runs"),
+    json_out: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What a run does at the moment; without RUN, all that go on in the cluster.
+
+    \b
+    Examples:
+      rushes status
+      rushes status try --address http://127.0.0.1:8265
+      rushes status runs/try --json
+    """
+    from jobs.runs import status as show
+
+    raise typer.Exit(show(run, address, dir_, json_out, console()))
+
+
+def watch(run: RunName, address: Address = None, dir_: Folder = Path("runs"), debug: Debug = False) -> None:
+    """A run at a glance, live, until it ends; Ctrl-C leaves the run alone.
+
+    \b
+    Example:
+      rushes watch try --address http://127.0.0.1:8265
+    """
+    from jobs.runs import watch as show
+
+    raise typer.Exit(show(run, address, dir_, console()))
+
+
+def list_(address: Address = None, dir_: Folder = Path("runs"), debug: Debug = False) -> None:
+    """The runs of the cluster and of this machine, ended ones included.
+
+    \b
+    Examples:
+      rushes list
+      rushes list --address http://127.0.0.1:8265
+    """
+    from jobs.runs import list_runs
+
+    raise typer.Exit(list_runs(address, dir_, console()))
+
+
+def logs(
+    run: RunName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    detail: Annotated[
+        bool, typer.Option("--detail", help="run.log: the lines of all roles, while the run goes on.")
+    ] = False,
+    address: Address = None,
+    dir_: Folder = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """What a run has printed, or (--detail) the log of all its workers.
+
+    \b
+    Examples:
+      rushes logs try -f --address http://127.0.0.1:8265
+      rushes logs try --detail
+    """
+    from jobs.runs import logs as show
+
+    raise typer.Exit(show(run, address, dir_, follow, detail, console()))
+
+
+def stop(
+    run: RunName,
+    now: Annotated[bool, typer.Option("--now", help="At once; steps since the last checkpoint are lost.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
+    address: Address = None,
+    dir_: Folder = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """Stop a run after it has saved its last completed step; --resume goes on from there.
+
+    \b
+    Examples:
+      rushes stop try --address http://127.0.0.1:8265
+      rushes stop runs/try
+    """
+    from jobs.runs import stop as run_stop
+
+    raise typer.Exit(run_stop(run, address, dir_, now, wait, console()))
+
+
+def scale(
+    run: RunName,
+    targets: Annotated[list[str], typer.Argument(metavar="POOL=N", help="rollout=N or reward.NAME=N.")],
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """Change the number of workers of a run that goes on.
+
+    \b
+    Examples:
+      rushes scale try rollout=8
+      rushes scale try rollout=8 reward.clip=2 --address http://127.0.0.1:8265
+    """
+    from jobs.runs import scale as run_scale
+
+    raise typer.Exit(run_scale(run, targets, address, console()))
 
 
 def plan(
@@ -53,5 +209,6 @@ def plan(
 
 
 def add_cluster_commands(app: typer.Typer) -> None:
-    for command in (plan,):
+    for command in (submit, status, watch, logs, stop, scale, plan):
         app.command()(command)
+    app.command("list")(list_)

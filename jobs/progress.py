@@ -63,6 +63,24 @@ def eval_line(record: dict[str, Any]) -> str:
     return f"held-out reward at step {record['step']}: {record['mean']:.4f} ± {record['se']:.4f} (n = {record['n']})"
 
 
+HEALTH = {  # metric -> what it is called in one line; those that a run does not have are left out
+    "staleness/max": "staleness {:.0f}",
+    "ratio/mean": "ratio {:.5f}",
+    "clip/high": "clipped {:.0%}",
+    "kl": "KL {:.2e}",
+    "zero_std_ratio": "equal rewards {:.0%}",
+    "retries": "retries {:.0f}",
+    "groups/failed": "failed groups {:.0f}",
+}
+
+
+def health_line(record: dict[str, float], queues: dict[str, int]) -> str:
+    parts = [text.format(record[name]) for name, text in HEALTH.items() if name in record]
+    if queues:
+        parts.append("queues " + ", ".join(f"{name} {depth}" for name, depth in queues.items()))
+    return "  ".join(parts)
+
+
 class PlainView:
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -95,6 +113,7 @@ class LiveView:
     def __init__(self, console: Console, name: str) -> None:
         self._console, self._name, self._started = console, name, time.monotonic()
         self._records: list[dict[str, float]] = []
+        self.details = False  # `rushes watch` shows more
         self._live = Live(Text("starting"), console=console, refresh_per_second=4, transient=False)
         self._live.start()
 
@@ -121,6 +140,9 @@ class LiveView:
             text.append(f"({change:+.4f})", style="green" if change > 0 else "red" if change < 0 else "")
             text.append(f"   {last['takes_per_s']:.1f} takes/s   {last['time/step']:.1f} s a step")
             lines.append(text)
+            if self.details:
+                lines.append(Text(step_line(last, self._records, steps), style="dim"))
+                lines.append(Text(health_line(last, snapshot.get("queues", {}))))
         for record in snapshot["evals"][-2:]:
             lines.append(Text(eval_line(record)))
         if snapshot["state"] == "evaluating":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from jobs.live import controller_name, running
 from jobs.local_ray import MemorySampler, RaySession
 from jobs.progress import View, make_view
 from pipeline import checkpoint
@@ -126,15 +128,23 @@ def _drive(
     from actors.failures import describe, root
 
     signals.session = session
+    if run.name in running():
+        raise ConfigError(
+            f"run.name: a run {run.name!r} is going on in this cluster; watch it with rushes watch {run.name}, or use "
+            "another run.name"
+        )
     ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
     controller = (
         ray.remote(Controller)
-        .options(name=f"{run.name}/controller", num_cpus=0, runtime_env={"env_vars": actor_env(1)})
+        .options(name=controller_name(run.name), num_cpus=0, runtime_env={"env_vars": actor_env(1)})
         .remote(ctx, str(resume_from.absolute()) if resume_from else None)
     )
     view = make_view(console, run.name)
     try:
-        return _watch(controller, controller.run.remote(), view, signals)
+        result = _watch(controller, controller.run.remote(), view, signals)
+        if result["status"] == "stopped" and not signals.asked:  # by `rushes stop`
+            stop_own_job()
+        return result
     except ray.exceptions.RayError as error:
         if debug:
             raise
@@ -167,6 +177,20 @@ def _watch(controller: Any, ended: Any, view: View, signals: _Signals) -> dict[s
         view.update(snapshot)
         if ready:
             return ray.get(ended)
+
+
+def stop_own_job() -> None:
+    """Marks the Ray job that this process is, if it is one, as stopped: with the exit code alone Ray would call it
+    failed, and what retries failed jobs (a RayJob) would start it again."""
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata") or {}
+    if job := metadata.get("job_submission_id"):
+        try:
+            JobSubmissionClient(ray.get_runtime_context().gcs_address).stop_job(job)
+        except (RuntimeError, ConnectionError, ValueError, OSError) as error:
+            logging.getLogger("rushes.driver").warning("the job could not be marked as stopped: %s", error)
 
 
 def _versions() -> dict[str, str]:

@@ -88,13 +88,18 @@ def default_name(config_path: Path, now: datetime, taken: Path) -> str:
     return unique
 
 
-def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDir:
-    """A new run's folder. Raises `ConfigError` when the name is taken or cannot be a folder, `RushesError` on I/O."""
-    name = cfg.run.name or default_name(config_path, now or datetime.now(), cfg.run.dir)
+def check_name(name: str) -> None:
+    """Raises `ConfigError` for what cannot be a run's name."""
     if not _RUN_NAME.match(name):
         raise ConfigError(
             f"run.name: {name!r} cannot be a folder's name; use letters, digits, '.', '_' and '-' (at most 100)"
         )
+
+
+def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDir:
+    """A new run's folder. Raises `ConfigError` when the name is taken or cannot be a folder, `RushesError` on I/O."""
+    name = cfg.run.name or default_name(config_path, now or datetime.now(), cfg.run.dir)
+    check_name(name)
     run = RunDir(cfg.run.dir / name)
     if run.path.exists():
         raise ConfigError(
@@ -175,6 +180,19 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def writer_of(run: RunDir) -> str | None:
+    """`process N on HOST` while a process writes the run, else None."""
+    try:
+        with open(run.path / ".lock") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return handle.read().strip() or "another process"
+    except OSError:
+        pass
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- the log

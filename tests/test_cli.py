@@ -17,7 +17,24 @@ from jobs.statistics import estimate, t_quantile, win_rate
 from pipeline.config_io import to_yaml
 from pipeline.media import encode_mp4
 
-COMMANDS = ["train", "generate", "score", "evaluate", "export", "report", "doctor", "config", "plan"]
+COMMANDS = [
+    "train",
+    "generate",
+    "score",
+    "evaluate",
+    "export",
+    "report",
+    "doctor",
+    "config",
+    "plan",
+    "submit",
+    "status",
+    "watch",
+    "logs",
+    "stop",
+    "scale",
+    "list",
+]
 
 
 def run(capsys, *args):

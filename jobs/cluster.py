@@ -1,0 +1,264 @@
+"""The way to a Ray cluster: directly on its nodes, or from anywhere through the dashboard's port (Ray Jobs API).
+
+Token authentication works in both: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are read by Ray itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shlex
+import socket
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from jobs import live
+from jobs.local_ray import CLUSTER_FILE
+from pipeline import errors
+from pipeline.errors import ConfigError, RunFailed
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+RUN_KEY = "rushes_run"  # metadata of a run's job
+CALL_KEY = "rushes_call"  # metadata of the small jobs that ask a question
+POLL_S = 0.5
+TERMINAL = ("STOPPED", "SUCCEEDED", "FAILED")
+_NEED = "give --address http://HOST:8265 (the dashboard), or HOST:6379 on a machine of the cluster"
+
+
+def find_address(given: str | None) -> str | None:
+    """--address, RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the cluster that `ray start` runs on this machine."""
+    for address in (given, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")):
+        if address and address not in ("local", "auto"):
+            return address.rstrip("/")
+    with contextlib.suppress(OSError):
+        found = CLUSTER_FILE.read_text().strip()
+        if found and _answers(found):
+            return found
+    return None
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there; Ray itself would try for a minute."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    port = parts.port or {"http": 80, "https": 443, "ray": 10001}.get(parts.scheme, 8265)
+    with contextlib.suppress(OSError, ValueError), socket.create_connection((parts.hostname or "", port), timeout=3):
+        return True
+    return False
+
+
+def reachable(address: str | None) -> str:
+    """`address`, where something answers. Raises `ConfigError`."""
+    if address is None:
+        raise ConfigError(f"no Ray cluster was found (--address, RAY_ADDRESS, or ray start on this machine); {_NEED}")
+    try:
+        up = _answers(address)
+    except ValueError:
+        raise ConfigError(f"--address {address}: is not HOST:PORT or http://HOST:PORT; {_NEED}") from None
+    if not up:
+        raise ConfigError(f"no Ray cluster answers at {address}; is it up, and the port forwarded? {_NEED}")
+    return address
+
+
+def refused(address: str, error: BaseException) -> ConfigError:
+    """One line for what Ray says when it does not let us in."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "AuthenticationError" or "401" in text[:80] or "403" in text[:80]:
+        return ConfigError(
+            f"{address}: the cluster wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            "(or have its token in ~/.ray/auth_token)"
+        )
+    return ConfigError(f"{address}: {text[:300] or type(error).__name__}")
+
+
+def jobs_client(address: str) -> JobSubmissionClient:
+    """Ray's client of the Jobs API. Raises `ConfigError`."""
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray.dashboard.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers the variable to the argument
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise refused(address, error) from error
+
+
+def open_cluster(given: str | None) -> Cluster:
+    """Connects. Raises `ConfigError` when there is no cluster or it does not let us in."""
+    address = reachable(find_address(given))
+    return JobsCluster(address) if address.startswith(("http://", "https://")) else Cluster(address)
+
+
+class Cluster:
+    """A cluster whose Ray is reachable directly: this is one of its machines, or the address is ray://."""
+
+    def __init__(self, address: str) -> None:
+        import ray
+
+        self.address = address
+        self._jobs: JobSubmissionClient | None = None
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            if not ray.is_initialized():
+                ray.init(address=address, namespace=live.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            raise refused(address, error) from error
+
+    def running(self) -> list[str]:
+        """Names of the runs that go on."""
+        return live.running()
+
+    def call(self, operation: str, run: str | None = None, **arguments: Any) -> Any:
+        """`jobs.live.OPERATION(run=..., **arguments)`."""
+        return live.OPERATIONS[operation](**({"run": run} if run else {}), **arguments)
+
+    def follow(self, operation: str, run: str) -> Iterator[Any]:
+        """The values of a generator in `jobs.live`."""
+        return live.OPERATIONS[operation](run=run)
+
+    @property
+    def jobs(self) -> JobSubmissionClient | None:
+        """None where the cluster has no dashboard."""
+        if self._jobs is None:
+            with contextlib.suppress(ConfigError):
+                self._jobs = jobs_client(self.address)
+        return self._jobs
+
+    def jobs_of(self, run: str | None = None) -> list[Any]:
+        """The jobs submitted for `run` (None: for any run), newest first."""
+        if self.jobs is None:
+            return []
+        try:
+            found = [job for job in self.jobs.list_jobs() if RUN_KEY in (job.metadata or {})]
+        except RuntimeError as error:
+            raise refused(self.address, error) from error
+        found = [job for job in found if run is None or job.metadata[RUN_KEY] == run]
+        return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+
+
+class JobsCluster(Cluster):
+    """A cluster of which only the dashboard's port is reachable: questions travel as small jobs (a few seconds)."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._jobs = jobs_client(address)
+
+    def running(self) -> list[str]:
+        from ray.util.state import list_actors
+
+        try:
+            actors = list_actors(self.address, filters=[("state", "=", "ALIVE")], limit=10_000)
+        except Exception as error:  # Ray's state API raises kinds of its own, which differ between versions
+            raise refused(self.address, error) from error
+        names = [actor.name or "" for actor in actors if actor.ray_namespace == live.NAMESPACE]
+        return sorted(name.removesuffix(live.CONTROLLER) for name in names if name.endswith(live.CONTROLLER))
+
+    def call(self, operation: str, run: str | None = None, **arguments: Any) -> Any:
+        return next(self._answers(operation, run, arguments))
+
+    def follow(self, operation: str, run: str) -> Iterator[Any]:
+        return self._answers(operation, run, {})
+
+    def _answers(self, operation: str, run: str | None, arguments: dict[str, Any]) -> Iterator[Any]:
+        assert self._jobs is not None
+        known = self.running()
+        if run is not None and run not in known:
+            raise live.unknown_run(run, known)
+        if not known and operation == "overview":
+            yield []
+            return
+        text = json.dumps(({"run": run} if run else {}) | arguments)
+        job = self._jobs.submit_job(
+            entrypoint=shlex.join(["python", "-m", "jobs.live", operation, text]),
+            submission_id=f"rushes-{operation}-{uuid.uuid4().hex[:12]}",
+            metadata={CALL_KEY: operation},
+            runtime_env=self._environment(run),
+        )
+        answered = False
+        try:
+            rest = ""
+            for piece in tail(self._jobs, job):
+                *lines, rest = (rest + piece).split("\n")
+                for line in lines:
+                    if line.startswith(live.ANSWER):
+                        answered = True
+                        yield _value(json.loads(line.removeprefix(live.ANSWER)))
+            if not answered:
+                last = " ".join(self._jobs.get_job_logs(job).split())[-300:]
+                message = " ".join((self._jobs.get_job_info(job).message or "").split())[:200]
+                raise RunFailed(f"{self.address}: asking the cluster failed: {message} {last}")
+        finally:
+            self._clean_up(job, stop=operation in live.STREAMS)
+
+    def _environment(self, run: str | None) -> dict[str, Any]:
+        """The working directory of the run's own job, so that the same sources answer; else of another that goes on
+        (those of ended jobs are deleted by Ray); else none: the cluster must have Rushes installed."""
+        for job in [*(self.jobs_of(run) if run else []), *self.jobs_of()]:
+            if job.status not in TERMINAL and (job.runtime_env or {}).get("working_dir"):
+                return {"working_dir": job.runtime_env["working_dir"]}
+        return {}
+
+    def _clean_up(self, job: str, stop: bool) -> None:
+        """Questions leave nothing in the cluster's list of jobs."""
+        assert self._jobs is not None
+        with contextlib.suppress(RuntimeError, ConnectionError, OSError):
+            if stop:
+                self._jobs.stop_job(job)
+            limit = time.monotonic() + 5
+            while self._jobs.get_job_status(job) not in TERMINAL and time.monotonic() < limit:
+                time.sleep(POLL_S)
+            self._jobs.delete_job(job)  # one that takes longer stays in the list
+
+
+def _value(answer: dict[str, Any]) -> Any:
+    if "error" in answer:
+        kind = getattr(errors, answer.get("kind", ""), RunFailed)
+        raise kind(answer["error"])
+    return answer["value"]
+
+
+def tail(client: JobSubmissionClient, job: str) -> Iterator[str]:
+    """The job's output, piece by piece, until the job ends. A lost connection is taken up again where it was."""
+    import aiohttp
+
+    loop, seen, failures = asyncio.new_event_loop(), 0, 0
+    try:
+        while True:
+            position, waiting = 0, None
+            stream = cast("AsyncGenerator[str, None]", client.tail_job_logs(job))
+            try:
+                while True:
+                    waiting = loop.create_task(stream.__anext__())
+                    piece = loop.run_until_complete(waiting)
+                    failures = 0
+                    position += len(piece)
+                    if position > seen:
+                        yield piece[-(position - seen) :]
+                        seen = position
+            except StopAsyncIteration:
+                pass
+            except (RuntimeError, aiohttp.ClientError, ConnectionError, OSError) as error:
+                failures += 1
+                if failures > 5:
+                    raise RunFailed(f"job {job}: its log cannot be followed: {' '.join(str(error).split())}") from error
+                time.sleep(POLL_S * 2**failures)
+                continue
+            finally:  # also after Ctrl-C, which leaves the task where it was
+                if waiting is not None and not waiting.done():
+                    waiting.cancel()
+                    loop.run_until_complete(asyncio.wait([waiting]))
+                loop.run_until_complete(stream.aclose())
+            if client.get_job_status(job) in TERMINAL:
+                return
+            time.sleep(POLL_S)
+    finally:
+        loop.close()

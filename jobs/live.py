@@ -1,0 +1,174 @@
+"""Questions to the runs of a Ray cluster, asked where Ray itself is reachable.
+
+A run is found by its controller, the actor `RUN/controller` of the namespace `rushes`. On a node of the cluster the
+functions are called directly; from outside, `jobs.cluster` submits `python -m jobs.live OPERATION ARGUMENTS` as a small
+Ray job and reads its answer, so that one open port, the dashboard's, is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.errors import ConfigError, RunFailed, RushesError
+
+NAMESPACE = "rushes"
+CONTROLLER = "/controller"
+ANSWER = "RUSHES-ANSWER "  # begins the lines of the output that are answers
+ANSWER_S = 60.0  # a controller that starts or saves may take a while to answer
+WATCH_S = 2.0
+
+
+def controller_name(run: str) -> str:
+    return run + CONTROLLER
+
+
+def running() -> list[str]:
+    """Names of the runs that go on in this cluster."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return sorted(name.removesuffix(CONTROLLER) for name in names if name.endswith(CONTROLLER))
+
+
+def unknown_run(run: str, known: list[str]) -> ConfigError:
+    from pipeline.files import did_you_mean
+
+    there = f"going on: {', '.join(known)}" if known else "none is going on"
+    return ConfigError(f"no run {run!r} is going on in this cluster ({there}){did_you_mean(run, known)}")
+
+
+def ask(run: str, method: str, *args: Any) -> Any:
+    """What the controller's method returns. Raises `ConfigError` for an unknown run, the controller's own
+    `RushesError`, or `RunFailed` when it does not answer."""
+    import ray
+
+    from actors.failures import describe, root
+
+    try:
+        controller = ray.get_actor(controller_name(run), namespace=NAMESPACE)
+    except ValueError:
+        raise unknown_run(run, running()) from None
+    try:
+        return ray.get(getattr(controller, method).remote(*args), timeout=ANSWER_S)
+    except AttributeError:
+        raise RunFailed(f"run {run}: its version of Rushes does not know `{method}`; start it with this one") from None
+    except ray.exceptions.GetTimeoutError:
+        raise RunFailed(f"run {run}: its controller has not answered within {ANSWER_S:g} s; see its log") from None
+    except ray.exceptions.RayError as error:
+        cause = root(error)
+        if isinstance(cause, RushesError):
+            raise cause from None
+        raise RunFailed(f"run {run}: {describe(error)}") from error
+
+
+def snapshot(run: str, since: int = -1) -> dict[str, Any]:
+    """What `Controller.progress` says; `records` are those of the steps after the first `since` (-n: the last n)."""
+    return ask(run, "progress", since)
+
+
+def overview() -> list[dict[str, Any]]:
+    """One row per run that goes on: run, state, step, steps, reward (of the last step, or None)."""
+    rows = []
+    for run in running():
+        try:
+            found = snapshot(run)
+        except ConfigError:
+            continue  # ended in between
+        except RunFailed as error:
+            rows.append({"run": run, "state": str(error), "step": None, "steps": None, "reward": None})
+            continue
+        records = found["records"]
+        reward = records[-1]["reward/mean"] if records else None
+        rows.append({"run": run, **{key: found[key] for key in ("state", "step", "steps")}, "reward": reward})
+    return rows
+
+
+def stop(run: str) -> None:
+    """Asks for a checkpoint of the last completed step and the end; returns at once."""
+    ask(run, "stop")
+
+
+def kill(run: str) -> None:
+    """Ends the controller at once; its driver ends with an error, and the other actors with them."""
+    import ray
+
+    try:
+        ray.kill(ray.get_actor(controller_name(run), namespace=NAMESPACE), no_restart=True)
+    except ValueError:
+        raise unknown_run(run, running()) from None
+
+
+def scale(run: str, targets: dict[str, int]) -> Any:
+    return ask(run, "scale", targets)
+
+
+def log(run: str, offset: int = 0) -> dict[str, Any]:
+    """run.log from byte `offset` on: {"text": ..., "offset": ...}."""
+    return ask(run, "read_log", offset)
+
+
+def watch(run: str) -> Iterator[dict[str, Any]]:
+    """Snapshots with the new steps, every two seconds, until the run ends."""
+    seen = 0
+    while True:
+        try:
+            found = snapshot(run, seen)
+        except (ConfigError, RunFailed):
+            if seen == 0 and run not in running():
+                raise
+            return
+        yield found
+        seen += len(found["records"])
+        time.sleep(WATCH_S)
+
+
+def follow_log(run: str) -> Iterator[str]:
+    """The text of run.log as it grows, until the run ends."""
+    offset = 0
+    while True:
+        try:
+            found = log(run, offset)
+        except (ConfigError, RunFailed):
+            if offset == 0:
+                raise
+            return
+        offset = found["offset"]
+        if found["text"]:
+            yield found["text"]
+        else:
+            time.sleep(WATCH_S)
+
+
+STREAMS = ("watch", "follow_log")  # these go on as long as the run
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (running, overview, snapshot, stop, kill, scale, log, watch, follow_log)
+}
+
+
+def main(argv: list[str]) -> int:
+    """`python -m jobs.live OPERATION JSON`: prints a line `RUSHES-ANSWER {"value": ...}`, several for a generator."""
+    import ray
+
+    def say(answer: dict[str, Any]) -> None:
+        print(ANSWER + json.dumps(answer), flush=True)
+
+    try:
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        value = OPERATIONS[argv[0]](**json.loads(argv[1]))
+        if isinstance(value, Iterator):
+            for one in value:
+                say({"value": one})
+        else:
+            say({"value": value})
+    except RushesError as error:
+        say({"error": str(error), "kind": type(error).__name__})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
