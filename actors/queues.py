@@ -1,16 +1,19 @@
 """Bounded queues between the roles. They live in the controller and hold references and small metadata only.
 
-A full queue blocks its producer: that is the back-pressure. There are no end markers; a consumer is cancelled.
+A full queue blocks its producer: that is the back-pressure. There are no end markers; a consumer is cancelled. An item
+is handed to one waiting consumer, which alone wakes up, so its cost does not grow with the number of workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+Accept = Callable[[Item], bool]
 
 
 class BoundedQueue(Generic[Item]):
@@ -20,8 +23,10 @@ class BoundedQueue(Generic[Item]):
         if capacity < 1:
             raise ValueError(f"queue {name}: capacity {capacity} must be at least 1")
         self.name, self.capacity = name, capacity
-        self._items: list[tuple[float, Item]] = []
-        self._changed = asyncio.Condition()
+        self._items: deque[tuple[float, Item]] = deque()
+        # Those waiting, longest first: consumers for an acceptable item, producers for room.
+        self._getters: dict[asyncio.Future[tuple[float, Item]], Accept] = {}
+        self._putters: dict[asyncio.Future[None], Item] = {}
         self.max_depth = 0
         self._waits: list[float] = []  # seconds that items spent in the queue since the last `drain_stats`
         self._blocked = 0.0  # seconds that producers waited for room
@@ -31,36 +36,76 @@ class BoundedQueue(Generic[Item]):
 
     async def put(self, item: Item) -> None:
         """Waits while the queue is full."""
+        if len(self._items) < self.capacity and not self._putters:
+            self._add(item)
+            return
         asked = time.monotonic()
-        async with self._changed:
-            await self._changed.wait_for(lambda: len(self._items) < self.capacity)
+        room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._putters[room] = item
+        try:
+            await room  # whoever makes room also puts the item in
+        finally:
+            self._putters.pop(room, None)
             self._blocked += time.monotonic() - asked
-            self._items.append((time.monotonic(), item))
-            self.max_depth = max(self.max_depth, len(self._items))
-            self._changed.notify_all()
 
     async def put_back(self, item: Item) -> None:
         """A retried item goes to the front, room or not: its consumer cannot wait for itself to make room."""
-        async with self._changed:
-            self._items.insert(0, (time.monotonic(), item))
-            self.max_depth = max(self.max_depth, len(self._items))
-            self._changed.notify_all()
+        self._add(item, front=True)
 
-    async def get(self, accept: Callable[[Item], bool] = lambda _: True) -> Item:
+    async def get(self, accept: Accept = lambda _: True) -> Item:
         """The first acceptable item; waits for one. Call `poke` when what is acceptable may have changed."""
-        async with self._changed:
-            while True:
-                for position, (since, item) in enumerate(self._items):
-                    if accept(item):
-                        del self._items[position]
-                        self._waits.append(time.monotonic() - since)
-                        self._changed.notify_all()
-                        return item
-                await self._changed.wait()
+        found = self._take(accept)
+        if found is None:
+            handed: asyncio.Future[tuple[float, Item]] = asyncio.get_running_loop().create_future()
+            self._getters[handed] = accept
+            try:
+                found = await handed
+            except asyncio.CancelledError:
+                if handed.done() and not handed.cancelled():  # cancelled after it was handed something
+                    self._add(handed.result()[1], front=True)
+                raise
+            finally:
+                self._getters.pop(handed, None)
+        since, item = found
+        self._waits.append(time.monotonic() - since)
+        return item
 
     async def poke(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        """Offers the items to the waiting consumers again."""
+        for handed, accept in list(self._getters.items()):
+            if not handed.done() and (found := self._take(accept)) is not None:
+                del self._getters[handed]
+                handed.set_result(found)
+
+    def _take(self, accept: Accept) -> tuple[float, Item] | None:
+        for position, entry in enumerate(self._items):
+            if accept(entry[1]):
+                del self._items[position]
+                self._fill()
+                return entry
+        return None
+
+    def _fill(self) -> None:
+        """Lets waiting producers in, as far as there is room."""
+        while self._putters and len(self._items) < self.capacity:
+            room = next(iter(self._putters))
+            item = self._putters.pop(room)
+            if not room.done():
+                room.set_result(None)
+                self._add(item)
+
+    def _add(self, item: Item, front: bool = False) -> None:
+        now = time.monotonic()
+        for handed, accept in self._getters.items():
+            if not handed.done() and accept(item):
+                del self._getters[handed]
+                handed.set_result((now, item))
+                return
+        if front:
+            self._items.appendleft((now, item))
+        else:
+            self._items.append((now, item))
+        self.max_depth = max(self.max_depth, len(self._items))
 
     def age(self) -> float:
         """Seconds the oldest item has waited."""

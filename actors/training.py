@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import copy
+import heapq
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +26,11 @@ _MAX_REFILLS = 20  # a step that filters this many times its groups will never f
 log = logging.getLogger("rushes.training")
 
 
+def scoring_seed(cfg: Config, group: int) -> int:
+    """Seed of the frame picks of a training group."""
+    return int(np.random.SeedSequence([cfg.run.seed, _SCORING, group]).generate_state(1)[0])
+
+
 class Training:
     """The `Sink` of training groups."""
 
@@ -42,7 +47,7 @@ class Training:
         )
         self._combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
         self._scored: dict[int, Job] = {}
-        self._submitted: set[int] = set()
+        self._waiting: list[tuple[int, int]] = []  # heap of (step, id): admitted, not submitted yet
         self._changed = asyncio.Condition()
         self._paused = True
         self._boundary = self._state()
@@ -55,25 +60,21 @@ class Training:
             async with self._changed:
                 await self._changed.wait_for(self._has_work)
                 while (step := self.ledger.wanted()) is not None:
-                    self.ledger.admit(step, self._cursor.next().index)
-                ready = [g for g in self.ledger.startable() if g not in self._submitted]
-                self._submitted.update(ready)
-            for number, group in enumerate(ready):
-                if self._paused:  # an evaluation has begun while this waited for room
-                    self._submitted.difference_update(ready[number:])
-                    break
-                await self._flow.submit(self._job(group))
+                    group = self.ledger.admit(step, self._cursor.next().index)
+                    heapq.heappush(self._waiting, (step, group.id))
+            while not self._paused and self._may_submit():  # paused: an evaluation began while this waited for room
+                await self._flow.submit(self._job(heapq.heappop(self._waiting)[1]))
 
     def _has_work(self) -> bool:
-        if self._paused:
-            return False
-        return self.ledger.wanted() is not None or any(g not in self._submitted for g in self.ledger.startable())
+        return not self._paused and (self.ledger.wanted() is not None or self._may_submit())
+
+    def _may_submit(self) -> bool:
+        return bool(self._waiting) and self.ledger.may_start(self._waiting[0][1])
 
     def _job(self, group: int) -> Job:
         item = self.ledger.groups[group]
-        seed = int(np.random.SeedSequence([self.cfg.run.seed, _SCORING, group]).generate_state(1)[0])
         work = train_work(self.cfg, group, item.step, self._prompts[item.prompt])
-        return Job(work=work, sink=self, score_seed=seed)
+        return Job(work=work, sink=self, score_seed=scoring_seed(self.cfg, group))
 
     async def pause(self, paused: bool) -> None:
         async with self._changed:
@@ -106,7 +107,6 @@ class Training:
 
     def _after_failure(self, job: Job, again: bool) -> bool:
         if not again:
-            self._submitted.discard(job.group)
             if self.ledger.too_many_failures:
                 count = self.ledger.failed_in_row
                 raise RunFailed(
@@ -134,7 +134,6 @@ class Training:
     def _filter(self, job: Job) -> None:
         log.info("filtered: all takes have the same reward", extra={"group": job.group})
         self.ledger.filter(job.group)
-        self._submitted.discard(job.group)
         job.media = job.trajectory = None
         seen = self.ledger.filtered_by_step[job.work.step]
         if seen >= _MAX_REFILLS * self.cfg.algorithm.groups_per_step:
@@ -171,7 +170,6 @@ class Training:
         """The learner has trained on `jobs`; their data is freed."""
         self.ledger.trained([job.group for job in jobs], learner_version)
         for job in jobs:
-            self._submitted.discard(job.group)
             del self._scored[job.group]
             job.trajectory = None
         self._combiner.commit()
@@ -185,8 +183,11 @@ class Training:
     # ------------------------------------------------------------------------------------------- state
 
     def _state(self) -> dict[str, Any]:
-        state = {"cursor": self._cursor.state(), "ledger": self.ledger.state(), "rewards": self._combiner.state()}
-        return copy.deepcopy(state)
+        return {
+            "cursor": self._cursor.state(),
+            "ledger": self.ledger.state(),
+            "rewards": self._combiner.state(),
+        }  # all three made anew: what happens next does not show in them
 
     def state(self) -> dict[str, Any]:
         """As of the last completed step; groups admitted since are admitted again by the resumed run."""
@@ -196,6 +197,7 @@ class Training:
         self._cursor.load_state(state["cursor"])
         self.ledger.load_state(state["ledger"])
         self._combiner.load_state(state.get("rewards"))
+        self._waiting = sorted((group.step, group.id) for group in self.ledger.groups.values())
         self._boundary = self._state()
 
     @property

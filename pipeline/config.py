@@ -198,7 +198,11 @@ class OptimizerConfig(Section):
 
 class LearnerConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    micro_batch: Annotated[int, Field(ge=0)] = Field(0, description="Takes per forward pass; 0: the whole group.")
+    micro_batch: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Takes per forward pass; 0: the whole group at one trained step; beyond the group size (objective "
+        "awm): several trained steps of a group at once, faster for small models and the same to rounding.",
+    )
     autocast: Literal["none", "bfloat16", "float16"] = Field(
         "none", description="Autocast of the denoiser; weights, latents and log-probs stay float32."
     )

@@ -1,7 +1,8 @@
 """The GRPO learner: replays trajectories with gradients on, and takes optimiser steps. Plain torch, no Ray.
 
 One optimisation step = `updates_per_step` optimiser updates, each over whole groups. A micro-batch is one trained
-transition of some takes of one group, so its inputs are exactly the recorded ones.
+transition of some takes of one group, so its inputs are exactly the recorded ones (objective awm: several of them, with
+`learner.micro_batch` above the group size).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pipeline import weights as weights_lib
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.generators.loading import load_denoisers, resolve_device, resolve_dtype
+from pipeline.generators.merging import merged
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.objectives import OBJECTIVES, Terms, matching
@@ -85,6 +87,7 @@ class Learner:
     def _update(self, groups: list[GroupBatch], stats: dict[str, list[Any]], *, first: bool) -> None:
         """One optimiser update over whole groups: loss averaged over all (take, trained step) pairs."""
         pairs = sum(len(g.advantages) * len(g.trajectory.parts[0].steps) for g in groups)
+        self._checked_group = groups[self.version % len(groups)].trajectory.group
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, float] = defaultdict(float)
         for group in groups:
@@ -126,12 +129,16 @@ class Learner:
         for part in trajectory.parts:
             replayer = Replayer(part, spec, self.modules, self.device)
             size = self.cfg.learner.micro_batch or replayer.total
+            if self.cfg.algorithm.objective == "awm" and (joined := merged(replayer, size)):
+                yield from ((several, 0, slice(0, several.total)) for several in joined)
+                continue
             for j in range(len(part.steps)):
                 for start in range(0, replayer.total, size):
                     yield replayer, j, slice(start, min(start + size, replayer.total))
 
     def _advantages(self, group: GroupBatch, replayer: Replayer, takes: slice) -> torch.Tensor:
-        own = group.advantages[replayer.part.start : replayer.part.stop][takes]
+        part = replayer.plain.part
+        own = np.tile(group.advantages[part.start : part.stop], replayer.total // replayer.plain.total)[takes]
         return torch.from_numpy(np.array(own, np.float32)).to(self.device)
 
     def _transition(
@@ -188,10 +195,8 @@ class Learner:
                 f"{replayer.spec.pipeline} predicts {replayer.spec.prediction}; use grpo"
             )
         x0 = replayer.clean(takes).float()
-        generator = torch.Generator().manual_seed(_noise_seed(self.cfg.run.seed, trajectory.group, step.index))
-        # One noise for the whole group: what is common to its takes cancels, since advantages sum to zero.
-        eps = torch.randn(x0.shape[1:], generator=generator).to(x0.device).expand_as(x0)
-        noised = ((1.0 - step.sigma) * x0 + step.sigma * eps).to(getattr(torch, step.sample.dtype))
+        sigma, eps = self._noise(trajectory, replayer, j, takes, x0)
+        noised = ((1.0 - sigma).float() * x0 + sigma.float() * eps).to(getattr(torch, step.sample.dtype))
         velocity = self._output(replayer, j, takes, noised).float()
         policy_loss, logs = matching(velocity, eps - x0, advantages)
         loss, kl = policy_loss, torch.zeros_like(policy_loss)
@@ -200,11 +205,25 @@ class Learner:
             loss = loss + self.cfg.algorithm.kl_beta * kl
         return loss, {**logs, "gap": self._replay_gap(trajectory, replayer, j, takes), "kl": kl.detach()}
 
+    def _noise(
+        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x0: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sigmas (float64 [b, 1, ...]) and noise (like x0 [b, ...]) of the takes."""
+        steps, copies = replayer.steps_of(j), replayer.plain.total
+        sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64, device=x0.device)
+        noise = [matching_noise(self.cfg.run.seed, trajectory.group, step.index, x0[0]) for step in steps]
+        sigma = sigma.repeat_interleave(copies)[takes].reshape(-1, *[1] * (x0.ndim - 1))
+        return sigma, torch.stack(noise).repeat_interleave(copies, 0)[takes]
+
     @torch.no_grad()
     def _replay_gap(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> torch.Tensor:
-        """How far a replayed deterministic step is from the rollout's: 0 on-policy. One step per part is looked at."""
-        if j > 0 or takes.start > 0:
+        """How far a replayed deterministic step is from the rollout's: 0 on-policy. It costs a forward pass that
+        serves nothing else, so one step of one group is looked at, in turn."""
+        first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
+        if not first or trajectory.group != self._checked_group:
             return torch.zeros(1)
+        if replayer.plain is not replayer:
+            replayer, takes = replayer.plain, slice(0, replayer.plain.total)
         x, x_next = replayer.samples(j, takes)
         return (self._transition(trajectory, replayer, j, takes, x).mean.to(x_next.dtype) - x_next).float()
 
@@ -270,9 +289,11 @@ class Learner:
         self.version, self.updates = int(meta["version"]), int(meta["updates"])
 
 
-def _noise_seed(*key: int) -> int:
-    """A seed of its own for every (run seed, group, sampler step), the same after a resume."""
-    return int(np.random.SeedSequence([*key, 0xA3]).generate_state(1)[0])
+def matching_noise(run_seed: int, group: int, index: int, like: torch.Tensor) -> torch.Tensor:
+    """The noise that the finished takes of `group` get at sampler step `index`: like one take, float32, the same after
+    a resume. One for the whole group: what is common to its takes cancels, since advantages sum to zero."""
+    seed = int(np.random.SeedSequence([run_seed, group, index, 0xA3]).generate_state(1)[0])
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
 
 
 def _no_dropout(module: torch.nn.Module) -> None:

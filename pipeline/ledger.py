@@ -11,7 +11,8 @@ batch of a step is its first `groups_per_step` unfiltered groups in id order, so
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 QUEUED, ROLLING, ROLLED, SCORING, SCORED = "queued", "rolling", "rolled", "scoring", "scored"
@@ -62,6 +63,9 @@ class Ledger:
         if self.slots < groups_per_step:
             raise ValueError(f"slots {self.slots} cannot hold one step of {groups_per_step} groups")
         self.groups: dict[int, Group] = {}  # active ones
+        # Kept beside them, so that no question asked per group costs a walk over all active ones.
+        self._held: dict[int, int] = {}  # step -> its active groups
+        self._scored: dict[int, int] = {}  # step -> those of them that are scored
         self.next_id = 0
         self.step = 0  # the step to be consumed next
         self.version = 0  # newest published policy version
@@ -77,16 +81,15 @@ class Ledger:
         """The step for which a group should be admitted now, or None: no slot free or nothing missing."""
         if len(self.groups) >= self.slots:
             return None
-        missing = dict.fromkeys(range(self.step, min(self.step + self.max_staleness + 1, self.steps)), 0)
-        for group in self.groups.values():
-            missing[group.step] += 1
-        return next((step for step, held in missing.items() if held < self.groups_per_step), None)
+        ahead = range(self.step, min(self.step + self.max_staleness + 1, self.steps))
+        return next((step for step in ahead if self._held.get(step, 0) < self.groups_per_step), None)
 
     def admit(self, step: int, prompt: int) -> Group:
         if step != self.wanted():
             raise LedgerError(f"no group of step {step} is wanted now (wanted: {self.wanted()})")
         group = Group(id=self.next_id, step=step, prompt=prompt)
         self.groups[group.id] = group
+        self._held[step] = self._held.get(step, 0) + 1
         self.next_id += 1
         return group
 
@@ -110,13 +113,15 @@ class Ledger:
                 f"group {group}: version {version} would be {item.step - version} behind at step {item.step}, "
                 f"allowed are {self.max_staleness}"
             )
-        item.state, item.worker, item.version = ROLLING, worker, version
+        self._to(item, ROLLING)
+        item.worker, item.version = worker, version
         item.attempt += 1
         return item.attempt
 
     def rolled(self, group: int, attempt: int) -> None:
         item = self._expect(group, ROLLING, attempt)
-        item.state, item.score_attempt = ROLLED, 0
+        self._to(item, ROLLED)
+        item.score_attempt = 0
 
     def rollout_failed(self, group: int, attempt: int, reason: str) -> bool:
         """True: queued again on the same seeds. False: the group has failed for good."""
@@ -128,7 +133,7 @@ class Ledger:
     def scoring(self, group: int, attempt: int) -> int:
         """Reward servers begin. Returns the number of the scoring attempt, from 1."""
         item = self._expect(group, ROLLED, attempt)
-        item.state = SCORING
+        self._to(item, SCORING)
         item.score_attempt += 1
         return item.score_attempt
 
@@ -138,7 +143,7 @@ class Ledger:
         return self._retry(item, item.score_attempt, ROLLED, reason)
 
     def scored(self, group: int, attempt: int) -> None:
-        self._expect(group, SCORING, attempt).state = SCORED
+        self._to(self._expect(group, SCORING, attempt), SCORED)
         self.failed_in_row = 0
 
     def lost(self, group: int, attempt: int, reason: str) -> bool:
@@ -158,6 +163,8 @@ class Ledger:
         """The groups of the current step in id order once all of them are scored, else None."""
         if learner_version != self.step:
             raise LedgerError(f"the learner is at version {learner_version} but step {self.step} is next")
+        if self._scored.get(self.step, 0) < self.groups_per_step:
+            return None
         mine = sorted(g.id for g in self.groups.values() if g.step == self.step)
         chosen = mine[: self.groups_per_step]
         if len(chosen) < self.groups_per_step or any(self.groups[g].state != SCORED for g in chosen):
@@ -175,7 +182,8 @@ class Ledger:
             raise LedgerError(f"groups {groups} are not the batch of step {self.step}: {self.batch(learner_version)}")
         for group in groups:
             self._end(self.groups[group], TRAINED)
-        self.filtered_by_step.pop(self.step, None)
+        for counts in (self.filtered_by_step, self._held, self._scored):
+            counts.pop(self.step, None)
         self.step += 1
 
     def publish(self, version: int) -> None:
@@ -206,7 +214,7 @@ class Ledger:
             "failed_in_row": self.failed_in_row,
             "retries": self.retries,
             "filtered_by_step": {str(step): n for step, n in self.filtered_by_step.items()},
-            "active": [asdict(self.groups[g]) for g in sorted(self.groups)],
+            "active": [{"id": g.id, "step": g.step, "prompt": g.prompt} for _, g in sorted(self.groups.items())],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -217,6 +225,7 @@ class Ledger:
         self.retries = int(state["retries"])
         self.filtered_by_step = {int(step): n for step, n in state["filtered_by_step"].items()}
         self.groups = {g["id"]: Group(id=g["id"], step=g["step"], prompt=g["prompt"]) for g in state["active"]}
+        self._held, self._scored = dict(Counter(group.step for group in self.groups.values())), {}
         counts = self.counts()
         if counts["admitted"] != sum(counts[name] for name in (*ENDS, *ACTIVE)):
             raise LedgerError(f"the saved counts do not add up: {counts}")
@@ -244,11 +253,19 @@ class Ledger:
             self.failed_in_row += 1
             self._end(item, FAILED)
             return False
-        item.state, item.worker = back_to, None
+        self._to(item, back_to)
+        item.worker = None
         self.retries += 1
         return True
 
+    def _to(self, item: Group, state: str) -> None:
+        if SCORED in (item.state, state):
+            change = (state == SCORED) - (item.state == SCORED)
+            self._scored[item.step] = self._scored.get(item.step, 0) + change
+        item.state = state
+
     def _end(self, item: Group, end: str) -> None:
-        item.state = end
+        self._to(item, end)
         self.ended[end] += 1
+        self._held[item.step] -= 1
         del self.groups[item.id]

@@ -281,6 +281,20 @@ class Chaos:
             assert counts[end] == sum(1 for how in self.ends.values() if how == end)
         assert set(self.ledger.groups) == set(self.step_of) - set(self.ends)
         assert len(self.ledger.groups) <= self.ledger.slots
+        self.check_wanted()
+
+    def check_wanted(self) -> None:
+        """The ledger's running counts against a walk over all active groups."""
+        ledger = self.ledger
+        ahead = range(ledger.step, min(ledger.step + ledger.max_staleness + 1, ledger.steps))
+        held = {step: sum(g.step == step for g in ledger.groups.values()) for step in ahead}
+        short = [step for step in ahead if held[step] < ledger.groups_per_step]
+        full = len(ledger.groups) >= ledger.slots
+        assert ledger.wanted() == (None if full or not short else short[0])
+        scored = [g.id for g in ledger.groups.values() if g.step == ledger.step and g.state == "scored"]
+        ready = len(scored) == ledger.groups_per_step and self.trained == ledger.step < ledger.steps
+        if self.trained == ledger.step:
+            assert (ledger.batch(self.trained) is not None) == ready
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -11,7 +13,9 @@ from test_learning import GRID, Flow, ode_reward, reward
 from pipeline.advantages import compute_advantages
 from pipeline.config import AdvantageConfig
 from pipeline.errors import UnsupportedPolicyError
+from pipeline.generators.merging import merge_steps
 from pipeline.generators.policy import Policy
+from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.objectives import matching
 from pipeline.plan import train_work
@@ -89,6 +93,43 @@ def test_takes_are_drawn_without_noise_and_replay_is_exact(made):
     assert stale["onpolicy/max_abs_gap"] > 0.0 and stale["kl"] > 0.0
     policy.load_weights(learner.weights())
     assert learner.train_step(groups(policy, 2))["onpolicy/max_abs_gap"] == 0.0
+
+
+def test_replay_is_checked_on_one_group_of_a_step_in_turn(made):
+    policy, learner = made
+    policy.load_weights(learner.weights())
+    calls = []
+    hook = learner.modules["transformer"].register_forward_hook(lambda *_: calls.append(1))
+    batch = groups(policy, 5)
+    seen = learner.version % 2
+    batch[1 - seen].trajectory.parts[0].steps[0].next_sample.data[:] += 1.0
+    assert learner.train_step(batch)["onpolicy/max_abs_gap"] == 0.0
+    hook.remove()
+    assert len(calls) == 2 * 3 * 2 + 1  # groups x trained steps x (policy and reference), and the check
+    policy.load_weights(learner.weights())
+    batch = groups(policy, 6)
+    batch[1 - seen].trajectory.parts[0].steps[0].next_sample.data[:] += 1.0
+    assert learner.train_step(batch)["onpolicy/max_abs_gap"] > 0.5
+
+
+@pytest.mark.parametrize("takes, calls", [(12, 1), (8, 2)])
+def test_several_trained_steps_in_one_call_give_the_same_gradient(made, takes, calls):
+    policy, learner = made
+    batch = groups(policy, 7)
+    results = {}
+    for size in (0, takes):
+        settings = policy.cfg.learner.model_copy(update={"micro_batch": size})
+        other = Learner(policy.cfg.model_copy(update={"learner": settings}), "cpu")
+        other.load_state(*learner.state())
+        seen = []
+        other.modules["transformer"].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        metrics = other.train_step(batch)
+        results[size] = metrics, other.weights()
+        assert len(seen) == 2 * 2 * (calls if size else 3) + 1
+    part, spec = batch[0].trajectory.parts[0], PolicySpec.from_dict(batch[0].trajectory.spec)
+    odd = replace(part, steps=(part.steps[0], replace(part.steps[1], guidance_scale=2.0)))
+    assert merge_steps(part, spec, [0, 1]) is not None and merge_steps(odd, spec, [0, 1]) is None
+    assert results[takes][0] == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
 
 
 def test_equal_rewards_move_nothing(made):

@@ -86,3 +86,31 @@ def test_a_cancelled_consumer_takes_nothing():
         assert await queue.get() == "kept"
 
     run(body())
+
+
+def test_an_item_is_offered_to_one_of_many_waiting_consumers():
+    async def body():
+        queue, asked = BoundedQueue("q", 4), []
+        waiting = [asyncio.ensure_future(queue.get(lambda item, i=i: not asked.append(i))) for i in range(200)]
+        await asyncio.sleep(0)
+        for item in range(3):
+            await queue.put(item)
+        done, _ = await asyncio.wait(waiting[:3])
+        assert [task.result() for task in waiting[:3]] == [0, 1, 2] and asked == [0, 1, 2] and len(done) == 3
+        for task in waiting:
+            task.cancel()
+
+    run(body())
+
+
+def test_an_item_handed_to_a_consumer_that_is_cancelled_is_not_lost():
+    async def body():
+        queue = BoundedQueue("q", 1)
+        waiting = asyncio.ensure_future(queue.get())
+        await asyncio.sleep(0)
+        await queue.put("item")  # handed over, but the consumer has not run yet
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return await queue.get()
+
+    assert run(body()) == "item"

@@ -117,6 +117,15 @@ class Replayer:
         self.total = part.stop - part.start
         self.shared = [unpack(packed, device) for packed in part.shared]
 
+    @property
+    def plain(self) -> Replayer:
+        """The replayer of the part as it was recorded; `pipeline.generators.merging` has another kind."""
+        return self
+
+    def steps_of(self, j: int) -> list[RecordedStep]:
+        """The recorded steps that `j` replays in one call, whose takes follow one another."""
+        return [self.part.steps[j]]
+
     def samples(self, j: int, takes: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_t [b, ...], x_next [b, ...]) of trained step `j`."""
         step = self.part.steps[j]
