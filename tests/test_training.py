@@ -1,0 +1,113 @@
+"""The training side of the flow without workers: what is submitted, when, and after pauses, failures and a resume."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+
+from actors.training import Training
+from pipeline.types import PolicyVersion, PromptItem, RewardScores
+
+PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(5)]
+
+
+class Flow:
+    """Rolls out and scores at once, unless told that a group fails for good or has equal rewards."""
+
+    def __init__(self, failing=(), flat=(), room=3) -> None:
+        self.failing, self.flat, self.room = set(failing), set(flat), asyncio.Semaphore(room)
+        self.submitted: list[int] = []
+        self.training: Training
+        self._tasks: set[asyncio.Task] = set()
+
+    def background(self, coroutine) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def submit(self, job) -> None:
+        await self.room.acquire()
+        self.submitted.append(job.group)
+        self.background(self._work(job))
+
+    async def _work(self, job) -> None:
+        await asyncio.sleep(random.Random(job.group).random() * 2e-3)
+        self.room.release()
+        attempt = self.training.ledger.start(job.group, "w", self.training.ledger.version)
+        job.work = SimpleNamespace(**{f: getattr(job.work, f) for f in ("group", "step")}, attempt=attempt)
+        if job.group in self.failing:
+            self.training.rollout_failed(job, "told to")
+            return
+        self.training.rolled(job)
+        self.training.scoring(job)
+        values = np.array([1, 1, 1, 1] if job.group in self.flat else [1, 2, 3, 4], np.float32)
+        job.scores = {"r": RewardScores(values=values)}
+        job.trajectory = job.media = None
+        await self.training.scored(job)
+
+
+def make(flow: Flow, **algorithm) -> Training:
+    cfg = tiny.config(
+        tiny.Path("unused"),
+        run={"steps": 6},
+        algorithm={"group_size": 4, "groups_per_step": 3, **algorithm},
+        faults={"max_attempts": 1},
+    )
+    publisher = SimpleNamespace(train=PolicyVersion(number=0, tag="train", checksum="", weights=None))
+    training = flow.training = Training(cfg, flow, publisher, PROMPTS)
+    return training
+
+
+async def steps(training: Training, count: int) -> list[list[int]]:
+    batches = []
+    for version in range(training.ledger.step, training.ledger.step + count):
+        await training.pause(False)
+        jobs = await asyncio.wait_for(training.batch(version), 5)
+        batches.append([job.group for job in jobs])
+        training.advantages(jobs)
+        training.consumed(jobs, version)
+        await training.pause(version % 2 == 0)  # as for an evaluation
+        await asyncio.sleep(3e-3)
+        await training.published(version + 1)
+    return batches
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced(staleness):
+    async def body():
+        flow = Flow(failing=[1], flat=[2, 5])
+        training = make(flow, max_staleness=staleness, advantage={"zero_std": "filter"})
+        pump = asyncio.ensure_future(training.pump())
+        batches = await steps(training, 6)
+        pump.cancel()
+        return flow, batches
+
+    flow, batches = asyncio.run(body())
+    trained = [group for batch in batches for group in batch]
+    assert sorted(flow.submitted) == list(range(21)) and len(trained) == 18
+    assert sorted(trained) == [group for group in range(21) if group not in (1, 2, 5)]
+
+
+def test_a_resumed_run_submits_again_what_was_admitted():
+    async def body():
+        first = Flow()
+        training = make(first, max_staleness=1)
+        pump = asyncio.ensure_future(training.pump())
+        await steps(training, 2)
+        state = training.state()
+        pump.cancel()
+        second = Flow()
+        resumed = make(second, max_staleness=1)
+        resumed.load_state(state)
+        pump = asyncio.ensure_future(resumed.pump())
+        batches = await steps(resumed, 4)
+        pump.cancel()
+        return batches, second.submitted
+
+    batches, submitted = asyncio.run(body())
+    assert batches == [[6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17]] and sorted(submitted) == list(range(6, 18))
