@@ -84,7 +84,8 @@ def find_objects(frame: np.ndarray) -> list[Found]:
     pixels = frame.astype(np.float32)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, 0], pixels[:, -1]])
     far = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1) > CONTRAST
-    nearest = np.linalg.norm(pixels[:, :, None] - _COLOURS, axis=-1).argmin(-1)
+    nearest = np.zeros((height, width), np.int64)  # only asked of pixels that are object
+    nearest[far] = np.linalg.norm(pixels[far][:, None] - _COLOURS, axis=-1).argmin(-1)
     least = SPECK * height * width
     found = []
     labels, _ = ndimage.label(far)
