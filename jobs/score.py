@@ -1,12 +1,13 @@
 """`rushes score`: scores images and videos with any rewards, to parquet: one row per file and reward.
 
 Columns: path, prompt, reward, score, error. A file that cannot be read, or a reward that fails on it, is a row with an
-error and no score. Rows with a score are not computed again; rows with an error are tried again. Nothing is lost when
-it is stopped: what is done is written every few seconds.
+error and no score. Rows with a score for the same prompt are not computed again; rows with an error are tried again.
+Nothing is lost when it is stopped: what is done is written every few seconds.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipeline.files import atomic_write, describe_os_error
 from pipeline.media import list_media, read_media
 from pipeline.prompts import MAX_CHARACTERS
 from pipeline.rewards.loader import RewardRunner, build_scorer
+from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
@@ -29,16 +31,18 @@ if TYPE_CHECKING:
 
 SAVE_EVERY_S = 5.0
 BATCH = 16
+BATCH_BYTES = 256 * 2**20  # of decoded frames: fewer files are scored together where they are large
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file to score; `name` is what goes into the column `path`."""
+    """One file to score; `name` is what goes into the column `path`. `error`: why it cannot be scored as it is."""
 
     name: str
     path: Path
     prompt: str
     metadata: dict[str, Any]
+    error: str | None = None
 
 
 def score(path: Path, *, rewards: list[RewardConfig], out: Path, prompt: str | None, console: Console) -> int:
@@ -54,28 +58,15 @@ def score(path: Path, *, rewards: list[RewardConfig], out: Path, prompt: str | N
         raise ConfigError(f"--out {out}: is a folder; give a file such as {out / 'scores.parquet'}")
     items = find_items(path, prompt)
     rows = read_scores(out)
+    asked = {(item.name, item.prompt) for item in items}
+    files = {item.name for item in items}
+    # Scores of the same file under another prompt are out of date.
+    rows = {key: row for key, row in rows.items() if key[0] not in files or key[:2] in asked}
     preflight.check_writable(out.parent, "--out")
     runners = {name: build_scorer(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
-    done = {(row["path"], row["reward"]) for row in rows.values() if row["error"] is None}
-    todo = [item for item in items if any((item.name, name) not in done for name in names)]
-    skipped = len(items) - len(todo)
+    skipped = score_items(items, runners, rows, out, console)
 
-    from rich.progress import Progress
-
-    last_save = time.monotonic()
-    try:
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("scoring", total=len(todo))
-            for batch in _batches(todo, rows, names, done):
-                _score_batch(batch, runners, rows, done)
-                progress.advance(bar, sum(1 for _ in batch))
-                if time.monotonic() - last_save > SAVE_EVERY_S:
-                    write_scores(out, rows)
-                    last_save = time.monotonic()
-    finally:
-        write_scores(out, rows)
-
-    wanted = [rows[item.name, name] for item in items for name in names]
+    wanted = [rows[item.name, item.prompt, name] for item in items for name in names]
     failed = [row for row in wanted if row["error"] is not None]
     _print(wanted, names, console, skipped)
     console.print(f"written to {out}", soft_wrap=True, highlight=False)
@@ -85,6 +76,30 @@ def score(path: Path, *, rewards: list[RewardConfig], out: Path, prompt: str | N
             f"the others are in the column 'error' of {out}; mend the files and run the same command again"
         )
     return 0
+
+
+def score_items(items: list[Item], runners: dict[str, RewardRunner], rows: Rows, out: Path, console: Console) -> int:
+    """Adds what is missing to `rows` and writes them to `out`, also when it is stopped. Returns how many items had all
+    their scores already. A failure is a row's `error`; only what is wrong with `out` is raised."""
+    from rich.progress import Progress
+
+    names = list(runners)
+    done = {key for key, row in rows.items() if row["error"] is None}
+    todo = [item for item in items if any((item.name, item.prompt, name) not in done for name in names)]
+
+    last_save = time.monotonic()
+    try:
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("scoring", total=len(todo))
+            for batch, unreadable in _batches(todo, rows, names, done):
+                _score_batch(batch, runners, rows, done)
+                progress.advance(bar, len(batch) + unreadable)
+                if time.monotonic() - last_save > SAVE_EVERY_S:
+                    write_scores(out, rows)
+                    last_save = time.monotonic()
+    finally:
+        write_scores(out, rows)
+    return len(items) - len(todo)
 
 
 # ------------------------------------------------------------------------------------------------- what to score
@@ -108,18 +123,27 @@ def _item_of_file(file: Path, prompt: str | None) -> Item:
         try:
             prompt = sidecar.read_text("utf-8").strip()
         except UnicodeDecodeError:
-            raise InputError(f"{sidecar}: is not UTF-8 text; save the file as UTF-8") from None
+            return Item(str(file), file, "", {}, f"{sidecar}: is not UTF-8 text; save the file as UTF-8")
         except OSError as error:
-            raise InputError(f"cannot read {describe_os_error(error, sidecar)}") from None
-    return Item(str(file), file, _checked(prompt or "", str(sidecar)), {})
+            return Item(str(file), file, "", {}, f"cannot read {describe_os_error(error, sidecar)}")
+    return checked_item(str(file), file, prompt or "", None, str(sidecar))
 
 
-def _checked(prompt: str, where: str) -> str:
+def checked_item(name: str, path: Path, prompt: str, metadata: Any, where: str) -> Item:
+    """`metadata`: a mapping or JSON text, or None. `where`: the source of the prompt, for the item's error."""
     if len(prompt) > MAX_CHARACTERS:
-        raise InputError(
-            f"{where}: the prompt has {len(prompt):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it"
-        )
-    return prompt
+        text = f"{where}: the prompt has {len(prompt):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it"
+        return Item(name, path, prompt[:80], {}, text)
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except json.JSONDecodeError as error:
+            return Item(name, path, prompt, {}, f"{where}: metadata is not valid JSON ({error.msg})")
+    if isinstance(metadata, list):  # a parquet map
+        metadata = dict(metadata)
+    if metadata is not None and not isinstance(metadata, dict):
+        return Item(name, path, prompt, {}, f"{where}: metadata must be a mapping, found {metadata!r:.60}")
+    return Item(name, path, prompt, {k: v for k, v in (metadata or {}).items() if v is not None})
 
 
 def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
@@ -145,9 +169,8 @@ def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
         text = prompt if prompt is not None else row.get("prompt") or ""
         if not isinstance(row["path"], str) or not isinstance(text, str):
             raise InputError(f"{table}, row {number}: 'path' and 'prompt' must be text")
-        metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
         file = table.parent / row["path"]
-        items.append(Item(str(file), file, _checked(text, f"{table}, row {number}"), metadata))
+        items.append(checked_item(str(file), file, text, row.get("metadata"), f"{table}, row {number}"))
     if not items:
         raise InputError(f"{table}: lists no files; fill the column 'path'")
     return items
@@ -157,26 +180,32 @@ def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
 
 
 Batch = list[tuple[Item, Media]]
-Rows = dict[tuple[str, str], dict[str, Any]]
+Rows = dict[tuple[str, str, str], dict[str, Any]]  # by path, prompt and reward
 
 
-def _batches(todo: list[Item], rows: Rows, names: list[str], done: set) -> Iterator[Batch]:
-    """Consecutive files of one shape and rate, up to BATCH; unreadable files become error rows on the way."""
+def _batches(todo: list[Item], rows: Rows, names: list[str], done: set) -> Iterator[tuple[Batch, int]]:
+    """Consecutive files of one shape and rate, up to BATCH and BATCH_BYTES, and how many unreadable files became error
+    rows on the way."""
     batch: Batch = []
+    unreadable = 0
     for item in todo:
         try:
+            if item.error is not None:
+                raise InputError(item.error)
             media = read_media(item.path)
         except RushesError as error:
             for name in names:
-                if (item.name, name) not in done:
-                    _put(rows, item, name, None, str(error))
+                if (item.name, item.prompt, name) not in done:
+                    _put(rows, item, name, None, str(error).replace(str(item.path), item.name))
+            unreadable += 1
             continue
-        if batch and (len(batch) == BATCH or _shape(batch[-1][1]) != _shape(media)):
-            yield batch
-            batch = []
+        full = len(batch) == BATCH or (len(batch) + 1) * media.frames.nbytes > BATCH_BYTES
+        if batch and (full or _shape(batch[-1][1]) != _shape(media)):
+            yield batch, unreadable
+            batch, unreadable = [], 0
         batch.append((item, media))
-    if batch:
-        yield batch
+    if batch or unreadable:
+        yield batch, unreadable
 
 
 def _shape(media: Media) -> tuple:
@@ -185,7 +214,7 @@ def _shape(media: Media) -> tuple:
 
 def _score_batch(batch: Batch, runners: dict[str, RewardRunner], rows: Rows, done: set) -> None:
     for name, runner in runners.items():
-        part = [entry for entry in batch if (entry[0].name, name) not in done]
+        part = [entry for entry in batch if (entry[0].name, entry[0].prompt, name) not in done]
         if not part:
             continue
         try:
@@ -201,17 +230,26 @@ def _score_batch(batch: Batch, runners: dict[str, RewardRunner], rows: Rows, don
                     error = f"{item.name}: {failure}"
             _put(rows, item, name, value, error)
             if error is None:
-                done.add((item.name, name))
+                done.add((item.name, item.prompt, name))
 
 
 def _run(runner: RewardRunner, part: Batch) -> list[float]:
-    prompts = [PromptItem(index=i, text=item.prompt, metadata=item.metadata) for i, (item, _) in enumerate(part)]
+    if runner.scorer.needs_prompt and not all(item.prompt.strip() for item, _ in part):
+        raise RewardError(
+            f"reward {runner.name} compares with the prompt, which is empty; "
+            "give --prompt, a column 'prompt' or NAME.txt"
+        )
+    prompts = [
+        # Which rewards a prompt is routed to is a training run's question; here they were asked for by name.
+        PromptItem(index=i, text=item.prompt, metadata={k: v for k, v in item.metadata.items() if k != ROUTING_KEY})
+        for i, (item, _) in enumerate(part)
+    ]
     media = Media(frames=np.concatenate([m.frames for _, m in part]), fps=part[0][1].fps)
     return [float(v) for v in runner.run(media, prompts, None).values]
 
 
 def _put(rows: Rows, item: Item, name: str, value: float | None, error: str | None) -> None:
-    rows[item.name, name] = {
+    rows[item.name, item.prompt, name] = {
         "path": item.name,
         "prompt": item.prompt,
         "reward": name,
@@ -224,7 +262,7 @@ def _put(rows: Rows, item: Item, name: str, value: float | None, error: str | No
 
 
 def read_scores(out: Path) -> Rows:
-    """Rows of an earlier call, by (path, reward); {} when there is none. Raises `InputError`."""
+    """Rows of an earlier call; {} when there is none. Raises `InputError`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -233,7 +271,9 @@ def read_scores(out: Path) -> Rows:
     try:
         rows = pyarrow.parquet.read_table(out).to_pylist()
         return {
-            (row["path"], row["reward"]): {k: row[k] for k in ("path", "prompt", "reward", "score", "error")}
+            (row["path"], row["prompt"], row["reward"]): {
+                k: row[k] for k in ("path", "prompt", "reward", "score", "error")
+            }
             for row in rows
         }
     except (pyarrow.ArrowException, OSError, KeyError):

@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from pipeline.errors import InputError, RushesError
 from pipeline.files import atomic_write, describe_os_error
@@ -23,7 +24,7 @@ from pipeline.types import Media, PromptItem, RewardScores
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 VIEW_PIXELS = 240  # clips smaller than this are enlarged by a whole factor up to about it
-MAX_DECODED_BYTES = 4 * 2**30
+MAX_DECODED_BYTES = 4 * 2**30  # of one clip; a quarter of the free memory where that is less
 _TAG = "rushes-view:"
 _UNDECODABLE = "cannot be decoded; the file is corrupt or cut off, write it again"
 
@@ -154,10 +155,11 @@ def _read_image(path: Path) -> np.ndarray:
 def _read_video(path: Path) -> Media:
     info = _probe_video(path)
     size = info.frames * info.height * info.width * 3
-    if size > MAX_DECODED_BYTES:
+    limit = min(MAX_DECODED_BYTES, psutil.virtual_memory().available // 4)
+    if size > limit:
         raise InputError(
             f"{path}: {info.frames} frames of {info.width}x{info.height} would take {size / 2**30:.1f} GiB of memory "
-            f"(limit {MAX_DECODED_BYTES / 2**30:.0f} GiB); cut the clip or make it smaller"
+            f"(limit {limit / 2**30:.1f} GiB); cut the clip or make it smaller"
         )
     # decord2 3.4 pads rows of frames narrower than 64 pixels and hands them out as pixels: wrong colours, no error.
     frames, fps = _decode_narrow(path) if info.width < 64 else _decode(path)

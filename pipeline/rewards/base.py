@@ -24,6 +24,7 @@ class Scorer(ABC):
     """
 
     reads: Literal["frame", "video"]
+    needs_prompt: bool = False  # compares with the prompt's text: `rushes score` refuses files without one
     differentiable: bool = False
 
     @abstractmethod

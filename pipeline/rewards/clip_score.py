@@ -17,6 +17,7 @@ class ClipScore(Scorer):
     """Cosine of CLIP's picture and prompt embeddings, times `scale` (about 0.2 to 0.4)."""
 
     reads = "frame"
+    needs_prompt = True
 
     def __init__(
         self,

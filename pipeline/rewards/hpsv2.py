@@ -21,6 +21,7 @@ class Hpsv2(Scorer):
     """
 
     reads = "frame"
+    needs_prompt = True
 
     def __init__(
         self,

@@ -75,6 +75,7 @@ class ImageReward(Scorer):
     """ImageReward v1.0: (x - 0.16718) / 1.03334 of the official head (about -2.3 to +2)."""
 
     reads = "frame"
+    needs_prompt = True
 
     def __init__(self, model: str, tokenizer_of: str | None = None, device: str = "auto", batch: int = 16) -> None:
         """`model`: folder with the weights as one safetensors file and BERT's tokenizer (or `tokenizer_of`)."""

@@ -17,6 +17,7 @@ class PickScore(Scorer):
     """PickScore: exp(logit scale) times the cosine of picture and prompt (about 18 to 24)."""
 
     reads = "frame"
+    needs_prompt = True
 
     def __init__(
         self,

@@ -141,6 +141,7 @@ class Subject(Scorer):
     """Lambda-harmonic mean of CLIP-I (same subject) and CLIP-T (as prompted): 1 / (l / I + (1 - l) / T) (RPO)."""
 
     reads = "frame"
+    needs_prompt = True
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class _Wrapper(Scorer):
         from pipeline.rewards.loader import build_scorer  # the loader imports scorers, not the other way round
 
         self.inner = build_scorer(scorer, _inner(scorer, args)).scorer
-        self.reads = self.inner.reads
+        self.reads, self.needs_prompt = self.inner.reads, self.inner.needs_prompt
 
     @classmethod
     def check_args(cls, args: dict) -> None:
