@@ -50,6 +50,8 @@ def export(
     console.print(f"step {trained.step} exported to {folder}; in plain diffusers:", soft_wrap=True)
     base = cfg.generator.pretrained if format_ == "lora" else folder
     console.print(f'    pipe = DiffusionPipeline.from_pretrained("{base}")', soft_wrap=True, highlight=False)
-    if format_ == "lora":
+    if format_ == "lora" and any(path.is_dir() for path in folder.iterdir()):
+        console.print(f"    {folder / 'README.md'} says how each component is loaded", soft_wrap=True, highlight=False)
+    elif format_ == "lora":
         console.print(f'    pipe.load_lora_weights("{folder}")', soft_wrap=True, highlight=False)
     return 0

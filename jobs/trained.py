@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors
+from pipeline.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
 from pipeline.config import Config
 from pipeline.config_io import load_config
 from pipeline.errors import CheckpointError, ConfigError, InputError
@@ -55,8 +55,10 @@ def find_trained(path: Path, step: int | None = None) -> Trained:
             f"{path}: no such folder{f'; did you mean {path.parent / hit}?' if hit else ''}; give a "
             "run, a checkpoint or an export"
         )
-    if (path / LORA_FILE).exists():
-        check_safetensors(path / LORA_FILE)
+    adapters = [] if (path / "model_index.json").exists() else lora_files(path)
+    if adapters:
+        for file in adapters:
+            check_safetensors(file)
         return Trained(label=str(path), kind="lora", path=path)
     if (path / "model_index.json").exists():
         check_diffusers_folder(path)
@@ -131,14 +133,19 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
                 f"use generator.pretrained={base}"
             )
         update["trainable"] = trained.run_config.trainable
+    text = update.get("trainable", cfg.trainable).modules != "denoiser"
+    if trained and (trained.kind == "lora" or text):  # its text encoders may not be those of the cached embeddings
+        update["generator"] = cfg.generator.model_copy(update={"embedding_cache": None})
     cfg = cfg.model_copy(update=update)
     policy = Policy.load(cfg, cfg.rollout.device, cfg.rollout.threads)
     if trained and trained.kind == "checkpoint":
         policy.attach()
         policy.load_weights(read_weights(trained, ema))
     if trained and trained.kind == "lora":
+        from pipeline.export import load_lora
+
         try:
-            policy.pipe.load_lora_weights(trained.path)
+            load_lora(policy.pipe, trained.path)
         except Exception as error:  # diffusers and peft raise many kinds for a LoRA of another model
             raise InputError(
                 f"{trained.path / LORA_FILE}: does not fit {cfg.generator.pretrained} ({_first_line(error)}); "

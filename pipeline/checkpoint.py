@@ -39,6 +39,8 @@ def identity(cfg: Config) -> dict[str, Any]:
     """What must not change between a run and its resume: it decides which takes are drawn and what they train."""
     plain = cfg.model_dump(mode="json")
     sections = {name: plain[name] for name in ("generator", "trainable", "algorithm", "sampler", "prompts")}
+    for name in ("embedding_cache", "offload"):  # where things lie, not what they are
+        sections["generator"].pop(name)
     return {**sections, "run": {"seed": cfg.run.seed}}
 
 

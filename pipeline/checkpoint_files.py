@@ -15,6 +15,7 @@ from pipeline.files import describe_os_error
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")  # their component names in diffusers
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's, for a component that diffusers has no LoRA loader for
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER = 100_000_000
@@ -131,6 +132,14 @@ def _check_weights(folder: Path) -> None:
             raise InputError(f"{folder / missing[0]}: this part of the weights is missing; copy the checkpoint again")
     for file in files:
         check_safetensors(file)
+
+
+def lora_files(folder: Path) -> list[Path]:
+    """The weight files of an exported LoRA: in the folder itself, and in one folder per further component."""
+    found = [folder / LORA_FILE]
+    if (folder / "README.md").exists():  # a run's folder has an export inside, but none of its own
+        found += [part / name for part in sorted(folder.iterdir()) for name in (LORA_FILE, ADAPTER_FILE)]
+    return [path for path in found if path.is_file()]
 
 
 def weight_bytes(folder: Path) -> int:

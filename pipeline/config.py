@@ -48,14 +48,28 @@ class GeneratorConfig(Section):
     call: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the pipeline's __call__, such as max_sequence_length."
     )
+    embedding_cache: Path | None = Field(
+        None, description="Folder for prompt embeddings; once they are there, text encoders are not loaded."
+    )
+    offload: Literal["none", "idle", "group"] = Field(
+        "none",
+        description="Rollout workers on an accelerator keep there: everything; only what runs besides the denoiser; "
+        "only the layer that runs. The last two also decode take by take and in tiles.",
+    )
+    quantize: Literal["none", "int8"] = Field(
+        "none", description="Frozen denoiser weights under a LoRA; int8: weights alone, through torchao."
+    )
 
 
 class TrainableConfig(Section):
     kind: Literal["lora", "full"] = Field("lora", description="Train a PEFT LoRA or all weights of the denoiser.")
+    modules: Literal["denoiser", "text_encoder", "both"] = Field(
+        "denoiser", description="What gets the LoRA: the denoiser, the text encoders (as in TexForce), or both."
+    )
     rank: Count = Field(16, description="LoRA rank.")
     alpha: Positive = Field(32.0, description="LoRA alpha; the adapter is scaled by alpha / rank.")
     targets: list[str] | Literal["auto"] = Field(
-        "auto", description="LoRA target module names; auto: every linear layer inside the denoiser's blocks."
+        "auto", description="LoRA target module names; auto: every linear layer inside the trained modules' blocks."
     )
 
 
@@ -317,6 +331,19 @@ class Config(Section):
             raise ValueError(
                 f"algorithm.updates_per_step: {self.algorithm.updates_per_step} exceeds algorithm.groups_per_step "
                 f"({self.algorithm.groups_per_step}); each update needs at least one whole group"
+            )
+        if self.trainable.modules != "denoiser" and self.trainable.kind == "full":
+            raise ValueError(
+                f"trainable.modules: {self.trainable.modules} needs trainable.kind lora; full weights are trained "
+                "for the denoiser alone"
+            )
+        if self.generator.quantize != "none" and (self.trainable.kind == "full" or self.rollout.merge_lora):
+            other = "trainable.kind full" if self.trainable.kind == "full" else "rollout.merge_lora"
+            raise ValueError(f"generator.quantize: {self.generator.quantize} freezes the weights, so not with {other}")
+        if self.trainable.modules != "denoiser" and self.generator.embedding_cache is not None:
+            raise ValueError(
+                "generator.embedding_cache: embeddings change with every version when text encoders are trained; "
+                "leave it out, or set trainable.modules to denoiser"
             )
         if self.algorithm.objective == "grpo_guard" and self.sampler.kind not in ("flow_sde", "dance_sde"):
             raise ValueError("algorithm.objective: grpo_guard needs sampler.kind flow_sde or dance_sde")

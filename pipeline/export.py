@@ -8,23 +8,23 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from pipeline import weights as weights_lib
-from pipeline.checkpoint_files import LORA_FILE
+from pipeline.checkpoint_files import ADAPTER_FILE, LORA_FILE, lora_files
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.generators.loading import denoisers_of, load_pipeline
+from pipeline.generators.loading import load_pipeline, trained_modules
 from pipeline.types import WeightSet
 
 
 def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
-    """The checkpoint's pipeline on the CPU with the trained weights in place."""
-    pipe = load_pipeline(cfg.generator, torch.device("cpu"))
-    modules = denoisers_of(pipe)
+    """The checkpoint's pipeline on the CPU with the trained weights in place, never quantised."""
+    pipe = load_pipeline(cfg.generator.model_copy(update={"quantize": "none"}), torch.device("cpu"))
+    modules = trained_modules(pipe, cfg.trainable)
     weights_lib.attach(modules, cfg.trainable, cfg.run.seed)
     weights_lib.apply(modules, weights)
     return pipe
@@ -61,11 +61,13 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     save = getattr(type(pipe), "save_lora_weights", None)
     known = inspect.signature(save).parameters if save is not None else {}
     together, lines, scratch = {}, [], _fresh(out)
-    for name, module in denoisers_of(pipe).items():
+    for name, module in trained_modules(pipe, cfg.trainable).items():
+        if not hasattr(module, "peft_config"):
+            continue  # none of trainable.targets is in it
         state = get_peft_model_state_dict(module, adapter_name=weights_lib.ADAPTER)
         state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
         loads = hasattr(module, "load_lora_adapter")
-        if loads and f"{name}_lora_layers" in known:
+        if f"{name}_lora_layers" in known and (loads or name.startswith("text_encoder")):
             together[f"{name}_lora_layers"] = state
             continue
         folder = scratch / name
@@ -77,7 +79,7 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         rank = cfg.trainable.rank
         targets = [key for key, layer in module.named_modules() if isinstance(layer, LoraLayer)]
         LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(folder)
-        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / "adapter_model.safetensors")
+        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / ADAPTER_FILE)
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{name}").merge_and_unload()')
     if save is not None and together:
         save(save_directory=scratch, safe_serialization=True, **together)
@@ -91,11 +93,23 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     return _finish(scratch, out)
 
 
+def load_lora(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Puts an export of `export_lora` in place, as its README says. Raises what diffusers and PEFT raise."""
+    for path in lora_files(folder):
+        name = path.parent.name
+        if path.parent == folder:
+            pipe.load_lora_weights(folder)
+        elif path.name == LORA_FILE:
+            getattr(pipe, name).load_lora_adapter(path.parent, prefix=None, use_safetensors=True)
+        else:
+            setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), path.parent).merge_and_unload())
+
+
 def export_full(cfg: Config, weights: WeightSet, out: Path) -> Path:
     """Writes a whole diffusers folder for `DiffusionPipeline.from_pretrained(out)`; a LoRA is merged in."""
     pipe = _loaded(cfg, weights)
     if weights.kind == "lora":
-        weights_lib.bake_in(denoisers_of(pipe))
+        weights_lib.bake_in(trained_modules(pipe, cfg.trainable))
     scratch = _fresh(out)
     pipe.save_pretrained(scratch, safe_serialization=True)
     return _finish(scratch, out)

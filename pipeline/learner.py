@@ -18,7 +18,15 @@ import torch
 from pipeline import weights as weights_lib
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, RunFailed, UnsupportedPolicyError
-from pipeline.generators.loading import load_denoisers, resolve_device, resolve_dtype
+from pipeline.generators.live_text import LiveText, reference_inputs
+from pipeline.generators.loading import (
+    denoisers_of,
+    load_denoisers,
+    load_pipeline,
+    resolve_device,
+    resolve_dtype,
+    trained_modules,
+)
 from pipeline.generators.merging import merged
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
@@ -29,7 +37,8 @@ from pipeline.types import GroupBatch, Trajectory, WeightSet
 
 
 class Learner:
-    """Holds the trainable denoisers, the optimiser and the EMA. `version` counts finished optimisation steps."""
+    """Holds the denoisers (and text encoders, where these are trained), the optimiser and the EMA. `version` counts
+    finished optimisation steps."""
 
     def __init__(self, cfg: Config, device: str = "auto") -> None:
         self.cfg = cfg
@@ -40,17 +49,29 @@ class Learner:
         full = cfg.trainable.kind == "full"
         # Full weights are mastered in float32; under a LoRA the frozen base may stay in the sampling dtype.
         base = torch.float32 if full or cfg.learner.autocast != "none" else wire
+        if cfg.generator.quantize != "none":
+            base = wire  # rounded from the same weights as the rollouts'
         self._wire_dtype = wire if full else torch.float32
-        self.modules = load_denoisers(cfg.generator, self.device, base)
+        self.text: LiveText | None = None
+        if cfg.trainable.modules == "denoiser":
+            self.modules = self.trained = load_denoisers(cfg.generator, self.device, base)
+        else:
+            pipe = load_pipeline(cfg.generator, self.device)
+            self.modules = denoisers_of(pipe)
+            if base != wire:
+                for module in self.modules.values():
+                    module.to(base)
+            self.trained = trained_modules(pipe, cfg.trainable)
+            self.text = LiveText(pipe, cfg.generator)
         needs_reference = cfg.algorithm.kl_beta > 0
         self._reference = copy.deepcopy(self.modules) if full and needs_reference else None
-        weights_lib.attach(self.modules, cfg.trainable, cfg.run.seed)
+        weights_lib.attach(self.trained, cfg.trainable, cfg.run.seed)
         if cfg.learner.activation_checkpointing:
             for module in self.modules.values():
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
                 module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
                 _no_dropout(module)
-        self.parameters = weights_lib.trainable(self.modules)
+        self.parameters = weights_lib.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -128,13 +149,18 @@ class Learner:
         spec = PolicySpec.from_dict(trajectory.spec)
         for part in trajectory.parts:
             replayer = Replayer(part, spec, self.modules, self.device)
+            if self.text is not None:
+                self.text.attach(replayer, trajectory.sampling)
             size = self.cfg.learner.micro_batch or replayer.total
-            if self.cfg.algorithm.objective == "awm" and (joined := merged(replayer, size)):
+            joinable = self.cfg.algorithm.objective == "awm" and self.text is None
+            if joinable and (joined := merged(replayer, size)):
                 yield from ((several, 0, slice(0, several.total)) for several in joined)
                 continue
             for j in range(len(part.steps)):
                 for start in range(0, replayer.total, size):
                     yield replayer, j, slice(start, min(start + size, replayer.total))
+            if replayer.live is not None:
+                replayer.live.backward()  # through the text encoders once, with the gradients of all micro-batches
 
     def _advantages(self, group: GroupBatch, replayer: Replayer, takes: slice) -> torch.Tensor:
         part = replayer.plain.part
@@ -231,7 +257,7 @@ class Learner:
     def _reference_output(self, replayer: Replayer, j: int, takes: slice, x: torch.Tensor) -> torch.Tensor:
         """The starting policy's output: adapter off (LoRA) or the frozen copy (full weights)."""
         if self._reference is None:
-            with weights_lib.adapters_off(self.modules):
+            with weights_lib.adapters_off(self.trained), reference_inputs(replayer):
                 return self._output(replayer, j, takes, x)
         other = Replayer(replayer.part, replayer.spec, self._reference, self.device)
         return self._output(other, j, takes, x)

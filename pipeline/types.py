@@ -83,6 +83,15 @@ class RecordedStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a pipeline call was asked for, so that the learner can run its text encoders again."""
+
+    prompts: tuple[PromptItem, ...]  # [K]
+    form: dict[str, bool]  # fields of generators.calling.Form
+    fill: tuple[str, ...]  # conditions that were made up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrajectoryPart:
     """The takes [start, stop) of a group that were denoised in one pipeline call."""
 
@@ -91,6 +100,7 @@ class TrajectoryPart:
     steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
     shared: tuple[Any, ...]  # wire.Packed: step-invariant denoiser inputs, stored once
     final: Any  # wire.Packed [K, ...], the finished latents (x0)
+    asked: Asked | None = None  # only where text encoders are trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

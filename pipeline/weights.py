@@ -25,22 +25,31 @@ Modules = dict[str, torch.nn.Module]
 
 
 def lora_targets(module: torch.nn.Module, wanted: list[str] | Literal["auto"]) -> list[str]:
-    """Names of the layers that get a LoRA; auto: every linear layer inside the denoiser's repeated blocks.
-
-    Raises ConfigError when a wanted name matches nothing.
-    """
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
+    """Names of the layers that get a LoRA; auto: every linear layer inside the module's repeated blocks."""
+    linear = _linear_layers(module)
     if wanted == "auto":
         return [name for name in linear if re.search(r"\.\d+\.", name) and not _called_by_keyword(module, name)]
-    chosen = [name for name in linear if any(name == w or name.endswith("." + w) for w in wanted)]
-    missing = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in linear)]
-    if missing:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
-        raise ConfigError(
-            f"trainable.targets: no linear layer of {type(module).__name__} is called {missing[0]!r}; "
-            f"known: {', '.join(known)}"
-        )
-    return chosen
+    return [name for name in linear if any(_is_called(name, w) for w in wanted)]
+
+
+def _linear_layers(module: torch.nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
+
+
+def _is_called(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
+
+
+def check_targets(modules: Modules, wanted: list[str] | Literal["auto"]) -> None:
+    """Raises ConfigError when a wanted name matches no layer of any module."""
+    linear = [name for module in modules.values() for name in _linear_layers(module)]
+    for target in wanted if wanted != "auto" else []:
+        if not any(_is_called(name, target) for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
+            classes = ", ".join(dict.fromkeys(type(module).__name__ for module in modules.values()))
+            raise ConfigError(
+                f"trainable.targets: no linear layer of {classes} is called {target!r}; known: {', '.join(known)}"
+            )
 
 
 def _called_by_keyword(module: torch.nn.Module, name: str) -> bool:
@@ -56,10 +65,13 @@ def attach(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
         for module in modules.values():
             module.requires_grad_(True)
         return
+    check_targets(modules, cfg.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in modules.values():
             targets = lora_targets(module, cfg.targets)
+            if not targets and cfg.targets != "auto" and len(modules) > 1:
+                continue  # names that only the other modules have
             if not targets:
                 raise ConfigError(f"trainable.targets: {type(module).__name__} has no linear layer inside its blocks")
             config = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeline.checkpoint_files import DENOISERS
-from pipeline.config import GeneratorConfig
+from pipeline.config import GeneratorConfig, TrainableConfig
 from pipeline.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.wire import map_leaves
 
@@ -40,25 +41,32 @@ def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
     )
 
 
-def load_pipeline(cfg: GeneratorConfig, device: torch.device) -> DiffusionPipeline:
+def load_pipeline(
+    cfg: GeneratorConfig, device: torch.device, skip: Sequence[str] = (), place: bool = True
+) -> DiffusionPipeline:
     """The checkpoint's own pipeline class (or `cfg.pipeline`), in evaluation mode, on `device`.
 
+    `skip`: components that are left out (None). `place`: False leaves it on the CPU, in the dtype `device` asks for.
     Raises InputError naming the checkpoint. Weights must be safetensors; remote code is never run.
     """
     _no_progress_bars()
+    quantised = _quantised_pipeline(cfg)
     try:
         pipe = _pipeline_class(cfg).from_pretrained(
             cfg.pretrained,
             revision=cfg.revision,
             dtype=resolve_dtype(cfg.dtype, device),
             use_safetensors=True,
+            **dict.fromkeys(skip),
+            **quantised,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise _explain(cfg, error) from error
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
-    pipe.to(device)
+    if place:
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -94,21 +102,82 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return found
 
 
-def load_denoisers(cfg: GeneratorConfig, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Only the denoisers of a checkpoint: the learner needs neither text encoders nor VAE."""
+def text_encoders_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The text encoders by component name; empty where a pipeline has none."""
+    return {
+        name: module
+        for name, module in sorted(pipe.components.items())
+        if name.startswith("text_encoder") and isinstance(module, torch.nn.Module)
+    }
+
+
+def trained_modules(pipe: DiffusionPipeline, cfg: TrainableConfig) -> dict[str, torch.nn.Module]:
+    """What `trainable.modules` names, by component name. Raises UnsupportedPolicyError if there is none."""
+    denoisers = {} if cfg.modules == "text_encoder" else denoisers_of(pipe)
+    encoders = {} if cfg.modules == "denoiser" else text_encoders_of(pipe)
+    if cfg.modules != "denoiser" and not encoders:
+        raise UnsupportedPolicyError(
+            f"trainable.modules: {cfg.modules} needs text encoders, but {type(pipe).__name__} has none; use denoiser"
+        )
+    return {**denoisers, **encoders}
+
+
+def _quantised(cfg: GeneratorConfig) -> Any:
+    """diffusers' config for int8 weights. Raises ConfigError where torchao is missing."""
+    from diffusers import TorchAoConfig
+
     try:
-        index = DiffusionPipeline.load_config(cfg.pretrained, revision=cfg.revision)
-        modules = {}
-        for name in DENOISERS:
-            library, cls = index.get(name) or (None, None)
-            if library is None or cls is None:
-                continue
-            factory: Any = getattr(importlib.import_module(library), cls)
-            modules[name] = factory.from_pretrained(
-                cfg.pretrained, subfolder=name, revision=cfg.revision, dtype=dtype, use_safetensors=True
-            )
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError:
+        raise ConfigError(
+            f"generator.quantize: {cfg.quantize} needs the package torchao; pip install 'rushes[quantize]', or use none"
+        ) from None
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _quantised_pipeline(cfg: GeneratorConfig) -> dict[str, Any]:
+    """The same for the denoisers of a whole pipeline."""
+    if cfg.quantize == "none":
+        return {}
+    from diffusers import PipelineQuantizationConfig
+
+    index = model_index(cfg)
+    present = [name for name in DENOISERS if (index.get(name) or [None])[0] is not None]
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=dict.fromkeys(present, _quantised(cfg)))}
+
+
+def model_index(cfg: GeneratorConfig) -> dict[str, Any]:
+    """model_index.json. Raises InputError naming the checkpoint."""
+    try:
+        return dict(DiffusionPipeline.load_config(cfg.pretrained, revision=cfg.revision))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _explain(cfg, error) from error
+
+
+def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch.nn.Module | None:
+    """One component of a checkpoint, on the CPU; None where it has none of that name. Raises InputError."""
+    library, cls = model_index(cfg).get(name) or (None, None)
+    if library is None or cls is None:
+        return None
+    quantised = {"quantization_config": _quantised(cfg)} if name in DENOISERS and cfg.quantize != "none" else {}
+    try:
+        factory: Any = getattr(importlib.import_module(library), cls)
+        return factory.from_pretrained(
+            cfg.pretrained,
+            subfolder=name,
+            revision=cfg.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            **quantised,
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise _explain(cfg, error) from error
+
+
+def load_denoisers(cfg: GeneratorConfig, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Only the denoisers of a checkpoint: the learner needs neither text encoders nor VAE."""
+    found = {name: load_component(cfg, name, dtype) for name in DENOISERS}
+    modules = {name: module for name, module in found.items() if module is not None}
     if not modules:
         raise UnsupportedPolicyError(f"{cfg.pretrained}: no {' / '.join(DENOISERS)} in model_index.json")
     for module in modules.values():
@@ -145,4 +214,12 @@ def cache_prompts(pipe: Any) -> None:
         return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, cache[key])
 
     cached.remembers = True
+    cached.forget = cache.clear
     pipe.encode_prompt = cached
+
+
+def forget_prompts(pipe: Any) -> None:
+    """Empties the cache of `cache_prompts`: the text encoders have changed."""
+    forget = getattr(getattr(pipe, "encode_prompt", None), "forget", None)
+    if forget is not None:
+        forget()

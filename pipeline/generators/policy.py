@@ -28,8 +28,18 @@ from pipeline.generators.calling import (
     to_floats,
     to_uint8,
 )
+from pipeline.generators.embedding_cache import EmbeddingStore
 from pipeline.generators.hints import hint_for
-from pipeline.generators.loading import cache_prompts, denoisers_of, load_pipeline, resolve_device
+from pipeline.generators.live_text import LiveText, asked_of, same_inputs
+from pipeline.generators.loading import (
+    cache_prompts,
+    denoisers_of,
+    forget_prompts,
+    load_pipeline,
+    resolve_device,
+    trained_modules,
+)
+from pipeline.generators.offload import Offload
 from pipeline.generators.recorder import RawStep, Recording, record
 from pipeline.generators.replay import Replayer, branches_of, to_part
 from pipeline.generators.schedule import first_order_scheduler, kinds_for
@@ -51,6 +61,7 @@ class Policy:
         if hint_for(pipe).refuse:
             raise UnsupportedPolicyError(f"{self.name}: {hint_for(pipe).refuse}")
         self.modules = denoisers_of(pipe)
+        self.trained = trained_modules(pipe, cfg.trainable)
         self.prediction = first_order_scheduler(pipe)
         kinds = kinds_for(pipe.scheduler, self.prediction)
         if cfg.sampler.kind not in kinds:
@@ -64,6 +75,9 @@ class Policy:
         self._fill: list[str] = []
         self._scales = self._known_scales()
         self._merged: weights_lib.MergedLora | None = None
+        self.embeddings: EmbeddingStore | None = None
+        self.offload: Offload | None = None
+        self._text = LiveText(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
         self._keep_mean = cfg.algorithm.objective in ("grpo_guard", "flow_dppo")
         cache_prompts(pipe)
 
@@ -72,8 +86,20 @@ class Policy:
         """Loads the checkpoint named in the config. `threads`: torch compute threads (0: leave as is)."""
         if threads:
             torch.set_num_threads(threads)
-        where = resolve_device(device)
-        return cls(cfg, load_pipeline(cfg.generator, where), where)
+        where, generator = resolve_device(device), cfg.generator
+        store = EmbeddingStore(generator, where) if generator.embedding_cache is not None else None
+        skip = store.skippable() if store is not None else []
+        offloaded = generator.offload != "none" and where.type != "cpu"  # else there is nothing to offload from
+        pipe = load_pipeline(generator, where, skip, place=not offloaded)
+        if store is not None:
+            store.install(pipe)
+        policy = cls(cfg, pipe, where)
+        policy.embeddings = store
+        if offloaded:
+            policy.offload = Offload(generator.offload, pipe, policy.modules, where)
+            if store is not None:
+                store.loaded = policy.offload.adopt
+        return policy
 
     def _known_scales(self) -> list[float]:
         """Numbers the call itself knows that may be a guidance scale or a rescale factor."""
@@ -89,15 +115,19 @@ class Policy:
 
     def attach(self) -> None:
         """Adds what is trained (LoRA layers, or nothing for full weights), so that weights can be loaded."""
-        weights_lib.attach(self.modules, self.cfg.trainable, self.cfg.run.seed)
+        weights_lib.attach(self.trained, self.cfg.trainable, self.cfg.run.seed)
+        if self.offload is not None:
+            self.offload.layers_changed(self.trained)
         if self.cfg.rollout.merge_lora and self.cfg.trainable.kind == "lora":
-            self._merged = weights_lib.MergedLora(self.modules)
+            self._merged = weights_lib.MergedLora(self.trained)
 
     def load_weights(self, weights: WeightSet) -> str:
         """Puts a version in place; returns the checksum of what this policy now holds."""
-        found = weights_lib.apply(self.modules, weights)
+        found = weights_lib.apply(self.trained, weights)
         if self._merged is not None:
             self._merged.merge()
+        if self._text is not None:
+            forget_prompts(self.pipe)
         return found
 
     # -- sampling -----------------------------------------------------------------------------------------------
@@ -129,7 +159,8 @@ class Policy:
             seconds["decode"] += ended - recording.denoise_ended
             frames.append(to_uint8(values))
             if work.sampling.trained_steps:
-                parts.append(to_part(recording, start, stop, self._keep_mean))
+                asked = asked_of(work.prompts[start:stop], self._form, self._fill) if self._text else None
+                parts.append(to_part(recording, start, stop, self._keep_mean, asked))
         trajectory = None
         if parts:
             trajectory = Trajectory(
@@ -223,7 +254,8 @@ class Policy:
             fills = condition_arguments(self.pipe)
         failures: dict[str, Exception] = {}
         for fill in fills:
-            for form in forms(bool(fill) or bool(conditions_of(trio[0]))):
+            options = forms(bool(fill) or bool(conditions_of(trio[0])))
+            for form in self.embeddings.in_order(options) if self.embeddings is not None else options:
                 self._form, self._fill, self.spec = form, fill, None
                 try:
                     return self._probe(trio)
@@ -255,11 +287,13 @@ class Policy:
             return self._sample(trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, **options)[1]
 
         if self._form.batched:
-            large, small = run(0, 3, stop_early=True), run(0, 2)
+            couple = (0, 2)
+            large, small = run(0, 3, stop_early=True), run(*couple)
             outputs = probing.find_outputs(small.steps, large.steps)
             layouts, note = probing.find_layouts(small.steps, large.steps)
         else:
-            large, small = run(1, 2, stop_early=True), run(0, 1)
+            couple = (0, 1)
+            large, small = run(1, 2, stop_early=True), run(*couple)
             outputs, layouts, note = probing.single_outputs(small.steps), {}, ""
         takes = small.steps[0].sample.shape[0]
         spec = replace(probing.bare_spec(small.steps[0], outputs, self.name, self.prediction), layouts=layouts)
@@ -291,6 +325,13 @@ class Policy:
         report["conditions"] = sorted({*self._fill, *conditions_of(trio[0])})
         report["takes_note"] = note
         report.update(self._check_replay(large, sampling))
+        if self._text is not None:
+            first, stop = (0, 3) if self._form.batched else (1, 2)
+            asked = asked_of(trio[first:stop], self._form, self._fill)
+            report["text_inputs"] = self._text.check(large.steps, asked, sampling)
+        if self.embeddings is not None:
+            forget_prompts(self.pipe)
+            self.embeddings.settle(self.pipe, self._form, lambda: same_inputs(small.steps, run(*couple).steps))
         return report
 
     @torch.no_grad()

@@ -139,13 +139,15 @@ def record(
     on_step: Callable[[RawStep], None] | None = None,
     on_output: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
     stop_early: bool = False,
+    keep_graph: bool = False,
 ) -> Iterator[Recording]:
     """Patches the pipeline for the duration of one call and yields the growing recording.
 
     `generators`: one CPU generator per take for the policy's noise, so a take does not depend on its batch.
     `keep_steps`: step indices whose inputs are stored. `on_step` sees each of them with its outputs and may fill in
     the guidance; the outputs are then dropped unless it is None. `on_output` may replace a denoiser's output.
-    `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`).
+    `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`). `keep_graph`:
+    recorded inputs stay differentiable.
     """
     scheduler = pipe.scheduler
     recording = Recording()
@@ -159,7 +161,7 @@ def record(
             if not recording.denoise_started:
                 recording.denoise_started = time.perf_counter()
             if count in keep_steps:
-                pending.append(_clone_call(name, args, kwargs, recording.clones))
+                pending.append(_clone_call(name, args, kwargs, recording.clones, keep_graph))
 
         return hook
 
@@ -323,14 +325,16 @@ def _close(step: RawStep, sample: torch.Tensor, recording: Recording, name: str)
         step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept))
 
 
-def _clone_call(name: str, args: Any, kwargs: Any, clones: dict[tuple[int, int], tuple[Any, Any]]) -> RawCall:
+def _clone_call(
+    name: str, args: Any, kwargs: Any, clones: dict[tuple[int, int], tuple[Any, Any]], keep_graph: bool
+) -> RawCall:
     origin: dict[str, tuple[int, int]] = {}
 
     def clone(path: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             key = origin[path] = (id(leaf), leaf._version)
             if key not in clones:
-                clones[key] = (leaf, leaf.detach().clone())
+                clones[key] = (leaf, (leaf if keep_graph else leaf.detach()).clone())
             return clones[key][1]
         if isinstance(leaf, _PLAIN):
             return leaf

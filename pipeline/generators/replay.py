@@ -7,7 +7,7 @@ conventions is known here; only which entries belong to which take, and the guid
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from pipeline.generators.recorder import RawStep, Recording, first_tensor
 from pipeline.generators.spec import LIST, PolicySpec
 from pipeline.samplers import transition
 from pipeline.samplers.transition import Transition
-from pipeline.types import RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
+from pipeline.types import Asked, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
 from pipeline.wire import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
 
+if TYPE_CHECKING:
+    from pipeline.generators.live_text import LiveInputs
 
-def to_part(recording: Recording, start: int, stop: int, keep_mean: bool) -> TrajectoryPart:
+
+def to_part(recording: Recording, start: int, stop: int, keep_mean: bool, asked: Asked | None = None) -> TrajectoryPart:
     """Packs recorded steps: inputs met in several calls are stored once, the step's own sample not at all."""
     steps = recording.steps
     uses = Counter(key for step in steps for call in step.calls for key in set(call.origin.values()))
@@ -64,7 +67,9 @@ def to_part(recording: Recording, start: int, stop: int, keep_mean: bool) -> Tra
         )
         for step in steps
     )
-    return TrajectoryPart(start=start, stop=stop, steps=recorded, shared=tuple(shared), final=pack(recording.final))
+    return TrajectoryPart(
+        start=start, stop=stop, steps=recorded, shared=tuple(shared), final=pack(recording.final), asked=asked
+    )
 
 
 def _copies_of(leaf: torch.Tensor, sample: torch.Tensor) -> int:
@@ -116,6 +121,9 @@ class Replayer:
         self.part, self.spec, self.modules, self.device = part, spec, modules, device
         self.total = part.stop - part.start
         self.shared = [unpack(packed, device) for packed in part.shared]
+        self.live: LiveInputs | None = None  # fresh text inputs, where text encoders are trained
+        # (sampler step, "<calls>.<call>:<path>") -> an input that takes the recorded one's place
+        self.fresh: dict[tuple[int, str], torch.Tensor] = {}
 
     @property
     def plain(self) -> Replayer:
@@ -181,6 +189,18 @@ class Replayer:
             return self._run(step, None, unpack(step.sample, self.device))[takes]
         return self._run(step, takes, sample)
 
+    def recorded(self, index: int, key: str) -> torch.Tensor | None:
+        """The recorded input `key` ("<calls>.<call>:<path>") of sampler step `index`; None where there is none, or
+        where it is the step's own sample."""
+        call_key, path = key.split(":", 1)
+        calls = next(step.calls for step in self.part.steps if step.index == index)
+        call, found = calls[int(call_key.split(".")[1])], {}
+        map_leaves(found.setdefault, {"args": call.args, "kwargs": call.kwargs})
+        leaf = found.get(path)
+        if isinstance(leaf, SharedSlot):
+            return self.shared[leaf.index]
+        return unpack(leaf, self.device) if isinstance(leaf, Packed) else None
+
     def _run(self, step: RecordedStep, takes: slice | None, sample: torch.Tensor) -> torch.Tensor:
         layouts = self.spec.layouts if takes is not None else {}
         outputs = []
@@ -188,9 +208,12 @@ class Replayer:
             key = f"{len(step.calls)}.{number}"
 
             def resolve(path: str, leaf: Any, key: str = key) -> Any:
-                if isinstance(leaf, SampleSlot):
+                fresh = self.fresh.get((step.index, f"{key}:{path}"))
+                if fresh is not None:
+                    tensor = fresh
+                elif isinstance(leaf, SampleSlot):
                     return torch.cat([sample] * leaf.copies) if leaf.copies > 1 else sample
-                if isinstance(leaf, SharedSlot):
+                elif isinstance(leaf, SharedSlot):
                     tensor = self.shared[leaf.index]
                 elif isinstance(leaf, Packed):
                     tensor = unpack(leaf, self.device)

@@ -1,0 +1,220 @@
+"""Text encoders trained by RL: live embeddings in the learner, weights, caches, export."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from pydantic import ValidationError
+
+from pipeline.config import TrainableConfig
+from pipeline.errors import UnsupportedPolicyError
+from pipeline.export import export_full, export_lora, load_lora
+from pipeline.generators.calling import to_floats
+from pipeline.generators.policy import Policy
+from pipeline.learner import Learner
+from pipeline.plan import ode_sampling, train_work
+from pipeline.types import GroupBatch, GroupWork, PromptItem
+
+PROMPT = PromptItem(index=0, text="a red circle")
+
+
+@pytest.fixture(scope="module", params=["sd3", "wan", "sd15"])
+def start(request, tiny_sd3, tiny_wan, tmp_path_factory):
+    """(checkpoint folder, a function from config sections to a config)"""
+    if request.param != "sd15":
+        folder = {"sd3": tiny_sd3, "wan": tiny_wan}[request.param]
+        return folder, lambda **sections: tiny.config(folder, **sections)
+    folder = families.make("StableDiffusion", tmp_path_factory.mktemp("sd15"))
+    return folder, lambda **sections: families.config("StableDiffusion", folder, **sections)
+
+
+def both_sides(cfg) -> tuple[Policy, Learner]:
+    policy = Policy.load(cfg, "cpu", threads=1)
+    policy.probe()
+    policy.attach()
+    learner = Learner(cfg, "cpu")
+    assert policy.load_weights(learner.weights()) == learner.weights().checksum
+    return policy, learner
+
+
+def group(policy: Policy, number: int) -> GroupBatch:
+    media, trajectory, _ = policy.rollout(train_work(policy.cfg, number, number, PROMPT))
+    brightness = media.frames.reshape(len(media.frames), -1).mean(1)
+    advantages = brightness - brightness.mean() + np.linspace(-1, 1, len(brightness))
+    return GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32))
+
+
+def advance(policy: Policy, learner: Learner, steps: range) -> list[dict[str, float]]:
+    found = []
+    for step in steps:
+        found.append(learner.train_step([group(policy, step)]))
+        policy.load_weights(learner.weights())
+    return found
+
+
+@pytest.mark.parametrize("modules", ["text_encoder", "both"])
+def test_on_policy_ratio_is_one_and_only_what_is_trained_moves(start, modules):
+    _, make = start
+    cfg = make(trainable={"modules": modules}, optimizer={"lr": 1e-2}, generator={"guidance_scale": 3.0})
+    policy, learner = both_sides(cfg)
+    before = {n: p.clone() for c, m in learner.trained.items() for n, p in m.named_parameters(prefix=c)}
+    for metrics in advance(policy, learner, range(3)):
+        assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6
+        assert metrics["grad_norm"] > 0
+    after = {n: p for c, m in learner.trained.items() for n, p in m.named_parameters(prefix=c)}
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert moved and all("lora_" in name for name in moved)
+    assert {name.split(".")[0] for name in moved} == set(learner.trained)
+    assert ("text_encoder" in learner.trained) and (modules == "both") == bool(
+        set(learner.modules) & set(learner.trained)
+    )
+
+
+def test_gradients_are_those_of_one_long_graph(start):
+    """Replay from detached leaves, and one pass through the encoders at the end: the same gradients."""
+    _, make = start
+    sections = {"trainable": {"modules": "text_encoder"}, "optimizer": {"max_grad_norm": 1e9}}
+    policy, learner = both_sides(make(**sections))
+    with torch.no_grad():  # away from lora_B = 0, where lora_A has no gradient
+        for name, parameter in learner.parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+    policy.load_weights(learner.weights())
+    batch, found = group(policy, 0), {}
+    for size in (0, 1):
+        other = Learner(make(**sections, learner={"micro_batch": size}), "cpu")
+        other.load_state(*learner.state())
+        other.train_step([batch])
+        found[size] = {n: p.grad.clone() for n, p in other.parameters.items() if p.grad is not None}
+
+    losses, pairs = [], 0
+    for replayer, j, takes in learner._micro_batches(batch.trajectory):
+        roots = {id(leaf): root for root, leaf in replayer.live._roots.values()}
+        replayer.fresh = {key: roots[id(leaf)] for key, leaf in replayer.live.tensors.items()}
+        advantages = learner._advantages(batch, replayer, takes)
+        loss, _ = learner._micro_loss(batch.trajectory, replayer, j, takes, advantages)
+        losses.append(loss.sum())
+        pairs += len(loss)
+    (sum(losses) / pairs).backward()
+    whole = {n: p.grad for n, p in learner.parameters.items() if p.grad is not None}
+    assert whole.keys() == found[0].keys() == found[1].keys() and len(whole) > 0
+    top = max(float(grad.abs().max()) for grad in whole.values())
+    assert top > 0
+    for name, grad in whole.items():
+        torch.testing.assert_close(found[0][name], grad, rtol=1e-4, atol=1e-5 * top)
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-2, atol=1e-3 * top)  # PPO's clip sees rounding
+
+
+def test_kl_reference_is_the_starting_text_encoder_too(tiny_sd3):
+    cfg = tiny.config(
+        tiny_sd3, trainable={"modules": "text_encoder"}, algorithm={"kl_beta": 1e-6}, optimizer={"lr": 1e-2}
+    )
+    history = advance(*both_sides(cfg), range(3))
+    assert history[0]["kl"] == 0.0 and history[2]["kl"] > 0
+
+
+def test_prompt_caches_follow_the_version(tiny_sd3):
+    sections = {"trainable": {"modules": "text_encoder"}, "optimizer": {"lr": 0.1}, "rollout": {"merge_lora": True}}
+    policy, learner = both_sides(tiny.config(tiny_sd3, **sections))
+    work = GroupWork(
+        group=0,
+        attempt=1,
+        purpose="eval",
+        step=0,
+        prompts=(PROMPT,) * 2,
+        seeds=(5, 6),
+        shared_noise_seed=None,
+        sampling=ode_sampling(policy.cfg, 3),
+    )
+    before, _, _ = policy.rollout(work)
+    for metrics in advance(policy, learner, range(3)):
+        assert metrics["onpolicy/max_abs_log_ratio"] < 1e-5
+    after, _, _ = policy.rollout(work)
+    assert np.abs(after.frames.astype(int) - before.frames).max() >= 1
+
+
+def test_resume_is_bit_for_bit(tiny_sd3):
+    cfg = tiny.config(tiny_sd3, trainable={"modules": "both"}, optimizer={"ema_decay": 0.9})
+    straight_policy, straight = both_sides(cfg)
+    metrics = advance(straight_policy, straight, range(3))
+    policy, half = both_sides(cfg)
+    advance(policy, half, range(2))
+    resumed = Learner(cfg, "cpu")
+    resumed.load_state(*half.state())
+    policy.load_weights(resumed.weights())
+    assert advance(policy, resumed, range(2, 3)) == metrics[2:]
+    assert resumed.weights("ema").checksum == straight.weights("ema").checksum
+
+
+def test_exports_give_the_same_pictures_in_plain_diffusers(start, tmp_path):
+    folder, make = start
+    cfg = make(trainable={"modules": "both"}, optimizer={"lr": 0.1})
+    policy, learner = both_sides(cfg)
+    prompts, sampling = (PROMPT,) * 2, ode_sampling(cfg, 3)
+
+    def ours(of: Policy) -> np.ndarray:
+        return of._sample(prompts, (5, 6), None, sampling, keep_steps=set())[0]
+
+    before = ours(policy)
+    advance(policy, learner, range(3))
+    after = ours(policy)
+    assert np.abs(after - before).max() > 1e-3
+
+    def plain(pipe) -> np.ndarray:
+        pipe.scheduler = type(policy.pipe.scheduler).from_config(policy.pipe.scheduler.config)
+        kwargs = policy._call_arguments(prompts, sampling)
+        return to_floats(pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in (5, 6)]), 2)
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    out = export_lora(cfg, learner.weights(), tmp_path / "lora")
+    for line in re.findall(r"^    (pipe\.\w+[.( ].*)$", (out / "README.md").read_text(), re.M):
+        exec(
+            re.sub(r'"(transformer\w*|unet|text_encoder\w*|\.)"', rf'"{out}/\1"', line),
+            {"pipe": pipe, "PeftModel": PeftModel},
+        )
+    assert np.abs(plain(pipe) - after).max() <= 1e-4
+    again = Policy.load(cfg.model_copy(update={"trainable": TrainableConfig()}), "cpu", threads=1)
+    load_lora(again.pipe, out)
+    assert np.abs(ours(again) - after).max() <= 1e-4
+    whole = DiffusionPipeline.from_pretrained(export_full(cfg, learner.weights(), tmp_path / "full"))
+    assert np.abs(plain(whole) - after).max() <= 1e-4
+
+
+def test_an_encoder_that_cuts_gradients_is_refused(tiny_sd3, monkeypatch):
+    policy = Policy.load(tiny.config(tiny_sd3, trainable={"modules": "text_encoder"}), "cpu", threads=1)
+    cls, own = type(policy.pipe), type(policy.pipe).encode_prompt
+
+    def no_graph(self, *args, **kwargs):
+        return tuple(None if part is None else part.detach() for part in own(self, *args, **kwargs))
+
+    monkeypatch.setattr(cls, "encode_prompt", no_graph)
+    with pytest.raises(UnsupportedPolicyError, match="no denoiser input carries a gradient"):
+        policy.probe()
+
+    def half_a_graph(self, *args, **kwargs):
+        first, *rest = own(self, *args, **kwargs)
+        return (first, *(None if part is None else part.detach() for part in rest))
+
+    monkeypatch.setattr(cls, "encode_prompt", half_a_graph)
+    with pytest.raises(UnsupportedPolicyError, match="pooled_projections depends on the text encoders, but no grad"):
+        policy.probe()
+
+
+def test_full_weights_of_text_encoders_are_refused(tiny_sd3):
+    with pytest.raises(ValidationError, match="needs trainable.kind lora"):
+        tiny.config(tiny_sd3, trainable={"modules": "both", "kind": "full"})
+
+
+def test_prompts_travel_only_where_needed(tiny_sd3):
+    assert isinstance(tiny_sd3, Path)
+    policy = Policy.load(tiny.config(tiny_sd3), "cpu", threads=1)
+    policy.probe()
+    assert group(policy, 0).trajectory.parts[0].asked is None
