@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.agree_cli import agree
 from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
 from jobs.cluster_cli import add_cluster_commands
 from pipeline.errors import ConfigError, RushesError
@@ -179,12 +180,13 @@ def score(
         raise ConfigError(
             "score: give a folder, a file or a parquet to score, such as: rushes score generated/ -r scene"
         )
+    from jobs.reward_options import reward_configs
     from jobs.score import score as run
 
     raise typer.Exit(
         run(
             path,
-            rewards=_reward_configs(reward or [], option or []),
+            rewards=reward_configs(reward or [], option or []),
             out=out,
             prompt=prompt,
             console=console(),
@@ -202,26 +204,6 @@ def _print_scorers() -> None:
         table.add_row(*row)
     console().print(table)
     console().print("or your own: file.py:function (see docs/rewards.md)", highlight=False)
-
-
-def _reward_configs(names: list[str], options: list[str]):
-    """RewardConfig of each --reward with its --set options; the config's own validation and wording."""
-    from pipeline.config_io import apply_overrides, validate
-
-    entries: dict = {name: {"scorer": name} for name in dict.fromkeys(names)}
-    by_length = sorted(entries, key=len, reverse=True)  # names of own files hold dots themselves
-    for text in options:
-        name = next((n for n in by_length if text.startswith(f"{n}.")), None)
-        if name is None:
-            raise ConfigError(
-                f"--set {text}: must start with a reward given by --reward ({', '.join(entries) or 'none'}) and a dot"
-            )
-        apply_overrides(entries[name], [text.removeprefix(f"{name}.")])
-    if not entries:
-        return []
-    plain = {"generator": {"pretrained": "-"}, "prompts": {"train": "-"}, "rewards": entries}
-    found = validate(plain, "--set").rewards
-    return [found[name] for name in names]
 
 
 @app.command()
@@ -399,6 +381,7 @@ def config(
     print(to_yaml(load_config(config, overrides or [])), end="")
 
 
+app.command()(agree)
 add_cluster_commands(app)
 
 

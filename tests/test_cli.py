@@ -21,6 +21,7 @@ COMMANDS = [
     "train",
     "generate",
     "score",
+    "agree",
     "evaluate",
     "export",
     "report",
