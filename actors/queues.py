@@ -70,6 +70,26 @@ class BoundedQueue(Generic[Item]):
         self._waits.append(time.monotonic() - since)
         return item
 
+    async def get_batch(
+        self, most: int, size: Callable[[Item], int], within_s: float, accept: Callable[[Item], bool] = lambda _: True
+    ) -> list[Item]:
+        """The first acceptable item, and the acceptable ones that come within `within_s` seconds of it as long as all
+        their sizes add up to at most `most`. A larger first item comes alone."""
+        items = [await self.get(accept)]
+        room, until = most - size(items[0]), time.monotonic() + within_s
+        while room > 0:
+            left = room
+            try:  # at least a moment, so that what is already there is always taken
+                item = await asyncio.wait_for(
+                    self.get(lambda item: accept(item) and size(item) <= left),  # noqa: B023 (awaited right here)
+                    max(until - time.monotonic(), 0.001),
+                )
+            except TimeoutError:
+                break
+            items.append(item)
+            room -= size(item)
+        return items
+
     async def poke(self) -> None:
         """Offers the items to the waiting consumers again."""
         for handed, accept in list(self._getters.items()):

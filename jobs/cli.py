@@ -15,8 +15,9 @@ from typing import Annotated
 import typer
 
 from jobs.agree_cli import agree
-from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
+from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console, reward_configs
 from jobs.cluster_cli import add_cluster_commands
+from jobs.serve_cli import serve_reward
 from pipeline.errors import ConfigError, RushesError
 from pipeline.files import describe_os_error
 
@@ -383,6 +384,7 @@ def config(
 
 app.command()(agree)
 add_cluster_commands(app)
+app.command()(serve_reward)
 
 
 # ------------------------------------------------------------------------------------------------- the entry point

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, InputError, RewardError, RushesError
 from pipeline.files import atomic_write, describe_os_error
 from pipeline.media import list_media, read_media
 from pipeline.prompts import MAX_CHARACTERS
+from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.loader import RewardRunner, build_scorer
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.types import Media, PromptItem
@@ -217,35 +218,25 @@ def _score_batch(batch: Batch, runners: dict[str, RewardRunner], rows: Rows, don
         part = [entry for entry in batch if (entry[0].name, entry[0].prompt, name) not in done]
         if not part:
             continue
-        try:
-            values: list[float | None] = list(_run(runner, part))
-        except RewardError:
-            values = [None] * len(part)  # find out which one it is: one bad file must not fail the others
-        for (item, media), value in zip(part, values, strict=True):
-            error = None
-            if value is None:
-                try:
-                    value = _run(runner, [(item, media)])[0]
-                except RewardError as failure:
-                    error = f"{item.name}: {failure}"
-            _put(rows, item, name, value, error)
-            if error is None:
+        needs = runner.scorer.needs_prompt
+        ready = [i for i, (item, _) in enumerate(part) if item.prompt.strip() or not needs]
+        outcomes = dict(zip(ready, score_groups(runner, [_takes(i, *part[i]) for i in ready]), strict=True))
+        for i, (item, _) in enumerate(part):
+            outcome = outcomes.get(i) or RewardError(
+                f"reward {runner.name} compares with the prompt, which is empty; "
+                "give --prompt, a column 'prompt' or NAME.txt"
+            )
+            if isinstance(outcome, RewardError):
+                _put(rows, item, name, None, f"{item.name}: {outcome}")
+            else:
+                _put(rows, item, name, float(outcome.values[0]), None)
                 done.add((item.name, item.prompt, name))
 
 
-def _run(runner: RewardRunner, part: Batch) -> list[float]:
-    if runner.scorer.needs_prompt and not all(item.prompt.strip() for item, _ in part):
-        raise RewardError(
-            f"reward {runner.name} compares with the prompt, which is empty; "
-            "give --prompt, a column 'prompt' or NAME.txt"
-        )
-    prompts = [
-        # Which rewards a prompt is routed to is a training run's question; here they were asked for by name.
-        PromptItem(index=i, text=item.prompt, metadata={k: v for k, v in item.metadata.items() if k != ROUTING_KEY})
-        for i, (item, _) in enumerate(part)
-    ]
-    media = Media(frames=np.concatenate([m.frames for _, m in part]), fps=part[0][1].fps)
-    return [float(v) for v in runner.run(media, prompts, None).values]
+def _takes(index: int, item: Item, media: Media) -> Takes:
+    # Which rewards a prompt is routed to is a training run's question; here they were asked for by name.
+    metadata = {key: value for key, value in item.metadata.items() if key != ROUTING_KEY}
+    return Takes(media, [PromptItem(index=index, text=item.prompt, metadata=metadata)], None)
 
 
 def _put(rows: Rows, item: Item, name: str, value: float | None, error: str | None) -> None:

@@ -150,6 +150,12 @@ class RewardConfig(Section):
         {"CPU": 0.1},
         description="Ray resources reserved per server: CPU, GPU (may be a fraction), memory, custom ones.",
     )
+    batch_items: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Takes of several waiting groups that one call of the scorer may hold; 0: a group a call, so that "
+        "no score depends on timing, not even in its last bits.",
+    )
+    batch_ms: NonNegative = Field(10.0, description="Milliseconds that a server waits for more groups to fill a call.")
     threads: Count = Field(1, description="Compute threads per server.")
 
     @model_validator(mode="after")

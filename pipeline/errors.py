@@ -41,6 +41,10 @@ class RewardError(RushesError):
     """A scorer raised, returned NaN or the wrong length. Never turned into a score."""
 
 
+class RewardUnavailable(RewardError):
+    """The program that computes a reward cannot be reached or refuses everybody: no fault of the takes."""
+
+
 class RunFailed(RushesError):
     """The run ended because of repeated failures; names actor, node and cause."""
 

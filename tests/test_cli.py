@@ -35,6 +35,7 @@ COMMANDS = [
     "stop",
     "scale",
     "list",
+    "serve-reward",
 ]
 
 

@@ -26,6 +26,7 @@ class Scorer(ABC):
     reads: Literal["frame", "video"]
     needs_prompt: bool = False  # compares with the prompt's text: `rushes score` refuses files without one
     differentiable: bool = False
+    relative: bool = False  # a take's score depends on the takes shown with it: groups are never joined or split
 
     @abstractmethod
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
@@ -76,8 +77,11 @@ def check_output(name: str, output, takes: int) -> tuple[np.ndarray, dict[str, n
             f"reward {name}: returned shape {list(scores.shape)} for {takes} takes; expected [{takes}], a number each"
         )
     if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores)).tolist()
-        raise RewardError(f"reward {name}: returned NaN or infinity for takes {bad}; return a finite number or raise")
+        bad = int((~np.isfinite(scores)).sum())
+        raise RewardError(
+            f"reward {name}: returned NaN or infinity for {bad} of {takes} pictures or clips; return a finite number "
+            "or raise"
+        )
     for key, part in parts.items():
         if part.shape != (takes,):
             raise RewardError(f"reward {name}: part {key!r} has shape {list(part.shape)}, expected [{takes}]")

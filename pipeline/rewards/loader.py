@@ -4,6 +4,7 @@ whatever goes wrong while scoring into a `RewardError` that names the reward.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -18,6 +19,7 @@ from pipeline.config import RewardConfig
 from pipeline.errors import ConfigError, RewardError
 from pipeline.files import did_you_mean
 from pipeline.rewards.base import REGISTRY, Scorer, check_output
+from pipeline.rewards.batching import ScorerCall
 from pipeline.rewards.function import FunctionScorer, is_function_spec
 from pipeline.rewards.repeats import score_repeatedly
 from pipeline.rewards.routing import score_some
@@ -123,9 +125,9 @@ class RewardRunner:
     def _run_once(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
         start = time.perf_counter()
         if self.scorer.reads == "frame" and media.frames.shape[1] > 1:
-            scores = score_segments(self._call, media, prompts, self.cfg.segments, seed)
+            scores = score_segments(self.call, media, prompts, self.cfg.segments, seed)
         else:
-            values, parts = self._call(media, prompts)
+            values, parts = self.call(media, prompts)
             scores = RewardScores(values=values, parts=parts)
         values, parts = self._finish(scores.values, scores.parts)
         return RewardScores(
@@ -141,12 +143,19 @@ class RewardRunner:
         finished, _ = check_output(self.name, self.scorer.finish(values), len(values))
         return finished, parts if np.array_equal(finished, values) else {**parts, "raw": values}
 
-    def _call(self, media: Media, prompts: Sequence[PromptItem]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def through(self, call: ScorerCall) -> RewardRunner:
+        """The same reward, whose scorer is reached through `call` (how calls of several groups are joined)."""
+        other = copy.copy(self)
+        other.__dict__["call"] = call
+        return other
+
+    def call(self, media: Media, prompts: Sequence[PromptItem]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """One call of the scorer: (scores [N], parts [N]), checked. Raises `RewardError`."""
         try:
             output = self.scorer.score(media, prompts)
         except RewardError as error:
             text = str(error)
-            raise RewardError(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
+            raise type(error)(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
         except Exception as error:
             where = _where(error)
             raise RewardError(

@@ -1,15 +1,17 @@
-"""A reward that another program computes: JSON over HTTP, pixels as PNG or mp4 in base64, never pickle.
+"""A reward that another program computes: JSON over HTTP, pixels as PNG, mp4 or safetensors in base64, never pickle.
 
 POST url
 {"version": 1, "items": [{"prompt": "a red cat", "metadata": {}, "fps": 8.0,
                           "frames": ["<png in base64>", …]            # encoding: png
-                          "video": "<mp4 in base64>"}]}               # encoding: mp4, instead of frames
+                          "video": "<mp4 in base64>"                  # encoding: mp4, instead of frames
+                          "tensor": "<safetensors in base64>"}]}      # encoding: safetensors, instead of frames
 -> {"scores": [0.7, …], "parts": {"colour": [0.9, …]}}                # one number an item; parts may be left out
+
+`rushes serve-reward` answers this for any scorer (`pipeline.rewards.protocol` has the types).
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -20,13 +22,14 @@ import numpy as np
 from pipeline.errors import ConfigError, RewardError
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import batches, check_batch, check_choice
-from pipeline.rewards.web import JsonClient, png_base64
+from pipeline.rewards.protocol import ENCODINGS, encode_frames
+from pipeline.rewards.web import JsonClient
 from pipeline.types import Media, PromptItem
 
 
 @register("http")
 class HttpScorer(Scorer):
-    """Scores of a remote server: JSON over HTTP with PNG frames or mp4 (docs/rewards.md has the protocol)."""
+    """Scores of a remote server: JSON over HTTP with PNG, mp4 or safetensors (docs/rewards.md has the protocol)."""
 
     reads: Literal["frame", "video"] = "video"  # each as it is set up
 
@@ -40,12 +43,12 @@ class HttpScorer(Scorer):
         retries: int = 2,
         batch: int = 16,
     ) -> None:
-        """`reads`: frame (videos go through segments) or video. `encoding` mp4 is smaller and lossy."""
+        """`reads`: frame (videos go through segments) or video. `encoding`: mp4 is lossy, safetensors quick."""
         check_choice("reads", reads, ("frame", "video"))
         self.reads = reads
-        self.encoding = check_choice("encoding", encoding, ("png", "mp4"))
+        self.encoding = check_choice("encoding", encoding, ENCODINGS)
         if (reads, encoding) == ("frame", "mp4"):
-            raise ConfigError("encoding: found 'mp4' for single frames; use png, or reads: video")
+            raise ConfigError("encoding: found 'mp4' for single frames; use png or safetensors, or reads: video")
         self.client = JsonClient(url, api_key_env, timeout_s, retries)
         self.batch = check_batch(batch)
 
@@ -61,13 +64,7 @@ class HttpScorer(Scorer):
 
     def _item(self, frames: np.ndarray, prompt: PromptItem, fps: float) -> dict[str, Any]:
         item: dict[str, Any] = {"prompt": prompt.text, "metadata": plain(prompt.metadata), "fps": float(fps)}
-        if self.encoding == "png":
-            item["frames"] = [png_base64(frame) for frame in frames]
-        else:
-            from pipeline.media import encode_mp4
-
-            item["video"] = base64.b64encode(encode_mp4(frames, fps, scale=1)).decode("ascii")
-        return item
+        return item | encode_frames(frames, fps, self.encoding)
 
 
 def plain(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class VlmJudge(Scorer):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{key}: found {value!r}; expected a whole number of at least {least}")
         self.rubric: Rubric = load_rubric(rubric)
+        self.relative = self.rubric.mode == "pairwise"
         self.client = JsonClient(base_url, api_key_env, timeout_s, retries)
         self.model, self.frames, self.max_side = model, frames, max_side
         self.temperature = check_number("temperature", temperature, 0.0, 2.0)

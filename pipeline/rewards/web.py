@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.errors import ConfigError, RewardError, RewardUnavailable
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes
 _TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+_NOBODY = {401, 402, 403, 404, 405, 407}  # whatever is sent gets the same answer
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -62,7 +63,7 @@ class JsonClient:
             except _TryAgain as error:
                 last = error
         tries = f" ({self.retries + 1} tries)" if self.retries else ""
-        raise RewardError(f"{self.url}{path}: {last}{tries}") from last.__cause__
+        raise RewardUnavailable(f"{self.url}{path}: {last}{tries}") from last.__cause__
 
     def _once(self, url: str, data: bytes) -> Any:
         deadline = time.monotonic() + self.timeout_s
@@ -76,7 +77,8 @@ class JsonClient:
             message = f"the server answered {error.code} {error.reason}{': ' + text if text else ''}"
             if error.code in _TRANSIENT:
                 raise _TryAgain(message) from error
-            raise RewardError(f"{url}: {message}") from error
+            kind = RewardUnavailable if error.code in _NOBODY else RewardError
+            raise kind(f"{url}: {message}") from error
         except TimeoutError as error:
             raise _TryAgain(f"no answer within {self.timeout_s:g} s") from error
         except (urllib.error.URLError, OSError, urllib.error.ContentTooShortError) as error:

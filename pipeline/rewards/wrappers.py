@@ -23,6 +23,7 @@ class _Wrapper(Scorer):
 
         self.inner = build_scorer(scorer, _inner(scorer, args)).scorer
         self.reads, self.needs_prompt = self.inner.reads, self.inner.needs_prompt
+        self.relative = self.inner.relative
 
     @classmethod
     def check_args(cls, args: dict) -> None:

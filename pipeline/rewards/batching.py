@@ -1,0 +1,185 @@
+"""Several groups in one call of a scorer, and one bad take that fails nothing but its own group.
+
+Each group is scored by `RewardRunner.run` as if it were alone (its own frames, its own options). What they share is the
+scorer: the calls that the groups make at the same moment are joined into one, as far as frame size, length and rate
+agree. When a joined call fails it is halved until only the groups that fail alone have failed; such a group is then
+halved by takes, so that the reason names the take.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.errors import RewardError, RewardUnavailable
+from pipeline.types import Media, PromptItem, RewardScores
+
+if TYPE_CHECKING:
+    from pipeline.rewards.loader import RewardRunner
+
+Scored = tuple[np.ndarray, dict[str, np.ndarray]]  # scores [N] and parts [N] of one call
+ScorerCall = Callable[[Media, Sequence[PromptItem]], Scored]
+
+
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What one group asks a reward server for."""
+
+    media: Media  # [K, F, H, W, 3]
+    prompts: Sequence[PromptItem]  # [K]
+    seed: int | None  # frame picks; None: centre picks
+
+    def only(self, chosen: Sequence[int]) -> Takes:
+        rows = list(chosen)
+        frames = self.media.frames[rows]
+        return Takes(Media(frames=frames, fps=self.media.fps), [self.prompts[k] for k in rows], self.seed)
+
+
+def score_groups(runner: RewardRunner, groups: Sequence[Takes]) -> list[RewardScores | RewardError]:
+    """One outcome per group, in order. A failure is returned, not raised, and says which take it was.
+
+    A relative scorer (whose scores depend on what else is shown) gets one group a call.
+    """
+    if len(groups) <= 1 or runner.scorer.relative:
+        outcomes = [_outcome(runner, group) for group in groups]
+    else:
+        outcomes = _joined(runner, groups)
+    return [
+        name_take(runner, group, outcome) if isinstance(outcome, RewardError) else outcome
+        for group, outcome in zip(groups, outcomes, strict=True)
+    ]
+
+
+def name_take(runner: RewardRunner, group: Takes, error: RewardError) -> RewardError:
+    """The same failure with the take that causes it, found in at most 2 log2(K) calls; `error` itself if no part of
+    the group fails, or if the failure is not the input's fault."""
+    takes = len(group.prompts)
+    if takes == 1 or runner.scorer.relative or isinstance(error, RewardUnavailable):
+        return error
+    bad: Sequence[int] = range(takes)
+    found = error
+    while len(bad) > 1:
+        middle = len(bad) // 2
+        for half in (bad[:middle], bad[middle:]):
+            outcome = _outcome(runner, group.only(half))
+            if isinstance(outcome, RewardUnavailable):
+                return error
+            if isinstance(outcome, RewardError):
+                bad, found = half, outcome
+                break
+        else:
+            return error
+    prefix = f"reward {runner.name}: "
+    return RewardError(f"{prefix}take {bad[0]}: {str(found).removeprefix(prefix)}")
+
+
+def _outcome(runner: RewardRunner, group: Takes) -> RewardScores | RewardError:
+    try:
+        return runner.run(group.media, group.prompts, group.seed)
+    except RewardError as error:
+        return error
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A group's call of the scorer, waiting for its share of a joined one."""
+
+    media: Media
+    prompts: Sequence[PromptItem]
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Scored | BaseException | None = None
+
+    def answer(self, result: Scored | BaseException) -> None:
+        self.result = result
+        self.done.set()
+
+
+def _joined(runner: RewardRunner, groups: Sequence[Takes]) -> list[RewardScores | RewardError]:
+    """Each group runs in a thread of its own that only prepares and waits; the calls are made in this one."""
+    joint = _Joint(len(groups))
+    through = runner.through(joint.call)
+
+    def run(group: Takes) -> RewardScores | RewardError:
+        try:
+            return _outcome(through, group)
+        finally:
+            joint.finished()
+
+    with ThreadPoolExecutor(len(groups)) as pool:
+        futures = [pool.submit(run, group) for group in groups]
+        while calls := joint.ready():
+            buckets = defaultdict(list)
+            for call in calls:
+                buckets[call.media.frames.shape[1:], call.media.fps].append(call)
+            for bucket in buckets.values():
+                _call_together(runner.call, bucket)
+        outcomes = [future.result() for future in futures]
+    return [
+        outcome if isinstance(outcome, RewardError) else replace(outcome, seconds=outcome.seconds / len(groups))
+        for outcome in outcomes
+    ]
+
+
+def _call_together(call: ScorerCall, calls: list[_Call]) -> None:
+    """Answers every call; one that fails among others is repeated in halves."""
+    try:
+        media, prompts = calls[0].media, list(calls[0].prompts)
+        if len(calls) > 1:
+            media = Media(frames=np.concatenate([c.media.frames for c in calls]), fps=media.fps)
+            prompts = [prompt for c in calls for prompt in c.prompts]
+        scores, parts = call(media, prompts)
+    except RewardError as error:
+        if len(calls) > 1 and not isinstance(error, RewardUnavailable):
+            middle = len(calls) // 2
+            _call_together(call, calls[:middle])
+            _call_together(call, calls[middle:])
+            return
+        for one in calls:
+            one.answer(error)
+    except BaseException as error:  # a bug, or out of memory: the waiting threads must end
+        for one in calls:
+            one.answer(error)
+    else:
+        start = 0
+        for one in calls:
+            own = slice(start, start + len(one.prompts))
+            one.answer((scores[own], {name: part[own] for name, part in parts.items()}))
+            start = own.stop
+
+
+class _Joint:
+    """Where the groups' threads meet: a round of calls is ready once every thread still running waits in `call`."""
+
+    def __init__(self, running: int) -> None:
+        self._running = running
+        self._waiting: list[_Call] = []
+        self._changed = threading.Condition()
+
+    def call(self, media: Media, prompts: Sequence[PromptItem]) -> Scored:
+        mine = _Call(media, prompts)
+        with self._changed:
+            self._waiting.append(mine)
+            self._changed.notify_all()
+        mine.done.wait()
+        if isinstance(mine.result, BaseException):
+            raise mine.result
+        assert mine.result is not None
+        return mine.result
+
+    def finished(self) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def ready(self) -> list[_Call]:
+        """The next round; [] when all have finished."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) == self._running)
+            calls, self._waiting = self._waiting, []
+            return calls
