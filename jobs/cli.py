@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from jobs.agree_cli import agree
-from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console, reward_configs
+from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
 from jobs.cluster_cli import add_cluster_commands
 from jobs.serve_cli import serve_reward
 from pipeline.errors import ConfigError, RushesError

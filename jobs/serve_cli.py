@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_common import Debug, console, reward_configs
+from jobs.cli_common import Debug, console
 from pipeline.errors import ConfigError
 from pipeline.files import did_you_mean
 
@@ -58,5 +58,7 @@ def serve_reward(
             raise ConfigError(f"{config}: has no reward {reward!r}{known}")
         cfg = rewards[reward]
     else:
+        from jobs.reward_options import reward_configs
+
         cfg = reward_configs([reward], option or [])[0]
     raise typer.Exit(run(reward, cfg, host=host, port=port, token_env=token_env, max_mb=max_mb, console=console()))
