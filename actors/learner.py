@@ -10,7 +10,7 @@ import ray
 
 from actors.common import RoleActor, cores, use_threads
 from actors.failures import is_lost
-from pipeline import checkpoint
+from pipeline import checkpoint, mirror
 from pipeline.types import GroupBatch, WeightSet
 
 
@@ -72,4 +72,5 @@ class LearnerActor(RoleActor):
             tag: Literal["train", "ema"] = "ema" if self.cfg.optimizer.ema_decay > 0 else "train"
             write = export_lora if self.cfg.trainable.kind == "lora" else export_full
             write(self.cfg, self.learner.weights(tag), Path(out))
+            mirror.push_tree(Path(out), self.ctx.run.path)
         return out

@@ -283,9 +283,10 @@ def report(
     Example:
       rushes report runs/try
     """
+    from pipeline.mirror import local_run
     from pipeline.report import build_report
 
-    console().print(str(build_report(run)), highlight=False, soft_wrap=True)
+    console().print(str(build_report(local_run(run))), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -83,8 +83,8 @@ def jobs_client(address: str) -> JobSubmissionClient:
     import ray
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray.dashboard.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers the variable to the argument
     try:
         return JobSubmissionClient(address)
@@ -159,8 +159,7 @@ class JobsCluster(Cluster):
             actors = list_actors(self.address, filters=[("state", "=", "ALIVE")], limit=10_000)
         except Exception as error:  # Ray's state API raises kinds of its own, which differ between versions
             raise refused(self.address, error) from error
-        names = [actor.name or "" for actor in actors if actor.ray_namespace == live.NAMESPACE]
-        return sorted(name.removesuffix(live.CONTROLLER) for name in names if name.endswith(live.CONTROLLER))
+        return list(live.controllers(actor.name or "" for actor in actors if actor.ray_namespace == live.NAMESPACE))
 
     def call(self, operation: str, run: str | None = None, **arguments: Any) -> Any:
         return next(self._answers(operation, run, arguments))

@@ -202,7 +202,11 @@ def plan(
 
     if run is not None and (rollout is not None or learn is not None or score):
         raise ConfigError("plan: give either a run or --rollout, --score and --learn, not both")
-    times, cfg = from_run(run) if run is not None else (from_options(rollout, score or [], learn, sync, groups), None)
+    from pipeline.mirror import local_run
+
+    times, cfg = (
+        from_run(local_run(run)) if run is not None else (from_options(rollout, score or [], learn, sync, groups), None)
+    )
     if staleness is None:
         staleness = cfg.algorithm.max_staleness if cfg is not None else 0
     show(times, cfg, staleness, most, worth, console())

@@ -8,31 +8,67 @@ Ray job and reads its answer, so that one open port, the dashboard's, is enough.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline.errors import ConfigError, RunFailed, RushesError
+from pipeline.run_dir import RunDir
+from pipeline.storage import url_of
 
 NAMESPACE = "rushes"
 CONTROLLER = "/controller"
+_CONTROLLER = re.compile(rf"(.+){CONTROLLER}(?:#(\d+))?")
 ANSWER = "RUSHES-ANSWER "  # begins the lines of the output that are answers
 ANSWER_S = 60.0  # a controller that starts or saves may take a while to answer
 WATCH_S = 2.0
 
 
-def controller_name(run: str) -> str:
-    return run + CONTROLLER
+def controller_options(run: RunDir, life: int = 1) -> dict[str, Any]:
+    """Ray options of the run's controller; `life`: how many it has had. The controller of a mirrored run stays on the
+    driver's node, whose scratch folder is what is mirrored."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options: dict[str, Any] = {"name": run.name + CONTROLLER + (f"#{life}" if life > 1 else "")}
+    if url_of(run.path) is not None:
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+    return options
+
+
+def controllers(names: Iterable[str]) -> dict[str, str]:
+    """Run -> its controller's actor name, the newest one, among the names of living actors."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in names:
+        if match := _CONTROLLER.fullmatch(name):
+            one = (int(match.group(2) or 1), name)
+            found[match.group(1)] = max(found.get(match.group(1), one), one)
+    return {run: name for run, (_, name) in sorted(found.items())}
+
+
+def _here() -> dict[str, str]:
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return controllers(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
 
 
 def running() -> list[str]:
     """Names of the runs that go on in this cluster."""
+    return list(_here())
+
+
+def _controller(run: str) -> Any:
     import ray
 
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-    return sorted(name.removesuffix(CONTROLLER) for name in names if name.endswith(CONTROLLER))
+    known = _here()
+    try:
+        return ray.get_actor(known[run], namespace=NAMESPACE)
+    except (KeyError, ValueError):
+        raise unknown_run(run, list(known)) from None
 
 
 def unknown_run(run: str, known: list[str]) -> ConfigError:
@@ -49,10 +85,7 @@ def ask(run: str, method: str, *args: Any) -> Any:
 
     from actors.failures import describe, root
 
-    try:
-        controller = ray.get_actor(controller_name(run), namespace=NAMESPACE)
-    except ValueError:
-        raise unknown_run(run, running()) from None
+    controller = _controller(run)
     try:
         return ray.get(getattr(controller, method).remote(*args), timeout=ANSWER_S)
     except AttributeError:
@@ -97,10 +130,7 @@ def kill(run: str) -> None:
     """Ends the controller at once; its driver ends with an error, and the other actors with them."""
     import ray
 
-    try:
-        ray.kill(ray.get_actor(controller_name(run), namespace=NAMESPACE), no_restart=True)
-    except ValueError:
-        raise unknown_run(run, running()) from None
+    ray.kill(_controller(run), no_restart=True)
 
 
 def scale(run: str, targets: dict[str, int]) -> Any:

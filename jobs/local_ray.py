@@ -113,7 +113,7 @@ class RaySession:
         except OSError as error:
             self.close()
             raise RushesError(f"Ray could not start: {describe_os_error(error)}") from error
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises the base class for a node that does not come up in time
             self.close()
             raise RushesError(f"Ray could not start: {' '.join(str(error).split())[:300]}") from error
         return self

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster import TERMINAL, Cluster, find_address, open_cluster
 from jobs.progress import LiveView, clock, eta_s, eval_line, health_line, make_view, step_line
 from pipeline.errors import ConfigError, RunFailed, RushesError
+from pipeline.mirror import local_run
 from pipeline.run_dir import RunDir, writer_of
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class ClusterRun:
 
 def find(name: str, address: str | None, folder: Path) -> ClusterRun | FolderRun:
     """`name`: a run of the cluster, a run in `folder`, or a run's own folder. Raises `ConfigError` listing the runs."""
-    for path in (Path(name), folder / name):
+    for path in (local_run(name), folder / name):
         run = RunDir(path.resolve())
         if run.config.exists() and address is None and ("/" in name or _elsewhere(name) is None):
             return FolderRun(run)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from jobs.live import controller_name, running
+from jobs.live import controller_options, running
 from jobs.local_ray import MemorySampler, RaySession
 from jobs.progress import View, make_view
 from pipeline import checkpoint
@@ -24,6 +24,7 @@ from pipeline.config_io import to_yaml
 from pipeline.errors import ConfigError, RunFailed, RunInterrupted, RushesError
 from pipeline.files import atomic_write
 from pipeline.run_dir import RunDir, RunLock, create, find_resumable, setup_logging
+from pipeline.storage import shown, url_of
 
 POLL_S = 0.5
 PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "ray")
@@ -43,6 +44,8 @@ def train(
         atomic_write(run.config, to_yaml(cfg).encode())
         setup_logging(run, "driver")
         console.print(f"run {run.path}", highlight=False, soft_wrap=True)
+        if url := url_of(run.path):
+            console.print(f"mirrored to {url}", highlight=False, soft_wrap=True)
         if resume:
             start = checkpoint.step_of(resume_from) if resume_from else 0
             console.print(f"resuming at step {start} of {cfg.run.steps}", highlight=False)
@@ -136,7 +139,7 @@ def _drive(
     ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
     controller = (
         ray.remote(Controller)
-        .options(name=controller_name(run.name), num_cpus=0, runtime_env={"env_vars": actor_env(1)})
+        .options(num_cpus=0, runtime_env={"env_vars": actor_env(1)}, **controller_options(run))
         .remote(ctx, str(resume_from.absolute()) if resume_from else None)
     )
     view = make_view(console, run.name)
@@ -253,5 +256,5 @@ def _summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, cons
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"export  {result['export']}", highlight=False, soft_wrap=True)
-    console.print(f"report  {run.report}", highlight=False, soft_wrap=True)
+    console.print(f"export  {shown(Path(result['export']))}", highlight=False, soft_wrap=True)
+    console.print(f"report  {shown(run.report)}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@
 
     runs/NAME                          newest complete checkpoint of a run (its EMA, if it keeps one)
     runs/NAME/checkpoints/step-000050  one checkpoint
+    s3://bucket/runs/NAME              any of these in the store that `run.dir` names
     runs/NAME/export                   a LoRA (pytorch_lora_weights.safetensors) or a whole diffusers folder
 """
 
@@ -19,6 +20,7 @@ from pipeline.config import Config
 from pipeline.config_io import load_config
 from pipeline.errors import CheckpointError, ConfigError, InputError
 from pipeline.files import nearest
+from pipeline.mirror import local_run
 
 if TYPE_CHECKING:
     from pipeline.generators.policy import Policy
@@ -47,7 +49,7 @@ def find_trained(path: Path, step: int | None = None) -> Trained:
     """Looks at files only, loads nothing. Raises `InputError` or `CheckpointError`."""
     from pipeline import checkpoint
 
-    path = Path(path)
+    path = local_run(path)
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         hit = nearest(path.name, siblings)

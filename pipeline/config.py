@@ -9,14 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from pipeline.placement import HalfCpu, TenthCpu, WorkerCount, Workers
+from pipeline.storage import local_folder, shown
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+# A URL becomes its scratch folder, which knows it (pipeline.storage), and is written back as the URL.
+RunsFolder = Annotated[
+    Path,
+    BeforeValidator(local_folder),
+    PlainSerializer(shown, return_type=str),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -26,7 +34,9 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     name: str | None = Field(None, description="Run name, also its folder; default: config name and start time.")
-    dir: Path = Field(Path("runs"), description="Folder that holds all runs.")
+    dir: RunsFolder = Field(
+        Path("runs"), description="Folder that holds all runs, or a URL (s3://, gs://, file://) they are mirrored to."
+    )
     seed: int = Field(0, ge=0, description="Seed of prompts order, takes, windows and LoRA initialisation.")
     steps: Count = Field(100, description="Optimisation steps (one step = rollout, score, learn).")
 

@@ -25,6 +25,7 @@ from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.loader import check_scorer, scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
+from pipeline.storage import check_store, url_of
 from pipeline.types import PromptItem
 
 _TRACKERS = {
@@ -61,6 +62,8 @@ def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Pr
     lacking = check_ray(cfg, dry)
     folder = Path(run_dir) if run_dir is not None else cfg.run.dir
     check_writable(folder)
+    if url := url_of(folder):
+        check_store(url)
     needed, free = check_disk(cfg, folder)
     return Preflight(
         train=train, heldout=heldout, components=components, disk_needed=needed, disk_free=free, lacking=lacking

@@ -12,9 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from pipeline import mirror
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RushesError
 from pipeline.files import describe_os_error
+from pipeline.storage import shown, url_of
 
 _HANDLER = "rushes run.log"
 _SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credential)", re.IGNORECASE)
@@ -101,9 +103,9 @@ def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDi
     name = cfg.run.name or default_name(config_path, now or datetime.now(), cfg.run.dir)
     check_name(name)
     run = RunDir(cfg.run.dir / name)
-    if run.path.exists():
+    if run.path.exists() or mirror.exists(run.path):
         raise ConfigError(
-            f"run.name: a run {name!r} exists in {cfg.run.dir}; continue it with --resume or choose another name"
+            f"run.name: a run {name!r} exists in {shown(cfg.run.dir)}; continue it with --resume or choose another name"
         )
     if cfg.run.dir.exists() and not cfg.run.dir.is_dir():
         raise ConfigError(f"run.dir: {cfg.run.dir} is a file; give the folder that holds all runs")
@@ -119,11 +121,15 @@ def find_resumable(cfg: Config, config_path: Path) -> RunDir:
     """The run that --resume means: run.name, or the newest unfinished run of this config. Raises `ConfigError`."""
     if cfg.run.name:
         run = RunDir(cfg.run.dir / cfg.run.name)
+        if mirror.exists(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
         if not run.path.is_dir():
             raise ConfigError(
-                f"--resume: there is no run {cfg.run.name!r} in {cfg.run.dir}; leave --resume out to start it"
+                f"--resume: there is no run {cfg.run.name!r} in {shown(cfg.run.dir)}; leave --resume out to start it"
             )
         return run
+    if url := url_of(cfg.run.dir):
+        raise ConfigError(f"--resume: say which run of {url} is meant, such as run.name=NAME")
     stem = re.escape(config_path.stem)
     pattern = re.compile(rf"{stem}-(\d{{8}}-\d{{6}})(?:-(\d+))?$")
     found = []
@@ -142,11 +148,13 @@ def find_resumable(cfg: Config, config_path: Path) -> RunDir:
 
 
 class RunLock:
-    """Held while a process writes a run; the system frees it when the process dies."""
+    """Held while a process writes a run; the system frees it when the process dies. Mirrors the run, too, where
+    `run.dir` is a URL."""
 
     def __init__(self, run: RunDir) -> None:
         self.path = run.path / ".lock"
         self._handle: IO[str] | None = None
+        self._mirror: mirror.Mirror | None = None
 
     def acquire(self) -> RunLock:
         """Raises `RushesError` naming the process that holds it."""
@@ -164,13 +172,27 @@ class RunLock:
                 f"run {self.path.parent.name} is being written by {holder}; "
                 "wait for it, stop it, or use another run.name"
             ) from None
+        writer = f"process {os.getpid()} on {os.uname().nodename}"
         handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.write(writer)
         handle.flush()
         self._handle = handle
+        try:
+            self._mirror = mirror.Mirror(self.path.parent, writer).open()
+        except RushesError:
+            self.release()
+            raise
         return self
 
     def release(self) -> None:
+        """Raises `RushesError` when the last files of a mirrored run cannot be uploaded."""
+        try:
+            if self._mirror is not None:
+                self._mirror.close()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
@@ -178,8 +200,13 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self.acquire() if self._handle is None else self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.release()
+        except RushesError as error:
+            if kind is None:
+                raise
+            logging.getLogger("rushes.storage").error("%s", error)  # what ended the run is the news
 
 
 def writer_of(run: RunDir) -> str | None:

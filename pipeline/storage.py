@@ -1,0 +1,176 @@
+"""Files under a URL: object stores and whatever else pyarrow or fsspec can reach.
+
+A run whose `run.dir` is a URL is written to a scratch folder of the node first and mirrored from there
+(`pipeline.mirror`). The scratch folder's name is the quoted URL, so every process that knows a run's path also knows
+where it is mirrored to, on whatever node it runs:
+
+    s3://bucket/runs  ->  $RUSHES_SCRATCH/s3%3A%2F%2Fbucket%2Fruns     (default: rushes-scratch in the temporary folder)
+
+s3, gs, abfss, hdfs and file come with pyarrow; other schemes need their fsspec package. Credentials come from the
+environment, as those libraries document it, never from the URL.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from pipeline.errors import ConfigError, RushesError
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_ARROW = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
+_CHUNK = 16 * 2**20
+
+
+def is_url(text: str) -> bool:
+    return bool(_URL.match(text))
+
+
+def scratch_root() -> Path:
+    return Path(os.environ.get("RUSHES_SCRATCH") or Path(tempfile.gettempdir()) / "rushes-scratch").absolute()
+
+
+def local_folder(value: Any) -> Any:
+    """The folder in which `run.dir` is written: itself, or the scratch folder of a URL. ValueError for a URL with
+    credentials or without a path."""
+    if not isinstance(value, str) or not is_url(value):
+        return value
+    parts = urlsplit(value)
+    if "@" in parts.netloc:
+        raise ValueError("holds credentials; leave them to the environment (AWS_ACCESS_KEY_ID, ...)")
+    if not (parts.netloc + parts.path).strip("/"):
+        raise ValueError(f"{value} names no bucket or folder; use for example s3://bucket/runs")
+    base, mark, query = value.partition("?")
+    return scratch_root() / quote(base.rstrip("/") + mark + query, safe="")
+
+
+def url_of(path: Path) -> str | None:
+    """Where `path` is mirrored to; None for a path that is no scratch of a URL."""
+    for folder in (path, *path.parents):
+        found = unquote(folder.name)
+        if "%3A%2F%2F" in folder.name and is_url(found):
+            rest = path.relative_to(folder).as_posix()
+            base, mark, query = found.partition("?")
+            return base + (f"/{rest}" if rest != "." else "") + mark + query
+    return None
+
+
+def shown(path: Path) -> str:
+    """The URL of a scratch folder, else the path: what a person has written."""
+    return url_of(path) or str(path)
+
+
+class Store:
+    """Files below one URL, by relative name. Every method raises `RushesError` naming the URL and the cause."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        scheme = url.split("://", 1)[0]
+        try:
+            from pyarrow import fs
+
+            if scheme in _ARROW:
+                self._fs, self._root = fs.FileSystem.from_uri(url)
+            else:
+                import fsspec
+
+                files, self._root = fsspec.core.url_to_fs(url)
+                self._fs = fs.PyFileSystem(fs.FSSpecHandler(files))
+        except (ImportError, ValueError) as error:  # an unknown scheme, or one whose package is missing
+            raise ConfigError(f"run.dir: {url}: {_line(error)}; use s3://, gs:// or a folder") from None
+        self._local = scheme == "file"
+
+    @contextmanager
+    def _doing(self, what: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # pyarrow's errors are both
+            raise RushesError(f"cannot {what} {self.url}/{name}: {_line(error)}") from error
+
+    def _path(self, name: str) -> str:
+        return str(PurePosixPath(self._root, name)) if name else self._root
+
+    def files(self, below: str = "") -> dict[str, int]:
+        """Name -> bytes of all files below `below`; {} where there is nothing."""
+        from pyarrow import fs
+
+        with self._doing("list", below):
+            selector = fs.FileSelector(self._path(below), recursive=True, allow_not_found=True)
+            found = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+        root = self._path("").rstrip("/") + "/"
+        return {info.path.removeprefix(root): info.size for info in found}
+
+    def read(self, name: str) -> bytes | None:
+        """None where there is no such file."""
+        from pyarrow import fs
+
+        with self._doing("read", name):
+            if self._fs.get_file_info(self._path(name)).type != fs.FileType.File:
+                return None
+            with self._fs.open_input_stream(self._path(name)) as stream:
+                return stream.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """The whole file or nothing."""
+        with self._doing("write", name), self._writing(name) as stream:
+            stream.write(data)
+
+    def upload(self, source: Path, name: str) -> None:
+        """The whole file or nothing."""
+        with self._doing("write", name), open(source, "rb") as file, self._writing(name) as stream:
+            while data := file.read(_CHUNK):
+                stream.write(data)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Any]:
+        """Object stores show an object when it is complete; a folder gets the file under another name first."""
+        path = self._path(name)
+        if not self._local:
+            with self._fs.open_output_stream(path) as stream:
+                yield stream
+            return
+        self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with self._fs.open_output_stream(f"{path}.partial") as stream:
+            yield stream
+        self._fs.move(f"{path}.partial", path)
+
+    def download(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        with self._doing("read", name), self._fs.open_input_stream(self._path(name)) as stream:
+            with open(partial, "wb") as file:
+                while data := stream.read(_CHUNK):
+                    file.write(data)
+            os.replace(partial, target)
+
+    def delete(self, name: str) -> None:
+        """Of a file; one that is not there is fine."""
+        with self._doing("delete", name):
+            try:
+                self._fs.delete_file(self._path(name))
+            except FileNotFoundError:
+                pass
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_store(url: str) -> None:
+    """Writes and deletes a small file. Raises `ConfigError`."""
+    if url.startswith("memory://"):
+        raise ConfigError(
+            f"run.dir: {url} lives in one process only, and a run has several; use a folder or s3://, gs://"
+        )
+    store = Store(url)
+    try:
+        store.write(".rushes-write-test", b"x")
+        store.delete(".rushes-write-test")
+    except RushesError as error:
+        raise ConfigError(f"run.dir: {error}; check the bucket, the credentials and the region") from None
