@@ -215,13 +215,32 @@ def check_rewards(cfg: Config) -> None:
     """Scorers exist, take their options, and fit the generator."""
     for name, reward in cfg.rewards.items():
         check_scorer(name, reward)
+        if not is_function_spec(reward.scorer) and cfg.prompts.heldout is not None:
+            _check_relative(name, reward.scorer, cfg)
         if is_function_spec(reward.scorer) or cfg.generator.num_frames > 1:
             continue
-        if scorer_class(reward.scorer).reads == "video":
+        if scorer_class(reward.scorer).needs_clip:
             raise ConfigError(
-                f"rewards.{name}.scorer: {reward.scorer} reads videos, but generator.num_frames is 1; "
+                f"rewards.{name}.scorer: {reward.scorer} judges motion, but generator.num_frames is 1; "
                 "take a frame scorer (`rushes score --list`) or a video generator"
             )
+
+
+def _check_relative(name: str, scorer: str, cfg: Config) -> None:
+    """A reward that compares the takes of a prompt must be shown all of them together, in evaluation too."""
+    takes, batch = cfg.evaluation.takes_per_prompt, cfg.evaluation.batch
+    if not getattr(scorer_class(scorer), "relative", False):
+        return
+    if takes < 2:
+        raise ConfigError(
+            f"evaluation.takes_per_prompt: rewards.{name} ({scorer}) compares the takes of a prompt, and there is one; "
+            "set 2 or more"
+        )
+    if batch % takes:
+        raise ConfigError(
+            f"evaluation.batch: rewards.{name} ({scorer}) compares the takes of a prompt: {batch} must be a multiple "
+            f"of evaluation.takes_per_prompt ({takes}), such as {max(1, batch // takes) * takes}"
+        )
 
 
 def check_trackers(cfg: Config) -> None:

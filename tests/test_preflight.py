@@ -188,7 +188,23 @@ def test_too_little_disk(tmp_path, monkeypatch):
 
 def test_video_scorers_need_videos(tmp_path):
     cfg = fake_config(tmp_path, generator={"num_frames": 1}, rewards={"m": {"scorer": "motion"}})
-    assert "reads videos" in error_of(cfg)
+    assert "judges motion" in error_of(cfg)
+    judged = {"j": {"scorer": "vlm_judge", "args": {"base_url": "http://127.0.0.1:1/v1", "model": "m"}}}
+    preflight.check_rewards(fake_config(tmp_path / "x", generator={"num_frames": 1}, rewards=judged))
+
+
+def test_relative_rewards_see_all_takes_of_a_prompt_together(tmp_path):
+    (tmp_path / "own.py").write_text("def better(a, b, prompt):\n    return 0.5\n")
+    reward = {"t": {"scorer": "tournament", "args": {"judge": f"{tmp_path}/own.py:better"}}}
+    for number, (takes, batch, message) in enumerate(
+        ((1, 16, "evaluation.takes_per_prompt: rewards.t"), (3, 16, "such as 15"), (3, 15, None), (4, 2, "such as 4"))
+    ):
+        evaluation = {"takes_per_prompt": takes, "batch": batch}
+        cfg = fake_config(tmp_path / str(number), rewards=reward, evaluation=evaluation)
+        if message is None:
+            preflight.check_rewards(cfg)
+        else:
+            assert message in error_of(cfg)
 
 
 def test_hub_ids_pass():

@@ -25,6 +25,7 @@ class Scorer(ABC):
 
     reads: Literal["frame", "video"]
     needs_prompt: bool = False  # compares with the prompt's text: `rushes score` refuses files without one
+    needs_clip: bool = False  # means nothing on a single picture
     differentiable: bool = False
     relative: bool = False  # a take's score depends on the takes shown with it: groups are never joined or split
 

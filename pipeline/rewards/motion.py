@@ -20,6 +20,7 @@ from pipeline.types import Media, PromptItem
 
 class _ClipScorer(Scorer):
     reads = "video"
+    needs_clip = True
     least = 2  # frames
 
     def __init__(self, short_side: int = 96) -> None:

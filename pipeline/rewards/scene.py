@@ -249,6 +249,7 @@ class MotionScorer(Scorer):
     """Does the object move the way and at the pace the caption says?  Mean of the two credits."""
 
     reads = "video"
+    needs_clip = True
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         """Scores and parts float32 [K] of ``media.frames`` uint8 [K, F, H, W, 3]."""
