@@ -61,7 +61,8 @@ def combining_plots(config: Config | None, metrics: list[dict]) -> list[Markup]:
         lines = [_line(metrics, f"{prefix}{name}", name) for name in names]
         lines = [line for line in lines if len(line.x)]
         if lines:
-            found.append(plot(title, lines, size=(4.4, 2.2), zero=True))
+            named = f"{title}: {lines[0].label}" if len(lines) == 1 else title  # one curve has no legend
+            found.append(plot(named, lines, size=(4.4, 2.2), zero=True))
     for name, title in _SINGLE:
         line = _line(metrics, name, name)
         if len(line.x):
