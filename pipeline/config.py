@@ -82,6 +82,14 @@ class TrainableConfig(Section):
         "auto", description="LoRA target module names; auto: every linear layer inside the trained modules' blocks."
     )
 
+    @property
+    def words(self) -> str:
+        """What is trained, for people."""
+        if self.kind == "full":
+            return "all weights"
+        where = {"denoiser": "", "text_encoder": " on the text encoders", "both": " on denoiser and text encoders"}
+        return f"LoRA of rank {self.rank}{where[self.modules]}"
+
 
 class PromptsConfig(Section):
     train: Path = Field(description="Prompts trained on: .txt (a line each), .jsonl or .parquet.")

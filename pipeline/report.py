@@ -126,7 +126,7 @@ def _facts(config: Config | None, summary: dict | None, metrics: list[dict]) -> 
         )
         facts += [
             ("generator", f"{generator.pretrained} ({shape})"),
-            ("trained", f"LoRA rank {config.trainable.rank}" if config.trainable.kind == "lora" else "all weights"),
+            ("trained", config.trainable.words),
             ("sampler", _sampler(config)),
             (
                 "algorithm",

@@ -87,6 +87,7 @@ class Asked:
     """What a pipeline call was asked for, so that the learner can run its text encoders again."""
 
     prompts: tuple[PromptItem, ...]  # [K]
+    seeds: tuple[int, ...]  # [K], of the initial noise
     form: dict[str, bool]  # fields of generators.calling.Form
     fill: tuple[str, ...]  # conditions that were made up
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from pipeline.config import TrainableConfig
 from pipeline.errors import UnsupportedPolicyError
 from pipeline.export import export_full, export_lora, load_lora
 from pipeline.generators.calling import to_floats
+from pipeline.generators.loading import text_encoders_of
 from pipeline.generators.policy import Policy
+from pipeline.generators.replay import Replayer
+from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.plan import ode_sampling, train_work
 from pipeline.types import GroupBatch, GroupWork, PromptItem
@@ -96,13 +100,18 @@ def test_gradients_are_those_of_one_long_graph(start):
         found[size] = {n: p.grad.clone() for n, p in other.parameters.items() if p.grad is not None}
 
     losses, pairs = [], 0
-    for replayer, j, takes in learner._micro_batches(batch.trajectory):
-        roots = {id(leaf): root for root, leaf in replayer.live._roots.values()}
-        replayer.fresh = {key: roots[id(leaf)] for key, leaf in replayer.live.tensors.items()}
-        advantages = learner._advantages(batch, replayer, takes)
-        loss, _ = learner._micro_loss(batch.trajectory, replayer, j, takes, advantages)
-        losses.append(loss.sum())
-        pairs += len(loss)
+    trajectory = batch.trajectory
+    for part in trajectory.parts:
+        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), learner.modules, learner.device)
+        live = learner.text.attach(replayer, trajectory.sampling)
+        roots = {id(leaf): root for root, leaf in live._roots.values()}
+        replayer.fresh = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
+        for j in range(len(part.steps)):
+            takes = slice(0, replayer.total)
+            advantages = learner._advantages(batch, replayer, takes)
+            loss, _ = learner._micro_loss(trajectory, replayer, j, takes, advantages)
+            losses.append(loss.sum())
+            pairs += len(loss)
     (sum(losses) / pairs).backward()
     whole = {n: p.grad for n, p in learner.parameters.items() if p.grad is not None}
     assert whole.keys() == found[0].keys() == found[1].keys() and len(whole) > 0
@@ -218,3 +227,39 @@ def test_prompts_travel_only_where_needed(tiny_sd3):
     policy = Policy.load(tiny.config(tiny_sd3), "cpu", threads=1)
     policy.probe()
     assert group(policy, 0).trajectory.parts[0].asked is None
+
+
+SOME = ("StableDiffusionControlNet", "ZImage", "HunyuanDiT")  # inputs of a ControlNet; positional lists; two encoders
+ALL = os.environ.get("RUSHES_ALL_FAMILIES") == "1"
+
+
+@pytest.mark.parametrize("name", list(families.FAMILIES) if ALL else SOME)
+def test_any_family_can_train_its_text_encoders_and_store_its_embeddings(name, tmp_path):
+    folder = families.make(name, tmp_path)
+    prompts = families.prompts(name, folder)
+    cfg = families.config(name, folder, trainable={"modules": "text_encoder"}, optimizer={"lr": 1e-2})
+    if name == "DiT":  # class labels, no text
+        with pytest.raises(UnsupportedPolicyError, match="has none"):
+            Policy.load(cfg, "cpu", threads=1)
+        return
+    policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
+    assert policy.probe(prompts)["text_inputs"]
+    policy.attach()
+    for step in range(2):
+        policy.load_weights(learner.weights())
+        _, trajectory, _ = policy.rollout(train_work(cfg, step, step, prompts[0]))
+        metrics = learner.train_step([GroupBatch(trajectory=trajectory, advantages=np.array([1, -1], np.float32))])
+        assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and metrics["grad_norm"] > 0
+
+    cfg = families.config(name, folder)
+    cfg = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"embedding_cache": tmp_path / "cache"})})
+    for _ in range(2):
+        policy = Policy.load(cfg, "cpu", threads=1)
+        policy.probe(prompts)
+    assert policy.embeddings.misses == 0
+    if name == "StableDiffusionInstructPix2Pix":
+        assert "besides encode_prompt" in policy.embeddings.settled()["reason"]
+    else:
+        assert not [
+            n for n, part in policy.pipe.components.items() if n.startswith("text_encoder") and part is not None
+        ]

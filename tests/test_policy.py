@@ -129,6 +129,13 @@ def test_only_trained_steps_are_stored(folder):
     policy = make(folder, sampler={"window": {"kind": "random", "size": 1}})
     _, trajectory, _ = policy.rollout(train_work(policy.cfg, 0, 0, PROMPTS[0]))
     assert len(trajectory.parts[0].steps) == 1
+    policy = make(folder, sampler={"steps": 5, "timestep_fraction": 0.5})  # four draw noise, two of them train
+    work = train_work(policy.cfg, 0, 0, PROMPTS[0])
+    part = policy.rollout(work)[1].parts[0]
+    assert (
+        len(work.sampling.stochastic_steps) == 4 and tuple(s.index for s in part.steps) == work.sampling.trained_steps
+    )
+    assert len(part.steps) == 2
 
 
 def test_sampler_that_does_not_fit_the_model_is_refused(tiny_sd3):

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipeline.generators.recorder import RawStep, record
 from pipeline.generators.replay import Replayer
 from pipeline.generators.schedule import first_order_scheduler
 from pipeline.types import Asked, SamplingSpec
-from pipeline.wire import map_leaves
+from pipeline.wire import map_leaves, unpack
 
 Key = tuple[int, str]  # (sampler step, "<calls>.<call>:<path>"), as in Replayer.live
 _INSTEAD = "use trainable.modules: denoiser"
@@ -79,8 +79,10 @@ class LiveText:
         if asked is None:
             raise UnsupportedPolicyError("this trajectory was recorded without its prompts; the text cannot be trained")
 
+        samples = {step.index: unpack(step.sample, replayer.device) for step in replayer.part.steps}
+
         def make(gradients: bool) -> dict[Key, torch.Tensor]:
-            steps = self._run(asked, sampling, {step.index for step in replayer.part.steps}, gradients)
+            steps = self._run(asked, sampling, samples, gradients)
             made = {key: leaf for key, leaf in inputs_of(steps) if leaf.requires_grad or not gradients}
             return {key: self._like_recorded(replayer, key, leaf) for key, leaf in made.items()}
 
@@ -103,11 +105,11 @@ class LiveText:
         comes out differently, or depends on them without a gradient.
         """
         recorded = dict(inputs_of(steps))
-        keep = {step.index for step in steps}
+        samples = {step.index: step.sample for step in steps}
         with self._at_embeddings(lambda output: output.detach().requires_grad_()):
-            made = dict(inputs_of(self._run(asked, sampling, keep, gradients=True)))
+            made = dict(inputs_of(self._run(asked, sampling, samples, gradients=True)))
         with self._at_embeddings(lambda output: output * 1.05):
-            moved = dict(inputs_of(self._run(asked, sampling, keep, gradients=False)))
+            moved = dict(inputs_of(self._run(asked, sampling, samples, gradients=False)))
         if made.keys() != recorded.keys():
             odd = sorted(made.keys() ^ recorded.keys())[0]
             raise UnsupportedPolicyError(f"{self.name}: replayed without its denoiser it makes other calls ({odd[1]})")
@@ -129,12 +131,15 @@ class LiveText:
                 )
         return sorted({_path(key) for key in trained})
 
-    def _run(self, asked: Asked, sampling: SamplingSpec, keep: set[int], gradients: bool) -> list[RawStep]:
-        """The denoiser calls of the kept steps, their inputs differentiable where asked for."""
+    def _run(
+        self, asked: Asked, sampling: SamplingSpec, samples: dict[int, torch.Tensor], gradients: bool
+    ) -> list[RawStep]:
+        """The denoiser calls of the steps in `samples` (step -> the recorded sample, which they get again, so that what
+        a ControlNet makes of it comes out the same), their inputs differentiable where asked for."""
         form = Form(**asked.form)
         quiet = replace(sampling, kind="ode", noise_level=0.0, stochastic_steps=(), trained_steps=())
         kwargs = call_arguments(self.pipe, self.cfg, asked.prompts, quiet, form, asked.fill)
-        noise = [torch.Generator().manual_seed(i) for i in range(len(asked.prompts))]
+        noise = [torch.Generator().manual_seed(seed % 2**63) for seed in asked.seeds]
         kwargs["generator"] = noise if form.batched else noise[0]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
@@ -147,7 +152,8 @@ class LiveText:
                     self.prediction,
                     quiet,
                     [torch.Generator() for _ in asked.prompts],
-                    keep_steps=keep,
+                    keep_steps=set(samples),
+                    samples=samples,
                     stop_early=True,
                     keep_graph=True,
                 )
@@ -218,9 +224,9 @@ class LiveText:
                 hook.remove()
 
 
-def asked_of(prompts: Any, form: Form, fill: list[str]) -> Asked:
+def asked_of(prompts: Any, seeds: Any, form: Form, fill: list[str]) -> Asked:
     """What a pipeline call is asked for, as it travels with a trajectory."""
-    return Asked(prompts=tuple(prompts), form={"batched": form.batched, "shared": form.shared}, fill=tuple(fill))
+    return Asked(prompts=tuple(prompts), seeds=tuple(seeds), form=asdict(form), fill=tuple(fill))
 
 
 def reference_inputs(replayer: Replayer) -> Any:

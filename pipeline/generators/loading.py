@@ -62,6 +62,8 @@ def load_pipeline(
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise _explain(cfg, error) from error
+    for name in skip:
+        setattr(pipe, name, None)  # optional components are loaded in spite of being passed as None
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)

@@ -159,7 +159,11 @@ class Policy:
             seconds["decode"] += ended - recording.denoise_ended
             frames.append(to_uint8(values))
             if work.sampling.trained_steps:
-                asked = asked_of(work.prompts[start:stop], self._form, self._fill) if self._text else None
+                asked = None
+                if self._text is not None:
+                    shared = work.shared_noise_seed
+                    seeds = work.seeds[start:stop] if shared is None else (shared,) * (stop - start)
+                    asked = asked_of(work.prompts[start:stop], seeds, self._form, self._fill)
                 parts.append(to_part(recording, start, stop, self._keep_mean, asked))
         trajectory = None
         if parts:
@@ -327,7 +331,7 @@ class Policy:
         report.update(self._check_replay(large, sampling))
         if self._text is not None:
             first, stop = (0, 3) if self._form.batched else (1, 2)
-            asked = asked_of(trio[first:stop], self._form, self._fill)
+            asked = asked_of(trio[first:stop], range(11 + first, 11 + stop), self._form, self._fill)
             report["text_inputs"] = self._text.check(large.steps, asked, sampling)
         if self.embeddings is not None:
             forget_prompts(self.pipe)

@@ -140,6 +140,7 @@ def record(
     on_output: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
     stop_early: bool = False,
     keep_graph: bool = False,
+    samples: dict[int, torch.Tensor] | None = None,
 ) -> Iterator[Recording]:
     """Patches the pipeline for the duration of one call and yields the growing recording.
 
@@ -147,7 +148,7 @@ def record(
     `keep_steps`: step indices whose inputs are stored. `on_step` sees each of them with its outputs and may fill in
     the guidance; the outputs are then dropped unless it is None. `on_output` may replace a denoiser's output.
     `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`). `keep_graph`:
-    recorded inputs stay differentiable.
+    recorded inputs stay differentiable. `samples`: what steps after the first are given, whatever the one before gave.
     """
     scheduler = pipe.scheduler
     recording = Recording()
@@ -211,6 +212,8 @@ def record(
         if noisy:
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
             next_sample = moved.mean + moved.std * noise.to(moved.mean.device)
+        if samples is not None and count + 1 in samples:
+            next_sample = samples[count + 1].to(next_sample.device)
         # Rounded to the pipeline's dtype before its log-prob is taken: replay sees exactly this tensor.
         next_sample = next_sample.to(sample.dtype)
         if count in keep_steps:
