@@ -260,6 +260,4 @@ def test_any_family_can_train_its_text_encoders_and_store_its_embeddings(name, t
     if name == "StableDiffusionInstructPix2Pix":
         assert "besides encode_prompt" in policy.embeddings.settled()["reason"]
     else:
-        assert not [
-            n for n, part in policy.pipe.components.items() if n.startswith("text_encoder") and part is not None
-        ]
+        assert not text_encoders_of(policy.pipe)
