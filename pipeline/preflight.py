@@ -56,12 +56,15 @@ def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Pr
     check_samplers(cfg)
     train, heldout = check_prompts(cfg)
     components = check_generator(cfg, train, heldout)
+    check_quantize(cfg)
     check_rewards(cfg)
     check_trackers(cfg)
     check_devices(cfg)
     lacking = check_ray(cfg, dry)
     folder = Path(run_dir) if run_dir is not None else cfg.run.dir
     check_writable(folder)
+    if cfg.generator.embedding_cache is not None:
+        check_writable(cfg.generator.embedding_cache.expanduser(), "generator.embedding_cache")
     if url := url_of(folder):
         check_store(url)
     needed, free = check_disk(cfg, folder)
@@ -142,6 +145,15 @@ def check_generator(cfg: Config, train: list[PromptItem], heldout: list[PromptIt
     for prompts, path in ((train, cfg.prompts.train), (heldout, cfg.prompts.heldout)):
         check_prompt_lengths(prompts, str(folder), cfg.generator.call, path)
     return components
+
+
+def check_quantize(cfg: Config) -> None:
+    """Raises `ConfigError` where the package for `generator.quantize` is missing."""
+    if cfg.generator.quantize != "none" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            f"generator.quantize: {cfg.generator.quantize} needs the package torchao; pip install 'rushes[quantize]', "
+            "or use none"
+        )
 
 
 def _check_pipeline_name(name: str | None) -> None:

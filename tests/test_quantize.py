@@ -16,6 +16,7 @@ from pipeline.generators.loading import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import train_work
+from pipeline.preflight import check_quantize
 from pipeline.types import GroupBatch, PromptItem
 
 HAVE_TORCHAO = importlib.util.find_spec("torchao") is not None
@@ -55,3 +56,10 @@ def test_without_torchao_it_says_what_to_install(tiny_sd3):
 def test_what_it_does_not_go_with_is_refused(tiny_sd3, sections):
     with pytest.raises(ValidationError, match=r"generator.quantize: int8 .* not with"):
         tiny.config(tiny_sd3, generator={"quantize": "int8"}, **sections)
+
+
+def test_it_is_noticed_before_anything_is_loaded(tiny_sd3, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"generator.quantize: int8 needs the package torchao; pip install"):
+        check_quantize(tiny.config(tiny_sd3, generator={"quantize": "int8"}))
+    check_quantize(tiny.config(tiny_sd3))
