@@ -87,9 +87,8 @@ def test_the_vae_decodes_in_pieces(folder):
     assert policy.pipe.vae.use_slicing and policy.pipe.vae.use_tiling
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_group_offload_gives_the_same_takes_and_trains(folder, merge):
-    sections = {"rollout": {"merge_lora": merge}, "optimizer": {"lr": 1e-2}}
+def test_group_offload_gives_the_same_takes_and_trains(folder):
+    sections = {"rollout": {"merge_lora": folder.name == "sd3"}, "optimizer": {"lr": 1e-2}}
     plain = Policy.load(tiny.config(folder, **sections), "cpu", threads=1)
     policy = offloaded(folder, "group", **sections)
     learner = Learner(policy.cfg, "cpu")
