@@ -34,7 +34,7 @@ class Controller(RoleActor):
                 await loop.run()
                 status = "finished"
             except Stopped:
-                await loop.save_if_new()
+                await loop.save_and_stop()
                 status = "stopped"
             result = await loop.finish(status)
             return result | {"peak_rss": result["peak_rss"] + self.info()["peak_rss"]}

@@ -24,6 +24,8 @@ from pipeline.types import Media, PolicyVersion, PromptItem
 class _Sink:
     """The books of one evaluation. Every group must succeed: a mean over what is left would not be comparable."""
 
+    retired = False
+
     def __init__(self, version: PolicyVersion, groups: int, max_attempts: int, shown: set[int]) -> None:
         """`shown`: indices of the prompts whose media are kept."""
         self._version, self._max, self._shown = version, max_attempts, shown

@@ -43,6 +43,11 @@ class Job:
     def group(self) -> int:
         return self.work.group
 
+    @property
+    def over(self) -> bool:
+        """Nobody waits for it any more."""
+        return self.abandoned or self.sink.retired
+
 
 @dataclass(eq=False)
 class ScoreTask:
@@ -54,7 +59,10 @@ class ScoreTask:
 
 
 class Sink(Protocol):
-    """The books of one purpose. The `*_failed` and `lost` methods return True when the job shall be tried again."""
+    """The books of one purpose. The `*_failed` and `lost` methods return True when the job shall be tried again.
+    `retired`: its books are closed (the run was rolled back); what its jobs still bring is dropped."""
+
+    retired: bool
 
     def version(self) -> PolicyVersion: ...
     def started(self, job: Job, worker: str, version: PolicyVersion) -> int: ...  # the attempt's number
@@ -150,6 +158,8 @@ class Flow:
         pool = self.rollouts
         while True:
             job = await self.queue.get(lambda job: job.avoid != slot.name or not pool.others_alive(slot))
+            if job.over:
+                continue
             version = job.sink.version()
             attempt = job.sink.started(job, slot.name, version)
             job.work = replace(job.work, attempt=attempt)
@@ -163,6 +173,10 @@ class Flow:
             except Exception as error:
                 await self._rollout_failed(slot, job, error)
             else:
+                if job.over:
+                    slot.doing = "idle"
+                    del media, trajectory, meta, job
+                    continue
                 slot.doing = "handing over"
                 job.media, job.trajectory = media, trajectory
                 del media, trajectory, meta  # the job alone keeps them alive
@@ -180,8 +194,9 @@ class Flow:
 
     async def _rollout_failed(self, slot: Slot, job: Job, error: Exception) -> None:
         reason = f"{slot.place}: {describe(error)}"
-        again = job.sink.rollout_failed(job, reason)
-        self._log_failure(job, "rollout", reason, again)
+        again = not job.over and job.sink.rollout_failed(job, reason)
+        if not job.over:
+            self._log_failure(job, "rollout", reason, again)
         healthy = is_deterministic(error) or is_lost(error)
         if not healthy:
             slot.info = {}  # not alive: other workers need not wait for it
@@ -204,7 +219,7 @@ class Flow:
         while True:
             task = await queue.get(lambda task: task.avoid != slot.name or not pool.others_alive(slot))
             job = task.job
-            if job.abandoned:
+            if job.over:
                 continue
             slot.doing = f"{job.work.purpose} group {job.group}"
             try:
@@ -219,7 +234,7 @@ class Flow:
 
     async def _one_scored(self, task: ScoreTask, scores: RewardScores) -> None:
         job = task.job
-        if job.abandoned:
+        if job.over:
             return
         job.scores[task.reward] = scores
         if len(job.scores) == len(self.score_queues):
@@ -232,7 +247,7 @@ class Flow:
         healthy = is_deterministic(error) or lost
         if not healthy:
             slot.info = {}
-        if not job.abandoned:
+        if not job.over:
             again = job.sink.lost(job, reason) if lost else job.sink.scoring_failed(job, reason)
             self._log_failure(job, "scoring", reason, again)
             if lost and again:

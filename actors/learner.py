@@ -1,7 +1,11 @@
-"""The learner as an actor. Thin; the work is in `pipeline.learner`."""
+"""A learner rank as an actor. Thin; the work is in `pipeline.learner` and `pipeline.ranks`.
+
+Every rank gets every call, in the same order (`actors.learner_group`); what comes back counts from rank 0 only.
+"""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +20,33 @@ from pipeline.types import GroupBatch, WeightSet
 
 class LearnerActor(RoleActor):
     role = "learner"
+    _listening: socket.socket | None = None
 
-    def start(self, resume_from: str | None) -> dict[str, Any]:
-        """Loads the denoisers, and a checkpoint's state. Raises `RushesError` (bad generator or checkpoint)."""
+    def open_meeting(self) -> tuple[str, int]:
+        """Rank 0: the node's address and a free port of it, where the ranks meet."""
+        from pipeline.ranks import listen
+
+        host = ray.util.get_node_ip_address()
+        self._listening = listen(host)
+        return host, self._listening.getsockname()[1]
+
+    def start(
+        self, resume_from: str | None, rank: int = 0, address: tuple[str, int] | None = None, on_node: int = 1
+    ) -> dict[str, Any]:
+        """Loads the denoisers, and a checkpoint's state. `address`: where the ranks meet, if there are several;
+        `on_node`: how many of them share this node's cores. Raises `RushesError` (bad generator or checkpoint).
+        """
+        from pipeline.generators.loading import resolve_device
         from pipeline.learner import Learner
+        from pipeline.ranks import Ranks, join
 
+        settings = self.cfg.learner
         with self.doing("starting"):
-            use_threads(self.cfg.learner.threads or cores())
-            self.learner = Learner(self.cfg, self.cfg.learner.device)
+            use_threads(settings.threads or cores() // on_node)
+            device, ranks = resolve_device(settings.device), Ranks()
+            if address is not None:
+                ranks = join(rank, settings.ranks, address, device, settings.context_parallel, self._listening)
+            self.learner = Learner(self.cfg, settings.device, ranks)
             if resume_from is not None:
                 tensors, state = checkpoint.load(Path(resume_from))
                 self.learner.load_state(tensors, state["learner"])
@@ -44,6 +67,7 @@ class LearnerActor(RoleActor):
                         raise
                     self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": group})
                     lost.append(group)
+            lost = self.learner.ranks.any_of(lost, [group for group, _, _ in groups])
             if lost:
                 return {"lost": lost}
             metrics = self.learner.train_step(batch)
@@ -61,6 +85,8 @@ class LearnerActor(RoleActor):
             if controller["version"] != self.learner.version:
                 raise RuntimeError(f"learner is at {self.learner.version}, controller at {controller['version']}")
             tensors, meta = self.learner.state()
+            if not self.learner.ranks.main:
+                return ""
             folder = checkpoint.save(Path(root), self.learner.version, tensors, meta, controller, self.cfg, keep)
         return str(folder)
 
@@ -70,7 +96,9 @@ class LearnerActor(RoleActor):
 
         with self.doing("exporting"):
             tag: Literal["train", "ema"] = "ema" if self.cfg.optimizer.ema_decay > 0 else "train"
-            write = export_lora if self.cfg.trainable.kind == "lora" else export_full
-            write(self.cfg, self.learner.weights(tag), Path(out))
-            mirror.push_tree(Path(out), self.ctx.run.path)
+            weights = self.learner.weights(tag)
+            if self.learner.ranks.main:
+                write = export_lora if self.cfg.trainable.kind == "lora" else export_full
+                write(self.cfg, weights, Path(out))
+                mirror.push_tree(Path(out), self.ctx.run.path)
         return out

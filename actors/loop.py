@@ -3,24 +3,26 @@
     evaluate -> checkpoint -> [rollout -> reward -> advantages -> learner -> publish] -> ...
 
 It asks the other actors for everything and passes references on; frames and latents never enter this process, except
-the few takes that are kept as files.
+the few takes that are kept as files. When the learner is lost, a new one starts from the last checkpoint, and this loop
+goes back there with it: nothing of the steps since is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from actors.common import RunContext, cores
+from actors.common import RunContext
 from actors.evaluation import Evaluator
-from actors.failures import describe, is_deterministic, root
+from actors.failures import describe
 from actors.flow import Flow
-from actors.learner import LearnerActor
-from actors.pool import Pool, Slot, together
+from actors.learner_group import LearnerGroup, LearnerLost
+from actors.pool import Slot, together
 from actors.recorder import ON_POLICY_METRICS, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
@@ -45,28 +47,24 @@ class Loop:
         self._fatal: asyncio.Future = asyncio.get_running_loop().create_future()
         self._state, self._version, self._saved_step = "starting", 0, -1
         self._recorder: Recorder | None = None
-        prompts = load_prompts(cfg.prompts.train)
+        self._prompts = load_prompts(cfg.prompts.train)
         heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout is not None else []
-        self._learner = Pool(
-            ctx,
-            LearnerActor,
-            ["learner"],
-            resources=cfg.learner.resources,
-            threads=cfg.learner.threads or cores(),
-            start_args=(resume_from,),
-        )
-        self._publisher = Publisher(self._learner.slots[0])
-        self._flow = Flow(ctx, self._publisher, self._fatal, prompts[:3])
-        self._training = Training(cfg, self._flow, self._publisher, prompts)
+        self._learner = LearnerGroup(ctx)
+        self._publisher = Publisher(self._learner)
+        self._flow = Flow(ctx, self._publisher, self._fatal, self._prompts[:3])
+        self._training = Training(cfg, self._flow, self._publisher, self._prompts)
+        self._pump: asyncio.Task | None = None
         self._evaluator = Evaluator(ctx, self._flow, heldout)
+        self._furthest, self._losses = -1, 0  # of the learner: version at the last loss, and losses since it rose
 
     @property
-    def _learner_slot(self) -> Slot:
-        return self._learner.slots[0]
+    def _slots(self) -> list[Slot]:
+        return [slot for pool in self._flow.pools for slot in pool.slots] + self._learner.slots
 
     def snapshot(self, since: int) -> dict[str, Any]:
-        slots = [slot for pool in [*self._flow.pools, self._learner] for slot in pool.slots]
+        slots = self._slots
         return {
+            "host": socket.gethostname(),
             "state": "stopping" if self._stop_asked.is_set() else self._state,
             "step": self._version,
             "steps": self.cfg.run.steps,
@@ -88,16 +86,13 @@ class Loop:
             self._version = self._saved_step = saved["version"]
             self._training.load_state(saved["training"])
             self._evaluator.records = saved["evals"]
-        await self._guard(together(self._flow.start(), self._learner.start()))
-        held = self._learner_slot.info["version"]
-        if held != self._version:
-            raise RunFailed(f"{self._learner_slot.place}: is at version {held} after the start, not {self._version}")
+        await self._guard(together(self._learner.start(self._resume_from), self._flow.start()))
+        self._check_version()
         # Only now, when everything has come up, are the lines after the checkpoint dropped.
         metrics_after_resume(self.ctx.run.path, self._version + 1)
         self._evaluator.write()
         self._recorder = Recorder(self.ctx, self._flow, self._fatal)
-        await self._publish()
-        self._flow.background(self._training.pump())
+        await self._surviving(self._go_on)
         log.info("started at step %d of %d", self._version, self.cfg.run.steps)
 
     async def finish(self, status: str) -> dict[str, Any]:
@@ -118,12 +113,14 @@ class Loop:
         if status == "finished":
             self._state = "exporting"
             await self._flow.stop()  # their memory is free for the export
-            result["export"] = await self._ask_learner("export", str(self.ctx.run.export))
+            self._pump = None
+            export = str(self.ctx.run.export)
+            result["export"] = await self._surviving(lambda: self._of_learner(self._learner.ask("export", export)))
         return result
 
     async def _peak_rss(self) -> int:
         """Sum of the actors' own peaks, in bytes: an upper bound, for a Ray that is not ours to watch."""
-        slots = [slot for pool in [*self._flow.pools, self._learner] for slot in pool.slots]
+        slots = self._slots
         asked = [asyncio.wait_for(slot.actor.info.remote(), 5) for slot in slots if slot.info]
         infos = await asyncio.gather(*asked, return_exceptions=True)  # one that is busy does not answer
         return sum(info["peak_rss"] for info in infos if isinstance(info, dict))
@@ -138,6 +135,9 @@ class Loop:
 
     async def run(self) -> None:
         """Until run.steps or evaluation.reward_target is reached. Raises `Stopped` between steps when asked to."""
+        await self._surviving(self._advance)
+
+    async def _advance(self) -> None:
         while True:
             if self._evaluator.due(self._version):
                 await self._evaluate()
@@ -158,7 +158,7 @@ class Loop:
         if self._evaluator.tag == "train":
             version = self._publisher.train
         else:  # the workers go back to the training weights with their next training group
-            version = await self._of_learner(self._publisher.fetch(self._evaluator.tag), "fetching weights")
+            version = await self._of_learner(self._publisher.fetch(self._evaluator.tag))
         record = await self._guard(self._evaluator.run(version))
         self._record.evaluation(record, self._evaluator.media)
 
@@ -177,7 +177,7 @@ class Loop:
             advantages = self._training.advantages(jobs)
             items = [(job.group, job.trajectory, advantages.advantages[i]) for i, job in enumerate(jobs)]
             began = time.perf_counter()
-            answer = await self._ask_learner("train_step", items)
+            answer = await self._of_learner(self._learner.ask("train_step", items))
             if "lost" not in answer:
                 break
             await self._training.trajectories_lost(answer["lost"])
@@ -187,7 +187,7 @@ class Loop:
         staleness = max(self._version - job.meta.version for job in jobs)
         if staleness == 0:
             devices = {
-                str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, self._learner_slot] if slot.info
+                str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, *self._learner.slots] if slot.info
             }
             gap = next(metrics[name] for name in ON_POLICY_METRICS if name in metrics)
             check_on_policy(self.ctx, self._version, gap, devices)
@@ -200,14 +200,14 @@ class Loop:
         self._record.step(self._version, metrics, jobs, self._training.ledger)
 
     async def _publish(self) -> None:
-        await self._of_learner(self._publisher.fetch("train"), "fetching weights")
+        await self._of_learner(self._publisher.fetch("train"))
         await self._training.published(self._version)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
     async def save_if_new(self) -> None:
         """A checkpoint of the last completed step, unless there is one. Raises `CheckpointError`."""
-        if self._saved_step == self._version or "version" not in self._learner_slot.info:
+        if self._saved_step == self._version or not self._learner.alive:
             return
         self._state = "saving"
         if self._recorder is not None:
@@ -217,9 +217,19 @@ class Loop:
             "training": self._training.state(),
             "evals": self._evaluator.records,
         }
-        folder = await self._ask_learner("save", str(self.ctx.run.checkpoints), controller, self.cfg.checkpoint.keep)
+        where, keep = str(self.ctx.run.checkpoints), self.cfg.checkpoint.keep
+        folder = await self._of_learner(self._learner.ask("save", where, controller, keep))
         self._saved_step = self._version
         log.info("saved %s", folder)
+
+    async def save_and_stop(self) -> None:
+        """The run was asked to stop: its last completed step is saved, if the learner still lives."""
+        try:
+            await self.save_if_new()
+        except LearnerLost as error:
+            log.error("no checkpoint could be saved: %s", error)
+        if self._saved_step != self._version:  # what is not saved has not been done
+            self._version = max(self._saved_step, 0)
 
     async def rescue(self) -> None:
         """Keeps the completed steps of a run that a worker's failure ends. After a failure of the learner itself, or
@@ -232,24 +242,78 @@ class Loop:
         except RushesError as error:
             log.error("no checkpoint could be saved: %s", error)
 
+    # ------------------------------------------------------------------------------------------- loss of the learner
+
+    async def _surviving(self, action: Callable[[], Awaitable[Any]]) -> Any:
+        """`action`, begun again after every loss of the learner that a restart could mend."""
+        while True:
+            try:
+                return await action()
+            except LearnerLost as error:
+                lost = error
+            while True:
+                try:
+                    await self._recover(lost)
+                    break
+                except LearnerLost as error:
+                    lost = error
+
+    async def _recover(self, error: LearnerLost) -> None:
+        """A new learner from the last checkpoint (from the beginning, if there is none), and the run back to there.
+
+        Groups admitted since are admitted again, with the same ids and seeds. Raises `RunFailed` when the learner has
+        been lost `faults.max_attempts` times without getting further.
+        """
+        if self._version > self._furthest:
+            self._furthest, self._losses = self._version, 0
+        self._losses += 1
+        allowed = self.cfg.faults.max_attempts
+        if self._losses >= allowed:
+            raise RunFailed(
+                f"{error} (lost {self._losses} times without getting beyond step {self._furthest}; "
+                f"faults.max_attempts: {allowed}); continue with --resume"
+            ) from error
+        self._state = "restarting the learner"
+        self._training.retire()
+        if self._pump is not None:
+            self._pump.cancel()
+        self._learner.kill()
+        folder = await asyncio.to_thread(checkpoint.latest, self.ctx.run.checkpoints)
+        saved = checkpoint.read_state(folder)["controller"] if folder is not None else None
+        back_to = saved["version"] if saved is not None else 0
+        log.warning(
+            "%s; starting it again from %s (loss %d of %d)", error, folder or "the beginning", self._losses, allowed
+        )
+        self._saved_step, self._version = (back_to if saved is not None else -1), back_to
+        await self._guard(self._learner.start(str(folder) if folder is not None else None))
+        self._check_version()
+        await self._record.flush()
+        metrics_after_resume(self.ctx.run.path, back_to + 1)
+        self._evaluator.records = [record for record in self._evaluator.records if record["step"] <= back_to]
+        self._evaluator.write()
+        self._training = Training(self.cfg, self._flow, self._publisher, self._prompts)
+        if saved is not None:
+            self._training.load_state(saved["training"])
+        if self._pump is not None:  # else the workers have gone already
+            await self._go_on()
+
+    def _check_version(self) -> None:
+        held = {slot.info["version"] for slot in self._learner.slots}
+        if held != {self._version}:
+            raise RunFailed(
+                f"{self._learner.main.place}: is at version {held.pop()} after the start, not {self._version}"
+            )
+
+    async def _go_on(self) -> None:
+        """Publishes the learner's version and lets groups be admitted."""
+        await self._publish()
+        self._pump = self._flow.background(self._training.pump())
+
     # ------------------------------------------------------------------------------------------- helpers
 
-    async def _ask_learner(self, method: str, *args: Any) -> Any:
-        """A learner call, never abandoned half-way."""
-        self._learner_slot.doing = f"{method.replace('_', ' ')} {self._version}"
-        answer = await self._of_learner(getattr(self._learner_slot.actor, method).remote(*args), method)
-        self._learner_slot.doing = "idle"
-        return answer
-
-    async def _of_learner(self, awaitable: Awaitable[Any], what: str) -> Any:
-        """The learner's `RushesError` is raised as it is; its death ends the run, which can be resumed."""
-        try:
-            return await self._guard(awaitable, stoppable=False)
-        except Exception as error:
-            if is_deterministic(error):
-                raise root(error) from None  # as it was raised, out of Ray's wrappers
-            place = self._learner_slot.place
-            raise RunFailed(f"{place}: {what} failed: {describe(error)}; continue with --resume") from error
+    async def _of_learner(self, awaitable: Awaitable[Any]) -> Any:
+        """Never abandoned half-way by a stop: a learner call is finished or has failed."""
+        return await self._guard(awaitable, stoppable=False)
 
     async def _guard(self, awaitable: Awaitable[Any], stoppable: bool = True) -> Any:
         """Waits for `awaitable`; ends early with a background failure or, if `stoppable`, with `Stopped`."""

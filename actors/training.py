@@ -51,6 +51,12 @@ class Training:
         self._changed = asyncio.Condition()
         self._paused = True
         self._boundary = self._state()
+        self.retired = False
+
+    def retire(self) -> None:
+        """Closes these books: the run goes on from a checkpoint with new ones, which admit the same groups again."""
+        self.retired = True
+        self._scored.clear()
 
     # ------------------------------------------------------------------------------------------- admission
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
+from actors.learner_group import LearnerGroup
 from actors.pool import Slot
 from pipeline.types import PolicyVersion
 
@@ -20,7 +21,7 @@ class ChecksumMismatch(RuntimeError):
 class Publisher:
     """Fetches versions from the learner and brings workers up to them."""
 
-    def __init__(self, learner: Slot) -> None:
+    def __init__(self, learner: LearnerGroup) -> None:
         self._learner = learner
         self._train: PolicyVersion | None = None
         self.sync_s = 0.0  # longest a worker took to load and confirm since `drain_sync`
@@ -33,10 +34,12 @@ class Publisher:
         return self._train
 
     async def fetch(self, tag: Literal["train", "ema"]) -> PolicyVersion:
-        """A new version from the learner's present weights; `train` becomes the newest one for rollouts."""
+        """A new version from the learner's present weights; `train` becomes the newest one for rollouts.
+
+        Raises `LearnerLost`.
+        """
         started = time.perf_counter()
-        about, weights = self._learner.actor.weights.options(num_returns=2).remote(tag)
-        meta = await about
+        meta, weights = await self._learner.weights(tag)
         version = PolicyVersion(number=meta["number"], tag=tag, checksum=meta["checksum"], weights=weights)
         if tag == "train":
             self._train = version

@@ -62,6 +62,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with run.name, or the newest unfinished run of CONFIG.")
     ] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option("--resume-or-start", help="Go on with run.name if it is there, else start it (for retried jobs)."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; load no model.")
     ] = False,
@@ -77,6 +81,7 @@ def train(
       rushes train configs/quickstart.yaml run.steps=20 optimizer.lr=3e-4 run.name=try
       rushes train configs/quickstart.yaml --dry-run
       rushes train configs/quickstart.yaml --resume run.name=try
+      rushes train my.yaml --resume-or-start run.name=try
       rushes train my.yaml rewards.mine.scorer=my_rewards.py:score rewards.mine.weight=0.5
     """
     from pipeline.config_io import load_config
@@ -89,7 +94,7 @@ def train(
         return
     from jobs.train import train as run
 
-    raise typer.Exit(run(cfg, config, resume=resume, debug=debug, console=console()))
+    raise typer.Exit(run(cfg, config, resume=resume, or_start=resume_or_start, debug=debug, console=console()))
 
 
 @app.command()

@@ -44,7 +44,7 @@ def print_plan(cfg: Config, console: Console) -> None:
         else "none (prompts.heldout is not set)",
         "workers": f"{cfg.rollout.workers} rollout, "
         + ", ".join(f"{r.workers} reward.{name}" for name, r in cfg.rewards.items())
-        + ", 1 learner",
+        + (", 1 learner" if cfg.learner.ranks == 1 else f", {cfg.learner.ranks} learner ranks"),
         "disk": f"about {found.disk_needed / 2**20:,.0f} MiB needed, {found.disk_free / 2**30:,.1f} GiB free",
     }
     for name, text in rows.items():

@@ -88,7 +88,7 @@ def show(
     if cfg is not None:
         needs = total(
             [
-                (Workers(1, 1), cfg.learner.resources),
+                (Workers(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
                 (Workers(best.rollout, best.rollout), cfg.rollout.resources),
                 *((Workers(n, n), cfg.rewards[name].resources) for name, n in best.reward.items()),
             ]

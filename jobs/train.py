@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import signal
@@ -15,32 +14,48 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from jobs.live import controller_options, running
 from jobs.local_ray import MemorySampler, RaySession
-from jobs.progress import View, make_view
+from jobs.supervise import supervise
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.config_io import to_yaml
-from pipeline.errors import ConfigError, RunFailed, RunInterrupted, RushesError
+from pipeline.errors import ConfigError, RunInterrupted
 from pipeline.files import atomic_write
-from pipeline.run_dir import RunDir, RunLock, create, find_resumable, setup_logging
+from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 from pipeline.storage import shown, url_of
 
-POLL_S = 0.5
 PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "ray")
 
 
 def train(
-    cfg: Config, config_path: Path, resume: bool = False, debug: bool = False, console: Console | None = None
+    cfg: Config,
+    config_path: Path,
+    resume: bool = False,
+    or_start: bool = False,
+    debug: bool = False,
+    console: Console | None = None,
 ) -> int:
-    """A whole run. Returns 0; raises `RushesError` (`RunInterrupted` after a signal, with a checkpoint saved)."""
+    """A whole run. Returns 0; raises `RushesError` (`RunInterrupted` after a signal, with a checkpoint saved).
+
+    `resume`: goes on with an existing run, which must be there. `or_start`: with the run `run.name`, which is started
+    if it is not there, and left alone if it has finished.
+    """
     from pipeline.preflight import check_all
 
     console = console or Console()
     check_all(cfg)
-    run = find_resumable(cfg, Path(config_path)) if resume else create(cfg, Path(config_path))
+    if or_start and resume:
+        raise ConfigError("--resume and --resume-or-start: give one of them; the latter also resumes")
+    if or_start:
+        run, resume = resume_or_create(cfg, Path(config_path))
+    else:
+        run = find_resumable(cfg, Path(config_path)) if resume else create(cfg, Path(config_path))
     with RunLock(run):
-        resume_from = _resume_point(cfg, run) if resume else None
+        saved = checkpoint.latest(run.checkpoints) if resume else None
+        if or_start and _complete(cfg, run, saved):
+            console.print(f"run {run.path} has finished all {cfg.run.steps} steps", highlight=False, soft_wrap=True)
+            return 0
+        resume_from = _resume_point(cfg, run, saved)
         atomic_write(run.config, to_yaml(cfg).encode())
         setup_logging(run, "driver")
         console.print(f"run {run.path}", highlight=False, soft_wrap=True)
@@ -55,7 +70,8 @@ def train(
         try:
             with signals, RaySession(cfg) as session:
                 signals.install()  # over Ray's native one, which prints a stack to stderr before it calls ours
-                result = _drive(cfg, run, resume_from, session, signals, console, debug)
+                signals.session = session
+                result = supervise(cfg, run, resume_from, signals, console, debug)
                 ours = session.ours
         finally:
             peak = sampler.stop()
@@ -70,19 +86,22 @@ def _stopped(cfg: Config, config_path: Path, run: RunDir, saved: str | None, ste
     return f"stopped {what}; continue with: rushes train {config_path} --resume run.name={run.name}"
 
 
-def _resume_point(cfg: Config, run: RunDir) -> Path | None:
+def _complete(cfg: Config, run: RunDir, saved: Path | None) -> bool:
+    return saved is not None and run.finished and checkpoint.step_of(saved) >= cfg.run.steps
+
+
+def _resume_point(cfg: Config, run: RunDir, saved: Path | None) -> Path | None:
     """The checkpoint to go on from; None: the run never got to one and starts over in its folder."""
-    folder = checkpoint.latest(run.checkpoints)
-    if folder is None:
+    if saved is None:
         return None
-    checkpoint.check_config(folder, cfg)
-    if run.finished and checkpoint.step_of(folder) >= cfg.run.steps:
+    checkpoint.check_config(saved, cfg)
+    if _complete(cfg, run, saved):
         raise ConfigError(
-            f"--resume: run {run.name} has finished all {checkpoint.step_of(folder)} steps; "
+            f"--resume: run {run.name} has finished all {checkpoint.step_of(saved)} steps; "
             "raise run.steps to go on, or leave --resume out to start a new one"
         )
     run.summary.unlink(missing_ok=True)
-    return folder
+    return saved
 
 
 class _Signals:
@@ -112,88 +131,6 @@ class _Signals:
             os.write(1, b"\x1b[?25h\n" if os.isatty(1) else b"")  # the live view has hidden the cursor
             os._exit(RunInterrupted.exit_code)
         self.asked = True
-
-
-def _drive(
-    cfg: Config,
-    run: RunDir,
-    resume_from: Path | None,
-    session: RaySession,
-    signals: _Signals,
-    console: Console,
-    debug: bool,
-) -> dict[str, Any]:
-    """Starts the controller and shows its progress until it ends. Raises what ended the run."""
-    import ray
-
-    from actors.common import RunContext, actor_env
-    from actors.controller import Controller
-    from actors.failures import describe, root
-
-    signals.session = session
-    if run.name in running():
-        raise ConfigError(
-            f"run.name: a run {run.name!r} is going on in this cluster; watch it with rushes watch {run.name}, or use "
-            "another run.name"
-        )
-    ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
-    controller = (
-        ray.remote(Controller)
-        .options(num_cpus=0, runtime_env={"env_vars": actor_env(1)}, **controller_options(run))
-        .remote(ctx, str(resume_from.absolute()) if resume_from else None)
-    )
-    view = make_view(console, run.name)
-    try:
-        result = _watch(controller, controller.run.remote(), view, signals)
-        if result["status"] == "stopped" and not signals.asked:  # by `rushes stop`
-            stop_own_job()
-        return result
-    except ray.exceptions.RayError as error:
-        if debug:
-            raise
-        cause = root(error)
-        if isinstance(cause, RushesError):
-            raise cause from None
-        raise RunFailed(f"controller on {os.uname().nodename}: {describe(error)} (see {run.log})") from error
-    finally:
-        view.close()
-        ray.kill(controller)
-
-
-def _watch(controller: Any, ended: Any, view: View, signals: _Signals) -> dict[str, Any]:
-    import ray
-
-    seen, told = 0, False
-    while True:
-        ready, _ = ray.wait([ended], timeout=POLL_S)
-        if signals.asked and not told:
-            told = True
-            view.note("stopping: saving the last completed step (Ctrl-C again stops at once)")
-            controller.stop.remote()
-        try:
-            snapshot = ray.get(controller.progress.remote(seen), timeout=60)
-        except ray.exceptions.GetTimeoutError:
-            continue
-        except ray.exceptions.RayError:
-            return ray.get(ended)  # the controller is gone: this raises why
-        seen += len(snapshot["records"])
-        view.update(snapshot)
-        if ready:
-            return ray.get(ended)
-
-
-def stop_own_job() -> None:
-    """Marks the Ray job that this process is, if it is one, as stopped: with the exit code alone Ray would call it
-    failed, and what retries failed jobs (a RayJob) would start it again."""
-    import ray
-    from ray.job_submission import JobSubmissionClient
-
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata") or {}
-    if job := metadata.get("job_submission_id"):
-        try:
-            JobSubmissionClient(ray.get_runtime_context().gcs_address).stop_job(job)
-        except (RuntimeError, ConnectionError, ValueError, OSError) as error:
-            logging.getLogger("rushes.driver").warning("the job could not be marked as stopped: %s", error)
 
 
 def _versions() -> dict[str, str]:

@@ -235,6 +235,12 @@ class OptimizerConfig(Section):
 
 
 class LearnerConfig(Section):
+    ranks: Count = Field(
+        1, description="Learner processes, one per GPU: weights are sharded over them (FSDP2), and each trains a share."
+    )
+    context_parallel: Count = Field(
+        1, description="Ranks that split one take's sequence (long videos); must divide learner.ranks."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     micro_batch: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -245,8 +251,10 @@ class LearnerConfig(Section):
         "none", description="Autocast of the denoiser; weights, latents and log-probs stay float32."
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    resources: HalfCpu = Field({"CPU": 0.5}, description="Ray resources reserved: CPU, GPU, memory, custom ones.")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="Compute threads; 0: all cores.")
+    resources: HalfCpu = Field({"CPU": 0.5}, description="Ray resources reserved per rank: CPU, GPU, memory, custom.")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="Compute threads per rank; 0: all cores, shared by the ranks of a node."
+    )
 
 
 class RolloutConfig(Section):
@@ -268,7 +276,11 @@ class RolloutConfig(Section):
 
 
 class FaultsConfig(Section):
-    max_attempts: Count = Field(3, description="Tries of a group's rollout, and of its scoring, before it is failed.")
+    max_attempts: Count = Field(
+        3,
+        description="Tries of a group's rollout, and of its scoring, before it is failed; losses of the learner, or of "
+        "the controller, without a new step in between before the run is.",
+    )
     max_failed_groups: Annotated[int, Field(ge=0)] = Field(
         3, description="More failed groups than this in a row end the run with an error."
     )
@@ -368,6 +380,15 @@ class Config(Section):
             raise ValueError(
                 "generator.embedding_cache: embeddings change with every version when text encoders are trained; "
                 "leave it out, or set trainable.modules to denoiser"
+            )
+        if self.learner.ranks > 1 and (self.trainable.modules != "denoiser" or self.generator.quantize != "none"):
+            key = "trainable.modules" if self.trainable.modules != "denoiser" else "generator.quantize"
+            only = "denoiser" if key == "trainable.modules" else "none"
+            raise ValueError(f"learner.ranks: {self.learner.ranks} ranks need {key} {only}; set it, or learner.ranks=1")
+        if self.learner.ranks % self.learner.context_parallel:
+            raise ValueError(
+                f"learner.context_parallel: {self.learner.context_parallel} does not divide learner.ranks "
+                f"({self.learner.ranks})"
             )
         if self.algorithm.objective == "grpo_guard" and self.sampler.kind not in ("flow_sde", "dance_sde"):
             raise ValueError("algorithm.objective: grpo_guard needs sampler.kind flow_sde or dance_sde")

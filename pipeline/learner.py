@@ -2,14 +2,15 @@
 
 One optimisation step = `updates_per_step` optimiser updates, each over whole groups. A micro-batch is one trained
 transition of some takes of one group, so its inputs are exactly the recorded ones (objective awm: several of them, with
-`learner.micro_batch` above the group size).
+`learner.micro_batch` above the group size). With several ranks (`pipeline.ranks`) each replays its share of the
+micro-batches, and every call belongs to all ranks together.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -31,18 +32,23 @@ from pipeline.generators.merging import merged
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.objectives import OBJECTIVES, Terms, matching
+from pipeline.ranks import Ranks, copy_into, like, whole
 from pipeline.samplers import Transition, log_prob
 from pipeline.samplers.transition import gaussian_kl
 from pipeline.types import GroupBatch, Trajectory, WeightSet
+
+MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j
+LOGGED = ("policy_loss", "kl", "clipped_low", "clipped_high")  # summed over a micro-batch
 
 
 class Learner:
     """Holds the denoisers (and text encoders, where these are trained), the optimiser and the EMA. `version` counts
     finished optimisation steps."""
 
-    def __init__(self, cfg: Config, device: str = "auto") -> None:
+    def __init__(self, cfg: Config, device: str = "auto", ranks: Ranks | None = None) -> None:
         self.cfg = cfg
         self.device = resolve_device(device)
+        self.ranks = ranks or Ranks()
         self.version = 0
         self.updates = 0
         wire = resolve_dtype(cfg.generator.dtype, self.device)
@@ -54,7 +60,9 @@ class Learner:
         self._wire_dtype = wire if full else torch.float32
         self.text: LiveText | None = None
         if cfg.trainable.modules == "denoiser":
-            self.modules = self.trained = load_denoisers(cfg.generator, self.device, base)
+            # Shards go to the device block by block: the whole model need not fit there.
+            at_first = self.device if self.ranks.world == 1 else torch.device("cpu")
+            self.modules = self.trained = load_denoisers(cfg.generator, at_first, base)
         else:
             pipe = load_pipeline(cfg.generator, self.device)
             self.modules = denoisers_of(pipe)
@@ -71,6 +79,9 @@ class Learner:
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
                 module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
                 _no_dropout(module)
+        for modules in (self.modules, self._reference or {}):
+            self.ranks.split_context(modules)
+            self.ranks.shard(modules)
         self.parameters = weights_lib.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -110,21 +121,28 @@ class Learner:
         pairs = sum(len(g.advantages) * len(g.trajectory.parts[0].steps) for g in groups)
         self._checked_group = groups[self.version % len(groups)].trajectory.group
         self.optimizer.zero_grad(set_to_none=True)
+        plan = None if self.ranks.world == 1 else self._plan(groups)
+        found: dict[int, np.ndarray] = {}
+        for index, group, (replayer, j, takes), counts in self._work(groups, plan):
+            advantages = self._advantages(group, replayer, takes)
+            micro_loss = self._matching_loss if self.cfg.algorithm.objective == "awm" else self._micro_loss
+            loss, logs = micro_loss(group.trajectory, replayer, j, takes, advantages)
+            mean = loss.sum() / pairs
+            (mean if plan is None else mean * self.ranks.gradient_part(counts)).backward()
+            if counts and self.ranks.records:
+                sums = [float(logs[name].sum()) for name in LOGGED]
+                found[index] = np.array([float(logs["gap"].abs().max()), *sums, *logs["ratio"].cpu().numpy()])
+        sizes = None if plan is None else [1 + len(LOGGED) + size for *_, size, _ in plan]
+        rows = self.ranks.collect(found, sizes)
+        stats["ratio_values"] += [row[1 + len(LOGGED) :].astype(np.float32) for row in rows]
+        if first:
+            stats["on_policy_gap"] += [float(row[0]) for row in rows]
         total: dict[str, float] = defaultdict(float)
-        for group in groups:
-            for micro in self._micro_batches(group.trajectory):
-                replayer, j, takes = micro
-                advantages = self._advantages(group, replayer, takes)
-                micro_loss = self._matching_loss if self.cfg.algorithm.objective == "awm" else self._micro_loss
-                loss, logs = micro_loss(group.trajectory, replayer, j, takes, advantages)
-                (loss.sum() / pairs).backward()
-                stats["ratio_values"].append(logs["ratio"].cpu().numpy())
-                if first:
-                    stats["on_policy_gap"].append(float(logs["gap"].abs().max()))
-                for name in ("policy_loss", "kl", "clipped_low", "clipped_high"):
-                    total[name] += float(logs[name].sum()) / pairs
+        for row in rows:
+            for name, value in zip(LOGGED, row[1:].tolist(), strict=False):
+                total[name] += value / pairs
         loss_value = total["policy_loss"] + self.cfg.algorithm.kl_beta * total["kl"]
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm))
         if not (np.isfinite(loss_value) and bool(torch.isfinite(norm))):
             self.optimizer.zero_grad(set_to_none=True)
             raise RunFailed(
@@ -145,22 +163,58 @@ class Learner:
         stats["grad_norm"].append(float(norm))
         stats["lr"].append(lr)
 
-    def _micro_batches(self, trajectory: Trajectory) -> Iterator[tuple[Replayer, int, slice]]:
-        spec = PolicySpec.from_dict(trajectory.spec)
-        for part in trajectory.parts:
-            replayer = Replayer(part, spec, self.modules, self.device)
-            if self.text is not None:
-                self.text.attach(replayer, trajectory.sampling)
-            size = self.cfg.learner.micro_batch or replayer.total
-            joinable = self.cfg.algorithm.objective == "awm" and self.text is None
-            if joinable and (joined := merged(replayer, size)):
-                yield from ((several, 0, slice(0, several.total)) for several in joined)
-                continue
-            for j in range(len(part.steps)):
-                for start in range(0, replayer.total, size):
-                    yield replayer, j, slice(start, min(start + size, replayer.total))
-            if replayer.live is not None:
-                replayer.live.backward()  # through the text encoders once, with the gradients of all micro-batches
+    def _work(
+        self, groups: list[GroupBatch], plan: list[tuple[int, int, int, int, Hashable]] | None
+    ) -> Iterator[tuple[int, GroupBatch, MicroBatch, bool]]:
+        """(number, group, micro-batch, whether it counts): all of the update's, or this rank's share of the plan."""
+        if plan is None:
+            number = 0
+            for group in groups:
+                for part in range(len(group.trajectory.parts)):
+                    micros = self._micro_batches(group.trajectory, part, self.device)
+                    for micro in micros:
+                        yield number, group, micro, True
+                        number += 1
+                    if (live := micros[0][0].live) is not None:
+                        live.backward()  # through the text encoders once, with the gradients of all micro-batches
+            return
+        place: tuple[int, int] | None = None
+        for index, counts in self.ranks.share([kind for *_, kind in plan]):
+            group_at, part, at, _, _ = plan[index]
+            group = groups[group_at]
+            if place != (group_at, part):
+                micros, place = self._micro_batches(group.trajectory, part, self.device), (group_at, part)
+            yield index, group, micros[at], counts
+
+    def _plan(self, groups: list[GroupBatch]) -> list[tuple[int, int, int, int, Hashable]]:
+        """All micro-batches of an update, the same on every rank: (position of the group, part, position in the part,
+        takes, kind), where those of a kind call the same modules equally often."""
+        plan: list[tuple[int, int, int, int, Hashable]] = []
+        for group_at, group in enumerate(groups):
+            for part in range(len(group.trajectory.parts)):
+                micros = self._micro_batches(group.trajectory, part, torch.device("cpu"))
+                for at, (replayer, j, takes) in enumerate(micros):
+                    calls = tuple(call.module for call in replayer.part.steps[j].calls)
+                    looks = self._looks_at_replay(group.trajectory, replayer, j, takes)
+                    plan.append((group_at, part, at, takes.stop - takes.start, (calls, looks)))
+        return plan
+
+    def _micro_batches(self, trajectory: Trajectory, number: int, device: torch.device) -> list[MicroBatch]:
+        """Those of one part of a trajectory."""
+        part = trajectory.parts[number]
+        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), self.modules, device)
+        if self.text is not None:
+            self.text.attach(replayer, trajectory.sampling)
+        size = self.cfg.learner.micro_batch or replayer.total
+        joinable = self.cfg.algorithm.objective == "awm" and self.text is None
+        if joinable and (joined := merged(replayer, size)):
+            return [(several, 0, slice(0, several.total)) for several in joined]
+        starts = range(0, replayer.total, size)
+        return [
+            (replayer, j, slice(start, min(start + size, replayer.total)))
+            for j in range(len(part.steps))
+            for start in starts
+        ]
 
     def _advantages(self, group: GroupBatch, replayer: Replayer, takes: slice) -> torch.Tensor:
         part = replayer.plain.part
@@ -241,12 +295,17 @@ class Learner:
         sigma = sigma.repeat_interleave(copies)[takes].reshape(-1, *[1] * (x0.ndim - 1))
         return sigma, torch.stack(noise).repeat_interleave(copies, 0)[takes]
 
+    def _looks_at_replay(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> bool:
+        """Objective awm: the check costs a forward pass that serves nothing else, so one step of one group is looked
+        at, in turn."""
+        first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
+        mine = trajectory.group == self._checked_group
+        return self.cfg.algorithm.objective == "awm" and first and mine
+
     @torch.no_grad()
     def _replay_gap(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> torch.Tensor:
-        """How far a replayed deterministic step is from the rollout's: 0 on-policy. It costs a forward pass that
-        serves nothing else, so one step of one group is looked at, in turn."""
-        first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
-        if not first or trajectory.group != self._checked_group:
+        """How far a replayed deterministic step is from the rollout's: 0 on-policy."""
+        if not self._looks_at_replay(trajectory, replayer, j, takes):
             return torch.zeros(1)
         if replayer.plain is not replayer:
             replayer, takes = replayer.plain, slice(0, replayer.plain.total)
@@ -278,19 +337,32 @@ class Learner:
     # -- weights out, state in and out ------------------------------------------------------------------------------
 
     def weights(self, tag: Literal["train", "ema"] = "train") -> WeightSet:
-        """The trained weights, or their EMA (the same where no EMA is kept), in the dtype rollouts use."""
+        """The trained weights, or their EMA (the same where no EMA is kept), in the dtype rollouts use.
+
+        Of several ranks all must call; rank 0 gets the weights, the others an empty set. So with `state`.
+        """
         source = self.ema if tag == "ema" and self.ema else self.parameters
         kind = self.cfg.trainable.kind
-        return weights_lib.to_weight_set(kind, {n: t.detach().to(self._wire_dtype) for n, t in source.items()})
+        return weights_lib.to_weight_set(kind, self._gathered({n: t.to(self._wire_dtype) for n, t in source.items()}))
+
+    def _gathered(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Out of their shards, on rank 0; in the CPU's memory where they were sharded."""
+        found = {}
+        for name, tensor in tensors.items():
+            value = whole(tensor.detach())
+            if self.ranks.main:
+                found[name] = value if self.ranks.world == 1 else value.cpu()
+        return found
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything needed to go on: weights, EMA, optimiser moments; version and update counters."""
-        tensors = {f"weights/{n}": p.detach().cpu().clone() for n, p in self.parameters.items()}
-        tensors |= {f"ema/{n}": t.cpu().clone() for n, t in self.ema.items()}
+        tensors: dict[str, torch.Tensor] = {f"weights/{n}": p for n, p in self.parameters.items()}
+        tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().clone()
-        return tensors, {"version": self.version, "updates": self.updates}
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        copies = {name: tensor.cpu().clone() for name, tensor in self._gathered(tensors).items()}
+        return copies, {"version": self.version, "updates": self.updates}
 
     def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """Restores `state()`. Raises CheckpointError naming the first tensor that is missing or unexpected."""
@@ -301,15 +373,15 @@ class Learner:
             raise CheckpointError(f"checkpoint does not fit this config: {len(odd)} tensors differ, such as {odd[0]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weights/{name}"])
+                copy_into(parameter, tensors[f"weights/{name}"])
             for name, value in self.ema.items():
-                value.copy_(tensors[f"ema/{name}"])
+                copy_into(value, tensors[f"ema/{name}"])
         for name, parameter in self.parameters.items():
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 stored = tensors.get(f"optimizer/{key}/{name}")
                 if stored is not None:
-                    state[key] = stored.clone() if key == "step" else stored.clone().to(parameter.device)
+                    state[key] = stored.clone() if key == "step" else like(stored, parameter.detach())
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.updates = int(meta["version"]), int(meta["updates"])

@@ -312,7 +312,7 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
     rewards = cfg.rewards.values()
     needs = total(
         [
-            (Workers(1, 1), cfg.learner.resources),
+            (Workers(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
             (cfg.rollout.workers, cfg.rollout.resources),
             *((reward.workers, reward.resources) for reward in rewards),
         ]
@@ -324,7 +324,7 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
         if not dry or cfg.ray.num_cpus:
             raise ConfigError(
                 f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.resources.CPU + "
-                "learner.resources.CPU + rewards), "
+                "learner.ranks x learner.resources.CPU + rewards), "
                 f"but the local Ray has {have}; lower them or set ray.num_cpus={int(-(-cpus // 1))}"
             )
         lacking.append(f"{cpus:g} CPUs (it has {have})")

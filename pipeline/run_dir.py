@@ -147,6 +147,19 @@ def find_resumable(cfg: Config, config_path: Path) -> RunDir:
     return RunDir(max(found)[-1])
 
 
+def resume_or_create(cfg: Config, config_path: Path) -> tuple[RunDir, bool]:
+    """The run `run.name` and whether it was there already; else a new one of that name, for jobs that are retried.
+
+    Raises `ConfigError` when the run has no name of its own, by which a later try could find it.
+    """
+    if not cfg.run.name:
+        raise ConfigError("--resume-or-start: run.name is not set; give one, so that every try means the same run")
+    run = RunDir(cfg.run.dir / cfg.run.name)
+    if run.path.is_dir() or mirror.exists(run.path):
+        return find_resumable(cfg, config_path), True
+    return create(cfg, config_path), False
+
+
 class RunLock:
     """Held while a process writes a run; the system frees it when the process dies. Mirrors the run, too, where
     `run.dir` is a URL."""

@@ -347,6 +347,10 @@ def resume_of_nothing(p):
     return p.error("train", p.config, "--resume")
 
 
+def resume_or_start_without_name(p):
+    return p.error("train", p.config, "--resume-or-start")
+
+
 def unknown_command(p):
     return p.error("trian")
 
@@ -410,6 +414,7 @@ CASES = [
     (generate_over_takes, ["--out", "holds takes already"], "choose another folder"),
     (generate_with_strange_checkpoint, ["empty: is neither a run"], "model_index.json"),
     (resume_of_nothing, ["--resume", "no unfinished run"], "leave --resume out"),
+    (resume_or_start_without_name, ["--resume-or-start", "run.name is not set"], "give one"),
     (unknown_command, ["'trian'"], "'train'"),
     (unknown_option, ["--resum"], "--resume"),
 ]

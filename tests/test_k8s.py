@@ -260,27 +260,15 @@ def command(name: str):
 def test_the_entrypoint_is_a_real_command(name, monkeypatch):
     monkeypatch.chdir(ROOT)  # in the image: /opt/rushes
     params, cfg = command(name)
-    assert params["resume"] and cfg.run.name
+    assert params["resume_or_start"] and cfg.run.name  # a retry goes on with what the first try started
     folder = cfg.run.dir / cfg.run.name
     head = cluster_spec(name)["headGroupSpec"]["template"]["spec"]
-    assert head["initContainers"][0]["command"] == ["mkdir", "-p", str(folder)]  # else --resume finds no run
     mounts = {mount["mountPath"]: mount["name"] for mount in head["containers"][0]["volumeMounts"]}
     assert mounts["/data"] == "runs" and str(folder).startswith("/data/")
     assert head["containers"][0]["workingDir"] == "/opt/rushes"
     check_samplers(cfg)
     check_prompts(cfg)
     check_rewards(cfg)
-
-
-def test_resume_starts_a_run_whose_folder_is_empty(tmp_path, monkeypatch):
-    """What the init container relies on."""
-    from jobs.train import _resume_point
-    from pipeline.run_dir import find_resumable
-
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "new").mkdir()
-    cfg = load_config(ROOT / "configs/quickstart.yaml", ["run.name=new", f"run.dir={tmp_path}"])
-    assert _resume_point(cfg, find_resumable(cfg, ROOT / "configs/quickstart.yaml")) is None
 
 
 @pytest.mark.parametrize("name", ["base", *JOBS])
@@ -291,7 +279,7 @@ def test_the_actors_fit_into_their_groups(name, monkeypatch):
     free = []
     for node in node_types(name).values():
         free += [dict(node["resources"]) for _ in range(node["max_workers"])]
-    roles = [("rollout", cfg.rollout)] * cfg.rollout.workers.max + [("learner", cfg.learner)]
+    roles = [("rollout", cfg.rollout)] * cfg.rollout.workers.max + [("learner", cfg.learner)] * cfg.learner.ranks
     roles += [("reward", reward) for reward in cfg.rewards.values() for _ in range(reward.workers.max)]
     for role, wants in roles:
         needs = wants.resources

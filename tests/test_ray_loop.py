@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import random
@@ -9,18 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 import tiny
+from rich.console import Console
 
+from actors import learner_group
 from actors.common import RunContext
 from actors.controller import Controller
 from actors.failures import root
 from actors.rollout import RolloutWorker
 from jobs.local_ray import RaySession
+from jobs.supervise import supervise
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.config_io import to_yaml
@@ -172,6 +179,78 @@ def test_a_killed_rollout_worker_changes_nothing(cluster, undisturbed):
     assert outcome["groups"]["trained"] == 8 and outcome["groups"]["failed"] == 0
     assert "replacing rollout-0" in run.dir.log.read_text()
     same_results(run, undisturbed)
+
+
+def test_a_killed_learner_goes_on_from_the_checkpoint_and_changes_nothing(cluster, undisturbed):
+    run = Run(undisturbed.cfg, "learner")
+    seen = run.until(lambda s: s["step"] >= 2 and s["roles"]["rollout-0"].startswith("train group"))
+    os.kill(seen["pids"]["learner"], signal.SIGKILL)
+    outcome = run.result()
+    assert outcome["groups"] == undisturbed.outcome["groups"] and outcome["takes"] == 32
+    log = run.dir.log.read_text()
+    assert "starting it again from" in log and log.count("rollout-0 is process") == 1  # the workers stayed
+    same_results(run, undisturbed)
+
+
+def test_two_learner_ranks_train_as_one_and_are_lost_as_one(cluster, undisturbed):
+    """The second rank dies before there is a checkpoint: both start from the beginning."""
+    sections = {**undisturbed.cfg.model_dump(mode="json"), "checkpoint": {"every": 0, "keep": 1}}
+    sections["learner"]["ranks"] = 2
+    run = Run(Config.model_validate(sections), "ranks")
+    pids = run.until(lambda s: s["step"] >= 1)["pids"]
+    os.kill(pids["learner-1"], signal.SIGKILL)
+    outcome = run.result()
+    assert outcome["groups"] == undisturbed.outcome["groups"]
+    log = run.dir.log.read_text()
+    assert "learner-1 on" in log and "starting it again from the beginning" in log
+    assert log.count("learner-0 is process") == 2 and not psutil.pid_exists(pids["learner-0"])
+    for mine, theirs in zip(run.metrics(), undisturbed.metrics(), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in ("loss", "grad_norm", "reward/mean", "heldout/mean", "ratio/mean"):
+            assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-2, abs=1e-3), key
+    one, two = undisturbed.tensors(4), run.tensors(4)
+    assert one.keys() == two.keys() and all(one[name].shape == two[name].shape for name in one)
+
+
+def test_a_learner_that_always_dies_ends_the_run_by_name(cluster, tiny_sd3, files, tmp_path):
+    cfg = make_config(tiny_sd3, files, tmp_path, prompts={"heldout": None}, faults={"max_attempts": 1})
+    run = Run(cfg, "hopeless")
+    os.kill(run.until(lambda s: "learner" in s["pids"])["pids"]["learner"], signal.SIGKILL)
+    error = run.failure()
+    assert isinstance(error, RunFailed) and str(error).startswith("learner on ")
+    assert "its process died" in str(error) and "continue with --resume" in str(error)
+
+
+def test_a_learner_group_says_what_it_waits_for(cluster, tiny_sd3, files, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(learner_group, "MAX_WAIT_S", 0.6)
+    monkeypatch.setattr(learner_group, "FIRST_SAID_S", 0.3)
+    cfg = make_config(tiny_sd3, files, tmp_path, learner={"ranks": 2, "resources": {"CPU": 5}})
+    group = learner_group.LearnerGroup(RunContext(cfg=cfg, run_path=str(tmp_path), cwd=os.getcwd()))
+    try:
+        with pytest.raises(RunFailed, match=r"no room .* waiting for 2 × \{CPU: 5\}; the cluster has CPU 8 \("):
+            asyncio.run(group.start(None))
+    finally:
+        group.stop()
+    assert "waiting for 2 × {CPU: 5}" in caplog.text
+
+
+def test_a_killed_controller_is_followed_by_another_that_changes_nothing(cluster, undisturbed):
+    run = RunDir(undisturbed.cfg.run.dir / "controller")
+    run.path.mkdir()
+    said, signals = io.StringIO(), SimpleNamespace(asked=False)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(supervise, undisturbed.cfg, run, None, signals, Console(file=said), False)
+        while checkpoint.latest(run.checkpoints) is None:
+            assert not ended.done(), ended.result()
+            time.sleep(0.05)
+        controller = ray.get_actor("controller/controller")
+        os.kill(ray.get(controller.info.remote())["pid"], signal.SIGKILL)
+        outcome = ended.result(120)
+    assert outcome["status"] == "finished" and outcome["groups"] == undisturbed.outcome["groups"]
+    assert "its process died" in said.getvalue() and "going on at step" in said.getvalue()
+    other = object.__new__(Run)
+    other.dir = run
+    same_results(other, undisturbed)
 
 
 def test_killed_at_a_random_moment_and_resumed(cluster, undisturbed):

@@ -8,10 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.errors import ConfigError, RushesError
-from pipeline.run_dir import RunDir, RunLock, create, find_resumable, setup_logging
+from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 
 NOW = datetime(2026, 11, 23, 15, 4, 5)
 
@@ -61,6 +63,27 @@ def test_resume_takes_the_newest_unfinished_run_of_this_config(tmp_path):
         find_resumable(config(tmp_path, "nope"), Path("c.yaml"))
     with pytest.raises(ConfigError, match="no unfinished run"):
         find_resumable(cfg, Path("fresh.yaml"))
+
+
+def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    import pipeline.preflight
+    from jobs import train
+
+    first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
+    assert (first[1], again[1]) == (False, True) and first[0] == again[0] == RunDir(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="run.name is not set"):
+        resume_or_create(config(tmp_path), Path("c.yaml"))
+    # one try too many: the run has finished, and nothing is started (which here would fail)
+    monkeypatch.setattr(pipeline.preflight, "check_all", lambda cfg: None)
+    first[0].summary.write_text(json.dumps({"status": "finished"}))
+    checkpoint.save(first[0].checkpoints, 100, {"weights/x": torch.zeros(1)}, {}, {}, config(tmp_path, "mine"), 1)
+    said = io.StringIO()
+    assert train.train(config(tmp_path, "mine"), Path("c.yaml"), or_start=True, console=Console(file=said)) == 0
+    assert "has finished all 100 steps" in said.getvalue().replace("\n", " ")
 
 
 def test_the_folder_cannot_be_made(tmp_path):

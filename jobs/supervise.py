@@ -1,0 +1,168 @@
+"""Runs the controller to its end: shows its progress, passes signals on, and starts another one when it dies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from jobs.live import controller_options, running
+from jobs.progress import View, make_view
+from pipeline import checkpoint
+from pipeline.config import Config
+from pipeline.errors import ConfigError, RunFailed, RushesError
+from pipeline.run_dir import RunDir
+
+POLL_S = 0.5
+GONE_S = 60.0  # a dead controller's actors end with it; those that have not by then are ended
+log = logging.getLogger("rushes.driver")
+
+
+class StopAsked(Protocol):
+    asked: bool
+
+
+def supervise(
+    cfg: Config, run: RunDir, resume_from: Path | None, signals: StopAsked, console: Console, debug: bool
+) -> dict[str, Any]:
+    """The run's result, from as many controllers as it takes. A controller that dies (its process or node, not an error
+    that it reports) is followed by another from the last checkpoint, until `faults.max_attempts` have died without a
+    new step. Raises what ended the run."""
+    import ray
+
+    from actors.failures import describe, root
+
+    if run.name in running():
+        raise ConfigError(
+            f"run.name: a run {run.name!r} is going on in this cluster; watch it with rushes watch {run.name}, or use "
+            "another run.name"
+        )
+    view = make_view(console, run.name)
+    furthest, deaths, life = -1, 0, 0
+    try:
+        while True:
+            life += 1
+            watch = _Watch(cfg, run, resume_from, life)
+            try:
+                result = watch.until_the_end(view, signals)
+                if result["status"] == "stopped" and not signals.asked:  # by `rushes stop`
+                    stop_own_job()
+                return result
+            except ray.exceptions.RayError as error:
+                if debug and not _is_death(error):
+                    raise
+                cause = root(error)
+                if isinstance(cause, RushesError):
+                    raise cause from None
+                problem = f"controller on {watch.host}: {describe(error)}"
+                if not _is_death(error):
+                    raise RunFailed(f"{problem} (see {run.log})") from error
+            finally:
+                watch.end()
+            if watch.step > furthest:
+                furthest, deaths = watch.step, 0
+            deaths += 1
+            if deaths >= cfg.faults.max_attempts:
+                raise RunFailed(
+                    f"{problem} ({deaths} times without getting beyond step {max(furthest, 0)}; faults.max_attempts: "
+                    f"{cfg.faults.max_attempts}; see {run.log}); continue with --resume"
+                )
+            _wait_until_gone(run.name)
+            resume_from = checkpoint.latest(run.checkpoints)
+            step = checkpoint.step_of(resume_from) if resume_from is not None else 0
+            if signals.asked:  # it died before it could save: what counts is the last checkpoint
+                return {"status": "stopped", "step": step, "checkpoint": str(resume_from) if resume_from else None}
+            log.warning("%s; another one goes on at step %d (death %d)", problem, step, deaths)
+            view.note(f"{problem}; going on at step {step}")
+    finally:
+        view.close()
+
+
+def _is_death(error: Exception) -> bool:
+    """The controller is gone, as opposed to an exception of its own (which may be about another actor's death)."""
+    from ray import exceptions as rx
+
+    gone = rx.RayActorError | rx.WorkerCrashedError | rx.NodeDiedError | rx.OutOfMemoryError
+    return isinstance(error, gone) and not isinstance(error, rx.RayTaskError)
+
+
+class _Watch:
+    """One controller, watched."""
+
+    def __init__(self, cfg: Config, run: RunDir, resume_from: Path | None, life: int) -> None:
+        import ray
+
+        from actors.common import RunContext, actor_env
+        from actors.controller import Controller
+
+        ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
+        self.host, self.step = os.uname().nodename, -1  # the driver's host, until the controller has told its own
+        self.controller: Any = (
+            ray.remote(Controller)
+            .options(num_cpus=0, runtime_env={"env_vars": actor_env(1)}, **controller_options(run, life))
+            .remote(ctx, str(resume_from.absolute()) if resume_from else None)
+        )
+
+    def until_the_end(self, view: View, signals: StopAsked) -> dict[str, Any]:
+        """The controller's result. Raises its exception, or the one that says that it is gone."""
+        import ray
+
+        ended = self.controller.run.remote()
+        seen, told = 0, False
+        while True:
+            ready, _ = ray.wait([ended], timeout=POLL_S)
+            if signals.asked and not told:
+                told = True
+                view.note("stopping: saving the last completed step (Ctrl-C again stops at once)")
+                self.controller.stop.remote()
+            try:
+                snapshot = ray.get(self.controller.progress.remote(seen), timeout=60)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:
+                return ray.get(ended)  # the controller is gone: this raises why
+            seen += len(snapshot["records"])
+            self.host, self.step = snapshot.get("host", self.host), max(self.step, snapshot["step"])
+            view.update(snapshot)
+            if ready:
+                return ray.get(ended)
+
+    def end(self) -> None:
+        import ray
+
+        ray.kill(self.controller)
+
+
+def _wait_until_gone(run: str) -> None:
+    """Returns once no actor of the run is left: two controllers' actors would share its files and the machine."""
+    import ray
+
+    started = time.monotonic()
+    while names := [name for name in ray.util.list_named_actors() if name.startswith(f"{run}/")]:
+        if time.monotonic() - started > GONE_S:
+            raise RunFailed(f"actors of a dead controller do not end: {', '.join(names)}; continue with --resume")
+        for name in names:
+            try:
+                ray.kill(ray.get_actor(name))
+            except ValueError:
+                continue  # it has just ended
+        time.sleep(0.2)
+
+
+def stop_own_job() -> None:
+    """Marks the Ray job that this process is, if it is one, as stopped: with the exit code alone Ray would call it
+    failed, and what retries failed jobs (a RayJob) would start it again."""
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata") or {}
+    if job := metadata.get("job_submission_id"):
+        try:
+            JobSubmissionClient(ray.get_runtime_context().gcs_address).stop_job(job)
+        except (RuntimeError, ConnectionError, ValueError, OSError) as error:
+            logging.getLogger("rushes.driver").warning("the job could not be marked as stopped: %s", error)

@@ -1,0 +1,241 @@
+"""Several processes as one learner: who computes which micro-batch, sharded weights (FSDP2), context parallelism.
+
+Weights, gradients, EMA and optimiser moments are sharded over all ranks; each rank replays its share of the step's
+micro-batches. Every rank sees the same step, so what is logged and whether the loss is finite are the same everywhere.
+Plain torch.distributed, no Ray.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipeline.errors import UnsupportedPolicyError
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between ranks; a dead rank is noticed by its actor's end
+
+
+def share(kinds: Sequence[Hashable], parts: int, part: int) -> list[tuple[int, bool]]:
+    """Which of the micro-batches a rank computes, in which order: [(index, counts)].
+
+    `kinds[i]` says which sharded modules micro-batch i calls, how often. Ranks meet in every one of these calls, so all
+    get the same sequence of kinds; where a kind does not divide, a rank repeats a micro-batch that does not count.
+    Neighbours stay together, so that a rank needs the data of few groups.
+    """
+    if parts == 1:
+        return [(index, True) for index in range(len(kinds))]
+    members: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(index)
+    shares: list[tuple[int, bool]] = []
+    for indices in members.values():
+        size = -(-len(indices) // parts)
+        mine = indices[part * size : (part + 1) * size]
+        spare = mine[-1] if mine else indices[0]
+        shares += [(index, True) for index in mine] + [(spare, False)] * (size - len(mine))
+    return shares
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, out of its shards if it is sharded (every rank must call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole `value`, on the target's device and sharded as it is. No exchange."""
+    value = value.to(target.device, copy=True)
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrites `target`, sharded or not, with the whole `value`."""
+    local = like(value, target)
+    if isinstance(target, DTensor) and isinstance(local, DTensor):
+        target.to_local().copy_(local.to_local())
+    else:
+        target.copy_(local)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one learner, seen from one of them. The default is a learner of one process."""
+
+    rank: int = 0
+    world: int = 1
+    context: int = 1  # neighbouring ranks that split the sequence of one micro-batch
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None  # all ranks
+    context_mesh: DeviceMesh | None = None  # ("data", "ring", "ulysses")
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank hands out weights and state."""
+        return self.rank == 0
+
+    def share(self, kinds: Sequence[Hashable]) -> list[tuple[int, bool]]:
+        """This rank's micro-batches, see `share`. Ranks of one context group compute the same ones together."""
+        return share(kinds, self.world // self.context, self.rank // self.context)
+
+    @property
+    def records(self) -> bool:
+        """Whether this rank adds to the rows that `collect` sums: one of each context group does."""
+        return self.rank % self.context == 0
+
+    def gradient_part(self, counts: bool) -> float:
+        """What a rank's part of the loss is scaled by. FSDP2 averages gradients over the ranks, and here they shall be
+        summed. Each rank of a context group holds the gradient of its part of the sequence, so all of them count."""
+        return float(self.world) if counts else 0.0
+
+    def collect(self, found: dict[int, np.ndarray], sizes: Sequence[int] | None) -> list[np.ndarray]:
+        """The rows (float64 [sizes[i]]) that the ranks have found, in order, on every rank. A single rank has all."""
+        if sizes is None:
+            return [found[index] for index in sorted(found)]
+        rows = [found.get(index, np.zeros(size)) for index, size in enumerate(sizes)]
+        return np.split(self._summed(np.concatenate(rows)), np.cumsum(sizes)[:-1])
+
+    def _summed(self, values: np.ndarray) -> np.ndarray:
+        summed = torch.from_numpy(values).to(self.device)
+        dist.all_reduce(summed)
+        return summed.cpu().numpy()
+
+    def any_of(self, found: Sequence[int], known: Sequence[int]) -> list[int]:
+        """Those of `known` (the same on every rank) that any rank has found."""
+        if self.world == 1:
+            return list(found)
+        flags = self._summed(np.array([float(item in found) for item in known]))
+        return [item for item, flag in zip(known, flags, strict=True) if flag > 0]
+
+    # ------------------------------------------------------------------------------------------- modules
+
+    def shard(self, modules: dict[str, torch.nn.Module]) -> None:
+        """FSDP2 over the repeated blocks and the rest, in place; the weights move to this rank's device."""
+        if self.mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for module in modules.values():
+            for part in [*blocks(module), module]:
+                fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(self.device)
+
+    def split_context(self, modules: dict[str, torch.nn.Module]) -> None:
+        """Splits the sequence inside the denoisers over `context` ranks, by diffusers' own plan of the model.
+
+        Raises `UnsupportedPolicyError` where the model has no plan.
+        """
+        if self.context_mesh is None:
+            return
+        from diffusers import ContextParallelConfig
+        from diffusers.models._modeling_parallel import ParallelConfig
+
+        mesh = self.context_mesh["ring", "ulysses"]
+        for name, module in modules.items():
+            if getattr(module, "_cp_plan", None) is None or not hasattr(module, "enable_parallelism"):
+                raise UnsupportedPolicyError(
+                    f"learner.context_parallel: {type(module).__name__} ({name}) has no context-parallel plan in "
+                    "diffusers; set learner.context_parallel=1 (learner.ranks still shards weights and takes)"
+                )
+            config = ContextParallelConfig(ulysses_degree=self.context, mesh=mesh)
+            if self.device.type == "cpu":  # diffusers asks for the accelerator's index, which a CPU has not
+                settings = ParallelConfig(context_parallel_config=config)
+                settings.setup(self.rank, self.world, self.device, mesh=mesh)
+
+                def resolved(_: Any, module: Any = module, settings: Any = settings) -> Any:
+                    module._parallel_config = settings
+                    return settings
+
+                module._resolve_parallel_config = resolved  # type: ignore[assignment]
+            try:
+                module.enable_parallelism(config=config)  # type: ignore[operator]
+            except ValueError as error:
+                raise UnsupportedPolicyError(
+                    f"learner.context_parallel: {type(module).__name__} ({name}): {' '.join(str(error).split())}"
+                ) from error
+
+
+def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated blocks of a denoiser: those that diffusers names, else the entries of its module lists."""
+    named = getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or []
+    found = [m for m in module.modules() if type(m).__name__ in named and m is not module]
+    if not found:
+        lists = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList)]
+        found = [entry for entries in lists for entry in entries]
+    inside = {id(inner) for outer in found for inner in outer.modules() if inner is not outer}
+    return [m for m in found if id(m) not in inside and any(True for _ in m.parameters())]
+
+
+# ------------------------------------------------------------------------------------------- coming together
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket on a free port of `host` alone, where rank 0 meets the others."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    opened.bind((host, 0))
+    opened.listen(128)
+    return opened
+
+
+def join(
+    rank: int,
+    world: int,
+    address: tuple[str, int],
+    device: torch.device,
+    context: int = 1,
+    listening: socket.socket | None = None,
+) -> Ranks:
+    """Meets the other ranks at rank 0's `address` (its socket is `listening`); returns once all are there."""
+    host, port = address
+    _use_interface(host if rank == 0 else _own_address(host, port))
+    store = dist.TCPStore(
+        host,
+        port,
+        world,
+        is_master=rank == 0,
+        timeout=TIMEOUT,
+        master_listen_fd=listening.detach() if listening is not None else None,
+        use_libuv=True,
+    )
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    mesh = init_device_mesh(device.type, (world,))
+    split = None
+    if context > 1:
+        split = init_device_mesh(
+            device.type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses")
+        )
+    return Ranks(rank, world, context, device, mesh, split)
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address by which this machine reaches rank 0."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _use_interface(address: str) -> None:
+    """Gloo and NCCL listen on the interface of this address only, unless told otherwise."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return

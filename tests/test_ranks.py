@@ -1,0 +1,126 @@
+"""Several learner ranks (2 processes, gloo, FSDP2) against one: same numbers, same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from rank_worker import one_case, run_ranks
+
+from pipeline import checkpoint
+from pipeline.generators.policy import Policy
+from pipeline.plan import train_work
+from pipeline.ranks import share
+from pipeline.types import GroupBatch, PromptItem
+from pipeline.wire import unpack
+
+PROMPT = PromptItem(index=0, text="a red circle")
+COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}
+CASES = {
+    "lora": {"algorithm": {"kl_beta": 0.1, "groups_per_step": 3, "updates_per_step": 2}, "learner": {"micro_batch": 3}},
+    "full": {"trainable": {"kind": "full"}, "algorithm": {"kl_beta": 0.1, "groups_per_step": 3}},
+    "awm": {
+        "algorithm": {"objective": "awm", "kl_beta": 0.1, "groups_per_step": 3},
+        "learner": {"micro_batch": 8},  # two steps at once, and one
+    },
+}
+
+
+def batches(cfg, steps: int) -> list[list[GroupBatch]]:
+    """Of the starting policy: every later step is off-policy, which is all the same to the comparison."""
+    policy = Policy.load(cfg, "cpu", threads=1)
+    policy.probe()
+    policy.attach()
+    made = []
+    for step in range(steps):
+        groups = []
+        for i in range(cfg.algorithm.groups_per_step):
+            work = train_work(cfg, step * cfg.algorithm.groups_per_step + i, step, PROMPT)
+            media, trajectory, _ = policy.rollout(work)
+            brightness = media.frames.reshape(len(media.frames), -1).mean(1)
+            advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
+            groups.append(GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32)))
+        made.append(groups)
+    return made
+
+
+def same_tensors(mine: Path, theirs: Path) -> None:
+    (a, state_a), (b, state_b) = (checkpoint.load(checkpoint.latest(folder)) for folder in (mine, theirs))
+    assert a.keys() == b.keys() and state_a == state_b
+    for name in a:
+        np.testing.assert_allclose(a[name].numpy(), b[name].numpy(), rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_sd3, tmp_path_factory):
+    """Two steps by one process and by two ranks, and each continued by the other for a third."""
+    out = tmp_path_factory.mktemp("ranks")
+    alone, together, further = {}, [], {}
+    for name, sections in CASES.items():
+        cfg = tiny.config(tiny_sd3, **COMMON, **sections)
+        steps = batches(cfg, 3)
+        plain = cfg.model_dump(mode="json")
+
+        def case(steps, save, resume=None, plain=plain, name=name):
+            resume = None if resume is None else str(checkpoint.folder_of(out / resume / name, 2))
+            return {"config": plain, "steps": steps, "save": str(out / save / name), "resume": resume}
+
+        alone[name] = one_case(case(steps[:2], "one"))
+        together += [case(steps[:2], "two"), case(steps[2:], "one-two", "one")]
+        further[name] = case(steps[2:], "two-one", "two")
+    answers = run_ranks(2, together)
+    return {
+        name: {"one": alone[name], "two": answers[2 * i], "one-two": answers[2 * i + 1], "two-one": one_case(case)}
+        for i, (name, case) in enumerate(further.items())
+    }, out
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_ranks_train_as_one(compared, name):
+    found, out = compared
+    one, two = found[name]["one"], found[name]["two"]
+    for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    assert two["metrics"][1]["kl"] > 0 and two["metrics"][0]["grad_norm"] > 0
+    same_tensors(out / "one" / name, out / "two" / name)
+    assert one["ema"].tensors.keys() == two["ema"].tensors.keys()
+    for key, packed in one["ema"].tensors.items():
+        np.testing.assert_allclose(unpack(two["ema"].tensors[key]), unpack(packed), rtol=1e-4, atol=2e-6)
+    assert two["local_parameters"] < 0.6 * one["local_parameters"]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_checkpoint_goes_from_one_rank_to_two_and_back(compared, name):
+    found, out = compared
+    same_tensors(out / "one-two" / name, out / "two-one" / name)
+    assert found[name]["one-two"]["metrics"][0]["loss"] == pytest.approx(
+        found[name]["two-one"]["metrics"][0]["loss"], rel=1e-4, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_every_micro_batch_counts_once_and_ranks_meet_in_equal_calls(parts):
+    kinds = ["a", "b", "a", "a", "b", "c"] * 3
+    shares = [share(kinds, parts, part) for part in range(parts)]
+    assert sorted(i for mine in shares for i, counts in mine if counts) == list(range(len(kinds)))
+    assert len({tuple(kinds[i] for i, _ in mine) for mine in shares}) == 1
+    if parts == 1:
+        assert shares[0] == [(i, True) for i in range(len(kinds))]
+
+
+def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, tiny_sd3, tmp_path):
+    """Context parallelism on Wan by diffusers' plan; SD3 has none and is refused."""
+    cfg = tiny.config(tiny_wan, **COMMON, algorithm={"kl_beta": 0.1})
+    wan = {"config": cfg.model_dump(mode="json"), "steps": batches(cfg, 2), "resume": None}
+    sd3 = {"config": tiny.config(tiny_sd3).model_dump(mode="json"), "steps": [], "resume": None}
+    alone = one_case({**wan, "save": str(tmp_path / "one")})
+    together, refused = run_ranks(2, [{**wan, "save": str(tmp_path / "two")}, {**sd3, "save": ""}], context=2)
+    for mine, theirs in zip(alone["metrics"], together["metrics"], strict=True):
+        for key, value in mine.items():
+            assert theirs[key] == pytest.approx(value, rel=1e-4, abs=2e-6), key
+    same_tensors(tmp_path / "one", tmp_path / "two")
+    assert "learner.context_parallel: " in refused and "SD3Transformer2DModel" in refused and "plan" in refused
