@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where there is no GPU, hold torch to a version that has a CPU build.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: help setup quickstart quickstart-image test lint format typecheck generators docs clean
+.PHONY: help setup quickstart quickstart-image test chaos lint format typecheck generators docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -25,6 +25,9 @@ quickstart-image: setup ## the same for text-to-image
 
 test: setup ## the test suite (no GPU, no network)
 	$(BIN)/python -m pytest
+
+chaos: setup ## a run whose actors and nodes are killed all the time, against the same run undisturbed (about 8 minutes)
+	$(BIN)/python -m benchmarks.chaos
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ from typing import Any
 import psutil
 import ray
 
+from actors.failures import Going
 from actors.telemetry import RoleMetrics
 from pipeline.config import Config
 from pipeline.run_dir import RunDir, setup_logging
 
+IDLE = "idle"
 MAX_START_S = 1800.0  # loading a model from a slow disk may take long; beyond this a start counts as stuck
 
 
@@ -40,6 +44,7 @@ class RoleActor:
     """Base of the actor classes. `name` is e.g. `rollout-0`; it is also the label in the Ray dashboard."""
 
     role = "actor"
+    hands_back = False  # whether SIGTERM lets it finish the group in hand; else Ray's handler ends it at once
 
     def __init__(self, ctx: RunContext, name: str) -> None:
         self.ctx, self.cfg, self.name = ctx, ctx.cfg, name
@@ -49,6 +54,17 @@ class RoleActor:
         self.log = logging.getLogger(f"rushes.{self.role}")
         self.phase, self.since = "starting", time.time()
         self.metrics = RoleMetrics(ctx.run.name, self.role, name)
+        self.going = False
+        if self.hands_back:
+            with contextlib.suppress(ValueError):  # not in the main thread: Ray's own handler ends the process at once
+                signal.signal(signal.SIGTERM, self._sigterm)
+
+    def _sigterm(self, number: int, frame: Any) -> None:
+        """A pre-empted machine says so with SIGTERM: what is in hand is finished, nothing new is begun."""
+        self.log.warning("asked to end (SIGTERM) while %s", self.phase)
+        self.going = True
+        if self.phase == IDLE:
+            sys.exit(0)
 
     def __repr__(self) -> str:
         return f"{self.ctx.run.name}/{self.name}"
@@ -70,6 +86,8 @@ class RoleActor:
     @contextlib.contextmanager
     def doing(self, phase: str, group: int | None = None) -> Iterator[None]:
         """Marks what the actor does; an exception is written to run.log with its traceback and goes on."""
+        if self.going:
+            raise Going("it was asked to end (SIGTERM), and finished what it had in hand")
         self.phase, self.since = phase, time.time()
         started = time.perf_counter()
         try:
@@ -79,7 +97,7 @@ class RoleActor:
             raise
         finally:
             self.metrics.phase(phase, time.perf_counter() - started)
-            self.phase, self.since = "idle", time.time()
+            self.phase, self.since = IDLE, time.time()
 
 
 def use_threads(threads: int) -> None:

@@ -56,6 +56,17 @@ class Controller(RoleActor):
         self.log.info("asked to stop")
         self._stop_asked.set()
 
+    async def scale(self, targets: dict[str, int]) -> dict[str, str]:
+        """Sets pools ("rollout", "reward.<name>") to a number of workers; 0 gives a pool back to its policy and limits.
+
+        A target holds until the next one, or until the run's process ends: a resumed run begins with its config.
+        Returns a sentence for each pool. Raises `ConfigError` (unknown pool, negative number; nothing is changed then)
+        or `RushesError` (the run has not begun yet).
+        """
+        if self._loop is None:
+            raise RushesError("the run is still starting; try again in a few seconds")
+        return await self._loop.scale(targets)
+
     async def progress(self, since: int) -> dict[str, Any]:
         """What to show; `records` are those after the first `since`."""
         if self._loop is None:

@@ -13,12 +13,15 @@ from typing import Any, Literal
 import numpy as np
 
 from actors.common import RunContext
+from actors.failures import describe, is_lost
 from actors.flow import Flow, Job
 from pipeline.advantages import weighted_rewards
 from pipeline.errors import RunFailed
 from pipeline.files import atomic_write
 from pipeline.plan import eval_works
 from pipeline.types import Media, PolicyVersion, PromptItem
+
+log = logging.getLogger("rushes.evaluation")
 
 
 class _Sink:
@@ -56,6 +59,9 @@ class _Sink:
 
     def scoring_failed(self, job: Job, reason: str) -> bool:
         return self._retry(self._scorings[job.group], reason)
+
+    def handed_back(self, job: Job) -> None:
+        self._rollouts[job.group] -= 1
 
     def _retry(self, attempts: int, reason: str) -> bool:
         if attempts >= self._max:
@@ -119,7 +125,6 @@ class Evaluator:
         record = {"step": step, "tag": version.tag, **self._summary(jobs)}
         self.records.append(record)
         self.write()
-        log = logging.getLogger("rushes.evaluation")
         log.info("step %d: %.4f +- %.4f (n = %d)", step, record["mean"], record["se"], record["n"])
         return record
 
@@ -130,8 +135,9 @@ class Evaluator:
         kept_frames, fps = [], 1.0
         for job in jobs:
             keep = [prompt.index in shown for prompt in job.work.prompts]
-            media: Media | None = await job.media if job.media is not None and any(keep) else None
+            media = await self._shown(job) if any(keep) else None
             job.media = None
+            keep = [media is not None and shown for shown in keep]
             await asyncio.to_thread(
                 save_takes,
                 self.ctx.run.eval_takes(step),
@@ -148,6 +154,16 @@ class Evaluator:
                 kept_frames.append(media.frames[np.flatnonzero(keep)])
                 fps = media.fps
         self.media = Media(frames=np.concatenate(kept_frames), fps=fps) if kept_frames else None
+
+    async def _shown(self, job: Job) -> Media | None:
+        """None: a node died with them. They are for the report only, and already scored."""
+        try:
+            return None if job.media is None else await job.media
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            log.warning("takes of the report are gone: %s", describe(error), extra={"group": job.group})
+            return None
 
     def _summary(self, jobs: list[Job]) -> dict[str, Any]:
         values = {name: np.concatenate([job.scores[name].values for job in jobs]) for name in self._weights}

@@ -7,18 +7,22 @@ whether a failed attempt is repeated. Each worker has a loop here that takes job
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
 
 from actors.common import RunContext
-from actors.failures import describe, is_deterministic, is_lost
-from actors.pool import Pool, Slot, together
+from actors.failures import describe, is_deterministic, is_going, is_lost
+from actors.pool import IDLE, Pool, Slot, together
 from actors.queues import BoundedQueue
 from actors.reward import RewardServer
 from actors.rollout import RolloutWorker
+from actors.tender import Tender
 from actors.weights import Publisher
 from pipeline.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 
@@ -71,6 +75,7 @@ class Sink(Protocol):
     def rollout_failed(self, job: Job, reason: str) -> bool: ...
     def scoring_failed(self, job: Job, reason: str) -> bool: ...
     def lost(self, job: Job, reason: str) -> bool: ...
+    def handed_back(self, job: Job) -> None: ...  # by a worker that goes, untouched: the try does not count
     async def scored(self, job: Job) -> None: ...
 
 
@@ -89,7 +94,8 @@ class Flow:
         self.rollouts = Pool(
             ctx,
             RolloutWorker,
-            [f"rollout-{i}" for i in range(rollout.workers.min)],
+            "rollout",
+            rollout.workers,
             resources=rollout.resources,
             threads=rollout.threads,
             start_args=(probe_prompts,),
@@ -98,14 +104,16 @@ class Flow:
             name: Pool(
                 ctx,
                 RewardServer,
-                [f"reward.{name}-{i}" for i in range(reward.workers.min)],
+                f"reward.{name}",
+                reward.workers,
                 resources=reward.resources,
                 threads=reward.threads,
                 start_args=(name,),
             )
             for name, reward in cfg.rewards.items()
         }
-        self._tasks: list[asyncio.Task] = []
+        self.tender = Tender({queue.name: (queue, pool) for queue, pool in zip(self.queues, self.pools, strict=True)})
+        self._tasks: set[asyncio.Task] = set()
 
     @property
     def queues(self) -> list[BoundedQueue]:
@@ -116,29 +124,32 @@ class Flow:
         return [self.rollouts, *self.rewards.values()]
 
     async def start(self) -> None:
-        """Starts all actors, then their loops."""
-        await together(*(pool.start() for pool in self.pools))
-        for slot in self.rollouts.slots:
-            self.background(self._rollout_loop(slot))
+        """Starts all actors; returns once there is one of each kind."""
+        starts = [self.rollouts.start(self._rollout_loop, self.queue.poke, self.background)]
         for name, pool in self.rewards.items():
-            for slot in pool.slots:
-                self.background(self._score_loop(name, pool, slot))
+            work = functools.partial(self._score_loop, name, pool)
+            starts.append(pool.start(work, self.score_queues[name].poke, self.background))
+        self.background(self.tender.run())
+        await together(*starts)
 
     def background(self, coroutine) -> asyncio.Task:
         """Runs a loop whose exception ends the run."""
         task = asyncio.ensure_future(coroutine)
         task.add_done_callback(self._ended)
-        self._tasks.append(task)
+        self._tasks.add(task)
         return task
 
     def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not self._fatal.done():
             self._fatal.set_exception(error)
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        self.tender.close()
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for pool in self.pools:
             pool.stop()
 
@@ -155,16 +166,22 @@ class Flow:
     # ------------------------------------------------------------------------------------------- rollout
 
     async def _rollout_loop(self, slot: Slot) -> None:
+        """Draws groups with the slot's worker until the slot rests."""
         pool = self.rollouts
         while True:
-            job = await self.queue.get(lambda job: job.avoid != slot.name or not pool.others_alive(slot))
+            job = await self.queue.get_until(
+                lambda: slot.resting, lambda job: job.avoid != slot.name or not pool.others_alive(slot)
+            )
+            if job is None:
+                return
             if job.over:
                 continue
             version = job.sink.version()
             attempt = job.sink.started(job, slot.name, version)
             job.work = replace(job.work, attempt=attempt)
+            started = time.monotonic()
             try:
-                await self.publisher.confirm(slot, version)
+                await self._timed(self.publisher.confirm(slot, version), f"holding version {version.number}")
                 slot.doing = f"{job.work.purpose} group {job.group}"
                 meta, media, trajectory = slot.actor.generate.options(num_returns=3).remote(
                     job.work, version.number, version.tag
@@ -173,8 +190,9 @@ class Flow:
             except Exception as error:
                 await self._rollout_failed(slot, job, error)
             else:
+                pool.history.finished(time.monotonic() - started)
                 if job.over:
-                    slot.doing = "idle"
+                    slot.doing = IDLE
                     del media, trajectory, meta, job
                     continue
                 slot.doing = "handing over"
@@ -182,17 +200,23 @@ class Flow:
                 del media, trajectory, meta  # the job alone keeps them alive
                 job.sink.rolled(job)
                 await self._to_scoring(job)
-                slot.doing = "idle"
+                slot.doing = IDLE
             del job
 
-    async def _timed(self, reference: ray.ObjectRef, what: str) -> Any:
+    async def _timed(self, awaitable: Awaitable[Any], what: str) -> Any:
         limit = self.ctx.cfg.rollout.timeout_s
         try:
-            return await asyncio.wait_for(reference, limit)
+            return await asyncio.wait_for(awaitable, limit)
         except TimeoutError:
             raise TimeoutError(f"not {what} within {limit:g} s (rollout.timeout_s)") from None
 
     async def _rollout_failed(self, slot: Slot, job: Job, error: Exception) -> None:
+        if is_going(error):
+            slot.doing, slot.moving = IDLE, describe(error)
+            if not job.over:
+                job.sink.handed_back(job)
+                await self.again(job, avoid=slot.name)
+            return
         reason = f"{slot.place}: {describe(error)}"
         again = not job.over and job.sink.rollout_failed(job, reason)
         if not job.over:
@@ -203,10 +227,9 @@ class Flow:
         if again:
             await self.again(job, avoid=slot.name)
         if healthy:
-            slot.doing = "idle"
+            slot.doing = IDLE
             return
         await self.rollouts.replace(slot, describe(error))
-        await self.queue.poke()
 
     # ------------------------------------------------------------------------------------------- scoring
 
@@ -215,20 +238,27 @@ class Flow:
         await asyncio.gather(*(queue.put(ScoreTask(job, name)) for name, queue in self.score_queues.items()))
 
     async def _score_loop(self, reward: str, pool: Pool, slot: Slot) -> None:
+        """Scores groups with the slot's server until the slot rests."""
         queue = self.score_queues[reward]
         while True:
-            task = await queue.get(lambda task: task.avoid != slot.name or not pool.others_alive(slot))
+            task = await queue.get_until(
+                lambda: slot.resting, lambda task: task.avoid != slot.name or not pool.others_alive(slot)
+            )
+            if task is None:
+                return
             job = task.job
             if job.over:
                 continue
             slot.doing = f"{job.work.purpose} group {job.group}"
+            started = time.monotonic()
             try:
                 reference = slot.actor.score.remote(job.media, job.work.prompts, job.score_seed, job.group)
                 scores = await self._timed(reference, "scored")
             except Exception as error:
                 await self._score_failed(pool, slot, task, error)
             else:
-                slot.doing = "idle"
+                pool.history.finished(time.monotonic() - started)
+                slot.doing = IDLE
                 await self._one_scored(task, scores)
             del task, job
 
@@ -243,6 +273,10 @@ class Flow:
 
     async def _score_failed(self, pool: Pool, slot: Slot, task: ScoreTask, error: Exception) -> None:
         job, reason = task.job, f"{slot.place}: {describe(error)}"
+        if is_going(error):
+            slot.doing, slot.moving = IDLE, describe(error)
+            await self.score_queues[task.reward].put_back(ScoreTask(job, task.reward, avoid=slot.name))
+            return
         lost = is_lost(error)
         healthy = is_deterministic(error) or lost
         if not healthy:
@@ -259,10 +293,9 @@ class Flow:
                 job.abandoned = True
                 job.media = job.trajectory = None
         if healthy:
-            slot.doing = "idle"
+            slot.doing = IDLE
             return
         await pool.replace(slot, describe(error))
-        await self.score_queues[task.reward].poke()
 
     def _log_failure(self, job: Job, what: str, reason: str, again: bool) -> None:
         outcome = "it is tried again" if again else "the group has failed"

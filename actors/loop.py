@@ -75,7 +75,11 @@ class Loop:
             "pids": {slot.name: slot.info["pid"] for slot in slots if slot.info},
             "counts": self._training.ledger.counts(),
             "queues": {queue.name: len(queue) for queue in self._flow.queues},
+            "pools": {pool.name: pool.state() for pool in self._flow.pools},
         }
+
+    async def scale(self, targets: dict[str, int]) -> dict[str, str]:
+        return await self._flow.tender.scale(targets)
 
     # ------------------------------------------------------------------------------------------- start and end
 

@@ -25,7 +25,7 @@ class BoundedQueue(Generic[Item]):
         self.name, self.capacity = name, capacity
         self._items: deque[tuple[float, Item]] = deque()
         # Those waiting, longest first: consumers for an acceptable item, producers for room.
-        self._getters: dict[asyncio.Future[tuple[float, Item]], Accept] = {}
+        self._getters: dict[asyncio.Future[tuple[float, Item] | None], tuple[Accept, Callable[[], bool]]] = {}
         self._putters: dict[asyncio.Future[None], Item] = {}
         self.max_depth = 0
         self._waits: list[float] = []  # seconds that items spent in the queue since the last `drain_stats`
@@ -54,18 +54,32 @@ class BoundedQueue(Generic[Item]):
 
     async def get(self, accept: Accept = lambda _: True) -> Item:
         """The first acceptable item; waits for one. Call `poke` when what is acceptable may have changed."""
-        found = self._take(accept)
+        item = await self.get_until(lambda: False, accept)
+        assert item is not None  # it is never told to give up
+        return item
+
+    async def get_until(self, until: Callable[[], bool], accept: Accept = lambda _: True) -> Item | None:
+        """As `get`, but gives up with None once `until()` is true; call `poke` when it may have become so."""
+
+        def wanted(item: Item) -> bool:
+            return not until() and accept(item)
+
+        if until():
+            return None
+        found = self._take(wanted)
         if found is None:
-            handed: asyncio.Future[tuple[float, Item]] = asyncio.get_running_loop().create_future()
-            self._getters[handed] = accept
+            handed: asyncio.Future[tuple[float, Item] | None] = asyncio.get_running_loop().create_future()
+            self._getters[handed] = (wanted, until)
             try:
                 found = await handed
             except asyncio.CancelledError:
-                if handed.done() and not handed.cancelled():  # cancelled after it was handed something
-                    self._add(handed.result()[1], front=True)
+                if handed.done() and not handed.cancelled() and (entry := handed.result()) is not None:
+                    self._add(entry[1], front=True)  # cancelled after it was handed something
                 raise
             finally:
                 self._getters.pop(handed, None)
+        if found is None:
+            return None
         since, item = found
         self._waits.append(time.monotonic() - since)
         return item
@@ -92,8 +106,11 @@ class BoundedQueue(Generic[Item]):
 
     async def poke(self) -> None:
         """Offers the items to the waiting consumers again."""
-        for handed, accept in list(self._getters.items()):
-            if not handed.done() and (found := self._take(accept)) is not None:
+        for handed, (wanted, until) in list(self._getters.items()):
+            if handed.done():
+                continue
+            found = self._take(wanted)
+            if found is not None or until():
                 del self._getters[handed]
                 handed.set_result(found)
 
@@ -116,8 +133,8 @@ class BoundedQueue(Generic[Item]):
 
     def _add(self, item: Item, front: bool = False) -> None:
         now = time.monotonic()
-        for handed, accept in self._getters.items():
-            if not handed.done() and accept(item):
+        for handed, (wanted, _) in self._getters.items():
+            if not handed.done() and wanted(item):
                 del self._getters[handed]
                 handed.set_result((now, item))
                 return

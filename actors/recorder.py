@@ -6,6 +6,7 @@ Files are written by one thread, in order, beside the next step rather than befo
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 
 from actors.common import RunContext
+from actors.failures import describe, is_lost
 from actors.flow import Flow, Job
 from actors.telemetry import RunMetrics
 from pipeline.errors import RunFailed
@@ -22,6 +24,7 @@ from pipeline.tracking import make_tracker
 from pipeline.types import Media
 
 ON_POLICY_TOLERANCE = 1e-5
+log = logging.getLogger("rushes.recorder")
 
 
 class Recorder:
@@ -65,11 +68,12 @@ class Recorder:
 
     def times(self, jobs: list[Job], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
         """Seconds: of the step, and that each role was busy with it (per worker); and the queues."""
-        rollout = sum(job.meta.seconds["total"] for job in jobs) / len(self._flow.rollouts.slots)
+        workers = {pool.name: max(1, len(pool.ready)) for pool in self._flow.pools}
+        rollout = sum(job.meta.seconds["total"] for job in jobs) / workers["rollout"]
         score = {
-            name: sum(job.scores[name].seconds for job in jobs) / len(pool.slots)
-            for name, pool in self._flow.rewards.items()
+            name: sum(job.scores[name].seconds for job in jobs) / workers[f"reward.{name}"] for name in self.cfg.rewards
         }
+        self._flow.tender.step(step_s)
         times = {
             "time/step": step_s,
             "time/rollout": rollout,
@@ -78,6 +82,7 @@ class Recorder:
             "time/sync": sync_s,
             "takes_per_s": self.cfg.algorithm.group_size * len(jobs) / step_s,
         }
+        times |= {f"workers/{name}": float(count) for name, count in workers.items()}
         times |= {f"time/score/{name}": seconds for name, seconds in score.items()}
         for queue in self._flow.queues:
             times |= {f"queue/{queue.name}/{key}": value for key, value in queue.drain_stats().items()}
@@ -118,7 +123,14 @@ class Recorder:
         # Takes are appended, and a run that was killed after this step may have left some.
         await loop.run_in_executor(self._writer, lambda: shutil.rmtree(folder, ignore_errors=True))
         for job, reference in kept:
-            await loop.run_in_executor(self._writer, write, job, await reference)
+            try:
+                frames = await reference
+            except Exception as error:
+                if not is_lost(error):
+                    raise
+                log.warning("training takes are gone, not kept: %s", describe(error), extra={"group": job.group})
+            else:
+                await loop.run_in_executor(self._writer, write, job, frames)
 
     def _write(self, function: Callable[..., None], *args: Any) -> None:
         self._watch(asyncio.get_running_loop().run_in_executor(self._writer, function, *args))

@@ -10,6 +10,7 @@ from pipeline.types import Media, PromptItem, RewardScores
 
 class RewardServer(RoleActor):
     role = "reward"
+    hands_back = True
 
     def start(self, reward: str) -> dict[str, Any]:
         """Builds the scorer of `rewards.<reward>`. Raises `RushesError`."""

@@ -15,6 +15,7 @@ class RolloutWorker(RoleActor):
     """Draws a group only with the very version it was told to use and has confirmed."""
 
     role = "rollout"
+    hands_back = True
 
     def start(self, prompts: list[PromptItem]) -> dict[str, Any]:
         """Loads and probes the generator (with these prompts). Raises `RushesError` when it cannot be a policy."""

@@ -104,6 +104,9 @@ class Training:
     def rollout_failed(self, job: Job, reason: str) -> bool:
         return self._after_failure(job, self.ledger.rollout_failed(job.group, job.work.attempt, reason))
 
+    def handed_back(self, job: Job) -> None:
+        self.ledger.handed_back(job.group, job.work.attempt)
+
     def scoring_failed(self, job: Job, reason: str) -> bool:
         return self._after_failure(job, self.ledger.scoring_failed(job.group, job.work.attempt, reason))
 

@@ -128,6 +128,12 @@ class Ledger:
         item = self._expect(group, ROLLING, attempt)
         return self._retry(item, item.attempt, QUEUED, reason)
 
+    def handed_back(self, group: int, attempt: int) -> None:
+        """A worker that was asked to end gave it back untouched: queued again, and the try does not count."""
+        item = self._expect(group, ROLLING, attempt)
+        item.state, item.worker = QUEUED, None
+        item.attempt -= 1
+
     # ------------------------------------------------------------------------------------------- scoring
 
     def scoring(self, group: int, attempt: int) -> int:

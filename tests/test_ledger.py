@@ -65,6 +65,17 @@ def test_filtered_group_gives_its_slot_to_the_next_prompt_of_the_same_step():
     assert ledger.filtered_by_step == {0: 1}
 
 
+def test_a_group_that_is_handed_back_has_used_no_attempt():
+    ledger = make(max_attempts=2)
+    admit_all(ledger)
+    for _ in range(5):
+        ledger.handed_back(0, ledger.start(0, "w", 0))
+    assert ledger.startable() == [0, 1] and ledger.retries == 0
+    assert ledger.start(0, "w", 0) == 1 and ledger.rollout_failed(0, 1, "boom")
+    with pytest.raises(LedgerError):
+        ledger.handed_back(0, 1)
+
+
 def test_failed_group_gives_its_slot_back_and_counts_in_a_row():
     ledger = make(max_attempts=2, max_failed_groups=1)
     admit_all(ledger)
@@ -183,7 +194,7 @@ def test_state_survives_json_and_requeues_what_was_in_flight():
         make().load_state(broken)
 
 
-EVENTS = ["admit", "start", "rolled", "rollout_dies", "score", "score_fails", "lost", "finish", "resume"]
+EVENTS = ["admit", "start", "rolled", "rollout_dies", "handed_back", "score", "score_fails", "lost", "finish", "resume"]
 
 
 class Chaos:
@@ -234,6 +245,9 @@ class Chaos:
             group = rng.choice(by_state["rolling"])
             if not ledger.rollout_failed(group.id, group.attempt, "died"):
                 self.end(group.id, "failed")
+        elif kind == "handed_back" and by_state["rolling"]:
+            group = rng.choice(by_state["rolling"])
+            ledger.handed_back(group.id, group.attempt)
         elif kind == "score" and by_state["rolled"]:
             group = rng.choice(by_state["rolled"])
             ledger.scoring(group.id, group.attempt)

@@ -114,3 +114,17 @@ def test_an_item_handed_to_a_consumer_that_is_cancelled_is_not_lost():
         return await queue.get()
 
     assert run(body()) == "item"
+
+
+def test_a_consumer_gives_up_when_it_is_told_to():
+    async def body():
+        queue, over = BoundedQueue("q", 1), []
+        waiting = asyncio.ensure_future(queue.get_until(lambda: bool(over)))
+        await asyncio.sleep(0.01)
+        over.append(True)
+        await queue.poke()
+        assert await waiting is None
+        await queue.put("kept")
+        assert await queue.get_until(lambda: True) is None and len(queue) == 1
+
+    run(body())

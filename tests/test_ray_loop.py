@@ -37,7 +37,7 @@ from pipeline.run_dir import RunDir
 from pipeline.types import PolicyVersion, PromptItem
 from pipeline.wire import checksum, tree_bytes
 
-TIMED = ("time", "queue/", "takes_per_s", "retries")
+TIMED = ("time", "queue/", "workers/", "takes_per_s", "retries")
 
 REWARDS = """
 import time

@@ -1,0 +1,148 @@
+"""A training run whose actors and nodes are killed all the time, against the same run left in peace.
+
+    make chaos        or        python -m benchmarks.chaos [--steps 24] [--every 8] [--seed 0] [--report FILE]
+
+Both runs train the shipped image generator on a cluster of three raylets on this machine. In the second one, every few
+seconds, a random rollout worker, reward server, learner or controller process gets SIGKILL, or a worker node's raylet
+is switched off with everything on it (another node joins a few seconds later). Nobody helps the run.
+
+The last line of stdout is one JSON object. The exit code is 0 when the run finished, every group is accounted for
+exactly once, the held-out reward rose, and the wall time is at most twice that of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cluster import Actor, Nodes, Training, actors, image_config, kill_process, say
+
+LIMIT_S = 1500.0
+# How often what is hit. A controller or learner costs the run a restart from its checkpoint, so they are hit less often
+# than workers, of which there are more.
+WEIGHTS = {"rollout": 6, "reward": 3, "learner": 2, "controller": 1, "node": 2}
+REJOIN_S = 4.0  # a new node comes this long after one was lost
+
+
+class Chaos:
+    """Kills until the run has ended."""
+
+    def __init__(self, nodes: Nodes, run: Training, every: float, seed: int, kinds: list[str]) -> None:
+        self._nodes, self._run, self._every, self._random = nodes, run, every, random.Random(seed)
+        self._weights = {kind: WEIGHTS[kind] for kind in kinds}
+        self.kills: Counter[str] = Counter()
+        self._missing: list[float] = []  # when nodes were lost that have not been replaced yet
+
+    def unleash(self) -> None:
+        next_kill = time.monotonic() + self._every
+        while self._run.running and time.monotonic() - self._run.started < LIMIT_S:
+            time.sleep(0.2)
+            if self._missing and time.monotonic() - self._missing[0] > REJOIN_S:
+                self._missing.pop(0)
+                self._nodes.nodes.append(self._nodes.add())
+                say("a node has joined")
+            if time.monotonic() >= next_kill and self._kill():
+                next_kill = time.monotonic() + self._random.uniform(0.6, 1.4) * self._every
+
+    def _kill(self) -> bool:
+        kind = self._random.choices(list(self._weights), list(self._weights.values()))[0]
+        if kind == "node":
+            if len(self._nodes.nodes) < 2:
+                return False
+            self._nodes.kill(self._random.randrange(len(self._nodes.nodes)))
+            self._missing.append(time.monotonic())
+            what = "node"
+        else:
+            living: list[Actor] = [actor for actor in actors(self._run.name) if actor.role == kind]
+            if not living:
+                return False
+            victim = self._random.choice(living)
+            if not kill_process(victim.pid):
+                return False
+            what = victim.name
+        self.kills[kind] += 1
+        say(f"killed {what} ({self.kills.total()}); the run is at step {self._run.step}")
+        return True
+
+
+def accounts(run: Training, groups_per_step: int, steps: int) -> dict[str, Any]:
+    """Groups by their end, and what is wrong with them (empty: nothing)."""
+    summary = run.summary()
+    groups = summary["groups"]
+    lost = groups["admitted"] - groups["trained"] - groups["filtered"] - groups["failed"]
+    seen = Counter(int(line["step"]) for line in run.metrics() if "loss" in line)
+    wrong = []
+    if seen != Counter(range(1, steps + 1)):
+        wrong.append(f"steps recorded: {sorted(seen.elements())}, expected each of 1 to {steps} once")
+    if groups["trained"] != groups_per_step * steps:
+        wrong.append(f"{groups['trained']} groups trained, expected {groups_per_step * steps}")
+    if lost:
+        wrong.append(f"{lost} groups without an end")
+    gain = summary["heldout"]["after"]["mean"] - summary["heldout"]["before"]["mean"]
+    return {**groups, "lost": lost, "gain": gain, "wrong": wrong, "heldout": summary["heldout"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--every", type=float, default=8.0, help="seconds between kills, on average")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
+    parser.add_argument("--report", type=Path, help="also write the result there")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a temporary folder)")
+    options = parser.parse_args()
+    folder = (options.folder or Path(tempfile.mkdtemp(prefix="rushes-chaos-"))).absolute()
+    nodes = Nodes(workers=2)
+    try:
+        config = image_config(folder, options.steps, nodes.address)
+        say(f"undisturbed run of {options.steps} steps in {folder}")
+        calm = Training(config, "calm")
+        calm_s = calm.wait(LIMIT_S)
+        say(f"undisturbed: {calm_s:.0f} s; now with a kill every {options.every:g} s or so")
+        hit = Training(config, "chaos")
+        chaos = Chaos(nodes, hit, options.every, options.seed, options.kinds)
+        chaos.unleash()
+        hit_s = hit.wait(LIMIT_S)
+    finally:
+        nodes.close()
+    before, after = accounts(calm, 6, options.steps), accounts(hit, 6, options.steps)
+    result = {
+        "kills": chaos.kills.total(),
+        "groups_admitted": after["admitted"],
+        "groups_trained": after["trained"],
+        "groups_filtered": after["filtered"],
+        "groups_failed": after["failed"],
+        "groups_lost": after["lost"],
+        "wall_ratio": round(hit_s / calm_s, 3),
+        "reward_gain": round(after["gain"], 4),
+        "reward_gain_undisturbed": round(before["gain"], 4),
+        "wall_s": round(hit_s, 1),
+        "wall_s_undisturbed": round(calm_s, 1),
+        "kills_by_kind": dict(chaos.kills),
+        "retries": hit.summary()["retries"],
+        "steps": options.steps,
+    }
+    wrong = after["wrong"] + before["wrong"]
+    if result["wall_ratio"] > 2:
+        wrong.append(f"took {result['wall_ratio']} times as long as undisturbed, allowed are 2")
+    if after["gain"] <= 0:
+        wrong.append(f"the held-out reward did not rise ({after['gain']:+.4f})")
+    for text in wrong:
+        say(f"FAILED: {text}")
+    line = json.dumps(result)
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(line + "\n")
+    print(line, flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

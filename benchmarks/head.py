@@ -1,0 +1,70 @@
+"""The head of the cluster dies with everything on it in the middle of a run; a new cluster resumes the run.
+
+    python -m benchmarks.head [--steps 8]
+
+What a RayJob's retry does on Kubernetes. The last line of stdout is one JSON object; the exit code is 0 when the
+resumed run finished with every step and group exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.chaos import accounts
+from benchmarks.cluster import Nodes, Training, image_config, say
+
+LIMIT_S = 900.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="rushes-head-"))
+    nodes = Nodes(workers=1)
+    try:
+        config = image_config(folder, options.steps, nodes.address, evaluation={"prompts": 24})
+        first = Training(config, "head")
+        first.until(lambda: first.step >= options.steps // 2, LIMIT_S)
+        lost_at = first.step
+        say(f"the head goes at step {lost_at}")
+        nodes.cluster.head_node.kill_gcs(check_alive=False)
+        nodes.cluster.head_node.kill_raylet(check_alive=False)
+        started = time.monotonic()
+        while first.running and time.monotonic() - started < 180:
+            time.sleep(0.2)
+        ended_s, code = time.monotonic() - started, first.process.poll()
+        say(f"the run's process ended with {code} after {ended_s:.0f} s: {first.tail().splitlines()[-1:]}")
+        if code is None:
+            first.process.kill()
+    finally:
+        nodes.close()
+    say("a new cluster")
+    nodes = Nodes(workers=1)
+    try:
+        resumed = Training(config, "head", "--resume", f"ray.address={nodes.address}")
+        wall = resumed.wait(LIMIT_S)
+    finally:
+        nodes.close()
+    books = accounts(resumed, 6, options.steps)
+    wrong = books["wrong"] + ([] if code not in (0, None) else [f"the first process ended with {code}"])
+    result = {"lost_at_step": lost_at, "exit_code": code, "noticed_s": round(ended_s, 1), "resumed_s": round(wall, 1)}
+    result |= {f"groups_{key}": books[key] for key in ("admitted", "trained", "failed", "lost")}
+    for text in wrong:
+        say(f"FAILED: {text}")
+    line = json.dumps(result | {"steps": options.steps})
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(line + "\n")
+    print(line, flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A run that is scaled from one rollout worker to four and back to one while it goes on.
+
+    python -m benchmarks.scale [--steps 14] [--report FILE]
+
+The cluster begins with one worker node that has room for two workers; another node joins after four are asked for. What
+is measured: seconds from asking to the first group drawn by a new worker, from the node's joining to the first group
+drawn on it, and from asking for one worker until the others' processes are gone and no object is left on their node.
+The last line of stdout is one JSON object; the exit code is 0 when the run finished and lost no group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos import accounts
+from benchmarks.cluster import NAMESPACE, Nodes, Training, image_config, say
+
+LIMIT_S = 900.0
+
+
+def ask(run: Training, method: str, *args: Any) -> Any:
+    import ray
+
+    return ray.get(getattr(ray.get_actor(f"{run.name}/controller", NAMESPACE), method).remote(*args), timeout=60)
+
+
+def until(run: Training, condition: Callable[[dict[str, Any]], Any], what: str) -> float:
+    """Seconds until the controller's snapshot meets `condition`."""
+    started = time.monotonic()
+    while not condition(ask(run, "progress", 10**9)):
+        if not run.running or time.monotonic() - started > 240:
+            raise SystemExit(f"never came to pass: {what}\n{run.tail()}")
+        time.sleep(0.1)
+    seconds = time.monotonic() - started
+    say(f"{what}: {seconds:.1f} s (step {run.step})")
+    return round(seconds, 1)
+
+
+def at_work(snapshot: dict[str, Any], names: set[str]) -> bool:
+    return any("group" in snapshot["roles"].get(name, "") for name in names)
+
+
+def stored(node: str) -> float:
+    """Bytes in use of a node's object store."""
+    from ray._private.state import state
+
+    total = state.total_resources_per_node().get(node, {}).get("object_store_memory", 0.0)
+    return total - state.available_resources_per_node().get(node, {}).get("object_store_memory", total)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="rushes-scale-"))
+    nodes = Nodes(workers=1)
+    found: dict[str, Any] = {}
+    try:
+        rollout = {"workers": 1, "threads": 1, "timeout_s": 120, "resources": {"CPU": 1.5, "rushes_rollout": 0.01}}
+        config = image_config(folder, options.steps, nodes.address, rollout=rollout, evaluation={"prompts": 24})
+        run = Training(config, "scale")
+        run.until(lambda: run.step >= 1, LIMIT_S)
+        say(f"scale: {ask(run, 'scale', {'rollout': 4})}")
+        found["asked_to_second_worker_at_work_s"] = until(
+            run, lambda s: at_work(s, {"rollout-1"}), "a second worker draws groups"
+        )
+        waiting = ask(run, "progress", 10**9)
+        found["waited_for_a_node"] = sum("waiting for a node" in doing for doing in waiting["roles"].values())
+        say("a node joins")
+        nodes.nodes.append(nodes.add())
+        found["node_joined_to_its_worker_at_work_s"] = until(
+            run, lambda s: at_work(s, {"rollout-2", "rollout-3"}), "a worker on the new node draws groups"
+        )
+        until(run, lambda s: s["pools"]["rollout"]["ready"] == 4, "four are ready")
+        step = run.step
+        run.until(lambda: run.step >= step + 2, LIMIT_S)
+        found["takes_per_s_with_four"] = run.metrics()[-1].get("takes_per_s")
+        pids = ask(run, "progress", 10**9)["pids"]
+        say(f"scale: {ask(run, 'scale', {'rollout': 1})}")
+        found["asked_to_three_gone_s"] = until(
+            run, lambda s: sum(name.startswith("rollout-") for name in s["roles"]) == 1, "three have left"
+        )
+        gone = [name for name in pids if name.startswith("rollout-")]
+        found["rollout_workers_before"] = len(gone)
+        started, node = time.monotonic(), nodes.nodes[-1].node_id
+        while stored(node) > 0 and time.monotonic() - started < 120 and run.running:
+            time.sleep(0.2)
+        found["then_no_object_left_on_the_node_s"] = round(time.monotonic() - started, 1)
+        found["bytes_left_on_the_node"] = stored(node)
+        run.wait(LIMIT_S)
+    finally:
+        nodes.close()
+    books = accounts(run, 6, options.steps)
+    result = {**found, **{f"groups_{k}": books[k] for k in ("admitted", "trained", "failed", "lost")}}
+    line = json.dumps(result | {"steps": options.steps})
+    for text in books["wrong"]:
+        say(f"FAILED: {text}")
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(line + "\n")
+    print(line, flush=True)
+    return 1 if books["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

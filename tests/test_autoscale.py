@@ -1,0 +1,69 @@
+"""The size policy of elastic pools, on made-up loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from actors.autoscale import WINDOW_S, History, Load, decide
+from pipeline.placement import Workers
+
+CALM = Load(
+    size=2, starting=0, busy=2, depth=0, waited_s=0.0, item_s=4.0, peak=2, watched_s=0.0, window_s=WINDOW_S
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, limits, size, words",
+    [
+        ({}, (1, 4), 2, ""),
+        ({"depth": 3, "waited_s": 4.9}, (1, 4), 2, ""),  # not for long yet
+        ({"depth": 3, "waited_s": 6.0}, (1, 4), 4, "3 groups waiting, the oldest for 6 s (a group takes 4 s)"),
+        ({"depth": 3, "waited_s": 6.0, "item_s": 9.0}, (1, 4), 2, ""),  # soon taken by a worker that is there
+        ({"depth": 1, "waited_s": 6.0}, (1, 4), 3, "1 group waiting"),
+        ({"depth": 9, "waited_s": 60.0}, (1, 9), 4, "9 groups"),  # at most doubled
+        ({"depth": 9, "waited_s": 60.0, "starting": 1}, (1, 9), 2, ""),  # see first what the new one does
+        ({"depth": 9, "waited_s": 60.0}, (1, 2), 2, ""),
+        ({"size": 3, "peak": 1, "watched_s": 59.0}, (1, 4), 3, ""),
+        ({"size": 3, "peak": 1, "watched_s": 60.0}, (1, 4), 1, "no more than 1 had work at once in the last 60 s"),
+        ({"size": 3, "peak": 3, "watched_s": 60.0}, (1, 4), 3, ""),
+        ({"size": 3, "peak": 0, "watched_s": 60.0}, (2, 4), 2, "no more than 0"),
+        ({"size": 1}, (2, 4), 2, "at least 2"),
+        ({"size": 6}, (2, 4), 4, "at most 4"),
+        ({"size": 6, "depth": 9, "waited_s": 99.0}, (2, 4), 4, "at most 4"),
+    ],
+)
+def test_policy(change, limits, size, words):
+    decision = decide(replace(CALM, **change), Workers(*limits))
+    assert decision.size == size
+    assert words in decision.reason and bool(decision.reason) == (size != replace(CALM, **change).size)
+
+
+def test_a_window_spans_two_steps_so_that_the_learners_turn_frees_nobody():
+    history = History()
+    history.step(100.0)
+    for second in range(0, 200, 5):  # 20 s of rollout with three at work, then 80 s of learning, twice
+        busy = 3 if second % 100 < 20 else 0
+        load = history.load(float(second), size=3, starting=0, busy=busy, depth=0, waited_s=0.0)
+        assert decide(load, Workers(1, 4)).size == 3
+    for second in range(200, 600, 5):  # nobody needs them any more
+        load = history.load(float(second), size=3, starting=0, busy=0, depth=0, waited_s=0.0)
+        if decide(load, Workers(1, 4)).size == 1:
+            break
+    assert 300 <= second <= 330
+
+
+def test_history_forgets_what_another_size_did_and_averages_the_items():
+    history = History()
+    for second in range(0, 70, 10):
+        load = history.load(float(second), size=2, starting=0, busy=0, depth=0, waited_s=0.0)
+    assert load.watched_s == 60 and load.peak == 0 and load.item_s == 0
+    history.resized()
+    history.finished(2.0)
+    history.finished(4.0)
+    load = history.load(70.0, size=1, starting=0, busy=1, depth=2, waited_s=1.0)
+    assert (load.watched_s, load.peak, load.item_s) == (0.0, 3, 3.0)
+    history.step(50.0)
+    history.step(10.0)
+    assert history.step_s == 40.0 and history.window_s == 80.0
