@@ -75,7 +75,8 @@ class AutoscaledCluster:
             [
                 str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
                 f"--num-cpus={HEAD['CPU']}", f"--resources={resources}", f"--object-store-memory={STORE}",
-                "--include-dashboard=false", f"--temp-dir={tempfile.mkdtemp(prefix='rushes-ray-')}", f"--autoscaling-config={path}",
+                "--include-dashboard=false", f"--autoscaling-config={path}",
+                f"--temp-dir={tempfile.mkdtemp(prefix='rushes-ray-')}",  # else other programs here would join this Ray
             ],
             env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
             stdout=open(folder / "ray.out", "wb"), stderr=subprocess.STDOUT, start_new_session=True,
