@@ -10,6 +10,7 @@ import tiny
 from rank_worker import one_case, run_ranks
 
 from pipeline import checkpoint
+from pipeline.config import Config
 from pipeline.generators.policy import Policy
 from pipeline.plan import train_work
 from pipeline.ranks import share
@@ -124,3 +125,17 @@ def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, t
             assert theirs[key] == pytest.approx(value, rel=1e-4, abs=2e-6), key
     same_tensors(tmp_path / "one", tmp_path / "two")
     assert "learner.context_parallel: " in refused and "SD3Transformer2DModel" in refused and "plan" in refused
+
+
+@pytest.mark.parametrize(
+    "sections, words",
+    [
+        ({"learner": {"ranks": 2}, "trainable": {"modules": "text_encoder"}}, "trainable.modules denoiser"),
+        ({"learner": {"ranks": 2}, "generator": {"quantize": "int8"}}, "generator.quantize none"),
+        ({"learner": {"ranks": 3, "context_parallel": 2}}, "learner.context_parallel: 2 does not divide"),
+    ],
+)
+def test_what_does_not_go_with_several_ranks_is_refused(sections, words):
+    with pytest.raises(ValueError, match=words):
+        base = tiny.config(Path("sd3")).model_dump(mode="json")
+        Config.model_validate({**base, **{name: {**base[name], **values} for name, values in sections.items()}})
