@@ -149,8 +149,11 @@ class BoundedQueue(Generic[Item]):
         return max((time.monotonic() - since for since, _ in self._items), default=0.0)
 
     def drain_stats(self) -> dict[str, float]:
-        """depth (largest), wait_s (mean an item waited), blocked_s (producers, total) since the last call."""
+        """depth (largest), wait_s (mean an item waited), blocked_s (producers, total) since the last call; age_s of the
+        item that waits the longest now."""
         waits, self._waits = self._waits, []
         blocked, self._blocked = self._blocked, 0.0
         depth, self.max_depth = self.max_depth, len(self._items)
-        return {"depth": float(depth), "wait_s": sum(waits) / len(waits) if waits else 0.0, "blocked_s": blocked}
+        age = time.monotonic() - min(since for since, _ in self._items) if self._items else 0.0
+        wait = sum(waits) / len(waits) if waits else 0.0
+        return {"depth": float(depth), "wait_s": wait, "blocked_s": blocked, "age_s": age}

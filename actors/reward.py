@@ -23,4 +23,6 @@ class RewardServer(RoleActor):
     def score(self, media: Media, prompts: tuple[PromptItem, ...], seed: int | None, group: int) -> RewardScores:
         """`seed`: frame picks of training, the same for all takes of the group; None: centre picks (evaluation)."""
         with self.doing(f"scoring group {group}", group):
-            return self.runner.run(media, prompts, seed)
+            scores = self.runner.run(media, prompts, seed)
+            self.metrics.takes(len(prompts))
+        return scores

@@ -48,6 +48,7 @@ class RolloutWorker(RoleActor):
             if self.held != (number, tag):
                 raise RuntimeError(f"asked for version {number} ({tag}), holding {self.held}")
             media, trajectory, seconds = self.policy.rollout(work)
+            self.metrics.takes(len(media.frames))
             if trajectory is not None and trajectory.version != number:
                 trajectory = replace(trajectory, version=number)
             meta = RolloutMeta(

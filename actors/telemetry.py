@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Mapping
 
@@ -18,7 +19,7 @@ def metric_name(name: str) -> str:
 
 
 class RoleMetrics:
-    """Inside a role actor: its memory, and the seconds spent per phase."""
+    """Inside a role actor: its memory, the seconds spent per phase, and the takes that it has drawn or scored."""
 
     def __init__(self, run: str, role: str, worker: str) -> None:
         tags = {"run": run, "role": role, "worker": worker}
@@ -26,6 +27,10 @@ class RoleMetrics:
         self._rss.set_default_tags(tags)
         self._seconds = Counter("rushes_phase_seconds", "Seconds spent, by phase.", (*tags, "phase"))
         self._seconds.set_default_tags(tags)
+        self._takes = Counter("rushes_takes", "Takes drawn (rollout) or scored (reward).", tuple(tags))
+        self._takes.set_default_tags(tags)
+        self._gpu = Gauge("rushes_gpu_bytes", "GPU memory that torch had allocated, at most.", tuple(tags))
+        self._gpu.set_default_tags(tags)
         self._process = psutil.Process()
         self._last = 0.0
 
@@ -34,6 +39,13 @@ class RoleMetrics:
         if time.monotonic() - self._last > _INTERVAL_S:
             self._last = time.monotonic()
             self._rss.set(self._process.memory_info().rss)
+            torch = sys.modules.get("torch")  # not imported for this: a light scorer does without
+            if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+                self._gpu.set(torch.cuda.max_memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
+
+    def takes(self, count: int) -> None:
+        self._takes.inc(count)
 
 
 class RunMetrics:

@@ -229,6 +229,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read: {error}") from error
 
 
+def _with_defaults(old: dict[str, Any], cfg: Config) -> dict[str, Any]:
+    """`old` as this version would have written it: keys that it did not know yet have their defaults."""
+    try:
+        return identity(Config.model_validate({**old, "rewards": cfg.model_dump(mode="json")["rewards"]}))
+    except ValueError:  # a key or value that this version does not know any more
+        return old
+
+
 def check_config(folder: Path, cfg: Config) -> None:
     """Refuses to go on with another config. Raises `CheckpointError` naming the first key that differs."""
     try:
@@ -239,8 +247,10 @@ def check_config(folder: Path, cfg: Config) -> None:
     new = identity(cfg)
     if digest == _digest(new):
         return
-    changed = _differences(old, new)
-    key, was, now = changed[0] if changed else ("config", digest, _digest(new))
+    changed = _differences(_with_defaults(old, cfg), new)
+    if not changed:
+        return  # written by a version that lacked some keys
+    key, was, now = changed[0]
     more = f" (also {', '.join(k for k, _, _ in changed[1:4])})" if len(changed) > 1 else ""
     raise CheckpointError(
         f"cannot resume from {folder}: {key} was {json.dumps(was)} and is now {json.dumps(now)}{more}; "

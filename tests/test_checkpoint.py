@@ -203,3 +203,14 @@ def test_another_config_is_refused_naming_the_key(tmp_path, change, key):
 def test_harmless_changes_may_resume(tmp_path):
     folder = save(tmp_path, 2)
     checkpoint.check_config(folder, config(run__steps=500, rollout__workers=4, checkpoint__every=1))
+
+
+def test_a_run_of_a_version_without_some_keys_goes_on(tmp_path):
+    folder = save(tmp_path, 1)
+    saved = json.loads((folder / checkpoint.IDENTITY).read_text())
+    del saved["config"]["sampler"]["same_initial_noise"], saved["config"]["trainable"]["rank"]
+    saved["digest"] = checkpoint._digest(saved["config"])
+    (folder / checkpoint.IDENTITY).write_text(json.dumps(saved))
+    checkpoint.check_config(folder, config())
+    with pytest.raises(CheckpointError, match="trainable.rank was 16 and is now 8"):
+        checkpoint.check_config(folder, config(trainable__rank=8))

@@ -42,7 +42,11 @@ def test_a_full_queue_blocks_its_producer_until_there_is_room():
         await task
         stats = queue.drain_stats()
         assert stats["depth"] == 2 and stats["blocked_s"] > 0.04 and stats["wait_s"] > 0
-        assert queue.drain_stats() == {"depth": 0.0, "wait_s": 0.0, "blocked_s": 0.0}
+        assert queue.drain_stats() == {"depth": 0.0, "wait_s": 0.0, "blocked_s": 0.0, "age_s": 0.0}
+        await queue.put(5)
+        await asyncio.sleep(0.05)
+        assert queue.drain_stats()["age_s"] > 0.04
+        assert await queue.get() == 5
 
     run(body())
 

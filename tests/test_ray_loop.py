@@ -7,11 +7,13 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,6 +171,31 @@ def test_a_run_ends_with_all_its_artefacts(undisturbed):
     assert list(Path(outcome["export"]).iterdir())
     log = run.dir.log.read_text()
     assert "role=rollout worker=rollout-0" in log and "role=controller" in log
+
+
+def test_what_the_dashboard_shows_is_scraped_from_ray(cluster, tiny_sd3, files, tmp_path):
+    """Every metric of ours in the Grafana dashboard is in the Prometheus endpoint that Ray itself serves."""
+    from test_monitoring import expressions
+
+    absent = {"ray_rushes_gpu_bytes", "ray_rushes_onpolicy_max_abs_gap"}  # no GPU here; of objective awm
+    wanted = set(re.findall(r"\bray_rushes_\w+", re.sub(r"__name__=[^,}]+", "", " ".join(expressions())))) - absent
+    patterns = [re.compile(text) for text in re.findall(r'__name__=~"([^"]+)"', " ".join(expressions()))]
+    assert len(wanted) > 20 and len(patterns) > 3
+    run = Run(make_config(tiny_sd3, files, tmp_path, "slow", run={"steps": 500}, checkpoint={"every": 0}), "seen")
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    limit, missing, lines = time.monotonic() + 120, ["not scraped yet"], []
+    while missing and time.monotonic() < limit:
+        time.sleep(1)
+        lines = [line for line in urllib.request.urlopen(url).read().decode().splitlines() if 'run="seen"' in line]
+        found = {re.match(r"\w+", line).group() for line in lines}
+        missing = sorted(wanted - found) + [p.pattern for p in patterns if not any(p.fullmatch(n) for n in found)]
+    ray.get(run.controller.stop.remote())
+    assert not missing
+    takes = [line for line in lines if line.startswith("ray_rushes_takes_total")]
+    assert {re.search(r'worker="([^"]+)"', line).group(1) for line in takes} == {"rollout-0", "reward.own-0"}
+    phases = {re.search(r'phase="([^"]+)"', line).group(1) for line in lines if "phase_seconds" in line}
+    assert {"generating", "scoring", "training", "starting"} <= phases
+    assert run.result()["status"] == "stopped"
 
 
 def test_a_killed_rollout_worker_changes_nothing(cluster, undisturbed):
