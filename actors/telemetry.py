@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import psutil
 from ray.util.metrics import Counter, Gauge
 
-_INTERVAL_S = 1.0  # a gauge is read every few seconds; setting it more often only costs
+# Ray drops a gauge from its endpoint that has not been set for about two minutes; a step may take longer than that.
+BEAT_S = 10.0
 
 
 def metric_name(name: str) -> str:
     """`reward/mean` -> `rushes_reward_mean`."""
     return "rushes_" + re.sub(r"[^a-zA-Z0-9_]+", "_", name).strip("_")
+
+
+def beat(function: Callable[[], None]) -> threading.Thread:
+    """Calls `function` every few seconds for as long as the process lives."""
+
+    def loop() -> None:
+        while True:
+            time.sleep(BEAT_S)
+            function()
+
+    thread = threading.Thread(target=loop, name="metrics", daemon=True)
+    thread.start()
+    return thread
 
 
 class RoleMetrics:
@@ -29,23 +44,25 @@ class RoleMetrics:
         self._seconds.set_default_tags(tags)
         self._takes = Counter("rushes_takes", "Takes drawn (rollout) or scored (reward).", tuple(tags))
         self._takes.set_default_tags(tags)
-        self._gpu = Gauge("rushes_gpu_bytes", "GPU memory that torch had allocated, at most.", tuple(tags))
+        self._gpu = Gauge("rushes_gpu_bytes", "Most GPU memory that torch has allocated, within seconds.", tuple(tags))
         self._gpu.set_default_tags(tags)
         self._process = psutil.Process()
-        self._last = 0.0
+        self._memory()
+        beat(self._memory)
 
     def phase(self, phase: str, seconds: float) -> None:
         self._seconds.inc(max(seconds, 1e-9), {"phase": phase.split(" ")[0]})
-        if time.monotonic() - self._last > _INTERVAL_S:
-            self._last = time.monotonic()
-            self._rss.set(self._process.memory_info().rss)
-            torch = sys.modules.get("torch")  # not imported for this: a light scorer does without
-            if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-                self._gpu.set(torch.cuda.max_memory_allocated())
-                torch.cuda.reset_peak_memory_stats()
 
     def takes(self, count: int) -> None:
         self._takes.inc(count)
+
+    def _memory(self) -> None:
+        self._rss.set(self._process.memory_info().rss)
+        torch = sys.modules.get("torch")  # not imported for this: a light scorer does without
+        cuda = getattr(torch, "cuda", None)  # None while another thread is importing it
+        if cuda is not None and cuda.is_available() and cuda.is_initialized():
+            self._gpu.set(cuda.max_memory_allocated())
+            cuda.reset_peak_memory_stats()
 
 
 class RunMetrics:
@@ -53,12 +70,20 @@ class RunMetrics:
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}
-        self._gauges: dict[str, Gauge] = {}
+        self._gauges: dict[str, tuple[Gauge, float]] = {}
+        beat(self._again)
 
     def set(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            gauge = self._gauges.get(name)
-            if gauge is None:
-                gauge = self._gauges[name] = Gauge(metric_name(name), f"Rushes: {name}.", ("run",))
+            known = self._gauges.get(name)
+            if known is None:
+                gauge = Gauge(metric_name(name), f"Rushes: {name}.", ("run",))
                 gauge.set_default_tags(self._tags)
+            else:
+                gauge = known[0]
             gauge.set(float(value))
+            self._gauges[name] = (gauge, float(value))
+
+    def _again(self) -> None:
+        for gauge, value in list(self._gauges.values()):
+            gauge.set(value)

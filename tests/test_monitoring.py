@@ -6,6 +6,7 @@ import ast
 import functools
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,29 @@ def test_the_dashboard_covers_what_to_watch():
     board = json.loads((MONITORING / "dashboard.json").read_text())
     ids = [panel["id"] for panel in board["panels"]]
     assert len(ids) == len(set(ids)) and all(panel["title"] for panel in board["panels"])
+
+
+def test_gauges_are_set_again_before_ray_forgets_them(monkeypatch):
+    from actors import telemetry
+
+    seen = []
+
+    class Gauge:
+        def __init__(self, name, description, tags):
+            self.name = name
+
+        def set_default_tags(self, tags):
+            assert tags == {"run": "try"}
+
+        def set(self, value):
+            seen.append((self.name, value))
+
+    monkeypatch.setattr(telemetry, "Gauge", Gauge)
+    monkeypatch.setattr(telemetry, "BEAT_S", 0.01)
+    metrics = telemetry.RunMetrics("try")
+    metrics.set({"heldout/mean": 0.5, "step": 1})
+    metrics.set({"step": 2})
+    limit = time.monotonic() + 20
+    while len(seen) < 7 and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert set(seen[-2:]) == {("rushes_heldout_mean", 0.5), ("rushes_step", 2.0)}
