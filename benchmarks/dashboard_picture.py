@@ -47,7 +47,8 @@ def draw(board: dict, prometheus: str, minutes: float, run: str, out: Path) -> l
             figure.text(x + 0.005, y + h / 2, panel["title"], fontsize=9, weight="bold", va="center")
             continue
         axes = figure.add_axes((x + 0.035, y + 0.012, w - 0.045, h - 0.026))
-        axes.set_title(panel["title"], fontsize=7, loc="left", pad=3)
+        in_bytes = panel["fieldConfig"]["defaults"]["unit"] == "bytes"
+        axes.set_title(panel["title"] + (" (MiB)" if in_bytes else ""), fontsize=7, loc="left", pad=3)
         axes.tick_params(labelsize=5, length=2, pad=1)
         axes.grid(alpha=0.25, linewidth=0.4)
         drawn = 0
@@ -58,12 +59,19 @@ def draw(board: dict, prometheus: str, minutes: float, run: str, out: Path) -> l
                     r"\{\{(\w+)\}\}", lambda m, found=labels: found.get(m.group(1), ""), target["legendFormat"]
                 )
                 times = [(float(t) - time.time()) / 60 for t, _ in series["values"]]
-                axes.plot(times, [float(v) for _, v in series["values"]], linewidth=0.9, label=text.strip()[-42:])
+                axes.plot(
+                    times,
+                    [float(v) / (2**20 if in_bytes else 1) for _, v in series["values"]],
+                    linewidth=0.9,
+                    label=text.strip()[-42:],
+                )
                 drawn += 1
         if drawn:
             axes.set_xlim(-minutes, 0)
             if drawn <= 9:
-                axes.legend(fontsize=4.5, frameon=False, loc="upper left", handlelength=1, labelspacing=0.2)
+                axes.legend(
+                    fontsize=4.5, framealpha=0.7, edgecolor="none", loc="upper left", handlelength=1, labelspacing=0.2
+                )
         else:
             empty.append(panel["title"])
             axes.text(0.5, 0.5, "no data", fontsize=6, ha="center", transform=axes.transAxes, color="grey")
