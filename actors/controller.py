@@ -37,7 +37,7 @@ class Controller(RoleActor):
                 await loop.save_and_stop()
                 status = "stopped"
             result = await loop.finish(status)
-            return result | {"peak_rss": result["peak_rss"] + self.info()["peak_rss"]}
+            return result | {"peaks": result["peaks"] | {self.name: self.info()["peak_rss"]}}
         except RunFailed as error:
             self.log.error("the run failed: %s", error)
             await loop.rescue()

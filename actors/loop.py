@@ -109,7 +109,7 @@ class Loop:
             "groups": {key: counts[key] for key in ("admitted", "trained", "filtered", "failed")},
             "takes": self._training.takes,
             "retries": self._training.ledger.retries,
-            "peak_rss": await self._peak_rss(),
+            "peaks": await self._peaks(),
             "checkpoint": None,
         }
         if self._saved_step >= 0:
@@ -122,12 +122,12 @@ class Loop:
             result["export"] = await self._surviving(lambda: self._of_learner(self._learner.ask("export", export)))
         return result
 
-    async def _peak_rss(self) -> int:
-        """Sum of the actors' own peaks, in bytes: an upper bound, for a Ray that is not ours to watch."""
+    async def _peaks(self) -> dict[str, int]:
+        """Each actor's own peak of resident memory, in bytes, by name."""
         slots = self._slots
         asked = [asyncio.wait_for(slot.actor.info.remote(), 5) for slot in slots if slot.info]
         infos = await asyncio.gather(*asked, return_exceptions=True)  # one that is busy does not answer
-        return sum(info["peak_rss"] for info in infos if isinstance(info, dict))
+        return {info["name"]: info["peak_rss"] for info in infos if isinstance(info, dict)}
 
     async def close(self) -> None:
         await self._flow.stop()

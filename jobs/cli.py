@@ -17,6 +17,7 @@ import typer
 from jobs.agree_cli import agree
 from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
 from jobs.cluster_cli import add_cluster_commands
+from jobs.inspect_cli import inspect
 from jobs.serve_cli import serve_reward
 from pipeline.errors import ConfigError, RushesError
 from pipeline.files import describe_os_error
@@ -294,57 +295,7 @@ def report(
     console().print(str(build_report(local_run(run))), highlight=False, soft_wrap=True)
 
 
-@app.command()
-def inspect(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A diffusers folder or hub id.")],
-    height: Annotated[int | None, typer.Option("--height", min=8, help="Pixels to probe with; default: small.")] = None,
-    width: Annotated[int | None, typer.Option("--width", min=8, help="Pixels to probe with; default: small.")] = None,
-    num_frames: Annotated[int | None, typer.Option("--num-frames", min=1, help="Frames; default: few.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", min=0.0, help="Default: the pipeline's own.")
-    ] = None,
-    call: Annotated[
-        list[str] | None,
-        typer.Option("--call", metavar="KEY=VALUE", help="A further argument of the pipeline, as in generator.call."),
-    ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
-    pipeline: Annotated[str | None, typer.Option("--pipeline", help="Pipeline class, if not its own.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json_out: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Show what a checkpoint is as a policy; exit 0 only if it can be trained.
-
-    \b
-    Examples:
-      rushes inspect models/shapes-image
-      rushes inspect Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 17 --json
-      rushes inspect my-model --guidance-scale 1 --call max_sequence_length=128
-    """
-    import yaml
-
-    from jobs.inspect import inspect as run
-
-    given = {}
-    for option in call or []:
-        key, mark, value = option.partition("=")
-        if not mark:
-            raise ConfigError(f"--call {option}: expected KEY=VALUE, such as --call max_sequence_length=128")
-        given[key.strip()] = yaml.safe_load(value)
-    raise typer.Exit(
-        run(
-            checkpoint,
-            revision=revision,
-            pipeline=pipeline,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            guidance_scale=guidance_scale,
-            call=given,
-            device=device,
-            json_out=json_out,
-        )
-    )
+app.command()(inspect)
 
 
 @app.command()

@@ -77,7 +77,7 @@ def train(
             peak = sampler.stop()
         if result["status"] == "stopped":
             raise RunInterrupted(_stopped(cfg, config_path, run, result["checkpoint"], result["step"]))
-        _summarise(cfg, run, result, peak if ours else peak + result["peak_rss"], console)
+        _summarise(cfg, run, result, peak if ours else peak + sum(result["peaks"].values()), console)
     return 0
 
 
@@ -172,6 +172,7 @@ def _summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, cons
             "retries": result["retries"],
             "wall_s": round(time.time() - started, 2),
             "peak_rss_mb": round(peak / 2**20, 1),
+            "peak_rss_mb_roles": {name: round(size / 2**20, 1) for name, size in sorted(result["peaks"].items())},
             "seeds": {"run": cfg.run.seed, "evaluation": cfg.evaluation.seed},
             "versions": _versions(),
             "checkpoint": result["checkpoint"],

@@ -22,6 +22,8 @@ from pipeline.weights import lora_targets
 
 RANK = 16
 _LARGEST = 256  # pixels; a probe needs no more
+_LARGEST_LATENT = 64  # positions a side: beyond it a VAE's attention takes gigabytes
+_SAME_FAILURES = 3  # sizes that fail for the same reason, after which others would too
 _NOISE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "ddim": 1.0, "lcm": 1.0}
 
 _RULE_WORDS = {
@@ -99,7 +101,7 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
     report["scheduler"] = {"checkpoint": theirs, "used": type(pipe.scheduler).__name__, "prediction": prediction}
     report["samplers"] = list(kinds)
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    failure: CannotRun | None = None
+    failures: list[CannotRun] = []
     for size, frames in _sizes(pipe, modules, num_frames):
         tall, wide = height or size, width or size
         own = base.generator
@@ -107,7 +109,9 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
         try:
             found = Policy(cfg, pipe, where).probe()
         except CannotRun as error:
-            failure = failure or error
+            failures.append(error)
+            if len({str(e) for e in failures}) == 1 and len(failures) == _SAME_FAILURES:
+                break
             continue
         except UnsupportedPolicyError as error:
             raise _without_guidance(pipe, where, cfg, error) from error
@@ -124,7 +128,7 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
         report["layout"] = layout_words(found)
         report["lora"] = lora_of({name: modules[name] for name in found["denoisers"]})
         return
-    raise failure or CannotRun(f"{type(pipe).__name__}: no size was tried")
+    raise failures[0] if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
 
 
 def _without_guidance(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> UnsupportedPolicyError:
@@ -160,6 +164,8 @@ def _sizes(pipe: Any, modules: dict[str, torch.nn.Module], num_frames: int | Non
     for name in ("vae_spatial_compression_ratio", "movq_scale_factor"):
         scale = scale or getattr(pipe, name, None)
     scale = int(scale) if isinstance(scale, (int, float)) else 8
+    if not any("vae" in name or "movq" in name or "vqgan" in name for name in pipe.components):
+        scale = 1  # the denoiser paints pixels
     sample = _first(c.get(key) for c in configs for key in ("sample_size", "sample_height", "input_size"))
     sample = max(sample) if isinstance(sample, (list, tuple)) else sample
     own = int(sample) * scale if isinstance(sample, int) else 0
@@ -171,7 +177,7 @@ def _sizes(pipe: Any, modules: dict[str, torch.nn.Module], num_frames: int | Non
         for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "temporal_vae_scale_factor")
     )
     lengths: list[int] = [1]
-    if any(name in parameters_of(pipe) for name in FRAMES):
+    if any(name in parameters_of(pipe) for name in (*FRAMES, "video")):
         own_frames = [c.get(key) for c in configs for key in ("video_length", "sample_frames", "num_frames")]
         default = next((parameters_of(pipe)[n].default for n in FRAMES if n in parameters_of(pipe)), None)
         step = int(ratio) if isinstance(ratio, (int, float)) and ratio > 1 else 0
@@ -179,7 +185,7 @@ def _sizes(pipe: Any, modules: dict[str, torch.nn.Module], num_frames: int | Non
         lengths += [2 * step + 1] if step else [4, 8]
         lengths += [default] if isinstance(default, int) and default <= 33 else []
     lengths = [num_frames] if num_frames else list(dict.fromkeys(lengths))
-    sides = [side for side in dict.fromkeys(sides) if 8 <= side <= 1024]
+    sides = [side for side in dict.fromkeys(sides) if 8 <= side <= min(1024, _LARGEST_LATENT * scale)]
     yield from ((side, lengths[0]) for side in sides[:5])
     yield from ((side, length) for length in lengths[1:] for side in sides[:3])
     yield from ((side, lengths[0]) for side in sides[5:])

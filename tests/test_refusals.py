@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import families
+import families_edit
 import families_image
 import families_more
 import pytest
@@ -156,3 +158,47 @@ def test_inspect_makes_up_images(root, capsys):
     assert main(["inspect", str(folder), "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["probe"]["conditions"] == ["image", "mask_image"] and report["probe"]["chosen_share"] < 1
+
+
+# -- found on checkpoints that are saved and inspected as a user would ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (families_edit.amused, ["AmusedScheduler", "no first-order counterpart"]),
+        (families_edit.skyreels_diffusion_forcing, ["none of its steps through pipe.scheduler", "no log-prob"]),
+    ],
+)
+def test_families_that_are_refused(build, says, root, capsys):
+    torch.manual_seed(0)
+    folder = root / build.__name__
+    pipe = build()
+    families.liven(pipe)
+    pipe.save_pretrained(folder)
+    assert main(["inspect", str(folder), "--device", "cpu", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["trainable"] and all(part in report["reason"] for part in says), report["reason"]
+
+
+def test_a_scheduler_called_in_an_unknown_way_is_refused(root, monkeypatch):
+    """The first step without noise is compared with the scheduler's own: here the pipeline means the other sign."""
+    folder = families.make("Flux", root)
+    policy = families.policy("Flux", folder)
+    own = type(policy.pipe.scheduler).step
+
+    @functools.wraps(own)
+    def negated(self, model_output, *args, **kwargs):
+        return own(self, -model_output, *args, **kwargs)
+
+    monkeypatch.setattr(type(policy.pipe.scheduler), "step", negated)
+    with pytest.raises(UnsupportedPolicyError, match=r"first step without noise differs .* by \d"):
+        policy.probe(families.prompts("Flux", folder))
+
+
+def test_a_denoising_strength_that_is_rounded_otherwise_still_gives_the_steps_asked_for(root):
+    """Chroma's image-to-image takes 4 steps where int(4 x 0.9) would be 3."""
+    folder = families.make("ChromaImg2Img", root)
+    policy = families.policy("ChromaImg2Img", folder)
+    report = policy.probe(families.prompts("ChromaImg2Img", folder))
+    assert report["replay_whole"] <= 1e-5 and policy._asked == {3: 3}

@@ -21,7 +21,7 @@ from pipeline.generators.hints import hint_for
 from pipeline.types import PromptItem, SamplingSpec
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
-_OPTIONAL_CONDITIONS = ("image", "mask_image", "control_image")
+_OPTIONAL_CONDITIONS = ("image", "mask_image", "control_image", "video", "control_video", "conditioning_frames")
 FRAMES = ("num_frames", "video_length", "frames")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
@@ -54,7 +54,7 @@ def parameters_of(pipe: Any) -> dict[str, inspect.Parameter]:
 
 def condition_arguments(pipe: Any) -> list[list[str]]:
     """Condition arguments to make up in a probe without prompts: first the required and usual ones, then only the
-    required ones."""
+    required ones, then each of the usual ones by itself (an image or a video)."""
     parameters = parameters_of(pipe)
     required = [
         name
@@ -62,8 +62,8 @@ def condition_arguments(pipe: Any) -> list[list[str]]:
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and made_up(name, 8, 8, 1)
     ]
     optional = [name for name in _OPTIONAL_CONDITIONS if name in parameters and name not in required]
-    options = [required + optional, required] if optional else [required]
-    return options
+    options = [required + optional, required] + [[*required, name] for name in optional if len(optional) > 1]
+    return options if optional else [required]
 
 
 def made_up(name: str, height: int, width: int, frames: int) -> Any:

@@ -55,6 +55,14 @@ def _uncond_first_plus(b: Branches, g: float) -> torch.Tensor:
     return b[1] + g * (b[1] - b[0])
 
 
+def _first_channels(b: Branches, g: float, conditional: int) -> torch.Tensor:
+    """Guidance on the first three channels alone (Lumina-Next)."""
+    if b[0].ndim < 4 or b[0].shape[1] <= 3:
+        return torch.full_like(b[0], float("inf"))
+    cond, uncond = b[conditional], b[1 - conditional]
+    return torch.cat([uncond[:, :3] + g * (cond[:, :3] - uncond[:, :3]), cond[:, 3:]], dim=1)
+
+
 Rule = Callable[..., torch.Tensor]  # (branches, scale[, extra]) -> value
 
 RULES: dict[str, tuple[int, Rule]] = {
@@ -64,6 +72,8 @@ RULES: dict[str, tuple[int, Rule]] = {
     "cfg cond-first": (2, _cond_first),
     "cfg cond-first, scale g+1": (2, _cond_first_plus),
     "cfg uncond-first, scale g+1": (2, _uncond_first_plus),
+    "cfg cond-first, first 3 channels": (2, lambda b, g: _first_channels(b, g, 0)),
+    "cfg uncond-first, first 3 channels": (2, lambda b, g: _first_channels(b, g, 1)),
     "cfg cond-first, token norm": (2, lambda b, g: _norm_rescaled(_cond_first(b, g), b[0])),
     "cfg uncond-first, token norm": (2, lambda b, g: _norm_rescaled(_uncond_first(b, g), b[1])),
     "cfg cond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_cond_first(b, g), b[0], phi)),
@@ -128,7 +138,7 @@ def solve_scale(name: str, branches: Branches, target: torch.Tensor) -> float | 
     at_zero = rule(branches, 0.0).double()
     slope = (rule(branches, 1.0).double() - at_zero).flatten()
     power = float(slope @ slope)
-    if power == 0.0:
+    if power == 0.0 or not math.isfinite(power):
         return None
     return float(((target.double() - at_zero).flatten() @ slope) / power)
 

@@ -15,10 +15,12 @@ def _nothing(_: GeneratorConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """`call`: further arguments of the pipeline's __call__ (generator.call overrides them). `refuse`: why this class
-    cannot be a policy, where running it would not show it."""
+    """`call`: further arguments of the pipeline's __call__ (generator.call overrides them). `prepare`: what has to be
+    done to the pipeline before it runs at all. `refuse`: why this class cannot be a policy, where running it would not
+    show it."""
 
     call: Callable[[GeneratorConfig], dict[str, Any]] = _nothing
+    prepare: Callable[[Any], None] | None = None
     refuse: str = ""
 
 
@@ -27,7 +29,12 @@ def _kontext(cfg: GeneratorConfig) -> dict[str, Any]:
     return {"max_area": cfg.height * cfg.width, "_auto_resize": False}
 
 
+def _tiled(pipe: Any) -> None:
+    pipe.vae.enable_tiling()  # it decodes in no other way
+
+
 HINTS: dict[str, Hint] = {
+    "AllegroPipeline": Hint(prepare=_tiled),
     "FluxKontextPipeline": Hint(call=_kontext),
     "FluxKontextInpaintPipeline": Hint(call=_kontext),
 }

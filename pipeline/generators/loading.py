@@ -52,7 +52,7 @@ def load_pipeline(
     _no_progress_bars()
     quantised = _quantised_pipeline(cfg)
     try:
-        pipe = _pipeline_class(cfg).from_pretrained(
+        pipe = pipeline_class(cfg).from_pretrained(
             cfg.pretrained,
             revision=cfg.revision,
             dtype=resolve_dtype(cfg.dtype, device),
@@ -73,7 +73,7 @@ def load_pipeline(
     return pipe
 
 
-def _pipeline_class(cfg: GeneratorConfig) -> type[DiffusionPipeline]:
+def pipeline_class(cfg: GeneratorConfig) -> type[DiffusionPipeline]:
     """The class that loads the checkpoint. Raises ConfigError where `generator.pipeline` names none."""
     if cfg.pipeline is None:
         return DiffusionPipeline

@@ -58,8 +58,11 @@ class Policy:
     def __init__(self, cfg: Config, pipe: Any, device: torch.device) -> None:
         self.cfg, self.pipe, self.device = cfg, pipe, device
         self.name = type(pipe).__name__
-        if hint_for(pipe).refuse:
-            raise UnsupportedPolicyError(f"{self.name}: {hint_for(pipe).refuse}")
+        hint = hint_for(pipe)
+        if hint.refuse:
+            raise UnsupportedPolicyError(f"{self.name}: {hint.refuse}")
+        if hint.prepare is not None:
+            hint.prepare(pipe)
         self.modules = denoisers_of(pipe)
         self.trained = trained_modules(pipe, cfg.trainable)
         self.prediction = first_order_scheduler(pipe)
@@ -73,6 +76,7 @@ class Policy:
         self.version = 0
         self._form = Form()
         self._fill: list[str] = []
+        self._asked: dict[int, int] = {}  # sampler steps -> num_inference_steps, where `strength` is rounded otherwise
         self._scales = self._known_scales()
         self._merged: weights_lib.MergedLora | None = None
         self.embeddings: EmbeddingStore | None = None
@@ -215,14 +219,24 @@ class Policy:
         if recording.stopped:
             return np.zeros(0, np.float32), recording
         if recording.num_steps != sampling.num_steps:
-            raise UnsupportedPolicyError(
-                f"{self.name} took {recording.num_steps} scheduler steps where {sampling.num_steps} were asked for: a "
-                "model distilled to a fixed number of steps, or one that drives its scheduler in its own way"
-            )
+            if self._ask_again(kwargs.get("num_inference_steps", 0), recording.num_steps, sampling.num_steps):
+                return self._sample(prompts, seeds, shared_noise_seed, sampling, keep_steps=keep_steps, **options)
+            raise UnsupportedPolicyError(_wrong_steps(self.name, recording.num_steps, sampling.num_steps))
         return to_floats(output, len(prompts)), recording
 
     def _call_arguments(self, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
-        return call_arguments(self.pipe, self.cfg.generator, prompts, sampling, self._form, self._fill)
+        kwargs = call_arguments(self.pipe, self.cfg.generator, prompts, sampling, self._form, self._fill)
+        if sampling.num_steps in self._asked:
+            kwargs["num_inference_steps"] = self._asked[sampling.num_steps]
+        return kwargs
+
+    def _ask_again(self, asked: int, took: int, wanted: int) -> bool:
+        """Whether another num_inference_steps may give `wanted` steps: pipelines round steps x strength in their own
+        ways. Notes the number to ask for."""
+        if not 0 < took <= asked or "strength" not in parameters_of(self.pipe) or wanted in self._asked:
+            return False
+        self._asked[wanted] = asked + wanted - took
+        return True
 
     def _fit_step(self, step: RawStep) -> None:
         """Checks at every recorded step that replay will give what the scheduler received; notes the numbers."""
@@ -260,7 +274,7 @@ class Policy:
         for fill in fills:
             options = forms(bool(fill) or bool(conditions_of(trio[0])))
             for form in self.embeddings.in_order(options) if self.embeddings is not None else options:
-                self._form, self._fill, self.spec = form, fill, None
+                self._form, self._fill, self._asked, self.spec = form, fill, {}, None
                 try:
                     return self._probe(trio)
                 except Exception as error:  # a pipeline may refuse a form in any way; all are reported below
@@ -288,16 +302,18 @@ class Policy:
 
         def run(first: int, stop: int, **options: Any) -> Recording:
             seeds = tuple(range(11 + first, 11 + stop))
-            return self._sample(trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, **options)[1]
+            return self._sample(
+                trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, check_first=True, **options
+            )[1]
 
         if self._form.batched:
             couple = (0, 2)
-            large, small = run(0, 3, stop_early=True), run(*couple)
+            small, large = run(*couple), run(0, 3, stop_early=True)
             outputs = probing.find_outputs(small.steps, large.steps)
             layouts, note = probing.find_layouts(small.steps, large.steps)
         else:
             couple = (0, 1)
-            large, small = run(1, 2, stop_early=True), run(*couple)
+            small, large = run(*couple), run(1, 2, stop_early=True)
             outputs, layouts, note = probing.single_outputs(small.steps), {}, ""
         takes = small.steps[0].sample.shape[0]
         spec = replace(probing.bare_spec(small.steps[0], outputs, self.name, self.prediction), layouts=layouts)
@@ -364,6 +380,24 @@ class Policy:
                 "(caching, a stateful guider, attention processors of its own, dropout)?"
             )
         return worst
+
+
+def _wrong_steps(name: str, took: int, wanted: int) -> str:
+    """Why a run of `took` steps cannot stand for one of `wanted`, and what to do."""
+    if took == 0:
+        return (
+            f"{name} took none of its steps through pipe.scheduler: it drives copies of it, one per frame or modality, "
+            "and such a chain of steps has no log-prob here"
+        )
+    way = (
+        "a model distilled to a fixed number of steps"
+        if took < wanted
+        else "a model distilled to a fixed number of steps, or one that takes a step per view or stage"
+    )
+    return (
+        f"{name} took {took} scheduler steps where {wanted} were asked for: {way}. A policy needs steps to draw noise "
+        "at: use a checkpoint that takes as many as it is asked for, two or more"
+    )
 
 
 def _generator(seed: int) -> torch.Generator:

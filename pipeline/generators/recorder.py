@@ -7,6 +7,7 @@ look at what each denoiser is called with. Inputs are cloned at call time, since
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -120,11 +121,13 @@ class _PolicyStep:
         self.__signature__ = inspect.Signature(parameters[1:])  # pipelines look for eta and generator
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.__signature__.bind(*args, **kwargs).arguments
+        known = self.__signature__.parameters  # a step of another scheduler may have been given more
+        given = self.__signature__.bind(*args, **{k: v for k, v in kwargs.items() if k in known}).arguments
         return self._act(**{"generator": None, "return_dict": True, **given})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return MethodType(self._own, memo[id(self._scheduler)])
+        copied = memo.get(id(self._scheduler))
+        return self if copied is None else MethodType(self._own, copied)  # None: its __dict__ alone is copied
 
 
 @contextmanager
@@ -141,6 +144,7 @@ def record(
     stop_early: bool = False,
     keep_graph: bool = False,
     samples: dict[int, torch.Tensor] | None = None,
+    check_first: bool = False,
 ) -> Iterator[Recording]:
     """Patches the pipeline for the duration of one call and yields the growing recording.
 
@@ -149,6 +153,8 @@ def record(
     the guidance; the outputs are then dropped unless it is None. `on_output` may replace a denoiser's output.
     `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`). `keep_graph`:
     recorded inputs stay differentiable. `samples`: what steps after the first are given, whatever the one before gave.
+    `check_first`: the first step without noise is compared with the scheduler's own (UnsupportedPolicyError where they
+    differ).
     """
     scheduler = pipe.scheduler
     recording = Recording()
@@ -188,8 +194,11 @@ def record(
             )
         return tensor.unflatten(0, (takes, tensor.shape[0] // takes))
 
-    def act(model_output, timestep, sample, generator, return_dict, **_rest):
+    def act(model_output, timestep, sample, generator, return_dict, **rest):
         nonlocal count, open_step
+        given = model_output
+        if rest.get("per_token_timesteps") is not None:  # FlowMatchEuler then steps the other way (LTXCondition)
+            model_output = -model_output
         times, index = step_times(scheduler, prediction, count, timestep)
         shape = sample.shape
         if model_output.shape != shape and model_output.shape[1] == 2 * shape[1]:
@@ -205,6 +214,9 @@ def record(
         if stop_early and count > max(keep_steps):
             recording.stopped = True
             raise EnoughRecorded
+        if check_first and count == 0:
+            still = _move(scheduler, sampling, prediction, x, out, times, False, False, generator).mean.reshape(shape)
+            _compare_with_own(scheduler, still, {"model_output": given, "timestep": timestep, "sample": sample, **rest})
         last = index + 1 >= len(scheduler.timesteps)
         noisy = count in sampling.stochastic_steps
         moved = _move(scheduler, sampling, prediction, x, out, times, noisy, last, generator)
@@ -265,6 +277,29 @@ def record(
         scheduler.__dict__.pop("step", None)  # the class's own method shows again
         for hook in hooks:
             hook.remove()
+
+
+def _compare_with_own(scheduler: Any, ours: torch.Tensor, given: dict[str, Any]) -> None:
+    """The scheduler's own first step must be the one that is taken here without noise: multi-step solvers start with a
+    first-order step, so this holds for them too. Raises UnsupportedPolicyError with the difference."""
+    if isinstance(scheduler, LCMScheduler):
+        return  # draws noise of its own
+    try:
+        theirs = copy.deepcopy(scheduler).step(**given, return_dict=False)[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return  # it cannot be asked out of turn
+    if theirs.shape != ours.shape:
+        return
+    per_token = given.get("per_token_timesteps")
+    if per_token is not None:  # tokens at another timestep are conditions, which the pipeline puts back
+        ours = torch.where((per_token == given["timestep"]).unsqueeze(-1), ours, theirs.float())
+    moved = float((theirs.float() - given["sample"].float()).abs().max())
+    gap = float((theirs.float() - ours.float()).abs().max())
+    if gap > (1e-3 if given["sample"].dtype == torch.float32 else 5e-2) * max(moved, 1e-6) + 1e-6:
+        raise UnsupportedPolicyError(
+            f"the first step without noise differs from that of {type(scheduler).__name__} by {gap:.1e} (it moves by "
+            f"{moved:.1e}): the scheduler has no first-order counterpart here, or is called in a way that is not known"
+        )
 
 
 def _number(value: Any, default: float) -> float:

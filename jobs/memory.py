@@ -1,0 +1,97 @@
+"""`rushes inspect --plan CONFIG`: memory of every role, from configs alone. Measures what the libraries take, estimates
+the rest (`pipeline.memory_plan`), and prints it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.config_io import load_config
+from pipeline.errors import RushesError
+
+# What a process of each role imports, and a little work, so that the libraries' own buffers are there too.
+_TORCH = """
+import torch
+torch.set_num_threads(1)
+x = torch.randn(2, 8, 64, 64, requires_grad=True)
+y = torch.nn.functional.conv2d(x, torch.randn(8, 8, 3, 3)).flatten(1) @ torch.randn(30752, 64)
+torch.nn.functional.scaled_dot_product_attention(*[y.reshape(2, 1, 8, 8)] * 3).sum().backward()
+"""
+_IMPORTS = {
+    "rollout": "import actors.rollout, pipeline.generators.policy, diffusers, transformers\n"
+    "from diffusers import {pipeline}" + _TORCH,
+    "learner": "import actors.learner, pipeline.learner, pipeline.export, diffusers\n"
+    "from diffusers import {pipeline}" + _TORCH,
+    "reward": "import actors.reward\nfrom pipeline.rewards.loader import scorer_class\n"
+    "for name in {scorers}: scorer_class(name)",
+    "controller": "import actors.controller",
+}
+_PEAK = "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+_RAY_WORKER = 35 * 2**20  # what Ray's worker holds beyond `import ray`: measured with Ray 2.60, idle worker
+
+
+def plan(config: Path, overrides: list[str], *, json_out: bool) -> int:
+    """Prints the plan; returns 0. `overrides`: KEY=VALUE, or a checkpoint to take in place of the config's."""
+    warnings.simplefilter("ignore")
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    given = [entry if "=" in entry else f"generator.pretrained={entry}" for entry in overrides]
+    cfg = load_config(config, given)
+    from pipeline.memory_ghost import pipeline_name
+    from pipeline.memory_plan import plan_memory
+
+    found = plan_memory(cfg, bases(cfg, pipeline_name(cfg.generator)))
+    print(json.dumps(found, indent=2) if json_out else as_text(found))
+    return 0
+
+
+def bases(cfg: Config, pipeline: str) -> dict[str, int]:
+    """Role -> bytes of a process that has imported that role's libraries, measured in processes of their own."""
+    scorers = [r.scorer for r in cfg.rewards.values() if ":" not in r.scorer]
+
+    def measure(role: str) -> int:
+        code = _IMPORTS[role].replace("{pipeline}", pipeline).replace("{scorers}", repr(scorers)) + _PEAK
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+        if done.returncode:
+            raise RushesError(f"the libraries of the role {role} cannot be imported: {done.stderr.strip()[-200:]}")
+        return int(done.stdout.split()[-1]) + _RAY_WORKER
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(_IMPORTS, pool.map(measure, _IMPORTS), strict=True))
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The plan for people."""
+    lines = [f"Memory planned for {found['generator']}, before any weights are loaded", ""]
+    for name, role in found["roles"].items():
+        where = "in main memory" if role["on"] == "cpu" else "on the accelerator"
+        many = f" x {role['processes']}" if role["processes"] > 1 else ""
+        device = f", {_size(role['device_bytes'])} on the accelerator" if role["device_bytes"] else ""
+        lines.append(f"{name}{many}: {_size(role['host_bytes'])} in main memory{device}")
+        lines += [f"    {_size(size):>10}  {part}" for part, size in role["parts"].items() if size > 0]
+        if role["on"] != "cpu":
+            lines.append(f"                (weights to activations are {where}; its own context is not counted)")
+    store = found["object_store"]
+    over = "" if store["bytes"] <= store["limit"] else "  <- too small: raise ray.object_store_mb"
+    lines.append(f"object store: {_size(store['bytes'])} of {_size(store['limit'])}{over}")
+    lines += [f"    {_size(size):>10}  {part}" for part, size in store["parts"].items() if size]
+    lines += ["", f"together: {_size(found['host_bytes'])} in main memory"]
+    if found["device_bytes"]:
+        lines[-1] += f", {_size(found['device_bytes'])} on accelerators"
+    return "\n".join(lines)
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

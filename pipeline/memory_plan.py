@@ -1,0 +1,298 @@
+"""Memory of every role for a config, estimated before any weights are loaded: `rushes inspect --plan CONFIG`.
+
+Networks are built from their configs without data (`pipeline.memory_ghost`), so weights are counted and not guessed,
+and activations are what the networks' own code would hold. Returns plain data; all numbers are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import weights as weights_lib
+from pipeline.checkpoint_files import DENOISERS
+from pipeline.config import Config
+from pipeline.generators.calling import call_arguments, condition_arguments, conditions_of, forms
+from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
+from pipeline.plan import ode_sampling, stochastic_steps, trained_subset
+from pipeline.prompts import load_prompts
+from pipeline.types import PromptItem
+
+_PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which inputs stay the same
+
+
+@dataclass(slots=True)
+class RolePlan:
+    """One process of a role. `device`: bytes on the accelerator ("host" roles have none), `host`: in main memory."""
+
+    processes: int
+    on: str  # cpu | cuda
+    device: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        host, device = sum(self.host.values()), sum(self.device.values())
+        if self.on == "cpu":
+            host, device = host + device, 0
+        return {
+            "processes": self.processes,
+            "on": self.on,
+            "parts": {**self.host, **self.device},
+            "host_bytes": host,
+            "device_bytes": device,
+        }
+
+
+def plan_memory(cfg: Config, bases: dict[str, int]) -> dict[str, Any]:
+    """`bases`: role -> bytes of a process of that role that has imported its libraries and done nothing.
+
+    Raises InputError (configs not to be had) and CannotPlan (the pipeline does not run without weights).
+    """
+    if cfg.trainable.modules != "denoiser":
+        raise CannotPlan(
+            f"trainable.modules: the memory of training {cfg.trainable.modules} is not planned, only denoiser"
+        )
+    rollout, shapes = _rollout(cfg, bases["rollout"])
+    learner, trained = _learner(cfg, bases["learner"], shapes["trajectory"])
+    media = shapes["media"]
+    roles = {"rollout": rollout, "learner": learner}
+    for name, reward in cfg.rewards.items():
+        roles[f"reward {name}"] = RolePlan(
+            processes=reward.workers.max,
+            on="cuda" if reward.resources.get("GPU", 0) > 0 else "cpu",
+            host={"libraries": bases["reward"], "a group's media": media},
+            device={"weights found here": _scorer_weights(reward.args)},
+        )
+    roles["controller"] = RolePlan(processes=1, on="cpu", host={"libraries": bases["controller"]})
+    active = cfg.algorithm.groups_per_step * (cfg.algorithm.max_staleness + 1)
+    store = {
+        "trajectories": active * shapes["trajectory"],
+        "media": min(active, cfg.rollout.workers.max + 2 * cfg.ray.queue_capacity) * media,
+        "weights of two versions": 2 * trained,
+    }
+    plans = {name: role.to_dict() for name, role in roles.items()}
+    return {
+        "generator": cfg.generator.pretrained,
+        "roles": plans,
+        "object_store": {"parts": store, "bytes": sum(store.values()), "limit": cfg.ray.object_store_mb * 2**20},
+        "host_bytes": sum(p["processes"] * p["host_bytes"] for p in plans.values()) + sum(store.values()),
+        "device_bytes": sum(p["processes"] * p["device_bytes"] for p in plans.values()),
+        "a_group": {"trajectory": shapes["trajectory"], "media": media},
+    }
+
+
+def _device(wanted: str, resources: Mapping[str, float]) -> str:
+    """Where a role will run; `auto` on this machine may mean something else than where the config is meant for."""
+    if wanted == "auto":
+        return "cuda" if resources.get("GPU", 0) > 0 or torch.cuda.is_available() else "cpu"
+    return "cuda" if wanted.startswith("cuda") else "cpu"
+
+
+def _dtype(cfg: Config, on: str) -> torch.dtype:
+    name = cfg.generator.dtype
+    if name == "auto":
+        return torch.bfloat16 if on == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def _run(ghost: Ghost, cfg: Config, takes: int) -> list[Call]:
+    """The pipeline's own call for `takes` takes; returns the first step's denoiser calls.
+
+    Raises CannotPlan with the first cause.
+    """
+    prompts = load_prompts(cfg.prompts.train)[:1] if Path(cfg.prompts.train).exists() else []
+    prompt = prompts[0] if prompts else PromptItem(index=0, text="a red circle on a table")
+    fills: list[list[str]] = [[]] if conditions_of(prompt) else [[], *condition_arguments(ghost.pipe)]
+    failure: Exception | None = None
+    for fill in fills:
+        for form in forms(bool(fill) or bool(conditions_of(prompt))):
+            ghost.reset()
+            number = takes if form.batched else 1
+            kwargs = call_arguments(
+                ghost.pipe, cfg.generator, [prompt] * number, ode_sampling(cfg, _PROBED_STEPS), form, fill
+            )
+            kwargs["generator"] = [torch.Generator().manual_seed(i) for i in range(number)]
+            if number == 1:
+                kwargs["generator"] = kwargs["generator"][0]
+            try:
+                with torch.no_grad():
+                    ghost.pipe(**kwargs)
+            except Exception as error:  # pipelines refuse a form in any way; the last cause is told
+                failure = failure or error
+                continue
+            if ghost.calls:
+                return [call for call in ghost.calls if call.step == 0]
+    cause = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}" if failure else "no denoiser call"
+    raise CannotPlan(
+        f"{cfg.generator.pretrained}: {type(ghost.pipe).__name__} could not be run without weights ({cause}); its "
+        "memory cannot be planned. Run a step and look at the peak memory in the run's summary.json instead"
+    ) from failure
+
+
+def _attach(ghost: Ghost, cfg: Config) -> dict[str, torch.nn.Parameter]:
+    """What is trained, on the networks without data."""
+    modules = {name: ghost.modules[name] for name in DENOISERS if name in ghost.modules}
+    with ghost.mode:
+        if cfg.trainable.kind == "full":
+            weights_lib.attach(modules, cfg.trainable, 0)
+        else:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)  # as the learner keeps them
+            try:
+                weights_lib.attach(modules, cfg.trainable, 0)
+            finally:
+                torch.set_default_dtype(before)
+    return weights_lib.trainable(modules)
+
+
+def _bytes(parameters: Sequence[torch.Tensor], each: int = 0) -> int:
+    return sum(p.numel() * (each or p.element_size()) for p in parameters)
+
+
+def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
+    """The plan of a worker, and the bytes of a group's trajectory and media."""
+    on = _device(cfg.rollout.device, cfg.rollout.resources)
+    ghost = Ghost(cfg.generator, _dtype(cfg, on))
+    takes = cfg.algorithm.group_size
+    batch = min(cfg.rollout.batch or takes, takes)
+    resident, offloaded = _weights(cfg, ghost, on)
+    largest = max(batch, cfg.evaluation.batch)
+    _run(ghost, cfg, largest)
+    activations = max(ghost.peaks.values(), default=0)
+    _run(ghost, cfg, batch)
+    frames = cfg.generator.num_frames * cfg.generator.height * cfg.generator.width * 3
+    trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
+    trajectory = _trajectory(cfg, ghost, trained) * takes // batch
+    lora = _bytes(list(_attach(ghost, cfg).values())) if cfg.trainable.kind == "lora" else 0
+    merged = _merged_base(ghost) if cfg.rollout.merge_lora and lora else 0
+    plan = RolePlan(
+        processes=cfg.rollout.workers.max,
+        on=on,
+        host={
+            "libraries": base,
+            "pictures as floats": 3 * 4 * frames * largest,  # the decoder's, the pipeline's and ours
+            "a group's media and trajectory": frames * takes + trajectory,
+            "weights off the accelerator": offloaded,
+        },
+        device={"weights": resident + lora + merged, "activations": activations},
+    )
+    return plan, {"trajectory": trajectory, "media": frames * takes}
+
+
+def _weights(cfg: Config, ghost: Ghost, on: str) -> tuple[int, int]:
+    """Bytes of weights that stay where the worker computes, and that wait in main memory (generator.offload)."""
+    sizes = {name: _held(module, cfg, name) for name, module in ghost.modules.items()}
+    if on == "cpu" or cfg.generator.offload == "none":
+        return sum(sizes.values()), 0
+    if cfg.generator.offload == "group":
+        return 0, sum(sizes.values())  # one layer at a time is there
+    denoisers = sum(size for name, size in sizes.items() if name in DENOISERS)
+    others = [size for name, size in sizes.items() if name not in DENOISERS]
+    return denoisers + max(others, default=0), sum(others)
+
+
+def _held(module: torch.nn.Module, cfg: Config, name: str) -> int:
+    """Bytes of a network; a denoiser's linear layers at one byte a weight where generator.quantize is int8."""
+    size = weight_bytes_of(module)
+    if name in DENOISERS and cfg.generator.quantize == "int8":
+        linear = [layer.weight for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+        size -= sum(weight.numel() * (weight.element_size() - 1) for weight in linear)
+    return size
+
+
+def _merged_base(ghost: Ghost) -> int:
+    """Copies of the base weights that merging keeps aside."""
+    from peft.tuners.lora import LoraLayer
+
+    return sum(
+        layer.get_base_layer().weight.numel() * layer.get_base_layer().weight.element_size()
+        for module in ghost.modules.values()
+        for layer in module.modules()
+        if isinstance(layer, LoraLayer)
+    )
+
+
+def _trajectory(cfg: Config, ghost: Ghost, trained: int) -> int:
+    """Bytes of one pipeline call's part: inputs that stay the same once; what changes, and two samples (three where the
+    objective needs the old mean), per trained step; the finished latents. The sample is not stored among the inputs."""
+    if ghost.sample is None:
+        return 0
+    latents = ghost.sample.nbytes
+    tail = ghost.sample.shape[1:]
+    held: list[dict[int, int]] = [{}, {}]
+    for call in ghost.calls:
+        own = {id(t): t.nbytes for t in call.tensors() if t.ndim == 0 or t.shape[1:] != tail}
+        held[min(call.step, 1)].update(own)
+    same = held[0].keys() & held[1].keys()
+    once = sum(held[0][key] for key in same)
+    changing = sum(size for key, size in held[0].items() if key not in same)
+    kept = 3 if cfg.algorithm.objective in ("grpo_guard", "flow_dppo") else 2
+    return once + trained * (changing + kept * latents) + latents
+
+
+def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
+    """The plan of the learner, and the bytes of what it trains, in float32."""
+    on = _device(cfg.learner.device, cfg.learner.resources)
+    full = cfg.trainable.kind == "full"
+    dtype = torch.float32 if full or cfg.learner.autocast != "none" else _dtype(cfg, on)
+    takes = cfg.algorithm.group_size
+    part = min(cfg.rollout.batch or takes, takes)
+    micro = min(cfg.learner.micro_batch or part, part)
+    ghost = Ghost(cfg.generator, dtype)
+    calls = _run(ghost, cfg, micro)
+    weights = sum(_held(m, cfg, n) for n, m in ghost.modules.items() if n in DENOISERS)
+    without = max((ghost.peaks[name] for name in ghost.peaks if name in DENOISERS), default=0)
+    trained = list(_attach(ghost, cfg).values())
+    activations = training_bytes(ghost, calls, cfg)
+    reference = weights if full and cfg.algorithm.kl_beta > 0 else 0
+    size = _bytes(trained, 4)
+    device = {
+        "weights": weights + (0 if full else size),
+        "reference": reference,
+        "gradients": size,
+        "optimiser (two moments)": 2 * size,
+        "EMA": size if cfg.optimizer.ema_decay > 0 else 0,
+        "activations": activations + (without if cfg.algorithm.kl_beta > 0 else 0),
+    }
+    plan = RolePlan(
+        processes=1,
+        on=on,
+        host={"libraries": base, "a step's trajectories": cfg.algorithm.groups_per_step * trajectory},
+        device={name: value for name, value in device.items() if value},
+    )
+    # What goes out and into a checkpoint: a copy of weights, moments and EMA, made when it is saved.
+    plan.host["weights going out, checkpoint"] = size * (4 if cfg.optimizer.ema_decay > 0 else 3)
+    return plan, size
+
+
+def training_bytes(ghost: Ghost, calls: list[Call], cfg: Config) -> int:
+    """Bytes held at the worst moment of one micro-batch's forward and backward pass, gradients not counted."""
+    modules = [ghost.modules[name] for name in DENOISERS if name in ghost.modules]
+    if cfg.learner.activation_checkpointing:
+        for module in modules:
+            module.enable_gradient_checkpointing()  # type: ignore[operator]
+            module.train()
+    enabled = cfg.learner.autocast != "none"
+    with (
+        torch.autocast("cpu", dtype=getattr(torch, cfg.learner.autocast, None), enabled=enabled),
+        ghost.training(calls) as (live, _),
+    ):
+        saved = live.live
+    grads = sum(p.numel() * 4 for m in modules for p in m.parameters() if p.grad is not None)
+    return max(saved, live.peak - grads)
+
+
+def _scorer_weights(args: dict[str, Any]) -> int:
+    """Bytes of safetensors in the folders and files that a scorer's options name; hub ids are not counted."""
+    total = 0
+    for value in args.values():
+        path = Path(value).expanduser() if isinstance(value, str) else None
+        if path is not None and path.is_dir():
+            total += sum(file.stat().st_size for file in path.glob("**/*.safetensors"))
+        elif path is not None and path.suffix == ".safetensors" and path.is_file():
+            total += path.stat().st_size
+    return total

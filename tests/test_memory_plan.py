@@ -1,0 +1,123 @@
+"""The parts of `rushes inspect --plan` against what loaded models and real rollouts hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import cli, memory
+from pipeline.config_io import load_config
+from pipeline.generators.loading import load_pipeline
+from pipeline.generators.policy import Policy
+from pipeline.memory_ghost import Ghost, weight_bytes_of
+from pipeline.memory_plan import _attach, _run, plan_memory, training_bytes
+from pipeline.plan import train_work
+from pipeline.types import PromptItem
+from pipeline.wire import tree_bytes
+
+ROOT = Path(__file__).parent.parent
+NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)
+SMALL = ["algorithm.group_size=2", "evaluation.batch=2"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module", params=["quickstart-image", "quickstart"])
+def case(request):
+    """(config, the pipeline with its weights, the one without)"""
+    cfg = load_config(ROOT / "configs" / f"{request.param}.yaml", SMALL)
+    own = cfg.generator.model_copy(update={"pretrained": str(ROOT / cfg.generator.pretrained)})
+    cfg = cfg.model_copy(update={"generator": own})
+    return cfg, load_pipeline(own, torch.device("cpu")), Ghost(own, torch.float32)
+
+
+def test_weights_are_exact(case):
+    _, pipe, ghost = case
+    loaded = {n: weight_bytes_of(m) for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    assert loaded == {name: weight_bytes_of(module) for name, module in ghost.modules.items()}
+
+
+def saved_bytes(pipe, calls) -> int:
+    """What autograd keeps for the backward pass of these calls, weights left out; every storage once."""
+    module = pipe.transformer.requires_grad_(True)
+    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outs = [module(*call.args, **call.kwargs)[0] for call in calls]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    del outs
+    module.requires_grad_(False)
+    return size
+
+
+def test_activations_are_what_autograd_keeps(case):
+    cfg, pipe, ghost = case
+    calls = _run(ghost, cfg, 2)
+    measured = saved_bytes(pipe, calls)
+    _attach(ghost, cfg)
+    with ghost.training(calls) as (live, _):
+        planned = live.live
+    assert abs(planned / measured - 1) < 0.2, (planned, measured)
+    assert training_bytes(ghost, calls, cfg) >= planned
+    again = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"activation_checkpointing": True})})
+    assert training_bytes(ghost, calls, again) < 0.7 * planned
+
+
+def test_trajectories_and_media_are_what_a_rollout_leaves(case):
+    cfg, pipe, _ = case
+    policy = Policy(cfg, pipe, torch.device("cpu"))
+    policy.probe()
+    media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PromptItem(index=0, text="a red circle")))
+    held = sum(
+        tree_bytes([part.shared, part.final, [[s.sample, s.next_sample, inputs(s)] for s in part.steps]])
+        for part in trajectory.parts
+    )
+    planned = plan_memory(cfg, NONE)["a_group"]
+    assert planned["media"] == media.frames.nbytes
+    assert abs(planned["trajectory"] / held - 1) < 0.2, (planned, held)
+
+
+def inputs(step):
+    return [[call.args, call.kwargs] for call in step.calls]
+
+
+def test_the_command_prints_roles_and_json(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "bases", lambda cfg, name: dict.fromkeys(NONE, 2**29))
+    assert cli.main(["inspect", "--plan", "configs/quickstart-image.yaml", *SMALL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    learner = found["roles"]["learner"]
+    weights = learner["parts"]["weights"]
+    assert learner["parts"]["reference"] == weights and learner["parts"]["optimiser (two moments)"] > 1.9 * weights
+    assert learner["host_bytes"] == sum(learner["parts"].values()) and found["roles"]["rollout"]["processes"] == 2
+    assert cli.main(["inspect", "--plan", "configs/quickstart-image.yaml", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "rollout x 2: " in out and "activations" in out and "object store: " in out and "together: " in out
+
+
+def test_on_a_gpu_weights_leave_main_memory():
+    cfg = load_config(ROOT / "configs" / "quickstart-image.yaml", [*SMALL, "learner.resources={CPU: 1, GPU: 1}"])
+    learner = plan_memory(cfg, NONE)["roles"]["learner"]
+    assert learner["on"] == "cuda" and learner["device_bytes"] > learner["parts"]["weights"] > 0
+    assert learner["host_bytes"] + learner["device_bytes"] == sum(learner["parts"].values())
+
+
+def test_configs_that_are_not_here_are_asked_for(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert cli.main(["inspect", "--plan", "configs/wan-14b.yaml"]) == 2
+    assert "hf download Wan-AI/Wan2.1-T2V-14B-Diffusers" in capsys.readouterr().err
+    assert cli.main(["inspect"]) == 2
