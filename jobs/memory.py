@@ -32,9 +32,13 @@ _IMPORTS = {
     "from diffusers import {pipeline}" + _TORCH,
     "reward": "import actors.reward\nfrom pipeline.rewards.loader import scorer_class\n"
     "for name in {scorers}: scorer_class(name)",
-    "controller": "import actors.controller",
+    "controller": "import actors.controller, actors.loop, torch",
 }
-_PEAK = "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+# Not ru_maxrss, which a new process takes over from the one that started it.
+_PEAK = """
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM"): print(int(line.split()[1]) * 1024)
+"""
 _RAY_WORKER = 35 * 2**20  # what Ray's worker holds beyond `import ray`: measured with Ray 2.60, idle worker
 
 
