@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where there is no GPU, hold torch to a version that has a CPU build.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: help setup quickstart quickstart-image test chaos lint format typecheck generators docs clean
+.PHONY: help setup quickstart quickstart-image bench test chaos lint format typecheck generators docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,6 +22,9 @@ quickstart: setup ## RL on the shipped text-to-video generator, on the CPU, in a
 
 quickstart-image: setup ## the same for text-to-image
 	$(BIN)/rushes train configs/quickstart-image.yaml
+
+bench: setup ## speed against the bare arithmetic and a plain loop, on an idle machine (about 15 minutes)
+	$(BIN)/rushes bench
 
 test: setup ## the test suite (no GPU, no network)
 	$(BIN)/python -m pytest

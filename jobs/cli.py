@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from jobs.agree_cli import agree
+from jobs.bench_cli import bench
 from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
 from jobs.cluster_cli import add_cluster_commands
 from jobs.inspect_cli import inspect
@@ -342,6 +343,7 @@ def config(
 app.command()(agree)
 add_cluster_commands(app)
 app.command()(serve_reward)
+app.command()(bench)
 
 
 # ------------------------------------------------------------------------------------------------- the entry point

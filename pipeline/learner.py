@@ -119,7 +119,9 @@ class Learner:
     def _update(self, groups: list[GroupBatch], stats: dict[str, list[Any]], *, first: bool) -> None:
         """One optimiser update over whole groups: loss averaged over all (take, trained step) pairs."""
         pairs = sum(len(g.advantages) * len(g.trajectory.parts[0].steps) for g in groups)
-        self._checked_group = groups[self.version % len(groups)].trajectory.group
+        looks = max(1, self.ranks.world // self.ranks.context)  # as many as compute apart, so that none waits for it
+        turns = ((self.version * looks + i) % len(groups) for i in range(looks))
+        self._checked = {groups[turn].trajectory.group for turn in turns}
         self.optimizer.zero_grad(set_to_none=True)
         plan = None if self.ranks.world == 1 else self._plan(groups)
         found: dict[int, np.ndarray] = {}
@@ -296,11 +298,10 @@ class Learner:
         return sigma, torch.stack(noise).repeat_interleave(copies, 0)[takes]
 
     def _looks_at_replay(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> bool:
-        """Objective awm: the check costs a forward pass that serves nothing else, so one step of one group is looked
-        at, in turn."""
+        """Objective awm: the check costs a forward pass that serves nothing else, so one step of one group (a rank) is
+        looked at, in turn."""
         first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
-        mine = trajectory.group == self._checked_group
-        return self.cfg.algorithm.objective == "awm" and first and mine
+        return self.cfg.algorithm.objective == "awm" and first and trajectory.group in self._checked
 
     @torch.no_grad()
     def _replay_gap(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> torch.Tensor:

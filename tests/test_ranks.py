@@ -85,7 +85,8 @@ def test_two_ranks_train_as_one(compared, name):
     for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
-            assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+            if key != "onpolicy/max_abs_gap":  # each rank looks at a group of its own
+                assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert two["metrics"][1]["kl"] > 0 and two["metrics"][0]["grad_norm"] > 0
     same_tensors(out / "one" / name, out / "two" / name)
     assert one["ema"].tensors.keys() == two["ema"].tensors.keys()

@@ -1,0 +1,1 @@
+"""Speed measurements: `rushes bench`, `make bench`. Not needed for training."""

@@ -1,0 +1,144 @@
+"""What lies between the roles: queues, a reward server's call, and weights against a copy of the same bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.common import RunContext
+from actors.queues import BoundedQueue
+from actors.reward import RewardServer
+from pipeline.config import Config
+from pipeline.types import Media, PromptItem
+from pipeline.weights import to_weight_set
+from pipeline.wire import checksum, unpack
+
+SCORER = "def one(frames, prompts):\n    return [1.0] * len(prompts)\none.batched = True\n"
+WEIGHTS = {"lora, 20 MB": (400, 12_500), "full, 400 MB": (400, 250_000)}  # tensors, float32 values each
+
+
+def queue_round_trip(consumers: int, items: int = 5000) -> float:
+    """Seconds from a put to the next one, with an answer from whichever of `consumers` took the item."""
+
+    async def body() -> float:
+        there: BoundedQueue[int] = BoundedQueue("there", 8)
+        back: BoundedQueue[int] = BoundedQueue("back", 8)
+
+        async def consume() -> None:
+            while True:
+                await back.put(await there.get())
+
+        tasks = [asyncio.ensure_future(consume()) for _ in range(consumers)]
+        await asyncio.sleep(0)
+        started = time.perf_counter()
+        for item in range(items):
+            await there.put(item)
+            await back.get()
+        seconds = (time.perf_counter() - started) / items
+        for task in tasks:
+            task.cancel()
+        return seconds
+
+    return asyncio.run(body())
+
+
+def _config(folder: Path) -> Config:
+    (folder / "one.py").write_text(SCORER)
+    return Config.model_validate(
+        {
+            "generator": {"pretrained": "unused"},
+            "prompts": {"train": "unused.txt"},
+            "rewards": {"one": {"scorer": f"{folder / 'one.py'}:one"}},
+            "ray": {"address": "local", "num_cpus": 4, "object_store_mb": 1536},
+        }
+    )
+
+
+def reward_server(cfg: Config, folder: Path) -> float:
+    """Seconds that a scoring call takes beyond the scorer's own time, for 16 takes of 512 x 512 pixels."""
+    ctx = RunContext(cfg=cfg, run_path=str(folder), cwd=os.getcwd())
+    server: Any = ray.remote(RewardServer).options(num_cpus=0).remote(ctx, "reward.one-0")
+    ray.get(server.start.remote("one"))
+    media = ray.put(Media(frames=np.zeros((16, 1, 512, 512, 3), np.uint8), fps=8.0))
+    prompts = (PromptItem(index=0, text="x"),) * 16
+    found = []
+    for group in range(40):
+        started = time.perf_counter()
+        scores = ray.get(server.score.remote(media, prompts, 1, group))
+        found.append(time.perf_counter() - started - scores.seconds)
+    ray.kill(server)
+    return float(np.median(found[5:]))
+
+
+class Holder:
+    """A worker's side of a weight update, without the model."""
+
+    def __init__(self, tensors: int, values: int) -> None:
+        self.held = {f"layer{i}": torch.zeros(values) for i in range(tensors)}
+
+    def load(self, refs: list[Any]) -> dict[str, float]:
+        """Pull, apply, checksum; and a plain copy of the same bytes."""
+        started = time.perf_counter()
+        weights = ray.get(refs[0])
+        pulled = time.perf_counter()
+        for name, packed in weights.tensors.items():
+            self.held[name].copy_(unpack(packed))
+        applied = time.perf_counter()
+        checksum(weights.tensors)
+        checked = time.perf_counter()
+        source = [tensor.clone() for tensor in self.held.values()]
+        copying = time.perf_counter()
+        for tensor, other in zip(self.held.values(), source, strict=True):
+            tensor.copy_(other)
+        copied = time.perf_counter()
+        return {
+            "pull_s": pulled - started,
+            "apply_s": applied - pulled,
+            "checksum_s": checked - applied,
+            "plain_copy_s": copied - copying,
+        }
+
+
+def weight_sync(tensors: int, values: int) -> dict[str, float]:
+    """Seconds of each part of a weight update on one node, and of a plain copy of the same bytes."""
+    source = {f"layer{i}": torch.randn(values) for i in range(tensors)}
+    holder: Any = ray.remote(Holder).options(num_cpus=0).remote(tensors, values)
+    rows = []
+    for _ in range(4):
+        started = time.perf_counter()
+        weights = to_weight_set("lora", source)
+        packed = time.perf_counter()
+        reference = ray.put(weights)
+        put = time.perf_counter()
+        rows.append({"pack_s": packed - started, "put_s": put - packed, **ray.get(holder.load.remote([reference]))})
+        del reference, weights
+    ray.kill(holder)
+    found = {key: float(np.median([row[key] for row in rows[1:]])) for key in rows[0]}
+    found["total_s"] = sum(value for key, value in found.items() if key != "plain_copy_s")
+    return {**found, "times_a_plain_copy": found["total_s"] / found["plain_copy_s"]}
+
+
+def small_costs(say: Callable[[str], None]) -> dict[str, Any]:
+    """All of them; starts a Ray of its own."""
+    from jobs.local_ray import RaySession
+
+    say("queues")
+    found: dict[str, Any] = {f"queue_round_trip_s_{n}_consumers": queue_round_trip(n) for n in (1, 256)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cfg = _config(folder)
+        with RaySession(cfg):
+            say("reward server")
+            found["reward_server_overhead_s"] = reward_server(cfg, folder)
+            say("weights")
+            found["weights"] = {label: weight_sync(*shape) for label, shape in WEIGHTS.items()}
+    return found

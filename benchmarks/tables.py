@@ -1,0 +1,86 @@
+"""The tables of docs/benchmarks.md, made from the JSON of the suite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.files import atomic_write
+
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- tables: begin (rushes bench --tables) -->", "<!-- tables: end -->"
+
+
+def renew(results: Path, docs: Path = DOCS) -> Path:
+    """Writes the tables of `results` between the markers of `docs`. Raises InputError where they are missing."""
+    text = docs.read_text()
+    if BEGIN not in text or END not in text:
+        raise InputError(f"{docs}: the markers {BEGIN!r} and {END!r} are missing")
+    head, rest = text.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    made = "\n\n".join(render(json.loads(results.read_text())))
+    atomic_write(docs, f"{head}{BEGIN}\n{made}\n{END}{tail}".encode())
+    return docs
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def render(found: dict[str, Any]) -> list[str]:
+    """Markdown tables of the sections that were measured."""
+    blocks = []
+    names = [name for name in ("quickstart", "quickstart_image") if name in found]
+    if names:
+        rows = [
+            ["efficiency (bare passes on all cores at once)", *(f"{found[n]['efficiency']:.2f}" for n in names)],
+            ["the same against passes with the other core idle"]
+            + [f"{found[n]['efficiency_against_bare_alone']:.2f}" for n in names],
+            ["efficiency of the plain loop", *(f"{found[n]['plain_loop']['efficiency']:.2f}" for n in names)],
+            ["takes per second, against the plain loop's best thread count"]
+            + [f"{found[n]['speedup_vs_plain_loop']:.2f} x" for n in names],
+            ["takes per second", *(f"{found[n]['takes_per_s']:.1f}" for n in names)],
+            ["step (s)", *(f"{found[n]['step_s']:.2f}" for n in names)],
+        ]
+        for role in ("rollout", "score", "learn", "sync"):
+            rows.append([f"{role} (s per step and worker)", *(f"{found[n]['roles'][role]:.2f}" for n in names)])
+        rows.append(["controller, queues, sync, last worker", *(f"{found[n]['between_roles']:.1%}" for n in names)])
+        blocks.append(_table(["", *(f"`{n}`" for n in names)], rows))
+        if "less_work" in found.get("quickstart", {}):
+            less = found["quickstart"]["less_work"]
+            blocks.append(
+                f"Work-saving recipe (`{' '.join(less['overrides'])}`): {less['speedup_vs_plain_loop']:.2f} x the "
+                "plain loop's takes per second with the quickstart's own recipe."
+            )
+    if "simulated" in found:
+        sizes = [key for key in found["simulated"] if key.isdigit()]
+        rows = [
+            [
+                size,
+                f"{found['simulated'][size]['efficiency']:.3f}",
+                f"{found['simulated'][size]['groups_per_s']:.1f}",
+                f"{found['simulated'][size]['controller_ms_per_group']:.2f}",
+            ]
+            for size in sizes
+        ]
+        header = ["simulated workers", "share of the ideal speed", "groups per second", "controller CPU ms per group"]
+        blocks.append(_table(header, rows))
+    if "small" in found:
+        small = found["small"]
+        rows = [
+            ["queue, put to answer, 1 consumer", f"{1e6 * small['queue_round_trip_s_1_consumers']:.0f} µs"],
+            ["queue, put to answer, 256 consumers", f"{1e6 * small['queue_round_trip_s_256_consumers']:.0f} µs"],
+            ["reward server call beyond the scorer", f"{1e3 * small['reward_server_overhead_s']:.1f} ms"],
+        ]
+        for label, entry in small["weights"].items():
+            rows.append([f"weights, {label}: pack, put, pull, apply, checksum", f"{1e3 * entry['total_s']:.0f} ms"])
+            rows.append([f"weights, {label}: as a plain copy", f"{1e3 * entry['plain_copy_s']:.0f} ms"])
+        blocks.append(_table(["between the roles", "time"], rows))
+    last = next((found[name]["machine"] for name in reversed(list(found)) if "machine" in found[name]), None)
+    if last:
+        packages = ", ".join(f"{name} {number}" for name, number in last["packages"].items())
+        blocks.append(f"Measured {last['when'][:10]} on {last['cores']} cores ({last['cpu']}), {packages}.")
+    return blocks

@@ -1,0 +1,63 @@
+"""`rushes bench`: the speed suite of a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli_common import Debug
+from pipeline.errors import ConfigError
+
+
+def bench(
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="quickstart, quickstart_image, simulated or small; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON to write; sections not measured now are kept.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Times that run, plain loop and bare passes take turns.")
+    ] = 2,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", help="Instead: a random-weight sd3.5-medium, flux or wan-1.3b on the GPU; repeatable."),
+    ] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Measure nothing; renew the tables in the docs.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure speed against the bare arithmetic and a plain loop, on an otherwise idle machine.
+
+    \b
+    Examples:
+      rushes bench
+      rushes bench --only simulated
+      rushes bench --gpu sd3.5-medium --out gpu.json
+    """
+    try:
+        from benchmarks import cpu
+        from benchmarks import tables as table_writer
+    except ImportError as error:
+        raise ConfigError("bench: benchmarks/ is not here; run it in a checkout of the repository") from error
+
+    def say(text: str) -> None:
+        typer.echo(text)
+
+    if gpu:
+        from benchmarks.gpu import measure_gpu
+
+        typer.echo(str(measure_gpu(gpu, say, out or Path("benchmarks/results/gpu.json"))))
+        return
+    path = out or cpu.RESULTS
+    if not tables:
+        sections = only or list(cpu.SECTIONS)
+        for name in sections:
+            if name not in cpu.SECTIONS:
+                raise ConfigError(f"--only {name}: expected one of {', '.join(cpu.SECTIONS)}")
+        cpu.measure(sections, say, path, rounds)
+        typer.echo(str(path))
+    if path == cpu.RESULTS:
+        typer.echo(str(table_writer.renew(path)))

@@ -1,0 +1,140 @@
+"""The speed suite's own arithmetic: its baseline does what a run does, its ideal schedule, its tables."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from diffusers import StableDiffusion3Pipeline
+
+from actors.training import scoring_seed
+from benchmarks import cpu, gpu, tables
+from benchmarks.plain_loop import PlainLoop
+from benchmarks.simulator import Plan, ideal
+from pipeline.combining import Combiner
+from pipeline.errors import ConfigError
+from pipeline.generators.policy import Policy
+from pipeline.learner import Learner
+from pipeline.plan import train_work
+from pipeline.prompts import PromptCursor, load_prompts
+from pipeline.rewards.loader import build_scorer
+from pipeline.types import GroupBatch, Trajectory
+
+SCORER = """
+def bright(frames, prompts):
+    return frames.reshape(len(prompts), -1).mean(1) / 255
+bright.batched = True
+"""
+
+
+def check_nothing_large_is_pickled(trajectory: Trajectory) -> None:
+    """Arrays leave pickle as buffers, which Ray's object store keeps and readers map; no tensor is among the rest."""
+    buffers: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(trajectory, protocol=5, buffer_callback=buffers.append)
+    part = trajectory.parts[0]
+    large = [part.final.data, *(step.sample.data for step in part.steps), *(packed.data for packed in part.shared)]
+    assert b"torch" not in rest and not any(array.tobytes() in rest for array in large)
+    assert sum(buffer.raw().nbytes for buffer in buffers) >= sum(array.nbytes for array in large)
+
+
+@pytest.mark.parametrize("which", ["sd3", "wan"])
+def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_path):
+    (tmp_path / "own.py").write_text(SCORER)
+    (tmp_path / "prompts.txt").write_text("a red circle\nb blue square\nc green circle\n")
+    cfg = tiny.config(
+        {"sd3": tiny_sd3, "wan": tiny_wan}[which],
+        trainable={"kind": "full"},
+        prompts={"train": str(tmp_path / "prompts.txt")},
+        algorithm={"objective": "awm", "kl_beta": 0.1},
+        optimizer={"lr": 1e-3, "ema_decay": 0.9},
+    )
+    rewards = (
+        type(cfg)
+        .model_validate({**cfg.model_dump(), "rewards": {"bright": {"scorer": f"{tmp_path / 'own.py'}:bright"}}})
+        .rewards
+    )
+    cfg = cfg.model_copy(update={"rewards": rewards})
+    plain = PlainLoop(cfg)
+    policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
+    prompts = load_prompts(cfg.prompts.train)
+    policy.probe(prompts)
+    policy.attach()
+    scorer, combiner = build_scorer("bright", rewards["bright"]), Combiner(rewards, cfg.algorithm.advantage)
+    cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
+    for step in range(3):
+        policy.load_weights(learner.weights())
+        drawn, scores = [], []
+        for group in range(2 * step, 2 * step + 2):
+            work = train_work(cfg, group, step, cursor.next())
+            media, trajectory, _ = policy.rollout(work)
+            check_nothing_large_is_pickled(trajectory)
+            scores.append({"bright": scorer.run(media, work.prompts, scoring_seed(cfg, group))})
+            drawn.append(trajectory)
+        advantages = combiner.step(scores)
+        batch = [GroupBatch(trajectory=t, advantages=a) for t, a in zip(drawn, advantages.advantages, strict=True)]
+        expected = {**advantages.metrics, **learner.train_step(batch)}
+        found = plain.train_step()
+        for name in ("reward/mean", "policy_loss", "kl", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), (step, name)
+    for mine, (name, theirs) in zip(plain.parameters, plain.denoiser.named_parameters(), strict=True):
+        assert np.allclose(mine.detach(), learner.parameters[f"transformer.{name}"].detach(), atol=1e-4)
+        assert mine is theirs
+
+
+def test_the_ideal_schedule():
+    plan = Plan(workers=1, rollout_s=1.0, score_s=0.1, learn_share=0.5, spread=1e-6, steps=4, max_staleness=0)
+    assert np.allclose(ideal(plan), np.arange(1, 5) * 1.6, atol=1e-3)  # one after the other
+    overlapped = ideal(replace(plan, max_staleness=1))
+    assert np.allclose(np.diff(overlapped), 1.0, atol=1e-3)  # the worker never waits
+    slow_learner = ideal(replace(plan, max_staleness=1, learn_share=3.0))
+    assert np.allclose(np.diff(slow_learner), 3.0, atol=1e-3)
+    uneven = replace(plan, workers=8, spread=0.3, max_staleness=1)
+    assert ideal(uneven)[-1] > ideal(replace(uneven, spread=1e-6))[-1]  # a step waits for its last group
+
+
+RUN = {"time/step": 4.0, "time/rollout": 1.8, "time/learn": 2.0, "time/score": 0.5, "time/sync": 0.1, "takes_per_s": 18}
+PLAIN = {"time/step": 9.0, "time/rollout": 4.0, "time/score": 1.0, "time/learn": 4.0}
+BARE = {"forward": 0.1, "forward_batch": 8, "step_s": 7.0}
+ROW = {"efficiency": 0.97, "controller_ms_per_group": 2.5, "groups_per_s": 98.0, "step_s": 2.6}
+
+
+def test_results_and_tables(tmp_path, monkeypatch):
+    """The ratios of made-up measurements, in the JSON's keys and in the tables."""
+    less = {**RUN, "time/step": 3.0}
+    monkeypatch.setattr(cpu, "run_steps", lambda config, overrides: [less if overrides else RUN] * 3)
+    monkeypatch.setattr(cpu, "plain_steps", lambda config, threads: [{**PLAIN, "time/step": 10.0 - threads}] * 3)
+    monkeypatch.setattr(cpu, "bare_times", lambda config, copies: [BARE] * copies)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setitem(cpu.SECTIONS, "simulated", lambda *_: {"256": ROW, "efficiency_256": ROW["efficiency"]})
+    out = tmp_path / "cpu.json"
+    cpu.measure(["quickstart", "quickstart_image"], lambda _: None, out)
+    cpu.measure(["simulated"], lambda _: None, out)
+    found = json.loads(out.read_text())
+    assert found["efficiency"] == {"quickstart": 7 / 8, "quickstart_image": 7 / 8}
+    assert found["speedup_vs_plain_loop"] == {"same_recipe": 2.0, "less_work": 8 / 3}
+    assert found["quickstart"]["plain_loop"]["threads"] == 2
+    assert found["quickstart"]["between_roles"] == pytest.approx(0.05)
+    assert found["simulated"]["efficiency_256"] == 0.97 and found["quickstart"]["machine"]["cores"] == 2
+    docs = tmp_path / "benchmarks.md"
+    docs.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.renew(out, docs)
+    text = docs.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "| 0.88 | 0.88 |" in text and "2.67 x" in text and "| 256 | 0.970 | 98.0 | 2.50 |" in text
+    assert Path(tables.DOCS).read_text().count(tables.BEGIN) == 1
+
+
+def test_the_gpu_part_on_a_tiny_model(tiny_sd3, monkeypatch):
+    """All of it but the GPU and the size."""
+    call = {"height": 16, "width": 16, "num_frames": 1, "group_size": 4, "steps": 4}
+    monkeypatch.setitem(gpu.BUILDERS, "tiny", lambda: StableDiffusion3Pipeline.from_pretrained(tiny_sd3))
+    monkeypatch.setitem(gpu.CALLS, "tiny", call)
+    found = gpu.measure_one("tiny", lambda _: None, device="cpu", batch=2)
+    assert found["media"] == [4, 1, 16, 16, 3] and found["efficiency_rollout"] > 0
+    with pytest.raises(ConfigError, match="expected one of"):
+        gpu.measure_one("huge", lambda _: None)
