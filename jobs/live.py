@@ -36,6 +36,8 @@ def controller_options(run: RunDir, life: int = 1) -> dict[str, Any]:
     if url_of(run.path) is not None:
         here = ray.get_runtime_context().get_node_id()
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+    elif "rushes_controller" in ray.cluster_resources():  # the head announces it: not on a node that may be pre-empted
+        options["resources"] = {"rushes_controller": 0.001}
     return options
 
 
