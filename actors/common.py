@@ -120,6 +120,17 @@ def actor_env(threads: int) -> dict[str, str]:
     return env
 
 
+def merged_env(runtime_env: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """A role's own Ray runtime environment with the variables that every actor gets; its own win."""
+    own = dict(runtime_env)
+    if "py_executable" in own:
+        # Another environment's python would not find this project; its own packages come first all the same.
+        root = str(Path(__file__).resolve().parents[1])
+        given = own.get("env_vars", {}).get("PYTHONPATH", "")
+        own["env_vars"] = {**own.get("env_vars", {}), "PYTHONPATH": os.pathsep.join(filter(None, (given, root)))}
+    return {**own, "env_vars": {**actor_env(threads), **own.get("env_vars", {})}}
+
+
 def ray_resources(resources: Mapping[str, float]) -> dict[str, Any]:
     """A role's `resources` as options of a Ray actor; CPU, GPU and memory (bytes) have options of their own there."""
     own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}

@@ -20,10 +20,11 @@ from actors.common import RunContext
 from actors.failures import describe, is_deterministic, is_going, is_lost
 from actors.pool import IDLE, Pool, Slot, together
 from actors.queues import BoundedQueue
-from actors.reward import RewardServer
+from actors.reward import Asked, RewardServer
 from actors.rollout import RolloutWorker
 from actors.tender import Tender
 from actors.weights import Publisher
+from pipeline.errors import RewardError
 from pipeline.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 
 log = logging.getLogger("rushes.flow")
@@ -60,6 +61,7 @@ class ScoreTask:
     job: Job
     reward: str
     avoid: str | None = None
+    alone: bool = False  # a call that it shared has failed as a whole: it gets one of its own
 
 
 class Sink(Protocol):
@@ -108,7 +110,8 @@ class Flow:
                 reward.workers,
                 resources=reward.resources,
                 threads=reward.threads,
-                start_args=(name,),
+                start_args=(name, probe_prompts),
+                runtime_env=reward.runtime_env,
             )
             for name, reward in cfg.rewards.items()
         }
@@ -249,18 +252,43 @@ class Flow:
             job = task.job
             if job.over:
                 continue
-            slot.doing = f"{job.work.purpose} group {job.group}"
+            company = await self._company(task, slot, pool)
+            tasks = [one for one in (task, *company) if not one.job.over]  # some may have ended meanwhile
+            del company
+            if not tasks:
+                continue
+            slot.doing = f"{job.work.purpose} group {', '.join(str(one.job.group) for one in tasks)}"
             started = time.monotonic()
             try:
-                reference = slot.actor.score.remote(job.media, job.work.prompts, job.score_seed, job.group)
-                scores = await self._timed(reference, "scored")
+                asked = [Asked(one.job.group, one.job.work.prompts, one.job.score_seed) for one in tasks]
+                reference = slot.actor.score.remote(asked, *(one.job.media for one in tasks))
+                outcomes = await self._timed(reference, "scored")
             except Exception as error:
-                await self._score_failed(pool, slot, task, error)
+                await self._score_failed(pool, slot, tasks, error)
             else:
                 pool.history.finished(time.monotonic() - started)
                 slot.doing = IDLE
-                await self._one_scored(task, scores)
-            del task, job
+                for one, outcome in zip(tasks, outcomes, strict=True):
+                    if isinstance(outcome, RewardError):
+                        await self._score_failed(pool, slot, [one], outcome)
+                    else:
+                        await self._one_scored(one, outcome)
+                del one
+            del task, tasks, job
+
+    async def _company(self, task: ScoreTask, slot: Slot, pool: Pool) -> list[ScoreTask]:
+        """Further groups for the call that will score `task`, as far as `batch_items` and `batch_ms` allow."""
+        reward = self.ctx.cfg.rewards[task.reward]
+        if task.alone:
+            return []
+
+        def accept(other: ScoreTask) -> bool:
+            free = not other.alone and not other.job.over
+            return free and (other.avoid != slot.name or not pool.others_alive(slot))
+
+        room = reward.batch_items - task.job.work.takes
+        queue = self.score_queues[task.reward]
+        return await queue.get_more(room, lambda other: other.job.work.takes, reward.batch_ms / 1000, accept)
 
     async def _one_scored(self, task: ScoreTask, scores: RewardScores) -> None:
         job = task.job
@@ -271,17 +299,24 @@ class Flow:
             job.scores = {name: job.scores[name] for name in self.score_queues}  # config order, not arrival
             await job.sink.scored(job)
 
-    async def _score_failed(self, pool: Pool, slot: Slot, task: ScoreTask, error: Exception) -> None:
+    async def _score_failed(self, pool: Pool, slot: Slot, tasks: list[ScoreTask], error: Exception) -> None:
+        """A group's own failure; or that of a whole call, whose groups are then scored one by one, uncounted."""
+        task = tasks[0]
         job, reason = task.job, f"{slot.place}: {describe(error)}"
         if is_going(error):
             slot.doing, slot.moving = IDLE, describe(error)
-            await self.score_queues[task.reward].put_back(ScoreTask(job, task.reward, avoid=slot.name))
+            for one in reversed(tasks):
+                await self.score_queues[one.reward].put_back(replace(one, avoid=slot.name))
             return
         lost = is_lost(error)
         healthy = is_deterministic(error) or lost
         if not healthy:
             slot.info = {}
-        if not job.over:
+        if len(tasks) > 1:
+            log.warning("scoring %d groups in one call failed: %s; they are scored one by one", len(tasks), reason)
+            for one in reversed(tasks):
+                await self.score_queues[one.reward].put_back(replace(one, avoid=None, alone=True))
+        elif not job.over:
             again = job.sink.lost(job, reason) if lost else job.sink.scoring_failed(job, reason)
             self._log_failure(job, "scoring", reason, again)
             if lost and again:

@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.autoscale import History
-from actors.common import IDLE, MAX_START_S, RoleActor, RunContext, actor_env, ray_resources
+from actors.common import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
 from actors.failures import describe, is_deterministic, root
 from pipeline.errors import RunFailed
 from pipeline.placement import Workers, in_words
@@ -90,6 +90,7 @@ class Pool:
         resources: Mapping[str, float],
         threads: int,
         start_args: tuple[Any, ...],
+        runtime_env: Mapping[str, Any] | None = None,
     ) -> None:
         self.ctx, self.cls, self.name, self.resources = ctx, cls, name, resources
         self.limits = limits
@@ -100,7 +101,7 @@ class Pool:
             **ray_resources(resources),
             "max_restarts": 0,  # a restarted actor would lack its model; `replace` starts a whole one
             "max_task_retries": 0,
-            "runtime_env": {"env_vars": actor_env(threads)},
+            "runtime_env": merged_env(runtime_env or {}, threads),
         }
         self.start_args = start_args
         self.replaced = 0

@@ -84,13 +84,12 @@ class BoundedQueue(Generic[Item]):
         self._waits.append(time.monotonic() - since)
         return item
 
-    async def get_batch(
-        self, most: int, size: Callable[[Item], int], within_s: float, accept: Callable[[Item], bool] = lambda _: True
+    async def get_more(
+        self, room: int, size: Callable[[Item], int], within_s: float, accept: Accept = lambda _: True
     ) -> list[Item]:
-        """The first acceptable item, and the acceptable ones that come within `within_s` seconds of it as long as all
-        their sizes add up to at most `most`. A larger first item comes alone."""
-        items = [await self.get(accept)]
-        room, until = most - size(items[0]), time.monotonic() + within_s
+        """Acceptable items that are there or come within `within_s` seconds, as long as their sizes fit into `room`."""
+        items: list[Item] = []
+        until = time.monotonic() + within_s
         while room > 0:
             left = room
             try:  # at least a moment, so that what is already there is always taken

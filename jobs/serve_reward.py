@@ -158,7 +158,9 @@ class RewardService:
     async def _loop(self) -> None:
         cfg, loop = self.runner.cfg, asyncio.get_running_loop()
         while True:
-            works = await self._queue.get_batch(cfg.batch_items, lambda work: work.takes, cfg.batch_ms / 1000)
+            works = [await self._queue.get()]
+            room = cfg.batch_items - works[0].takes
+            works += await self._queue.get_more(room, lambda work: work.takes, cfg.batch_ms / 1000)
             groups = [group for work in works for group in work.groups]
             try:
                 outcomes = await loop.run_in_executor(self._thread, score_groups, self.runner, groups)

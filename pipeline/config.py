@@ -9,7 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.placement import HalfCpu, TenthCpu, WorkerCount, Workers
 from pipeline.storage import local_folder, shown
@@ -175,6 +184,23 @@ class RewardConfig(Section):
     )
     batch_ms: NonNegative = Field(10.0, description="Milliseconds that a server waits for more groups to fill a call.")
     threads: Count = Field(1, description="Compute threads per server.")
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Ray runtime environment of the servers, for a scorer whose packages do not go with the others': "
+        "py_executable (a python of the same version, with the same Ray), pip, uv, conda, image_uri, env_vars.",
+    )
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _known_runtime_env(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = ("py_executable", "pip", "uv", "conda", "image_uri", "env_vars")
+        for key in value:
+            if key not in known:
+                raise ValueError(f"found the key {key!r}; allowed: {', '.join(known)}")
+        variables = value.get("env_vars", {})
+        if not isinstance(variables, dict) or not all(isinstance(v, str) for kv in variables.items() for v in kv):
+            raise ValueError(f"env_vars: found {variables!r}; expected names and texts (quote numbers)")
+        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> RewardConfig:

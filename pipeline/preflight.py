@@ -229,6 +229,12 @@ def check_rewards(cfg: Config) -> None:
         check_scorer(name, reward)
         if not is_function_spec(reward.scorer) and cfg.prompts.heldout is not None:
             _check_relative(name, reward.scorer, cfg)
+        python = str(reward.runtime_env.get("py_executable", ""))
+        if "/" in python and not cfg.ray.address and not Path(python.split()[0]).is_file():
+            raise ConfigError(
+                f"rewards.{name}.runtime_env.py_executable: there is no {python}; give an environment's bin/python "
+                "that every node has (relative paths do not work)"
+            )
         if is_function_spec(reward.scorer) or cfg.generator.num_frames > 1:
             continue
         if scorer_class(reward.scorer).needs_clip:

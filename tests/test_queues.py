@@ -132,3 +132,19 @@ def test_a_consumer_gives_up_when_it_is_told_to():
         assert await queue.get_until(lambda: True) is None and len(queue) == 1
 
     run(body())
+
+
+def test_more_items_are_taken_as_far_as_they_fit_and_come_in_time():
+    async def body():
+        queue = BoundedQueue("q", 9)
+        for item in (3, 9, 2, 4, 1):
+            await queue.put(item)
+        first = await queue.get_more(6, int, 0.0, lambda item: item != 2)  # 9 and 4 are too large, 2 is refused
+        late = asyncio.create_task(queue.get_more(100, int, 0.2))
+        await asyncio.sleep(0.02)
+        await queue.put(5)
+        second = await late
+        await queue.put(7)
+        return first, second, await queue.get_more(0, int, 9.0), await queue.get()
+
+    assert run(body()) == ([3, 1], [9, 2, 4, 5], [], 7)

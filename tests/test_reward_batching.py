@@ -1,5 +1,7 @@
 """Several groups in one call of a scorer, and poison that fails its own group only."""
 
+import traceback
+
 import numpy as np
 import pytest
 from http_server import items
@@ -71,6 +73,7 @@ def test_a_poisonous_take_fails_its_group_by_name_and_nothing_else():
     assert isinstance(outcomes[1], RewardError)
     text = "reward r: take 3: jpeg_compressibility raised ValueError: cannot look at that"
     assert str(outcomes[1]).startswith(text)
+    assert "Traceback" in "".join(traceback.format_exception(outcomes[1]))  # for the server's log
     # all; its half; [10, 20] and the poisonous group alone; then its takes in halves of 4, 2 and 1; the other half
     assert len(scorer.calls) <= 1 + 2 + 2 + 6
 
@@ -104,3 +107,36 @@ def test_a_bug_outside_the_scorer_is_raised_and_does_not_hang(monkeypatch):
     monkeypatch.setattr("pipeline.rewards.loader.check_output", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score_groups(broken, [group(1), group(2)])
+
+
+def test_segments_resize_each_chosen_frame_once_and_no_other(tmp_path, monkeypatch):
+    import tiny_rewards
+
+    from pipeline.rewards import clip
+    from pipeline.rewards.loader import build_scorer
+
+    folder = tiny_rewards.clip(tmp_path / "clip")
+    scorer = build_scorer("r", RewardConfig(scorer="clip_score", args={"model": str(folder), "batch": 3}))
+    resized, plain = [], clip.preprocess
+
+    def counted(frames, *args, **kwargs):
+        resized.extend(np.asarray(frames).reshape(len(frames), -1)[:, 0].tolist())
+        return plain(frames, *args, **kwargs)
+
+    monkeypatch.setattr(clip, "preprocess", counted)
+    frames = np.zeros((2, 20, 40, 48, 3), np.uint8) + np.arange(40, dtype=np.uint8).reshape(2, 20, 1, 1, 1)
+    result = scorer.run(Media(frames=frames, fps=8.0), items("a", "b"), 3)
+    picks = result.segment_frames.reshape(-1)
+    assert len(picks) == 4 and sorted(resized) == sorted([*picks, *(picks + 20)])
+
+
+def test_a_file_is_decoded_once_for_all_its_rewards(tmp_path, monkeypatch):
+    from jobs import cli, score
+    from pipeline.media import encode_mp4
+
+    (tmp_path / "clip.mp4").write_bytes(encode_mp4(np.zeros((6, 32, 32, 3), np.uint8), 8.0))
+    decoded, plain = [], score.read_media
+    monkeypatch.setattr(score, "read_media", lambda path: decoded.append(path) or plain(path))
+    rewards = ["-r", "jpeg_compressibility", "-r", "jpeg_incompressibility", "-r", "flicker"]
+    assert cli.main(["score", str(tmp_path / "clip.mp4"), *rewards, "--out", str(tmp_path / "scores.parquet")]) == 0
+    assert len(decoded) == 1

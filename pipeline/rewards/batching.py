@@ -76,7 +76,9 @@ def name_take(runner: RewardRunner, group: Takes, error: RewardError) -> RewardE
         else:
             return error
     prefix = f"reward {runner.name}: "
-    return RewardError(f"{prefix}take {bad[0]}: {str(found).removeprefix(prefix)}")
+    named = RewardError(f"{prefix}take {bad[0]}: {str(found).removeprefix(prefix)}")
+    named.__cause__ = found  # with its traceback, for the log
+    return named
 
 
 def _outcome(runner: RewardRunner, group: Takes) -> RewardScores | RewardError:

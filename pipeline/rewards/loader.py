@@ -66,7 +66,10 @@ def scorer_class(scorer: str) -> type[Scorer]:
 def check_scorer(name: str, cfg: RewardConfig) -> None:
     """What can be checked without loading a model: the scorer exists and takes the options. Raises `ConfigError`."""
     if is_function_spec(cfg.scorer):
-        _prefixed(name, lambda: FunctionScorer(cfg.scorer, cfg.args))
+        if not cfg.runtime_env:  # else its imports work in its own environment only
+            _prefixed(name, lambda: FunctionScorer(cfg.scorer, cfg.args))
+        elif not Path(cfg.scorer.rpartition(":")[0]).is_file():
+            raise ConfigError(f"rewards.{name}: scorer {cfg.scorer!r}: no such file; write it as file.py:function")
         return
     cls = _prefixed(name, lambda: scorer_class(cfg.scorer))
     parameters = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
