@@ -99,7 +99,11 @@ It was trained only on pictures that `pipeline/scenes.py` draws; no outside data
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("models/{name}")
-out = pipe("{example}", num_inference_steps={steps}, {options})
+out = pipe(
+    "{example}",
+    num_inference_steps={steps},
+{options}
+)
 {save}
 ```
 
@@ -143,7 +147,7 @@ def write_card(
         f"* `{name}`: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
         for name, module in parts.named_children()
     ]
-    options = ", ".join(f"{key}={value!r}" for key, value in call_options(kind).items())
+    options = "\n".join(f"    {key}={value!r}," for key, value in call_options(kind).items())
     rows = "Rows" if video else "Row by row"
     (folder / "README.md").write_text(
         CARD.format(
