@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos import accounts
-from benchmarks.cluster import ENVIRONMENT, NAMESPACE, STORE, Training, end_properly_on_sigterm, image_config, say
+from benchmarks.cluster import (
+    ENVIRONMENT,
+    NAMESPACE,
+    STORE,
+    Training,
+    conclude,
+    end_properly_on_sigterm,
+    image_config,
+    say,
+)
 
 LIMIT_S = 900.0
 HEAD = {"CPU": 2, "rushes_controller": 1000, "rushes_learner": 1000, "rushes_reward": 1000}
@@ -147,14 +156,9 @@ def main() -> int:
     finally:
         cluster.close()
     books = accounts(run, 6, options.steps)
-    for text in books["wrong"]:
-        say(f"FAILED: {text}")
-    line = json.dumps({**found, "groups_trained": books["trained"], "groups_lost": books["lost"]})
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(line + "\n")
-    print(line, flush=True)
-    return 1 if books["wrong"] else 0
+    return conclude(
+        {**found, "groups_trained": books["trained"], "groups_lost": books["lost"]}, books["wrong"], options.report
+    )
 
 
 if __name__ == "__main__":

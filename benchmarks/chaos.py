@@ -13,7 +13,6 @@ exactly once, the held-out reward rose, and the wall time is at most twice that 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cluster import Actor, Nodes, Training, actors, image_config, kill_process, say
+from benchmarks.cluster import Actor, Nodes, Training, actors, conclude, image_config, kill_process, say
 
 LIMIT_S = 1500.0
 # How often what is hit. A controller or learner costs the run a restart from its checkpoint, so they are hit less often
@@ -134,14 +133,7 @@ def main() -> int:
         wrong.append(f"took {result['wall_ratio']} times as long as undisturbed, allowed are 2")
     if after["gain"] <= 0:
         wrong.append(f"the held-out reward did not rise ({after['gain']:+.4f})")
-    for text in wrong:
-        say(f"FAILED: {text}")
-    line = json.dumps(result)
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(line + "\n")
-    print(line, flush=True)
-    return 1 if wrong else 0
+    return conclude(result, wrong, options.report)
 
 
 if __name__ == "__main__":

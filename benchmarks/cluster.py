@@ -46,6 +46,18 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
+def conclude(result: dict[str, Any], wrong: list[str], report: Path | None) -> int:
+    """A proof's end: what is wrong, the result as one JSON line (also into `report`), and the exit code."""
+    for text in wrong:
+        say(f"FAILED: {text}")
+    line = json.dumps(result)
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(line + "\n")
+    print(line, flush=True)
+    return 1 if wrong else 0
+
+
 class Nodes:
     """A head with the controller (and the learner, unless `learner_on_workers`), and worker nodes for the rest."""
 

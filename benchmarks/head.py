@@ -9,14 +9,13 @@ resumed run finished with every step and group exactly once.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.chaos import accounts
-from benchmarks.cluster import Nodes, Training, image_config, say
+from benchmarks.cluster import Nodes, Training, conclude, image_config, say
 
 LIMIT_S = 900.0
 
@@ -56,14 +55,7 @@ def main() -> int:
     wrong = books["wrong"] + ([] if code not in (0, None) else [f"the first process ended with {code}"])
     result = {"lost_at_step": lost_at, "exit_code": code, "noticed_s": round(ended_s, 1), "resumed_s": round(wall, 1)}
     result |= {f"groups_{key}": books[key] for key in ("admitted", "trained", "failed", "lost")}
-    for text in wrong:
-        say(f"FAILED: {text}")
-    line = json.dumps(result | {"steps": options.steps})
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(line + "\n")
-    print(line, flush=True)
-    return 1 if wrong else 0
+    return conclude(result | {"steps": options.steps}, wrong, options.report)
 
 
 if __name__ == "__main__":

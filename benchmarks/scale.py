@@ -11,7 +11,6 @@ The last line of stdout is one JSON object; the exit code is 0 when the run fini
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos import accounts
-from benchmarks.cluster import NAMESPACE, Nodes, Training, image_config, say
+from benchmarks.cluster import NAMESPACE, Nodes, Training, conclude, image_config, say
 
 LIMIT_S = 900.0
 
@@ -100,14 +99,7 @@ def main() -> int:
         nodes.close()
     books = accounts(run, 6, options.steps)
     result = {**found, **{f"groups_{k}": books[k] for k in ("admitted", "trained", "failed", "lost")}}
-    line = json.dumps(result | {"steps": options.steps})
-    for text in books["wrong"]:
-        say(f"FAILED: {text}")
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(line + "\n")
-    print(line, flush=True)
-    return 1 if books["wrong"] else 0
+    return conclude(result | {"steps": options.steps}, books["wrong"], options.report)
 
 
 if __name__ == "__main__":

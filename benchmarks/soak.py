@@ -11,7 +11,6 @@ flat and the run still trained at the end.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.cluster import Nodes, Training, actors, image_config, say
+from benchmarks.cluster import Nodes, Training, actors, conclude, image_config, say
 
 SAMPLE_S = 5.0
 MIB = 2**20
@@ -89,14 +88,9 @@ def main() -> int:
     wrong = [f"{name} grows: {line}" for name, line in lines.items() if not is_flat(line)]
     if not alive:
         wrong.append(f"the run ended early:\n{run.tail()}")
-    for text in wrong:
-        say(f"FAILED: {text}")
-    result = json.dumps({"minutes": options.minutes, "steps": steps, "flat": not wrong, "memory": lines})
-    if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(result + "\n")
-    print(result, flush=True)
-    return 1 if wrong else 0
+    return conclude(
+        {"minutes": options.minutes, "steps": steps, "flat": not wrong, "memory": lines}, wrong, options.report
+    )
 
 
 if __name__ == "__main__":
