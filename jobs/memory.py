@@ -32,7 +32,24 @@ _IMPORTS = {
     "from diffusers import {pipeline}" + _TORCH,
     "reward": "import actors.reward\nfrom pipeline.rewards.loader import scorer_class\n"
     "for name in {scorers}: scorer_class(name)",
-    "controller": "import actors.controller, actors.loop, torch",
+    # It writes the takes that are shown, whose size decides what that takes.
+    "controller": """
+import tempfile, numpy, actors.controller, actors.loop, torch
+from pathlib import Path
+from pipeline.media import save_takes
+from pipeline.tracking import TensorBoardTracker
+from pipeline.types import Media, PromptItem
+shape = ({shown}, {frames}, {height}, {width}, 3)
+media = Media(frames=numpy.random.default_rng(0).integers(256, size=shape, dtype=numpy.uint8), fps=8.0)
+with tempfile.TemporaryDirectory() as folder:
+    prompts = [PromptItem(index=i, text="a take") for i in range(len(media.frames))]
+    keep = [prompt.index == 0 for prompt in prompts]
+    save_takes(Path(folder), media, prompts, [0] * len(prompts), 0, {}, keep=keep)
+    if "tensorboard" in {trackers}:
+        tracker = TensorBoardTracker(Path(folder))
+        tracker.log_media(0, "takes", media)
+        tracker.close()
+""",
 }
 # Not ru_maxrss, which a new process takes over from the one that started it.
 _PEAK = """
@@ -59,18 +76,36 @@ def plan(config: Path, overrides: list[str], *, json_out: bool) -> int:
 
 def bases(cfg: Config, pipeline: str) -> dict[str, int]:
     """Role -> bytes of a process that has imported that role's libraries, measured in processes of their own."""
-    scorers = [r.scorer for r in cfg.rewards.values() if ":" not in r.scorer]
-
-    def measure(role: str) -> int:
-        code = _IMPORTS[role].replace("{pipeline}", pipeline).replace("{scorers}", repr(scorers)) + _PEAK
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
-        if done.returncode:
-            raise RushesError(f"the libraries of the role {role} cannot be imported: {done.stderr.strip()[-200:]}")
-        return int(done.stdout.split()[-1]) + _RAY_WORKER
-
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(_IMPORTS, pool.map(measure, _IMPORTS), strict=True))
+        return dict(zip(_IMPORTS, pool.map(lambda role: base(role, cfg, pipeline), _IMPORTS), strict=True))
+
+
+def base(role: str, cfg: Config, pipeline: str) -> int:
+    """The same for one role. Raises RushesError where its libraries cannot be imported."""
+    generator = cfg.generator
+    values = {
+        "pipeline": pipeline,
+        "scorers": repr([r.scorer for r in cfg.rewards.values() if ":" not in r.scorer]),
+        "trackers": repr(list(cfg.tracking.backends)),
+        "shown": str(shown_takes(cfg)),
+        "frames": str(generator.num_frames),
+        "height": str(generator.height),
+        "width": str(generator.width),
+    }
+    code = _IMPORTS[role] + _PEAK
+    for name, value in values.items():
+        code = code.replace("{" + name + "}", value)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    if done.returncode:
+        raise RushesError(f"the libraries of the role {role} cannot be imported: {done.stderr.strip()[-200:]}")
+    return int(done.stdout.split()[-1]) + _RAY_WORKER
+
+
+def shown_takes(cfg: Config) -> int:
+    """Held-out takes that the controller has in hand at once, for the report and the trackers."""
+    prompts = min(cfg.takes.report_prompts, cfg.evaluation.prompts or cfg.takes.report_prompts)
+    return max(1, prompts * cfg.evaluation.takes_per_prompt)
 
 
 def as_text(found: dict[str, Any]) -> str:

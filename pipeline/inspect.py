@@ -23,6 +23,7 @@ from pipeline.weights import lora_targets
 RANK = 16
 _LARGEST = 256  # pixels; a probe needs no more
 _LARGEST_LATENT = 64  # positions a side: beyond it a VAE's attention takes gigabytes
+_GUIDED_STEPS = 8  # sampler steps where a guider chooses its rule by the step
 _SAME_FAILURES = 3  # sizes that fail for the same reason, after which others would too
 _NOISE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "ddim": 1.0, "lcm": 1.0}
 
@@ -101,20 +102,23 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
     report["scheduler"] = {"checkpoint": theirs, "used": type(pipe.scheduler).__name__, "prediction": prediction}
     report["samplers"] = list(kinds)
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    failures: list[CannotRun] = []
+    failures: list[RushesError] = []
     for size, frames in _sizes(pipe, modules, num_frames):
         tall, wide = height or size, width or size
         own = base.generator
         cfg = _config(own.pretrained, own.revision, own.pipeline, tall, wide, frames, scale, own.call, kinds[0])
+        if getattr(pipe, "guider", None) is not None:
+            cfg = cfg.model_copy(update={"sampler": cfg.sampler.model_copy(update={"steps": _GUIDED_STEPS})})
         try:
             found = Policy(cfg, pipe, where).probe()
-        except CannotRun as error:
+        except RushesError as error:
+            if isinstance(error, UnsupportedPolicyError) and not isinstance(error, CannotRun):
+                raise _without_guidance(pipe, where, cfg, error) from error
+            # It does not run, or gives no pictures: at a larger size or with a longer clip it may.
             failures.append(error)
             if len({str(e) for e in failures}) == 1 and len(failures) == _SAME_FAILURES:
                 break
             continue
-        except UnsupportedPolicyError as error:
-            raise _without_guidance(pipe, where, cfg, error) from error
         report["probe"] = found
         report["probed_with"] = {
             "height": tall,
@@ -182,13 +186,15 @@ def _sizes(pipe: Any, modules: dict[str, torch.nn.Module], num_frames: int | Non
         default = next((parameters_of(pipe)[n].default for n in FRAMES if n in parameters_of(pipe)), None)
         step = int(ratio) if isinstance(ratio, (int, float)) and ratio > 1 else 0
         lengths = [n for n in own_frames if isinstance(n, int) and n <= 17]
-        lengths += [2 * step + 1] if step else [4, 8]
+        lengths += [2 * step + 1, 4 * step + 1] if step else [4, 8]
         lengths += [default] if isinstance(default, int) and default <= 33 else []
     lengths = [num_frames] if num_frames else list(dict.fromkeys(lengths))
     sides = [side for side in dict.fromkeys(sides) if 8 <= side <= min(1024, _LARGEST_LATENT * scale)]
-    yield from ((side, lengths[0]) for side in sides[:5])
-    yield from ((side, length) for length in lengths[1:] for side in sides[:3])
-    yield from ((side, lengths[0]) for side in sides[5:])
+    order = [(sides[0], length) for length in lengths[:2]] if sides else []
+    order += [(side, lengths[0]) for side in sides[:5]]
+    order += [(side, length) for length in lengths[1:] for side in sides[:3]]
+    order += [(side, lengths[0]) for side in sides[5:]]
+    yield from dict.fromkeys(order)
 
 
 # -- the report's parts -----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pipeline.checkpoint_files import DENOISERS, read_json
 from pipeline.config import GeneratorConfig
 from pipeline.errors import InputError, RushesError
+from pipeline.generators.processors import processors_without_torchvision
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,7 +78,8 @@ class Call:
 class Ghost:
     """The pipeline of a checkpoint, with networks that hold no data.
 
-    `peaks`: component -> most bytes live in one of its calls. `calls`: the denoisers' calls of the last run.
+    `peaks`: component -> most bytes live in one of its calls. `calls`: the denoisers' calls of the last run;
+    `encodings`: those of the text encoders.
     """
 
     def __init__(self, cfg: GeneratorConfig, dtype: torch.dtype) -> None:
@@ -86,6 +88,7 @@ class Ghost:
         self.folder = configs_folder(cfg)
         self.peaks: dict[str, int] = defaultdict(int)
         self.calls: list[Call] = []
+        self.encodings: list[Call] = []
         self.steps = 0
         self._inside = False
         self.sample: torch.Tensor | None = None  # what the scheduler was given last
@@ -101,6 +104,7 @@ class Ghost:
     def reset(self) -> None:
         """Forgets the calls of an earlier run."""
         self.calls.clear()
+        self.encodings.clear()
         self.steps, self.sample = 0, None
 
     def _watch(self, scheduler: Any) -> None:
@@ -121,9 +125,9 @@ class Ghost:
 
         index = read_json(self.folder / "model_index.json")
         libraries: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = processors_without_torchvision(index, str(self.folder))
         for name, entry in index.items():
-            if name.startswith("_"):
+            if name.startswith("_") or name in given:
                 continue
             if not (isinstance(entry, list) and len(entry) == 2):
                 given[name] = entry  # an option, such as boundary_ratio
@@ -166,8 +170,9 @@ class Ghost:
             finally:
                 self._inside = False
             self.peaks[name] = max(self.peaks[name], live.peak)
-            if name in DENOISERS:
-                self.calls.append(Call(name, args, kwargs, self.steps))
+            if name in DENOISERS or name.startswith("text_encoder"):
+                calls = self.calls if name in DENOISERS else self.encodings
+                calls.append(Call(name, args, kwargs, self.steps))
             return _real(out)
 
         stub.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
@@ -177,15 +182,25 @@ class Ghost:
         return tree_map_only(torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else self.mode.from_tensor(t), tree)
 
     @contextmanager
-    def training(self, calls: list[Call]) -> Iterator[tuple[LiveBytes, list[Any]]]:
-        """Runs denoiser calls with gradients on, then the backward pass; yields the counter after the forward pass and
-        runs the backward pass when the block ends. Trained parameters are those that require gradients."""
+    def training(self, calls: list[Call], live_inputs: bool = False) -> Iterator[tuple[LiveBytes, list[Any]]]:
+        """Runs calls with gradients on, then the backward pass; yields the counter after the forward pass and runs the
+        backward pass when the block ends. Trained parameters are those that require gradients. `live_inputs`: so do
+        the inputs, but for the sample (a denoiser whose text encoders are trained)."""
+        tail = self.sample.shape[1:] if self.sample is not None else None
+
+        def given(tree: Any) -> Any:
+            fake = self._fake(tree)
+            for leaf in tree_leaves(fake) if live_inputs else []:
+                if isinstance(leaf, FakeTensor) and leaf.is_floating_point() and leaf.shape[1:] != tail:
+                    leaf.requires_grad_()
+            return fake
+
         self._inside = True
         try:
             with self.mode, LiveBytes() as live:
                 for module in self.modules.values():
                     live.ignore(iter(module.state_dict(keep_vars=True).values()))
-                outs = [self.modules[call.module](*self._fake(call.args), **self._fake(call.kwargs)) for call in calls]
+                outs = [self.modules[call.module](*given(call.args), **given(call.kwargs)) for call in calls]
                 tensors = [next(t for t in tree_leaves(out) if isinstance(t, torch.Tensor)) for out in outs]
                 yield live, tensors
                 torch.stack([t.float().square().mean() for t in tensors]).sum().backward()
@@ -198,7 +213,8 @@ def _from_config(kind: type[torch.nn.Module], folder: Path) -> torch.nn.Module:
     if hasattr(kind, "load_config") and hasattr(kind, "from_config"):  # diffusers
         return kind.from_config(kind.load_config(str(folder)))
     config = kind.config_class.from_pretrained(str(folder))  # type: ignore[attr-defined]
-    return kind._from_config(config)  # type: ignore[attr-defined]
+    # Not in the dtype that the config was saved with.
+    return kind._from_config(config, dtype=torch.get_default_dtype())  # type: ignore[attr-defined]
 
 
 def _real(tree: Any) -> Any:

@@ -16,7 +16,9 @@ import torch
 from pipeline import weights as weights_lib
 from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import Config
-from pipeline.generators.calling import call_arguments, condition_arguments, conditions_of, forms
+from pipeline.generators.calling import call_arguments, condition_arguments, conditions_of, forms, parameters_of
+from pipeline.generators.loading import trained_modules
+from pipeline.generators.offload import decode_in_pieces
 from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
 from pipeline.plan import ode_sampling, stochastic_steps, trained_subset
 from pipeline.prompts import load_prompts
@@ -52,10 +54,6 @@ def plan_memory(cfg: Config, bases: dict[str, int]) -> dict[str, Any]:
 
     Raises InputError (configs not to be had) and CannotPlan (the pipeline does not run without weights).
     """
-    if cfg.trainable.modules != "denoiser":
-        raise CannotPlan(
-            f"trainable.modules: the memory of training {cfg.trainable.modules} is not planned, only denoiser"
-        )
     rollout, shapes = _rollout(cfg, bases["rollout"])
     learner, trained = _learner(cfg, bases["learner"], shapes["trajectory"])
     media = shapes["media"]
@@ -109,7 +107,8 @@ def _run(ghost: Ghost, cfg: Config, takes: int) -> list[Call]:
     fills: list[list[str]] = [[]] if conditions_of(prompt) else [[], *condition_arguments(ghost.pipe)]
     failure: Exception | None = None
     for fill in fills:
-        for form in forms(bool(fill) or bool(conditions_of(prompt))):
+        negative = "negative_prompt" in parameters_of(ghost.pipe)
+        for form in forms(bool(fill) or bool(conditions_of(prompt)), negative):
             ghost.reset()
             number = takes if form.batched else 1
             kwargs = call_arguments(
@@ -135,17 +134,17 @@ def _run(ghost: Ghost, cfg: Config, takes: int) -> list[Call]:
 
 def _attach(ghost: Ghost, cfg: Config) -> dict[str, torch.nn.Parameter]:
     """What is trained, on the networks without data."""
-    modules = {name: ghost.modules[name] for name in DENOISERS if name in ghost.modules}
-    with ghost.mode:
-        if cfg.trainable.kind == "full":
+    modules = trained_modules(ghost.pipe, cfg.trainable)
+    before, to = torch.get_default_dtype(), torch.nn.Module.to
+    torch.set_default_dtype(torch.float32)  # as the learner keeps LoRA layers
+    # PEFT moves its layers to the others' device; fake ones cannot be moved, and are nowhere.
+    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
+    try:
+        with ghost.mode:
             weights_lib.attach(modules, cfg.trainable, 0)
-        else:
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)  # as the learner keeps them
-            try:
-                weights_lib.attach(modules, cfg.trainable, 0)
-            finally:
-                torch.set_default_dtype(before)
+    finally:
+        torch.set_default_dtype(before)
+        torch.nn.Module.to = to  # type: ignore[method-assign]
     return weights_lib.trainable(modules)
 
 
@@ -157,6 +156,8 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     """The plan of a worker, and the bytes of a group's trajectory and media."""
     on = _device(cfg.rollout.device, cfg.rollout.resources)
     ghost = Ghost(cfg.generator, _dtype(cfg, on))
+    if cfg.generator.offload != "none" and on != "cpu":
+        decode_in_pieces(ghost.pipe)
     takes = cfg.algorithm.group_size
     batch = min(cfg.rollout.batch or takes, takes)
     resident, offloaded = _weights(cfg, ghost, on)
@@ -178,7 +179,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
             "a group's media and trajectory": frames * takes + trajectory,
             "weights off the accelerator": offloaded,
         },
-        device={"weights": resident + lora + merged, "activations": activations},
+        device={"weights": resident + lora + merged, "activations": activations + _unpacked(cfg, ghost)},
     )
     return plan, {"trajectory": trajectory, "media": frames * takes}
 
@@ -188,20 +189,40 @@ def _weights(cfg: Config, ghost: Ghost, on: str) -> tuple[int, int]:
     sizes = {name: _held(module, cfg, name) for name, module in ghost.modules.items()}
     if on == "cpu" or cfg.generator.offload == "none":
         return sum(sizes.values()), 0
-    if cfg.generator.offload == "group":
-        return 0, sum(sizes.values())  # one layer at a time is there
+    if cfg.generator.offload == "group":  # one layer at a time is there, and the next one on its way
+        layers = (layer for module in ghost.modules.values() for layer in module.modules())
+        whole = sum(sizes.values())
+        return min(2 * max(_own_bytes(layer) for layer in layers), whole), whole
     denoisers = sum(size for name, size in sizes.items() if name in DENOISERS)
     others = [size for name, size in sizes.items() if name not in DENOISERS]
     return denoisers + max(others, default=0), sum(others)
 
 
 def _held(module: torch.nn.Module, cfg: Config, name: str) -> int:
-    """Bytes of a network; a denoiser's linear layers at one byte a weight where generator.quantize is int8."""
+    """Bytes of a network; where generator.quantize is int8, a denoiser's linear layers hold one byte a weight, and a
+    scale per output."""
     size = weight_bytes_of(module)
     if name in DENOISERS and cfg.generator.quantize == "int8":
-        linear = [layer.weight for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
-        size -= sum(weight.numel() * (weight.element_size() - 1) for weight in linear)
+        for weight in _linear_weights(module):
+            size -= weight.numel() * (weight.element_size() - 1) - weight.shape[0] * weight.element_size()
     return size
+
+
+def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [layer.weight for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+
+
+def _own_bytes(layer: torch.nn.Module) -> int:
+    """Of a layer's own weights, not those of the layers in it."""
+    return _bytes([*layer.parameters(recurse=False), *layer.buffers(recurse=False)])
+
+
+def _unpacked(cfg: Config, ghost: Ghost) -> int:
+    """The largest int8 layer as it is while it computes: in the sampling dtype."""
+    if cfg.generator.quantize != "int8":
+        return 0
+    modules = [module for name, module in ghost.modules.items() if name in DENOISERS]
+    return max((_bytes([weight]) for module in modules for weight in _linear_weights(module)), default=0)
 
 
 def _merged_base(ghost: Ghost) -> int:
@@ -244,10 +265,19 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     micro = min(cfg.learner.micro_batch or part, part)
     ghost = Ghost(cfg.generator, dtype)
     calls = _run(ghost, cfg, micro)
+    text = cfg.trainable.modules != "denoiser"  # it then holds the whole pipeline, to run it on the prompts again
     weights = sum(_held(m, cfg, n) for n, m in ghost.modules.items() if n in DENOISERS)
+    if text:  # the others in the sampling dtype
+        share = _dtype(cfg, on).itemsize / dtype.itemsize
+        weights += sum(int(share * weight_bytes_of(m)) for n, m in ghost.modules.items() if n not in DENOISERS)
     without = max((ghost.peaks[name] for name in ghost.peaks if name in DENOISERS), default=0)
     trained = list(_attach(ghost, cfg).values())
-    activations = training_bytes(ghost, calls, cfg)
+    encodings = 0
+    if text:  # kept from the first micro-batch of a call's takes to the last
+        _run(ghost, cfg, part)
+        with ghost.training(list(ghost.encodings)) as (live, _):
+            encodings = live.live
+    activations = training_bytes(ghost, calls, cfg) + _unpacked(cfg, ghost)
     reference = weights if full and cfg.algorithm.kl_beta > 0 else 0
     size = _bytes(trained, 4)
     device = {
@@ -257,6 +287,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
         "optimiser (two moments)": 2 * size,
         "EMA": size if cfg.optimizer.ema_decay > 0 else 0,
         "activations": activations + (without if cfg.algorithm.kl_beta > 0 else 0),
+        "text encoders' activations": encodings,
     }
     plan = RolePlan(
         processes=1,
@@ -279,7 +310,7 @@ def training_bytes(ghost: Ghost, calls: list[Call], cfg: Config) -> int:
     enabled = cfg.learner.autocast != "none"
     with (
         torch.autocast("cpu", dtype=getattr(torch, cfg.learner.autocast, None), enabled=enabled),
-        ghost.training(calls) as (live, _),
+        ghost.training(calls, live_inputs=cfg.trainable.modules != "denoiser") as (live, _),
     ):
         saved = live.live
     grads = sum(p.numel() * 4 for m in modules for p in m.parameters() if p.grad is not None)

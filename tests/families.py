@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from family_parts import liven
 
 from pipeline.config import Config
 from pipeline.generators.policy import Policy
+from pipeline.generators.processors import processors_without_torchvision
 from pipeline.types import PromptItem
 
 TEXTS = ("a red circle", "b blue square", "c green circle")
@@ -35,6 +37,7 @@ class Family:
     values: dict[str, Any] = field(default_factory=dict)  # other conditions
     sampler: str = "flow_sde"
     noise: float = 0.7
+    slow: bool = False  # tested with RUSHES_ALL_FAMILIES=1 or RUSHES_WRITE_DOCS=1 only
     vae_gain: float = 1.0  # keeps the pictures of a random decoder neither flat nor clipped
 
 
@@ -75,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "Flux2": Family(images.flux2, call={"max_sequence_length": 16}),
     "Chroma": Family(images.chroma, call=_T5),
     "QwenImage": Family(images.qwen_image, call={"max_sequence_length": 16}),
+    "QwenImageEdit": Family(images.qwen_image_edit, size=128, call={"max_sequence_length": 64}, conditions=("image",)),
     "Sana": Family(
         images.sana,
         size=32,
@@ -110,31 +114,31 @@ FAMILIES: dict[str, Family] = {
     "LTXImageToVideo": Family(videos.ltx_i2v, size=32, frames=9, call=_T5, conditions=("image",)),
     "Mochi": Family(videos.mochi, frames=7, call=_T5),
     "StableDiffusionInstructPix2Pix": Family(more.instruct_pix2pix, conditions=("image",), **_DDIM),
-    "StableDiffusionXLImg2Img": Family(more.sdxl_img2img, conditions=("image",), **_DDIM),
-    "StableDiffusion3Img2Img": Family(more.sd3_img2img, conditions=("image",), call=_T5),
+    "StableDiffusionXLImg2Img": Family(more.sdxl_img2img, conditions=("image",), **_DDIM, slow=True),
+    "StableDiffusion3Img2Img": Family(more.sd3_img2img, conditions=("image",), call=_T5, slow=True),
     "AuraFlow": Family(more.aura_flow, call=_T5),
     "CogView3Plus": Family(more.cogview3, size=32, call=_T5, **_DDIM),
-    "CogView4": Family(more.cogview4, size=32, call={"max_sequence_length": 16}),
+    "CogView4": Family(more.cogview4, size=32, call={"max_sequence_length": 16}, slow=True),
     "HunyuanDiT": Family(more.hunyuan_dit, **_DDIM),
-    "Bria": Family(more.bria, call=_T5),
+    "Bria": Family(more.bria, call=_T5, slow=True),
     "DiT": Family(more.class_conditional, values={"class_labels": 7}, **_DDIM),
-    "SkyReelsV2": Family(more.skyreels_v2, size=32, vae_gain=8.0, frames=5, call=_T5),
-    "WanVACE": Family(more.wan_vace, size=32, vae_gain=8.0, frames=5, call=_T5),
+    "SkyReelsV2": Family(more.skyreels_v2, size=32, vae_gain=8.0, frames=5, call=_T5, slow=True),
+    "WanVACE": Family(more.wan_vace, size=32, vae_gain=8.0, frames=5, call=_T5, slow=True),
     "LatentConsistencyModelImg2Img": Family(
-        edits.latent_consistency_img2img, conditions=("image",), sampler="lcm", noise=1.0
+        edits.latent_consistency_img2img, conditions=("image",), sampler="lcm", noise=1.0, slow=True
     ),
-    "StableDiffusionXLAdapter": Family(edits.sdxl_adapter, size=32, conditions=("image",), **_DDIM),
-    "StableDiffusionXLControlNet": Family(edits.sdxl_controlnet, conditions=("image",), **_DDIM),
+    "StableDiffusionXLAdapter": Family(edits.sdxl_adapter, size=32, conditions=("image",), **_DDIM, slow=True),
+    "StableDiffusionXLControlNet": Family(edits.sdxl_controlnet, conditions=("image",), **_DDIM, slow=True),
     "StableDiffusionUpscale": Family(edits.upscale, conditions=("image",), **_DDIM),
-    "StableDiffusionPanorama": Family(edits.panorama, **_DDIM),
+    "StableDiffusionPanorama": Family(edits.panorama, **_DDIM, slow=True),
     "ChromaImg2Img": Family(edits.chroma_img2img, call=_T5, conditions=("image",)),
-    "FluxFill": Family(edits.flux_fill, call=_T5, conditions=("image", "mask_image")),
-    "FluxControl": Family(edits.flux_control, call=_T5, conditions=("control_image",)),
+    "FluxFill": Family(edits.flux_fill, call=_T5, conditions=("image", "mask_image"), slow=True),
+    "FluxControl": Family(edits.flux_control, call=_T5, conditions=("control_image",), slow=True),
     "QwenImageInpaint": Family(
-        edits.qwen_image_inpaint, call={"max_sequence_length": 16}, conditions=("image", "mask_image")
+        edits.qwen_image_inpaint, call={"max_sequence_length": 16}, conditions=("image", "mask_image"), slow=True
     ),
     "Lumina-Next": Family(edits.lumina_next, size=32, call={"clean_caption": False}),
-    "OvisImage": Family(edits.ovis_image),
+    "OvisImage": Family(edits.ovis_image, slow=True),
     "SanaVideo": Family(
         edits.sana_video,
         size=32,
@@ -142,9 +146,13 @@ FAMILIES: dict[str, Family] = {
         frames=5,
         call={**_T5, "use_resolution_binning": False, "complex_human_instruction": None},
     ),
-    "PIA": Family(edits.pia, frames=3, conditions=("image",), **_DDIM),
-    "AnimateDiffControlNet": Family(edits.animate_diff_controlnet, frames=3, clips=("conditioning_frames",), **_DDIM),
-    "WanVideoToVideo": Family(edits.wan_video_to_video, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",)),
+    "PIA": Family(edits.pia, frames=3, conditions=("image",), **_DDIM, slow=True),
+    "AnimateDiffControlNet": Family(
+        edits.animate_diff_controlnet, frames=3, clips=("conditioning_frames",), **_DDIM, slow=True
+    ),
+    "WanVideoToVideo": Family(
+        edits.wan_video_to_video, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",), slow=True
+    ),
     "HunyuanVideoFramepack": Family(
         edits.framepack, size=32, frames=5, vae_gain=0.3, call=_HUNYUAN, conditions=("image",)
     ),
@@ -153,7 +161,6 @@ FAMILIES: dict[str, Family] = {
 
 # Asked for or tried, but not in the tests; the table says why.
 UNTESTED: dict[str, str] = {
-    "QwenImageEdit": "needs torchvision (Qwen2-VL processor), which has no CPU build here",
     "Amused": "refused: masked tokens, no noise schedule",
     "StableCascade, Wuerstchen": "refused: their scheduler is neither a flow one nor one with alphas_cumprod",
     "SanaSprint": "refused: TrigFlow, no first-order counterpart among the samplers",
@@ -162,13 +169,16 @@ UNTESTED: dict[str, str] = {
     "Kandinsky 2.2, 3": "probed and trained by hand (cfg uncond-first; 3: scale g+1); too slow for a test",
     "Allegro": "probed and trained by hand (cfg uncond-first); decodes only in tiles",
     "Cosmos": "needs cosmos_guardrail, which is not installed here",
-    "Kandinsky 5, LongCat-Image": "need torchvision (Qwen2-VL processor), which has no CPU build here",
     "StableDiffusionPAG": "refused: it puts its own attention processors into the UNet while sampling only",
     "StableVideoDiffusion": "refused: EDM noise levels, no first-order counterpart; a guidance scale per frame",
     "DeepFloyd IF": "probed by hand; nothing to compare with: it hands the scheduler 6 channels, as DDPM wants",
     "OmniGen": "needs torchvision (its processor), which has no CPU build here",
     "HiDreamImage": "probed by hand (negated guidance, found); always draws 1 megapixel, too slow for a test",
 }
+
+
+EVERY = "1" in (os.environ.get("RUSHES_ALL_FAMILIES"), os.environ.get("RUSHES_WRITE_DOCS"))
+TESTED = [name for name, family in FAMILIES.items() if EVERY or not family.slow]
 
 
 def slug(name: str) -> str:
@@ -192,6 +202,12 @@ def make(name: str, root: Path) -> Path:
     for clip in FAMILIES[name].clips:
         _clip(folder / f"{clip}.mp4", FAMILIES[name].size, FAMILIES[name].frames)
     return folder
+
+
+def plain(folder: Path) -> DiffusionPipeline:
+    """The checkpoint in plain diffusers, with what plain diffusers cannot load without torchvision."""
+    index = DiffusionPipeline.load_config(folder)
+    return DiffusionPipeline.from_pretrained(folder, **processors_without_torchvision(index, str(folder)))
 
 
 def _picture(path: Path, size: int, mask: bool) -> None:

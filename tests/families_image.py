@@ -233,11 +233,13 @@ def qwen_image():
     return d.QwenImagePipeline(**_qwen_parts(), tokenizer=p.tokenizer(1024))
 
 
-def qwen_image_edit():
-    return d.QwenImageEditPipeline(**_qwen_parts(), tokenizer=p.tokenizer(1024), processor=p.qwen_processor())
+def qwen_image_edit(cls=d.QwenImageEditPipeline):
+    """Pictures to edit are always brought to 1 megapixel, so the VAE shrinks by 32 here."""
+    parts = _qwen_parts(levels=6, width=2)
+    return cls(**parts, tokenizer=p.tokenizer(1024), processor=p.qwen_processor())
 
 
-def _qwen_parts():
+def _qwen_parts(levels: int = 2, width: int = 4):
     return {
         "transformer": d.QwenImageTransformer2DModel(
             in_channels=16,
@@ -250,11 +252,11 @@ def _qwen_parts():
         ),
         "scheduler": _euler_flow(use_dynamic_shifting=True),
         "vae": d.AutoencoderKLQwenImage(
-            base_dim=4,
+            base_dim=width,
             z_dim=4,
-            dim_mult=[1, 2],
+            dim_mult=[1] + [2] * (levels - 1),
             num_res_blocks=1,
-            temperal_downsample=[False],
+            temperal_downsample=[False] * (levels - 1),
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ),

@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import WORDS
 from tiny import tokenizer as plain_tokenizer
 
+from pipeline.generators.processors import VideoSettings, without_video
+
 MARKS = ["<image>", "<|image_pad|>", "<|vision_start|>", "<|video_pad|>", "<|end_header_id|>"]
 VOCAB = len(WORDS) + len(MARKS)
 DIM = 16  # width of every text encoder
@@ -116,8 +118,13 @@ def qwen25_vl(dim: int = DIM):
     )
 
 
-def qwen_processor():
-    return tf.Qwen2VLProcessor(tf.Qwen2VLImageProcessor(), tokenizer(1024))
+def qwen_processor(pixels: int = 56 * 56):
+    """As transformers makes it, or without its video part where torchvision is missing. `pixels` per picture."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    kind = without_video("Qwen2VLProcessor")
+    images = Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels)
+    return kind(images, tokenizer(1024), VideoSettings(video_processor_type="Qwen2VLVideoProcessor"))
 
 
 def llava(dim: int = DIM):

@@ -1,7 +1,7 @@
 """Every family as a policy, on tiny random-weight checkpoints: probe, parity, ratio, LoRA step, full step, export.
 
 `RUSHES_WRITE_DOCS=1 pytest tests/test_families.py` writes docs/families.md from the results; with `-k`, only the rows
-of the families that ran with every check are new.
+of the families that ran with every check are new. The slow ones run only then, or with `RUSHES_ALL_FAMILIES=1`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def checksums(policy: Policy, but) -> dict[str, float]:
     }
 
 
-@pytest.fixture(scope="module", params=list(families.FAMILIES))
+@pytest.fixture(scope="module", params=families.TESTED)
 def case(request, tmp_path_factory):
     RESULTS[request.param] = {}
     return Case(request.param, tmp_path_factory.mktemp("family"))
@@ -145,7 +145,7 @@ def test_probe(case):
 
 def test_parity(case):
     ours = case.evaluate(case.policy)
-    gap = float(np.abs(ours - case.untouched(DiffusionPipeline.from_pretrained(case.folder))).max())
+    gap = float(np.abs(ours - case.untouched(families.plain(case.folder))).max())
     assert gap <= 1e-5
     assert float(np.ptp(ours)) > 0.01
     done(case, "parity", f"{gap:.0e}")
@@ -170,12 +170,12 @@ def test_lora_step_and_export(case):
 
     ours, before = case.evaluate(policy), case.evaluate(case.policy)
     assert float(np.abs(ours - before).max()) > 1e-4
-    pipe = DiffusionPipeline.from_pretrained(case.folder)
+    pipe = families.plain(case.folder)
     folder = export_lora(policy.cfg, learner.weights(), case.out / "lora")
     for line in re.findall(r"^    (pipe\.\w+[.( ].*)$", (folder / "README.md").read_text(), re.M):
         exec(re.sub(r'"(transformer\w*|unet|\.)"', rf'"{folder}/\1"', line), {"pipe": pipe, "PeftModel": PeftModel})
     gaps = [float(np.abs(case.untouched(pipe) - ours).max())]
-    whole = DiffusionPipeline.from_pretrained(export_full(policy.cfg, learner.weights(), case.out / "merged"))
+    whole = families.plain(export_full(policy.cfg, learner.weights(), case.out / "merged"))
     gaps.append(float(np.abs(case.untouched(whole) - ours).max()))
     assert max(gaps) <= 1e-4, gaps
     done(case, "export", f"{max(gaps):.0e}")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from jobs import cli, memory
 from pipeline.config_io import load_config
 from pipeline.generators.loading import load_pipeline
 from pipeline.generators.policy import Policy
+from pipeline.generators.replay import Replayer
+from pipeline.learner import Learner
 from pipeline.memory_ghost import Ghost, weight_bytes_of
-from pipeline.memory_plan import _attach, _run, plan_memory, training_bytes
+from pipeline.memory_plan import _attach, _held, _run, plan_memory, training_bytes
 from pipeline.plan import train_work
 from pipeline.types import PromptItem
 from pipeline.wire import tree_bytes
@@ -91,6 +95,78 @@ def test_trajectories_and_media_are_what_a_rollout_leaves(case):
 
 def inputs(step):
     return [[call.args, call.kwargs] for call in step.calls]
+
+
+def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
+    """The learner then holds the whole pipeline, and the encoders' graph from the first micro-batch to the last."""
+    cfg = tiny.config(tiny_sd3, trainable={"modules": "both"}, algorithm={"group_size": 4, "kl_beta": 0.0})
+    policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
+    policy.probe()
+    policy.attach()
+    _, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PromptItem(index=0, text="a red circle")))
+    replayer = Replayer(trajectory.parts[0], policy.spec, learner.modules, learner.device)
+    weights = {
+        t.untyped_storage().data_ptr() for m in learner.trained.values() for t in (*m.parameters(), *m.buffers())
+    }
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        live = learner.text.attach(replayer, trajectory.sampling)
+    parts = plan_memory(cfg, NONE)["roles"]["learner"]["parts"]
+    planned, measured = parts["text encoders' activations"], sum(held.values())
+    del live
+    assert abs(planned / measured - 1) < 0.2, (planned, measured)
+    modules = [m for m in learner.text.pipe.components.values() if isinstance(m, torch.nn.Module)]
+    assert parts["weights"] == sum(weight_bytes_of(m) for m in modules)  # LoRA layers with them
+
+
+def test_offloaded_and_int8_weights(tiny_sd3):
+    """Group offload leaves the weights in main memory but for two layers; int8 takes a byte a weight and its scales."""
+    gpu = {"rollout": {"resources": {"GPU": 1}}}
+    roles = {
+        name: plan_memory(tiny.config(tiny_sd3, generator=generator, **gpu), NONE)["roles"]
+        for name, generator in {
+            "none": {},
+            "idle": {"offload": "idle"},
+            "group": {"offload": "group"},
+            "int8": {"quantize": "int8"},
+        }.items()
+    }
+    on_device = {name: found["rollout"]["parts"]["weights"] for name, found in roles.items()}
+    assert max(on_device["idle"], on_device["int8"]) < on_device["none"]
+    # The tiny model's token embedding is most of it: no more than the whole is ever there.
+    parts = roles["group"]["rollout"]["parts"]
+    assert parts["weights off the accelerator"] > 0 and on_device["group"] <= on_device["none"]
+    if find_spec("torchao"):
+        from pipeline.generators.loading import load_denoisers
+
+        cfg = tiny.config(tiny_sd3, generator={"quantize": "int8"}, rollout={"resources": {"GPU": 0}})
+        loaded = load_denoisers(cfg.generator, torch.device("cpu"), torch.float32)["transformer"]
+        planned = _held(Ghost(cfg.generator, torch.float32).modules["transformer"], cfg, "transformer")
+        assert abs(planned / stored_bytes(loaded) - 1) < 0.02
+
+
+def stored_bytes(module: torch.nn.Module) -> int:
+    """With the parts that a quantised weight is made of."""
+    total = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+        inner = [getattr(tensor, part) for part in parts] or [tensor]
+        total += sum(t.numel() * t.element_size() for t in inner if isinstance(t, torch.Tensor))
+    return total
+
+
+def test_the_controller_is_planned_with_the_takes_it_writes():
+    small = load_config(ROOT / "configs" / "quickstart.yaml", SMALL)
+    large = load_config(ROOT / "configs" / "quickstart.yaml", [*SMALL, "generator.height=480", "generator.width=832"])
+    assert memory.shown_takes(small) == 18
+    one, other = (memory.base("controller", cfg, "WanPipeline") for cfg in (small, large))
+    assert other > one + memory.shown_takes(large) * 9 * 480 * 832 * 3
 
 
 def test_the_command_prints_roles_and_json(monkeypatch, capsys):

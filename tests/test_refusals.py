@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
 import families
 import families_edit
 import families_image
 import families_more
 import pytest
+import tiny
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -20,6 +22,7 @@ from diffusers import (
 
 from jobs.cli import main
 from pipeline.errors import UnsupportedPolicyError
+from pipeline.generators import loading
 from pipeline.generators.policy import Policy
 
 
@@ -158,6 +161,27 @@ def test_inspect_makes_up_images(root, capsys):
     assert main(["inspect", str(folder), "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["probe"]["conditions"] == ["image", "mask_image"] and report["probe"]["chosen_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (
+            ImportError("`cosmos_guardrail` is not installed. Please install it: `pip install cosmos_guardrail`."),
+            "cosmos_guardrail",
+        ),
+        (ImportError("AutoVideoProcessor requires the Torchvision library but it was not found"), "torchvision"),
+        (ModuleNotFoundError("No module named 'timm.models'"), "timm"),
+        (NameError("name 'OmniGenMultiModalProcessor' is not defined"), "torchvision"),
+        (ValueError("pip install nothing"), None),
+    ],
+)
+def test_a_missing_package_is_named(error, package, monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    assert loading.missing_package(error) == package
+    config = tiny.config(Path("nowhere")).generator
+    told = str(loading._explain(config, error))
+    assert (f"pip install {package} (" in told) if package else ("needs model_index.json" in told)
 
 
 # -- found on checkpoints that are saved and inspected as a user would ----------------------------------------------

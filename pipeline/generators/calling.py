@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.types import PromptItem, SamplingSpec
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
 _OPTIONAL_CONDITIONS = ("image", "mask_image", "control_image", "video", "control_video", "conditioning_frames")
+_PICTURES = ("frames", "images", "videos", "video", "image")  # what pipelines call them in their output
 FRAMES = ("num_frames", "video_length", "frames")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
@@ -30,22 +31,25 @@ _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
 @dataclass(frozen=True, slots=True)
 class Form:
     """`batched`: many prompts in a call; else one. `shared`: one condition for the whole call (a group's takes share
-    theirs); else a list with one per take."""
+    theirs); else a list with one per take. `negative`: a negative prompt is always given, if only an empty one."""
 
     batched: bool = True
     shared: bool = True
+    negative: bool = False
 
     def words(self) -> str:
+        empty = ", an empty negative prompt" if self.negative else ""
         if not self.batched:
-            return "one take a call"
-        return "many takes a call" + (", one condition for all" if self.shared else ", a condition each")
+            return "one take a call" + empty
+        return "many takes a call" + (", one condition for all" if self.shared else ", a condition each") + empty
 
 
-def forms(conditioned: bool) -> list[Form]:
-    """What to try, in order."""
+def forms(conditioned: bool, negative: bool = False) -> list[Form]:
+    """What to try, in order. `negative`: the pipeline takes negative prompts, and some do not run without one."""
+    found = [Form(), Form(batched=False)]
     if conditioned:
-        return [Form(), Form(shared=False), Form(batched=False)]
-    return [Form(), Form(batched=False)]
+        found.insert(1, Form(shared=False))
+    return found + ([replace(form, negative=True) for form in found] if negative else [])
 
 
 def parameters_of(pipe: Any) -> dict[str, inspect.Parameter]:
@@ -170,7 +174,7 @@ def call_arguments(
     kwargs.update(hint_for(pipe).call(cfg))
     asked = cfg.call.get("true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None))
     needed = isinstance(asked, (int, float)) and asked > 1.0  # these guide only when given a negative prompt
-    if needed or any(prompt.negative for prompt in prompts):
+    if needed or form.negative or any(prompt.negative for prompt in prompts):
         negative = [prompt.negative or (" " if needed else "") for prompt in prompts]
         kwargs["negative_prompt"] = negative if form.batched else negative[0]
     conditions = [conditions_of(prompt) for prompt in prompts]
@@ -191,9 +195,7 @@ def call_arguments(
 
 def to_floats(output: Any, takes: int) -> np.ndarray:
     """A pipeline's output -> float32 [K, F, H, W, 3] in [0, 1]. Raises RushesError where it is no picture, or NaN."""
-    values = next(
-        (v for v in (getattr(output, n, None) for n in ("frames", "images", "videos", "video")) if v is not None), None
-    )
+    values = next((v for v in (getattr(output, name, None) for name in _PICTURES) if v is not None), None)
     if values is None:
         values = output[0] if isinstance(output, (tuple, list)) else output
     array = _array(values)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,20 @@ from diffusers import DiffusionPipeline
 from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import GeneratorConfig, TrainableConfig
 from pipeline.errors import ConfigError, InputError, UnsupportedPolicyError
+from pipeline.generators.processors import processors_without_torchvision
 from pipeline.wire import map_leaves
 
 _CACHED_PROMPTS = 256
+_CANNOT_LOAD = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    NameError,
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -34,11 +47,30 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
     where = "folder" if Path(cfg.pretrained).is_dir() else "hub id"
-    cause = " ".join(str(error).split())[:400]
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    package = missing_package(error)
+    if package is not None:
+        return InputError(
+            f"generator.pretrained: the {where} {cfg.pretrained!r} needs the package {package}, which is not installed "
+            f"here: pip install {package} ({cause})"
+        )
     return InputError(
-        f"generator.pretrained: the {where} {cfg.pretrained!r} could not be loaded as a diffusers pipeline "
-        f"({type(error).__name__}: {cause}); it needs model_index.json and safetensors weights of every component"
+        f"generator.pretrained: the {where} {cfg.pretrained!r} could not be loaded as a diffusers pipeline ({cause}); "
+        "it needs model_index.json and safetensors weights of every component"
     )
+
+
+def missing_package(error: Exception) -> str | None:
+    """The package whose absence an exception of diffusers or transformers speaks of; None where it does not."""
+    if isinstance(error, NameError):  # diffusers imports what needs torchvision only where it is installed
+        return None if find_spec("torchvision") else "torchvision"
+    if not isinstance(error, ImportError):
+        return None
+    for pattern in (r"pip install ([\w.\[\]-]+)", r"requires the ([\w-]+) library", r"No module named '(\w+)"):
+        found = re.search(pattern, str(error))
+        if found:
+            return found[1].lower().strip(".")
+    return None
 
 
 def load_pipeline(
@@ -57,10 +89,13 @@ def load_pipeline(
             revision=cfg.revision,
             dtype=resolve_dtype(cfg.dtype, device),
             use_safetensors=True,
-            **dict.fromkeys(skip),
-            **quantised,
+            **{
+                **processors_without_torchvision(model_index(cfg), cfg.pretrained, cfg.revision),
+                **dict.fromkeys(skip),
+                **quantised,
+            },
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except _CANNOT_LOAD as error:
         raise _explain(cfg, error) from error
     for name in skip:
         setattr(pipe, name, None)  # optional components are loaded in spite of being passed as None
@@ -172,7 +207,7 @@ def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch
             use_safetensors=True,
             **quantised,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except _CANNOT_LOAD as error:
         raise _explain(cfg, error) from error
 
 

@@ -44,6 +44,7 @@ from pipeline.generators.recorder import RawStep, Recording, record
 from pipeline.generators.replay import Replayer, branches_of, to_part
 from pipeline.generators.schedule import first_order_scheduler, kinds_for
 from pipeline.generators.spec import PolicySpec
+from pipeline.plan import ode_sampling
 from pipeline.samplers import log_prob
 from pipeline.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 
@@ -272,7 +273,8 @@ class Policy:
             fills = condition_arguments(self.pipe)
         failures: dict[str, Exception] = {}
         for fill in fills:
-            options = forms(bool(fill) or bool(conditions_of(trio[0])))
+            guided = "negative_prompt" in parameters_of(self.pipe)
+            options = forms(bool(fill) or bool(conditions_of(trio[0])), guided)
             for form in self.embeddings.in_order(options) if self.embeddings is not None else options:
                 self._form, self._fill, self._asked, self.spec = form, fill, {}, None
                 try:
@@ -345,6 +347,8 @@ class Policy:
         report["conditions"] = sorted({*self._fill, *conditions_of(trio[0])})
         report["takes_note"] = note
         report.update(self._check_replay(large, sampling))
+        if getattr(self.pipe, "guider", None) is not None:
+            self._check_later_steps(trio[:takes])
         if self._text is not None:
             first, stop = (0, 3) if self._form.batched else (1, 2)
             asked = asked_of(trio[first:stop], range(11 + first, 11 + stop), self._form, self._fill)
@@ -353,6 +357,36 @@ class Policy:
             forget_prompts(self.pipe)
             self.embeddings.settle(self.pipe, self._form, lambda: same_inputs(small.steps, run(*couple).steps))
         return report
+
+    def _check_later_steps(self, prompts: Sequence[PromptItem]) -> None:
+        """Guiders choose their rule by the number of the step, so all steps that a run may train are looked at.
+
+        Raises UnsupportedPolicyError, with the window that can be trained where there is one.
+        """
+        sampler = self.cfg.sampler
+        steps = tuple(range(sampler.window.stop or sampler.steps - 1))
+        sampling = replace(ode_sampling(self.cfg, sampler.steps), stochastic_steps=steps, trained_steps=steps)
+        fitted: list[int] = []
+
+        def fit(step: RawStep) -> None:
+            self._fit_step(step)
+            fitted.append(step.index)
+
+        try:
+            self._sample(
+                prompts,
+                range(11, 11 + len(prompts)),
+                None,
+                sampling,
+                keep_steps=set(steps),
+                on_step=fit,
+                stop_early=len(steps) < sampler.steps,
+            )
+        except UnsupportedPolicyError as error:
+            cause = f"{self.name}: its guider {type(self.pipe.guider).__name__} changes its rule; {error}"
+            if len(fitted) > 1:
+                cause += f". Earlier steps can be trained: sampler.window.stop={len(fitted)}"
+            raise UnsupportedPolicyError(cause) from error
 
     @torch.no_grad()
     def _check_replay(self, recording: Recording, sampling: SamplingSpec) -> dict[str, float]:
