@@ -44,9 +44,9 @@ def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def check_batch(batch: Any) -> int:
+def check_batch(batch: Any, key: str = "batch") -> int:
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ConfigError(f"batch: found {batch!r}; expected a whole number of at least 1")
+        raise ConfigError(f"{key}: found {batch!r}; expected a whole number of at least 1")
     return batch
 
 
@@ -126,28 +126,28 @@ def image_processor(model: str) -> Any:
         raise InputError(f"image processor of {model}: {_cause(error)}; {_wanted(model)}") from error
 
 
-def weight_file(model: str, name: str | None = None) -> Path:
-    """A safetensors file: a local file, the one in a local folder, or `owner/repo/file.safetensors` on the hub."""
+def weight_file(model: str, name: str | None = None, suffix: str = ".safetensors") -> Path:
+    """A file of weights: a local file, the one in a local folder, or `owner/repo/file` on the hub."""
     path = Path(model)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise InputError(f"{model}: weights must be a .safetensors file (pickled weights can run code)")
+        if path.suffix != suffix:
+            raise InputError(f"{model}: weights must be a {suffix} file (pickled weights can run code)")
         return path
     if path.is_dir():
-        files = [path / name] if name else sorted(path.glob("*.safetensors"))
+        files = [path / name] if name else sorted(path.glob(f"*{suffix}"))
         if len(files) != 1 or not files[0].is_file():
             found = ", ".join(f.name for f in sorted(path.glob("*"))) or "nothing"
-            raise InputError(f"{model}: expected one .safetensors file there, found {found}")
+            raise InputError(f"{model}: expected one {suffix} file there, found {found}")
         return files[0]
     parts = model.split("/")
-    if len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and parts[-1].endswith(".safetensors"):
+    if len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and parts[-1].endswith(suffix):
         from huggingface_hub import hf_hub_download
 
         try:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         except Exception as error:  # the hub client raises its own tree of errors, and those of its HTTP library
             raise InputError(f"weights {model}: {_cause(error)}") from error
-    raise InputError(f"weights {model}: no such file; give a .safetensors file or owner/repo/file.safetensors")
+    raise InputError(f"weights {model}: no such file; give a {suffix} file or owner/repo/file{suffix}")
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
