@@ -163,11 +163,11 @@ def test_endpoints_that_do_not_speak_the_protocol(serve, body):
 
 
 def test_shipped_rubrics_load_and_read_the_answers_they_ask_for():
-    assert builtin_rubrics() == ["alignment_quality", "better_of_two", "edit", "shows_prompt"]
+    assert {"alignment_quality", "better_of_two", "edit", "shows_prompt"} <= set(builtin_rubrics())
     for name in builtin_rubrics():
         rubric = load_rubric(name)
         shown = re.sub(r": [XYZ]\b", ": 3", rubric.fill(items("a cat")[0], 1, 8.0))
-        if rubric.mode == "likert":
+        if rubric.mode == "likert" and not name.startswith("unified_reward_"):  # theirs: test_unified_reward.py
             assert rubric.read_likert(shown)["score"] > 0
 
 

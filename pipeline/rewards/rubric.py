@@ -10,7 +10,9 @@
     source: false           # also show the prompt's conditioning image, first (for edits)
     max_tokens: 256
 
-yes_no has `yes` and `no` (lists of answers; default [yes] and [no]); pairwise has `first` and `second` (patterns).
+yes_no has `yes` and `no` (lists of answers; default [yes] and [no]); pairwise has `first` and `second` (patterns) and
+may have `tie`, or has `axes` whose numbers are the first one's share (0 to 1); `labels: false` shows a pair without the
+words "Image 1:" and "Image 2:".
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ MODES = ("likert", "yes_no", "pairwise")
 _KEYS = {
     "likert": {"axes", "range", "weights"},
     "yes_no": {"yes", "no"},
-    "pairwise": {"first", "second"},
+    "pairwise": {"first", "second", "tie", "axes", "labels"},
 }
 _COMMON = {"mode", "system", "prompt", "source", "max_tokens"}
 
@@ -54,6 +56,8 @@ class Rubric:
     no: tuple[str, ...] = ("no",)
     first: re.Pattern | None = None
     second: re.Pattern | None = None
+    tie: re.Pattern | None = None
+    labels: bool = True
 
     def fill(self, prompt: PromptItem, frames: int, fps: float) -> str:
         """The question about one take. Other braces than the known ones are left as they are."""
@@ -98,10 +102,13 @@ class Rubric:
             raise Unparseable(f"neither yes nor no is among the candidates {[t for t, _ in top][:8]}")
         return mass["yes"] / (mass["yes"] + mass["no"])
 
-    def read_winner(self, text: str) -> int:
-        """0 if the first of a pair is better, 1 if the second. Raises `Unparseable` unless exactly one is said."""
-        assert self.first is not None and self.second is not None
-        verdicts = [i for i, pattern in enumerate((self.first, self.second)) if pattern.search(text)]
+    def read_preference(self, text: str) -> float:
+        """How far the first of a pair is better: 1, 0, 0.5 for a tie; or the mean of its shares. Raises `Unparseable`
+        unless exactly one verdict is said."""
+        if self.axes:
+            return self.read_likert(text)["score"]
+        patterns = ((1.0, self.first), (0.0, self.second), (0.5, self.tie))
+        verdicts = [value for value, pattern in patterns if pattern is not None and pattern.search(text)]
         if len(verdicts) != 1:
             raise Unparseable(f"the answer names {'neither' if not verdicts else 'both'}: {text[-120:]!r}")
         return verdicts[0]
@@ -169,8 +176,7 @@ def parse_rubric(data: Any, source: str) -> Rubric:
         if set(fields["yes"]) & set(fields["no"]):
             raise fail("yes and no share an answer")
     else:
-        for key in ("first", "second"):
-            fields[key] = _pattern(data.get(key), key, 0, fail)
+        fields |= _pairwise(data, fail)
     return Rubric(**fields)
 
 
@@ -188,6 +194,19 @@ def _likert(data: dict, fail: Any) -> dict[str, Any]:
         raise fail(f"weights: found {weights!r}; expected a number above 0 for some of {', '.join(map(str, axes))}")
     patterns = {str(axis): _pattern(pattern, f"axes.{axis}", 1, fail) for axis, pattern in axes.items()}
     return {"axes": patterns, "weights": weights, "low": float(bounds[0]), "high": float(bounds[1])}
+
+
+def _pairwise(data: dict, fail: Any) -> dict[str, Any]:
+    if not isinstance(data.get("labels", True), bool):
+        raise fail(f"labels: found {data['labels']!r}; expected true or false")
+    found: dict[str, Any] = {"labels": data.get("labels", True)}
+    if "axes" in data:
+        if {"first", "second", "tie"} & set(data):
+            raise fail("axes: the verdict is read from the axes or by first, second and tie, not by both")
+        return found | _likert({"axes": data["axes"], "range": [0, 1]}, fail)
+    for key in ("first", "second", *(["tie"] if "tie" in data else [])):
+        found[key] = _pattern(data.get(key), key, 0, fail)
+    return found
 
 
 def _pattern(value: Any, key: str, groups: int, fail: Any) -> re.Pattern:

@@ -156,19 +156,20 @@ class VlmJudge(Scorer):
         if alone:
             raise RewardError(f"a pairwise rubric needs two or more takes of a prompt; {alone[0][:40]!r} has one")
         pairs = [(t[a], t[b]) for t in groups.values() for a, b in matches(len(t), self.opponents)]
-        winners = self._each(lambda pair: self._match(pair, pictures, prompts, fps), pairs)
+        better = self._each(lambda p: self._match(pictures[p[0]], pictures[p[1]], prompts[p[0]], fps), pairs)
         won, played = np.zeros(len(prompts)), np.zeros(len(prompts))
-        for pair, winner in zip(pairs, winners, strict=True):
-            won[pair[winner]] += 1
+        for pair, chance in zip(pairs, better, strict=True):
+            won[list(pair)] += chance, 1 - chance
             played[list(pair)] += 1
         return {"score": won / played, "matches": played}
 
-    def _match(self, pair: tuple[int, int], pictures: list, prompts: Sequence[PromptItem], fps: float) -> int:
-        prompt = prompts[pair[0]]
-        shown = [part for i, take in enumerate(pair, start=1) for part in (_text(f"Image {i}:"), *pictures[take])]
-        question = _text(self.rubric.fill(prompt, len(pictures[pair[0]]), fps))
+    def _match(self, first: list, second: list, prompt: PromptItem, fps: float) -> float:
+        """How far the first of two takes (as message parts) is better: 0 to 1."""
+        labels = ([_text("Image 1:")], [_text("Image 2:")]) if self.rubric.labels else ([], [])
+        shown = [*labels[0], *first, *labels[1], *second]
+        question = _text(self.rubric.fill(prompt, len(first), fps))
         return self._ask(
-            [*self._source(prompt), *shown, question], lambda choice: self.rubric.read_winner(_content(choice))
+            [*self._source(prompt), *shown, question], lambda choice: self.rubric.read_preference(_content(choice))
         )
 
 
