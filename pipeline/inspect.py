@@ -237,7 +237,9 @@ def rule_words(found: dict[str, Any]) -> str:
         words = _RULE_WORDS["cfg+1" if "g+1" in rule else "cfg"] + f" with g = {found['guidance_scale']:g}"
         calls = found["denoiser_calls_per_step"]
         words += ", from one doubled batch" if calls == 1 else f", from {calls} calls"
-        if "token norm" in rule:
+        if "token norm cap" in rule:
+            words += "; each token's norm is capped by the conditional output's"
+        elif "token norm" in rule:
             words += "; each token keeps the conditional output's norm"
         elif "sample std" in rule:
             words += "; each take keeps the conditional output's standard deviation"

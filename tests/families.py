@@ -12,6 +12,7 @@ from typing import Any
 import families_edit as edits
 import families_image as images
 import families_more as more
+import families_new as new
 import families_video as videos
 import torch
 from diffusers import DiffusionPipeline
@@ -156,6 +157,18 @@ FAMILIES: dict[str, Family] = {
     "HunyuanVideoFramepack": Family(
         edits.framepack, size=32, frames=5, vae_gain=0.3, call=_HUNYUAN, conditions=("image",)
     ),
+    "EasyAnimate": Family(new.easy_animate, size=128, frames=5),
+    "LongCatImage": Family(new.longcat_image, call={"enable_prompt_rewrite": False}),
+    "HunyuanVideo15": Family(new.hunyuan_video_15, size=32, frames=5, slow=True),
+    "Kandinsky5T2V": Family(new.kandinsky5_video, size=32, frames=5, call={"max_sequence_length": 16}, slow=True),
+    "Krea2": Family(new.krea2, call={"max_sequence_length": 16}, slow=True),
+    "ErnieImage": Family(new.ernie_image, size=32, slow=True),
+    "StableDiffusionSAG": Family(new.self_attention_guidance, **_DDIM, slow=True),
+    "ChronoEdit": Family(new.chrono_edit, size=32, vae_gain=8.0, frames=5, call=_T5, conditions=("image",), slow=True),
+    "LucyEdit": Family(new.lucy_edit, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",), slow=True),
+    "QwenImageEditPlus": Family(
+        new.qwen_image_edit_plus, size=128, call={"max_sequence_length": 64}, conditions=("image",), slow=True
+    ),
     "LTXCondition": Family(edits.ltx_condition, size=32, frames=9, call=_T5, conditions=("image",)),
 }
 
@@ -166,12 +179,13 @@ UNTESTED: dict[str, str] = {
     "SanaSprint": "refused: TrigFlow, no first-order counterpart among the samplers",
     "SkyReelsV2DiffusionForcing": "refused: a copy of the scheduler per frame",
     "LEDITS++, GLIGEN, AttendAndExcite": "refused until generator.call or the prompts bring what they need",
+    "HunyuanImage": "steps after its guider goes over to APG are refused; earlier ones train (sampler.window.stop)",
     "Kandinsky 2.2, 3": "probed and trained by hand (cfg uncond-first; 3: scale g+1); too slow for a test",
     "Allegro": "probed and trained by hand (cfg uncond-first); decodes only in tiles",
     "Cosmos": "needs cosmos_guardrail, which is not installed here",
     "StableDiffusionPAG": "refused: it puts its own attention processors into the UNet while sampling only",
     "StableVideoDiffusion": "refused: EDM noise levels, no first-order counterpart; a guidance scale per frame",
-    "DeepFloyd IF": "probed by hand; nothing to compare with: it hands the scheduler 6 channels, as DDPM wants",
+    "DeepFloyd IF": "trained by hand; nothing to compare with: it hands the scheduler 6 channels, as DDPM wants",
     "OmniGen": "needs torchvision (its processor), which has no CPU build here",
     "HiDreamImage": "probed by hand (negated guidance, found); always draws 1 megapixel, too slow for a test",
 }

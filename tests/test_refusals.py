@@ -10,6 +10,7 @@ import families
 import families_edit
 import families_image
 import families_more
+import families_new
 import pytest
 import tiny
 import torch
@@ -191,6 +192,7 @@ def test_a_missing_package_is_named(error, package, monkeypatch):
     ("build", "says"),
     [
         (families_edit.amused, ["AmusedScheduler", "no first-order counterpart"]),
+        (families_new.hunyuan_image, ["AdaptiveProjectedMixGuidance changes its rule", "sampler.window.stop="]),
         (families_edit.skyreels_diffusion_forcing, ["none of its steps through pipe.scheduler", "no log-prob"]),
     ],
 )

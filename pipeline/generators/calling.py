@@ -198,6 +198,8 @@ def to_floats(output: Any, takes: int) -> np.ndarray:
     values = next((v for v in (getattr(output, name, None) for name in _PICTURES) if v is not None), None)
     if values is None:
         values = output[0] if isinstance(output, (tuple, list)) else output
+    if isinstance(values, dict):  # diffusers' outputs are
+        raise RushesError(f"the generator's output is a {type(values).__name__} of {', '.join(values)}: no pictures")
     array = _array(values)
     if array.ndim == 6 and array.shape[0] == 1:  # [1, K, F, ...] of pipelines that nest their batches
         array = array[0]

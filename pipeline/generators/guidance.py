@@ -24,6 +24,12 @@ def _norm_rescaled(combined: torch.Tensor, conditional: torch.Tensor) -> torch.T
     return combined * (conditional.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
 
+def _norm_bounded(combined: torch.Tensor, conditional: torch.Tensor, low: float) -> torch.Tensor:
+    """The same where it shrinks a token, to no less than `low` times (LongCat-Image's cfg_renorm_min)."""
+    norms = conditional.norm(dim=-1, keepdim=True), combined.norm(dim=-1, keepdim=True)
+    return combined * (norms[0] / (norms[1] + 1e-8)).clamp(min=low, max=1.0)
+
+
 def _sample_rescaled(combined: torch.Tensor, conditional: torch.Tensor, phi: float) -> torch.Tensor:
     """guidance_rescale = phi: the conditional output's std per sample, in part (arXiv 2305.08891, section 3.4)."""
     dims = list(range(1, combined.ndim))
@@ -76,6 +82,7 @@ RULES: dict[str, tuple[int, Rule]] = {
     "cfg uncond-first, first 3 channels": (2, lambda b, g: _first_channels(b, g, 1)),
     "cfg cond-first, token norm": (2, lambda b, g: _norm_rescaled(_cond_first(b, g), b[0])),
     "cfg uncond-first, token norm": (2, lambda b, g: _norm_rescaled(_uncond_first(b, g), b[1])),
+    "cfg cond-first, token norm cap": (2, lambda b, g, low=0.0: _norm_bounded(_cond_first(b, g), b[0], low)),
     "cfg cond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_cond_first(b, g), b[0], phi)),
     "cfg uncond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_uncond_first(b, g), b[1], phi)),
     "cfg cond-first, scale g+1, norm cap": (2, lambda b, g, cap=1.0: _norm_capped(_cond_first_plus(b, g), b[0], cap)),
