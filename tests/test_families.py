@@ -218,7 +218,7 @@ TRIED = """
 
 Further pipeline classes of diffusers 0.42.1, each once by hand, with `rushes inspect` and its own defaults (a class
 that needs one was given the argument named in its message) and one GRPO step on tiny random-weight checkpoints: 82
-classes. 57 trained with a replayed ratio within 1e-5 (AnimateDiffVideoToVideo, AnimateDiffVideoToVideoControlNet,
+classes. 58 trained with a replayed ratio within 1e-5 (AnimateDiffVideoToVideo, AnimateDiffVideoToVideoControlNet,
 AnimateDiffSDXL, CogVideoXVideoToVideo, CogVideoXFunControl, FluxImg2Img, FluxInpaint, FluxControlImg2Img,
 FluxControlInpaint, FluxControlNetImg2Img, FluxControlNetInpaint, FluxKontextInpaint, Flux2KleinKV, Flux2KleinInpaint,
 QwenImageImg2Img, QwenImageControlNet, QwenImageEditPlus, StableDiffusionControlNetImg2Img,
@@ -228,11 +228,10 @@ StableDiffusionXLControlNetInpaint, StableDiffusionXLControlNetUnion, StableDiff
 StableDiffusion3ControlNet, ZImageImg2Img, ZImageInpaint, ZImageControlNet, VideoToVideoSD, LucyEdit, HunyuanVideo15,
 HunyuanVideo15ImageToVideo, HunyuanImage, Kandinsky5T2V, Kandinsky5I2V, Kandinsky5T2I, EasyAnimate,
 EasyAnimateInpaint, ChronoEdit, SkyReelsV2ImageToVideo, Kandinsky3, KandinskyV22Combined, LDMTextToImage, IF,
-SanaControlNet, SanaImageToVideo, CogView4Control, Allegro, Krea2, ErnieImage, LongCatImage, LongCatImageEdit, DDPM);
-14 were refused:
+SanaControlNet, SanaImageToVideo, CogView4Control, Allegro, Krea2, ErnieImage, LongCatImage, LongCatImageEdit, DDPM, and
+WanAnimate with clips of one segment); 13 were refused:
 
 * SanaSprint, AnyFlow, ConsistencyModel: no first-order counterpart of their schedulers
-* WanAnimate: denoises each segment of a clip anew
 * MarigoldDepth, TextToVideoZero: no pictures, or steps of their own
 * VisualCloze: wants task prompts and grids of pictures
 * OmniGen, Cosmos2TextToImage: need torchvision, cosmos_guardrail, which are not installed here

@@ -426,7 +426,8 @@ def _wrong_steps(name: str, took: int, wanted: int) -> str:
     way = (
         "a model distilled to a fixed number of steps"
         if took < wanted
-        else "a model distilled to a fixed number of steps, or one that takes a step per view or stage"
+        else "a model distilled to a fixed number of steps, or one that takes a step per view, stage or segment of a clip "
+        "(generator.call may set how many)"
     )
     return (
         f"{name} took {took} scheduler steps where {wanted} were asked for: {way}. A policy needs steps to draw noise "
