@@ -423,12 +423,9 @@ def _wrong_steps(name: str, took: int, wanted: int) -> str:
             f"{name} took none of its steps through pipe.scheduler: it drives copies of it, one per frame or modality, "
             "and such a chain of steps has no log-prob here"
         )
-    way = (
-        "a model distilled to a fixed number of steps"
-        if took < wanted
-        else "a model distilled to a fixed number of steps, or one that takes a step per view, stage or segment of a clip "
-        "(generator.call may set how many)"
-    )
+    way = "a model distilled to a fixed number of steps"
+    if took > wanted:
+        way += ", or one that takes a step per view, stage or segment of a clip (generator.call may set how many)"
     return (
         f"{name} took {took} scheduler steps where {wanted} were asked for: {way}. A policy needs steps to draw noise "
         "at: use a checkpoint that takes as many as it is asked for, two or more"
