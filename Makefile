@@ -27,7 +27,7 @@ bench: setup ## speed against the bare arithmetic and a plain loop, on an idle m
 	$(BIN)/rushes bench
 
 test: setup ## the test suite (no GPU, no network)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 chaos: setup ## a run whose actors and nodes are killed all the time, against the same run undisturbed (about 8 minutes)
 	$(BIN)/python -m benchmarks.chaos

@@ -23,6 +23,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.placement import Workers
 
+pytestmark = pytest.mark.ray
+
 
 def config(**ray) -> Config:
     sections = {"generator": {"pretrained": "x"}, "prompts": {"train": "x"}, "rewards": {"r": {"scorer": "x"}}}

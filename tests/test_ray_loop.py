@@ -40,6 +40,8 @@ from pipeline.run_dir import RunDir
 from pipeline.types import PolicyVersion, PromptItem
 from pipeline.wire import checksum, tree_bytes
 
+pytestmark = pytest.mark.ray
+
 TIMED = ("time", "queue/", "workers/", "takes_per_s", "retries")
 
 REWARDS = """

@@ -21,6 +21,8 @@ from pipeline.config import RewardConfig
 from pipeline.errors import RewardError
 from pipeline.types import Media, PromptItem
 
+pytestmark = pytest.mark.ray
+
 MORE = """
 import os, pathlib
 
