@@ -42,7 +42,12 @@ PROVIDER: dict[str, Any] = {
     "max_workers": 2,
     "upscaling_speed": 1.0,
     "idle_timeout_minutes": 0.1,
-    "provider": {"type": "fake_multinode", "disable_launch_config_check": True, "disable_node_updaters": True},
+    "provider": {
+        "type": "fake_multinode",
+        "disable_launch_config_check": True,
+        "disable_node_updaters": True,
+        "use_node_id_as_ip": True,  # all its nodes have the same one, by which Ray would tell them apart
+    },
     "auth": {},
     "docker": {},
     "initialization_commands": [],
@@ -87,7 +92,12 @@ class AutoscaledCluster:
                 "--include-dashboard=false", f"--autoscaling-config={path}",
                 f"--temp-dir={tempfile.mkdtemp(prefix='rushes-ray-')}",  # else other programs here would join this Ray
             ],
-            env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+            env={
+                **os.environ,
+                "RAY_FAKE_CLUSTER": "1",
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": "f" * 51 + "00000",  # as the provider calls the head
+            },
             stdout=open(folder / "ray.out", "wb"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         limit = time.monotonic() + 90

@@ -26,6 +26,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="rushes-head-"))
+    import ray
+
     nodes = Nodes(workers=1)
     try:
         config = image_config(folder, options.steps, nodes.address, evaluation={"prompts": 24})
@@ -33,7 +35,8 @@ def main() -> int:
         first.until(lambda: first.step >= options.steps // 2, LIMIT_S)
         lost_at = first.step
         say(f"the head goes at step {lost_at}")
-        nodes.cluster.head_node.kill_gcs(check_alive=False)
+        ray.shutdown()  # or Ray would end this process as well
+        nodes.cluster.head_node.kill_gcs_server(check_alive=False)
         nodes.cluster.head_node.kill_raylet(check_alive=False)
         started = time.monotonic()
         while first.running and time.monotonic() - started < 180:

@@ -1,0 +1,213 @@
+"""Reward after N takes: samplers and windows against each other, on both shipped generators and several seeds.
+
+    python -m benchmarks.samples [--steps 16] [--seeds 0 1 2] [--generators image video] [--arms …]
+    python -m benchmarks.samples --plot        # benchmarks/results/samples.jsonl -> docs/images/samples.png and a table
+
+Runs a recipe's rollout, scoring and update in this one process, with the library that the actors call: what is learned
+does not depend on how many workers there are, so nothing else need run. Every arm of a generator draws the same prompts
+in the same order, as many takes, and trains two or three noise levels of each; the learning rate is the better of two
+that were tried for the arm's kind (`RATES`). Finished runs are appended to the file and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.evaluation import mean_and_error
+from actors.training import scoring_seed
+from pipeline.advantages import weighted_rewards
+from pipeline.combining import Combiner
+from pipeline.config import Config
+from pipeline.config_io import load_config
+from pipeline.generators.policy import Policy
+from pipeline.learner import Learner
+from pipeline.plan import eval_works, train_work
+from pipeline.prompts import PromptCursor, load_prompts
+from pipeline.rewards.loader import build_scorer
+from pipeline.types import GroupBatch, GroupWork, Media
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/samples.jsonl"
+PICTURE = ROOT / "docs/images/samples.png"
+CONFIGS = {"image": "configs/quickstart-image.yaml", "video": "configs/quickstart.yaml"}
+GRPO = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_fraction=0.43", "sampler.window.stop=7"]
+WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_fraction=1", "sampler.window.size=2",
+          "sampler.window.stop=5"]  # fmt: skip
+ARMS: dict[str, list[str]] = {
+    "awm": [],  # the quickstart's own recipe
+    "flow_sde": [*GRPO, "sampler.kind=flow_sde", "sampler.noise_level=0.7"],
+    "dance_sde": [*GRPO, "sampler.kind=dance_sde", "sampler.noise_level=0.3", "sampler.same_initial_noise=true"],
+    "cps": [*GRPO, "sampler.kind=cps", "sampler.noise_level=0.7"],
+    "mix_grpo": [*WINDOW, "sampler.window.kind=sliding", "sampler.window.every=4", "sampler.same_initial_noise=true"],
+    "flow_grpo_fast": [*WINDOW, "sampler.window.kind=random"],
+}
+RATES = {"image": 3e-4, "video": 1.5e-4}  # of the arms with log-probs of injected noise
+
+
+def config(generator: str, arm: str, seed: int, steps: int) -> Config:
+    """The quickstart's config with the arm's sampler."""
+    rate = [] if arm == "awm" else [f"optimizer.lr={RATES[generator]}"]
+    overrides = [*ARMS[arm], *rate, f"run.seed={seed}", f"run.steps={steps}", "rollout.merge_lora=false"]
+    return load_config(ROOT / CONFIGS[generator], overrides)
+
+
+class Loop:
+    """One recipe, in one process."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.policy = Policy.load(cfg, "cpu", 1)
+        prompts = load_prompts(cfg.prompts.train)
+        self.policy.probe(prompts)
+        self.policy.attach()
+        self.learner = Learner(cfg, "cpu")
+        self.scorers = {name: build_scorer(name, reward) for name, reward in cfg.rewards.items()}
+        self.cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
+        self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
+        self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
+        self.group = 0
+
+    def _scores(self, media: Media, work: GroupWork, seed: int | None) -> dict[str, Any]:
+        return {name: scorer.run(media, work.prompts, seed) for name, scorer in self.scorers.items()}
+
+    def step(self, number: int) -> dict[str, float]:
+        """Draws, scores and trains `groups_per_step` groups; groups of equal rewards are drawn anew, as in a run."""
+        self.policy.load_weights(self.learner.weights("train"))
+        kept, scores = [], []
+        while len(kept) < self.cfg.algorithm.groups_per_step:
+            work = train_work(self.cfg, self.group, number, self.cursor.next())
+            self.group += 1
+            media, trajectory, _ = self.policy.rollout(work)
+            found = self._scores(media, work, scoring_seed(self.cfg, work.group))
+            if not self.combiner.is_flat(found):
+                kept.append(trajectory)
+                scores.append(found)
+        result = self.combiner.step(scores)
+        self.combiner.commit()
+        batch = [
+            GroupBatch(trajectory=t, advantages=np.asarray(a, np.float32))
+            for t, a in zip(kept, result.advantages, strict=True)
+            if t
+        ]
+        return self.learner.train_step(batch)
+
+    def evaluate(self) -> dict[str, float | int]:
+        """Mean held-out reward and its standard error, with the run's own prompts, seeds and sampler."""
+        self.policy.load_weights(self.learner.weights("ema"))
+        weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+        found = defaultdict(list)
+        for work in eval_works(self.cfg, self.heldout, 0):
+            for name, scores in self._scores(self.policy.rollout(work)[0], work, None).items():
+                found[name].append(scores.values)
+        return mean_and_error(weighted_rewards({name: np.concatenate(v) for name, v in found.items()}, weights))
+
+
+def measure(generator: str, arm: str, seed: int, steps: int, every: int) -> dict[str, Any]:
+    """One run: held-out reward after each `every` steps."""
+    started = time.monotonic()
+    loop = Loop(config(generator, arm, seed, steps))
+    takes = loop.cfg.algorithm.group_size
+    curve = [{"takes": 0, **loop.evaluate()}]
+    for number in range(steps):
+        loop.step(number)
+        if (number + 1) % every == 0 or number + 1 == steps:
+            curve.append({"takes": loop.group * takes, **loop.evaluate()})
+    return {"generator": generator, "arm": arm, "seed": seed, "steps": steps, "curve": curve,
+            "seconds": round(time.monotonic() - started)}  # fmt: skip
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rows(runs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Per generator and arm: takes, and mean and standard deviation over seeds of the rise in held-out reward."""
+    by: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by[run["generator"], run["arm"]].append(run)
+    found = {}
+    for key, several in by.items():
+        rises = np.array([[point["mean"] - run["curve"][0]["mean"] for point in run["curve"]] for run in several])
+        found[key] = {
+            "takes": np.mean([[point["takes"] for point in run["curve"]] for run in several], axis=0),
+            "rise": rises.mean(0),
+            "std": rises.std(0, ddof=1) if len(several) > 1 else np.zeros(rises.shape[1]),
+            "seeds": len(several),
+        }
+    return found
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown, best first."""
+    lines = [
+        "| generator | arm | takes | rise in held-out reward (mean ± std over seeds) | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for (generator, arm), row in sorted(rows(runs).items(), key=lambda item: (item[0][0], -item[1]["rise"][-1])):
+        lines.append(
+            f"| {generator} | {arm} | {row['takes'][-1]:.0f} | {row['rise'][-1]:+.3f} ± {row['std'][-1]:.3f} "
+            f"| {row['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    generators = sorted({run["generator"] for run in runs})
+    figure, axes = plt.subplots(1, len(generators), figsize=(5 * len(generators), 3.6), squeeze=False)
+    for axis, generator in zip(axes[0], generators, strict=True):
+        for arm in ARMS:
+            if (row := rows(runs).get((generator, arm))) is not None:
+                axis.errorbar(row["takes"], row["rise"], row["std"], label=arm, marker="o", markersize=3, capsize=2)
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set(title=generator, xlabel="takes", ylabel="rise in held-out reward")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--every", type=int, default=8, help="steps between evaluations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--generators", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot", action="store_true", help="only draw what has been measured")
+    options = parser.parse_args()
+    if options.plot:
+        runs = finished(options.out)
+        plot(runs, PICTURE)
+        print(table(runs))
+        return 0
+    for seed in options.seeds:
+        for generator in options.generators:
+            for arm in options.arms:
+                key = (generator, arm, seed, options.steps)
+                if key in {(r["generator"], r["arm"], r["seed"], r["steps"]) for r in finished(options.out)}:
+                    continue
+                run = measure(generator, arm, seed, options.steps, options.every)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(run) + "\n")
+                print(f"{generator} {arm} seed {seed}: {run['curve'][0]['mean']:.4f} -> {run['curve'][-1]['mean']:.4f} "
+                      f"({run['seconds']} s)", file=sys.stderr, flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
