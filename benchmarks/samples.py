@@ -5,8 +5,8 @@
 
 Runs a recipe's rollout, scoring and update in this one process, with the library that the actors call: what is learned
 does not depend on how many workers there are, so nothing else need run. Every arm of a generator draws the same prompts
-in the same order, as many takes, and trains two to five noise levels of each; learning rates (`RATES`) are not tuned for
-each arm. Finished runs are appended to the file and not repeated.
+in the same order, as many takes, and trains two to five noise levels of each; learning rates (`RATES`) are not tuned
+for each arm. Finished runs are appended to the file and not repeated.
 """
 
 from __future__ import annotations
