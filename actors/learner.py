@@ -52,10 +52,12 @@ class LearnerActor(RoleActor):
                 self.learner.load_state(tensors, state["learner"])
         return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
 
-    def train_step(self, groups: list[tuple[int, ray.ObjectRef, np.ndarray]]) -> dict[str, Any]:
-        """`groups`: (id, trajectory reference, advantages [K]) in id order.
+    def train_step(self, groups: list[tuple[int, ray.ObjectRef, np.ndarray]], first: int, last: bool) -> dict[str, Any]:
+        """`groups`: (id, trajectory reference, advantages [K]) in id order, at the places from `first` on of the step,
+        which ends with them if `last`.
 
-        Returns {"metrics": ..., "version": ...}; or {"lost": [ids]} with nothing changed, when trajectories are gone.
+        Returns {"metrics": ..., "version": ...} (without metrics before the last); or {"lost": [ids]} with nothing
+        changed, when trajectories are gone.
         """
         with self.doing(f"training step {self.learner.version}"):
             batch, lost = [], []
@@ -70,7 +72,7 @@ class LearnerActor(RoleActor):
             lost = self.learner.ranks.any_of(lost, [group for group, _, _ in groups])
             if lost:
                 return {"lost": lost}
-            metrics = self.learner.train_step(batch)
+            metrics = self.learner.train_step(batch, first, last)
         return {"metrics": metrics, "version": self.learner.version}
 
     def weights(self, tag: Literal["train", "ema"]) -> tuple[dict[str, Any], WeightSet]:

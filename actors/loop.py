@@ -20,13 +20,13 @@ from typing import Any
 from actors.common import RunContext
 from actors.evaluation import Evaluator
 from actors.failures import describe
-from actors.flow import Flow
+from actors.flow import Flow, Job
 from actors.learner_group import LearnerGroup, LearnerLost
 from actors.pool import Slot, together
 from actors.recorder import ON_POLICY_METRICS, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
-from pipeline import checkpoint
+from pipeline import checkpoint, plan
 from pipeline.errors import RunFailed, RushesError
 from pipeline.prompts import load_prompts
 from pipeline.tracking import metrics_after_resume
@@ -176,18 +176,8 @@ class Loop:
         started = time.perf_counter()
         self._state = "training"
         await self._training.pause(False)
-        while True:
-            jobs = await self._guard(self._training.batch(self._version))
-            advantages = self._training.advantages(jobs)
-            items = [(job.group, job.trajectory, advantages.advantages[i]) for i, job in enumerate(jobs)]
-            began = time.perf_counter()
-            answer = await self._of_learner(self._learner.ask("train_step", items))
-            if "lost" not in answer:
-                break
-            await self._training.trajectories_lost(answer["lost"])
-        del items
-        learned = time.perf_counter() - began
-        metrics = {**advantages.metrics, **answer["metrics"]}
+        jobs, answer, learned = await self._learn()
+        metrics = {**self._training.advantages(jobs).metrics, **answer["metrics"]}
         staleness = max(self._version - job.meta.version for job in jobs)
         if staleness == 0:
             devices = {
@@ -202,6 +192,34 @@ class Loop:
         metrics |= self._record.times(jobs, time.perf_counter() - started, learned, sync)
         metrics["staleness/max"] = float(staleness)
         self._record.step(self._version, metrics, jobs, self._training.ledger)
+
+    async def _learn(self) -> tuple[list[Job], dict[str, Any], float]:
+        """The step's jobs, in order; the learner's last answer; and the seconds it was busy.
+
+        It begins with the first groups that are scored, while others are still drawn, and waits with its update for the
+        last. If it is lost, what it has added up is lost with it, and `_recover` begins the step again.
+        """
+        jobs: list[Job] = []
+        portions, busy = plan.portions(self.cfg), 0.0
+        while portions:
+            places = portions[0]
+            scored = await self._guard(self._training.first(self._version, places.stop))
+            if [job.group for job in scored[: places.start]] != [job.group for job in jobs]:
+                jobs, portions = [], plan.portions(self.cfg)  # one has failed for good since: another has its place
+                continue
+            new = scored[places.start :]
+            advantages = self._training.advantages(new).advantages
+            items = [(job.group, job.trajectory, advantages[i]) for i, job in enumerate(new)]
+            began = time.perf_counter()
+            call = self._learner.ask("train_step", items, places.start, len(portions) == 1)
+            answer = await self._of_learner(call)
+            busy += time.perf_counter() - began
+            if "lost" in answer:
+                await self._training.trajectories_lost(answer["lost"])
+                continue
+            jobs = scored
+            del portions[0]
+        return jobs, answer, busy
 
     async def _publish(self) -> None:
         await self._of_learner(self._publisher.fetch("train"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import ray
 
 from actors.common import RoleActor, cores, use_threads
 from pipeline.types import GroupWork, Media, PolicyVersion, PromptItem, RolloutMeta, Trajectory, WeightSet
+
+_NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
 
 
 class RolloutWorker(RoleActor):
@@ -26,6 +29,8 @@ class RolloutWorker(RoleActor):
             threads = rollout.threads or max(1, cores() // rollout.workers.max)
             use_threads(threads)
             self.policy = Policy.load(self.cfg, rollout.device, threads)
+            if self.policy.device.type == "cpu":
+                os.nice(_NICE)
             report = self.policy.probe(prompts)
             self.policy.attach()
             self.held: tuple[int, str] | None = None

@@ -157,10 +157,10 @@ class Training:
 
     # ------------------------------------------------------------------------------------------- steps
 
-    async def batch(self, learner_version: int) -> list[Job]:
-        """The jobs of the next step, in group order, once all are scored."""
+    async def first(self, learner_version: int, count: int) -> list[Job]:
+        """The first `count` jobs of the next step, in group order, once all of them are scored."""
         async with self._changed:
-            while (groups := self.ledger.batch(learner_version)) is None:
+            while (groups := self.ledger.first(learner_version, count)) is None:
                 await self._changed.wait()
             return [self._scored[group] for group in groups]
 

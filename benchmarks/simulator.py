@@ -30,6 +30,7 @@ from actors.learner_group import LearnerGroup
 from actors.loop import Loop
 from actors.pool import IDLE, Pool, Slot
 from pipeline.config import Config
+from pipeline.plan import portions
 from pipeline.types import Media, RewardScores, RolloutMeta, Trajectory
 
 WARM_STEPS = 2  # left out of the measurement: the pipeline fills
@@ -76,8 +77,9 @@ class Plan:
 
 def ideal(plan: Plan) -> list[float]:
     """End of each step [steps] in seconds if only the drawn times counted: free workers take groups in id order as soon
-    as their policy version may be used, free servers score them, the learner takes whole steps."""
+    as their policy version may be used, free servers score them, the learner takes a step in the portions of a run."""
     size = plan.groups_per_step
+    taken = portions(_config(plan, Path()))
     workers, servers = [0.0] * plan.workers, [0.0] * plan.servers
     ends: list[float] = []
     rolled: list[list[tuple[float, int]]] = []
@@ -95,12 +97,15 @@ def ideal(plan: Plan) -> list[float]:
             ahead = len(rolled)
             needed = ahead - plan.max_staleness  # the version that must be out: the end of step `needed` - 1
             roll(ahead, ends[needed - 1] if needed > 0 else 0.0)
-        scored = 0.0
+        scored = np.zeros(size)
         for at, group in sorted(rolled[step]):
             done = max(heapq.heappop(servers), at) + plan.score(group)
             heapq.heappush(servers, done)
-            scored = max(scored, done)
-        ends.append(max(scored, ends[-1] if ends else 0.0) + plan.learn(step))
+            scored[group % size] = done
+        learned = ends[-1] if ends else 0.0
+        for places in taken:
+            learned = max(learned, scored[: places.stop].max()) + plan.learn(step) * len(places) / size
+        ends.append(learned)
     return ends
 
 
@@ -147,11 +152,12 @@ class Sleepers:
         await asyncio.sleep(seconds)
         return RewardScores(values=np.array([group % 7, 1.0], np.float32), seconds=seconds)
 
-    async def train_step(self, seat: str, groups: list[Any]) -> dict[str, Any]:
+    async def train_step(self, seat: str, groups: list[Any], first: int, last: bool) -> dict[str, Any]:
         began = time.monotonic()
         await asyncio.gather(*(reference for _, reference, _ in groups))
-        await asyncio.sleep(max(0.0, self.plan.learn(self.step) - (time.monotonic() - began)))
-        self.step += 1
+        share = len(groups) / self.plan.groups_per_step
+        await asyncio.sleep(max(0.0, self.plan.learn(self.step) * share - (time.monotonic() - began)))
+        self.step += last
         return {"metrics": {"onpolicy/max_abs_log_ratio": 0.0}, "version": self.step}
 
     def weights(self, seat: str, tag: str) -> tuple[dict[str, Any], np.ndarray]:
@@ -247,8 +253,8 @@ class SimulatedController(Controller):
 
 
 def _config(plan: Plan, folder: Path) -> Config:
+    """`folder`: of the run; prompts are in it."""
     prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"simulated prompt {i}\n" for i in range(64)))
     return Config.model_validate(
         {
             "run": {"dir": str(folder), "steps": plan.steps},
@@ -276,6 +282,7 @@ def simulate(plan: Plan) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         cfg = _config(plan, Path(folder))
+        Path(cfg.prompts.train).write_text("".join(f"simulated prompt {i}\n" for i in range(64)))
         run = Path(folder) / "run"
         run.mkdir()
         ctx = RunContext(cfg=cfg, run_path=str(run), cwd=os.getcwd())

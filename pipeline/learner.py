@@ -36,9 +36,9 @@ from pipeline.ranks import Ranks, copy_into, like, whole
 from pipeline.samplers import Transition, log_prob
 from pipeline.samplers.transition import gaussian_kl
 from pipeline.types import GroupBatch, Trajectory, WeightSet
+from pipeline.update import LOGGED, Update, pairs_of
 
 MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j
-LOGGED = ("policy_loss", "kl", "clipped_low", "clipped_high")  # summed over a micro-batch
 
 
 class Learner:
@@ -51,6 +51,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.version = 0
         self.updates = 0
+        self._update = Update(0, 1, frozenset())
         wire = resolve_dtype(cfg.generator.dtype, self.device)
         full = cfg.trainable.kind == "full"
         # Full weights are mastered in float32; under a LoRA the frozen base may stay in the sampling dtype.
@@ -95,15 +96,29 @@ class Learner:
 
     # -- one optimisation step ------------------------------------------------------------------------------------
 
-    def train_step(self, batch: list[GroupBatch]) -> dict[str, float]:
+    def train_step(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> dict[str, float]:
         """Trains on the groups of one step, in the order given; returns metrics and raises `version` by one.
 
+        The groups may come in portions, unless a step has several updates: `first` is the place of the batch's first
+        group in the step, `last` whether the step ends with it. Until then gradients are added up and nothing is
+        returned; with `first` 0 they are begun anew. In portions or at once, the result is the same bit for bit where a
+        portion is a multiple of `Ranks.apart` groups.
         Raises RunFailed when a gradient or the loss is not finite (the weights are left as they were).
         """
-        stats: dict[str, list[float]] = defaultdict(list)
-        chunks = np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step)
-        for number, chunk in enumerate(chunks):
-            self._update([batch[i] for i in chunk], stats, first=number == 0)
+        stats: dict[str, list[Any]] = defaultdict(list)
+        algorithm = self.cfg.algorithm
+        for number, chunk in enumerate(np.array_split(np.arange(len(batch)), algorithm.updates_per_step)):
+            groups = [batch[i] for i in chunk]
+            if first == 0:
+                self._begin(groups, len(groups) if last else algorithm.groups_per_step)
+            if self._update.done != first:
+                raise RuntimeError(f"group {first} of the step was given, expected was {self._update.done}")
+            for at in range(0, len(groups), self.ranks.apart):
+                self._replay(groups[at : at + self.ranks.apart])
+            if last:
+                self._finish(stats, first=number == 0)
+        if not last:
+            return {}
         self.version += 1
         ratios = np.concatenate(stats.pop("ratio_values"))
         on_policy = stats.pop("on_policy_gap")
@@ -112,38 +127,55 @@ class Learner:
         metrics["ratio/min"] = float(ratios.min())
         metrics["ratio/max"] = float(ratios.max())
         metrics["ratio/max_abs_log"] = float(np.abs(np.log(ratios)).max())
-        name = "onpolicy/max_abs_gap" if self.cfg.algorithm.objective == "awm" else "onpolicy/max_abs_log_ratio"
+        name = "onpolicy/max_abs_gap" if algorithm.objective == "awm" else "onpolicy/max_abs_log_ratio"
         metrics[name] = float(max(on_policy))
         return metrics
 
-    def _update(self, groups: list[GroupBatch], stats: dict[str, list[Any]], *, first: bool) -> None:
-        """One optimiser update over whole groups: loss averaged over all (take, trained step) pairs."""
-        pairs = sum(len(g.advantages) * len(g.trajectory.parts[0].steps) for g in groups)
-        looks = max(1, self.ranks.world // self.ranks.context)  # as many as compute apart, so that none waits for it
-        turns = ((self.version * looks + i) % len(groups) for i in range(looks))
-        self._checked = {groups[turn].trajectory.group for turn in turns}
+    def _begin(self, groups: list[GroupBatch], total: int) -> None:
+        """A new update of `total` groups, of which `groups` are the first."""
+        looks = self.ranks.apart  # as many as compute apart, so that none waits for it
+        turns = frozenset((self.version * looks + i) % total for i in range(looks))
+        self._update = Update(total, divisor=pairs_of(groups) * total // len(groups), looked_at=turns)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _replay(self, groups: list[GroupBatch]) -> None:
+        """Adds the gradients of the update's next groups, of the loss averaged over all (take, trained step) pairs."""
+        update = self._update
+        self._checked = {
+            group.trajectory.group for i, group in enumerate(groups) if update.done + i in update.looked_at
+        }
         plan = None if self.ranks.world == 1 else self._plan(groups)
-        found: dict[int, np.ndarray] = {}
+        before = len(update.found) if plan is None else len(update.sizes)
         for index, group, (replayer, j, takes), counts in self._work(groups, plan):
             advantages = self._advantages(group, replayer, takes)
             micro_loss = self._matching_loss if self.cfg.algorithm.objective == "awm" else self._micro_loss
             loss, logs = micro_loss(group.trajectory, replayer, j, takes, advantages)
-            mean = loss.sum() / pairs
+            mean = loss.sum() / update.divisor
             (mean if plan is None else mean * self.ranks.gradient_part(counts)).backward()
             if counts and self.ranks.records:
                 sums = [float(logs[name].sum()) for name in LOGGED]
-                found[index] = np.array([float(logs["gap"].abs().max()), *sums, *logs["ratio"].cpu().numpy()])
-        sizes = None if plan is None else [1 + len(LOGGED) + size for *_, size, _ in plan]
-        rows = self.ranks.collect(found, sizes)
+                row = [float(logs["gap"].abs().max()), *sums, *logs["ratio"].cpu().numpy()]
+                update.found[before + index] = np.array(row)
+        if plan is not None:
+            update.sizes += [1 + len(LOGGED) + size for *_, size, _ in plan]
+        update.done += len(groups)
+        update.pairs += pairs_of(groups)
+
+    def _finish(self, stats: dict[str, list[Any]], *, first: bool) -> None:
+        """The optimiser's update, when all its groups have been replayed."""
+        update = self._update
+        if update.done != update.groups:
+            raise RuntimeError(f"the update has {update.done} of its {update.groups} groups")
+        rows = update.rows(self.ranks)
         stats["ratio_values"] += [row[1 + len(LOGGED) :].astype(np.float32) for row in rows]
         if first:
             stats["on_policy_gap"] += [float(row[0]) for row in rows]
-        total: dict[str, float] = defaultdict(float)
-        for row in rows:
-            for name, value in zip(LOGGED, row[1:].tolist(), strict=False):
-                total[name] += value / pairs
+        total = update.means(rows)
         loss_value = total["policy_loss"] + self.cfg.algorithm.kl_beta * total["kl"]
+        if update.correction != 1.0:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad *= update.correction
         norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm))
         if not (np.isfinite(loss_value) and bool(torch.isfinite(norm))):
             self.optimizer.zero_grad(set_to_none=True)

@@ -167,13 +167,20 @@ class Ledger:
 
     def batch(self, learner_version: int) -> list[int] | None:
         """The groups of the current step in id order once all of them are scored, else None."""
+        return self.first(learner_version, self.groups_per_step)
+
+    def first(self, learner_version: int, count: int) -> list[int] | None:
+        """The first `count` of them, once these are scored.
+
+        Their places are then certain, though the rest of the step is still on its way, as long as none is lost and
+        fails: a group admitted later, in the slot of one that ended as filtered or failed, has a higher id.
+        """
         if learner_version != self.step:
             raise LedgerError(f"the learner is at version {learner_version} but step {self.step} is next")
-        if self._scored.get(self.step, 0) < self.groups_per_step:
+        if self._scored.get(self.step, 0) < count:
             return None
-        mine = sorted(g.id for g in self.groups.values() if g.step == self.step)
-        chosen = mine[: self.groups_per_step]
-        if len(chosen) < self.groups_per_step or any(self.groups[g].state != SCORED for g in chosen):
+        chosen = sorted(g.id for g in self.groups.values() if g.step == self.step)[:count]
+        if len(chosen) < count or any(self.groups[g].state != SCORED for g in chosen):
             return None
         for group in chosen:
             version = self.groups[group].version

@@ -6,6 +6,7 @@ draws the same takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from pipeline.config import Config, SamplerConfig
 from pipeline.types import GroupWork, PromptItem, SamplingSpec
 
+_MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped
 _TAKES, _NOISE, _WINDOW, _SUBSET = 1, 2, 3, 4  # separate random streams of one group
 
 
@@ -72,6 +74,22 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
             guidance_scale=cfg.generator.guidance_scale,
         ),
     )
+
+
+def portions(cfg: Config) -> list[range]:
+    """The places in a step's batch that the learner is given together, as soon as they are scored: one group for each
+    of its ranks that compute apart (several, beyond `_MOST_PORTIONS` portions). The whole step at once where an
+    advantage depends on other groups too, or a step makes several optimiser updates.
+
+    Never on who was faster: what is added up in which order is the same in every run.
+    """
+    algorithm, groups = cfg.algorithm, cfg.algorithm.groups_per_step
+    together = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())
+    if together or algorithm.updates_per_step > 1:
+        return [range(groups)]
+    apart = cfg.learner.ranks // cfg.learner.context_parallel
+    size = apart * math.ceil(groups / apart / _MOST_PORTIONS)
+    return [range(start, min(start + size, groups)) for start in range(0, groups, size)]
 
 
 def ode_sampling(cfg: Config, num_steps: int) -> SamplingSpec:

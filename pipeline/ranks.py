@@ -85,9 +85,14 @@ class Ranks:
         """Whether this rank hands out weights and state."""
         return self.rank == 0
 
+    @property
+    def apart(self) -> int:
+        """How many micro-batches are computed at a time, each by one context group."""
+        return self.world // self.context
+
     def share(self, kinds: Sequence[Hashable]) -> list[tuple[int, bool]]:
         """This rank's micro-batches, see `share`. Ranks of one context group compute the same ones together."""
-        return share(kinds, self.world // self.context, self.rank // self.context)
+        return share(kinds, self.apart, self.rank // self.context)
 
     @property
     def records(self) -> bool:

@@ -93,6 +93,21 @@ def test_micro_batches_accumulate_to_the_same_gradient(folder):
         assert other.train_step(groups)["grad_norm"] == pytest.approx(whole, rel=1e-4)
 
 
+def test_groups_given_one_by_one_train_as_all_at_once(folder):
+    policy, learner = make(folder)
+    groups = batch(policy, 0)
+    cfg = tiny.config(folder, algorithm={"groups_per_step": 2})
+    portioned = Learner(cfg, "cpu")
+    portioned.load_state(*learner.state())
+    assert portioned.train_step(groups[1:], first=0, last=False) == {}  # given up: the step begins again
+    assert portioned.train_step(groups[:1], first=0, last=False) == {}
+    with pytest.raises(RuntimeError, match="group 0 of the step was given|group 2"):
+        portioned.train_step(groups[1:], first=2)
+    assert portioned.version == 0
+    assert portioned.train_step(groups[1:], first=1, last=True) == learner.train_step(groups)
+    assert portioned.version == 1 and portioned.weights().checksum == learner.weights().checksum
+
+
 def test_off_policy_updates_move_the_ratio_and_clip(folder):
     policy, learner = make(
         folder, algorithm={"updates_per_step": 2, "clip_low": 1e-7, "clip_high": 1e-7}, optimizer={"lr": 1e-2}

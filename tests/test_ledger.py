@@ -51,6 +51,17 @@ def test_one_step_from_admission_to_training():
     assert admit_all(ledger) == [2, 3]
 
 
+def test_the_first_groups_of_a_step_are_handed_out_while_the_rest_is_drawn():
+    ledger = make(groups_per_step=3)
+    admit_all(ledger)
+    score(ledger, 1)
+    assert ledger.first(0, 1) is None  # group 0 may still come
+    score(ledger, 0)
+    assert ledger.first(0, 1) == [0] and ledger.first(0, 2) == [0, 1] and ledger.first(0, 3) is None
+    ledger.filter(0)
+    assert ledger.first(0, 1) == [1] and ledger.first(0, 2) is None
+
+
 def test_filtered_group_gives_its_slot_to_the_next_prompt_of_the_same_step():
     ledger = make()
     admit_all(ledger)

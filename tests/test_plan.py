@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import Config
-from pipeline.plan import eval_works, stochastic_steps, train_work
+from pipeline.plan import eval_works, portions, stochastic_steps, train_work
 from pipeline.types import PromptItem
 
 PROMPT = PromptItem(index=3, text="a red circle")
@@ -61,3 +61,18 @@ def test_evaluation_is_fixed_and_deterministic_sampling():
     assert [w.seeds for w in a] == [w.seeds for w in b]
     assert sum(w.takes for w in a) == 40 and all(w.sampling.trained_steps == () for w in a)
     assert all(w.sampling.kind == "ode" for w in a)
+
+
+def test_the_learner_begins_early_only_where_an_advantage_is_its_group_s_own():
+    def cut(ranks=1, groups=6, normalize="none", **algorithm) -> list[range]:
+        cfg = config().model_dump()
+        cfg["algorithm"] |= {"groups_per_step": groups, **algorithm}
+        cfg["learner"]["ranks"] = ranks
+        cfg["rewards"]["r"]["normalize"] = normalize
+        return portions(Config.model_validate(cfg))
+
+    whole = [range(6)]
+    assert cut() == [range(i, i + 1) for i in range(6)]
+    assert cut(ranks=4) == [range(0, 4), range(4, 6)]
+    assert [len(part) for part in cut(groups=20)] == [3] * 6 + [2]
+    assert cut(advantage={"std": "global"}) == cut(updates_per_step=2) == cut(normalize="step") == whole

@@ -67,7 +67,7 @@ async def steps(training: Training, count: int) -> list[list[int]]:
     batches = []
     for version in range(training.ledger.step, training.ledger.step + count):
         await training.pause(False)
-        jobs = await asyncio.wait_for(training.batch(version), 5)
+        jobs = await asyncio.wait_for(training.first(version, training.ledger.groups_per_step), 5)
         batches.append([job.group for job in jobs])
         training.advantages(jobs)
         training.consumed(jobs, version)
