@@ -3,9 +3,10 @@
     python -m benchmarks.soak --minutes 20 [--report FILE]
 
 Samples every five seconds. The first quarter is warm-up; over the rest a straight line is fitted to each actor's memory
-(of one process: a replaced one begins anew) and to the object stores. Flat means that the line rises by less than 10 %
-or 20 MiB over that time, whichever is more. The last line of stdout is one JSON object; the exit code is 0 when all are
-flat and the run still trained at the end.
+(of one process: a replaced one begins anew) and to the object stores. An actor's resident memory counts what it has
+mapped of its node's object store; its own is what remains without shared pages. Flat means that a line rises by less
+than 10 % or 20 MiB over that time, whichever is more. The last line of stdout is one JSON object; the exit code is 0
+when all are flat and the run still trained at the end.
 """
 
 from __future__ import annotations
@@ -66,18 +67,23 @@ def main() -> int:
         run = Training(image_config(folder, 100_000, nodes.address, **more), "soak")
         run.until(lambda: run.step >= 1, 600)
         began = time.monotonic()
-        first, warm = run.step, began + 15 * options.minutes
+        first, warm, said = run.step, began + 15 * options.minutes, began
         while run.running and time.monotonic() < began + 60 * options.minutes:
             time.sleep(SAMPLE_S)
             now = time.monotonic()
+            if now - said > 60:
+                said = now
+                say(f"step {run.step}; object stores {stores() / MIB:.0f} MiB")
             if now < warm:
                 continue
             memory["object stores"].append((now, stores()))
             for actor in actors(run.name):
                 try:
-                    memory[f"{actor.name} ({actor.pid})"].append((now, psutil.Process(actor.pid).memory_info().rss))
+                    found = psutil.Process(actor.pid).memory_info()
                 except psutil.NoSuchProcess:
                     continue
+                memory[f"{actor.name} ({actor.pid})"].append((now, found.rss))
+                memory[f"{actor.name} ({actor.pid}), its own"].append((now, found.rss - found.shared))
         alive, steps = run.running, run.step - first
         say(f"{steps} steps in {options.minutes:g} min; stopping")
         run.process.send_signal(signal.SIGINT)

@@ -28,6 +28,10 @@ def submit(
     overrides: Overrides = None,
     address: Address = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with run.name.")] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option("--resume-or-start", help="Go on with run.name if it is there, else start it (for retried jobs)."),
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log and return the exit code.")] = True,
     working_dir: Annotated[Path, typer.Option("--working-dir", help="Folder to upload.")] = Path("."),
     exclude: Annotated[
@@ -45,6 +49,7 @@ def submit(
       rushes submit configs/quickstart.yaml run.dir=/data/runs --address http://127.0.0.1:8265
       rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --no-wait
       rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --resume
+      rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --resume-or-start
     """
     from jobs.submit import submit as run
 
@@ -56,6 +61,7 @@ def submit(
             working_dir=working_dir,
             exclude=exclude or [],
             resume=resume,
+            or_start=resume_or_start,
             wait=wait,
             console=console(),
         )

@@ -35,19 +35,24 @@ def submit(
     working_dir: Path,
     exclude: list[str],
     resume: bool,
+    or_start: bool,
     wait: bool,
     console: Console,
 ) -> int:
-    """Returns the run's exit code (with `wait`), 130 when it was stopped or the log was left by Ctrl-C."""
+    """Returns the run's exit code (with `wait`), 130 when it was stopped or the log was left by Ctrl-C.
+
+    `resume`: goes on with the run `run.name`; `or_start`: the same, or starts it where it is not there.
+    """
     cfg = load_config(config, overrides)
-    name = run_name(cfg, config, resume)
+    how = resume_option(resume, or_start)
+    name = run_name(cfg, config, how)
     inside = _inside(config, working_dir)
     check_storage(cfg)
     check_size(working_dir, [*EXCLUDES, *exclude])
     where = reachable(find_address(address))
     client = jobs_client(where)
     _refuse_second(client, name, where)
-    job = _submit(client, where, entrypoint(cfg, inside, overrides, name, resume), name, working_dir, exclude)
+    job = _submit(client, where, entrypoint(cfg, inside, overrides, name, how), name, working_dir, exclude)
     at = f" --address {address}" if address else ""
 
     def say(text: str) -> None:
@@ -66,10 +71,17 @@ def submit(
     return exit_code(client, job, say)
 
 
-def run_name(cfg: Config, config: Path, resume: bool) -> str:
-    """Known before the run starts, so that it can be found. Raises `ConfigError`."""
-    if resume and cfg.run.name is None:
-        raise ConfigError("submit --resume: say which run, such as run.name=NAME")
+def resume_option(resume: bool, or_start: bool) -> str:
+    """The option of `rushes train` that does the same; "" for a new run. Raises `ConfigError` when both are given."""
+    if resume and or_start:
+        raise ConfigError("submit: --resume and --resume-or-start: give one of them; the latter also resumes")
+    return "--resume" if resume else "--resume-or-start" if or_start else ""
+
+
+def run_name(cfg: Config, config: Path, how: str) -> str:
+    """Known before the run starts, so that it can be found. `how`: see `resume_option`. Raises `ConfigError`."""
+    if how and cfg.run.name is None:
+        raise ConfigError(f"submit {how}: say which run, such as run.name=NAME")
     name = cfg.run.name or default_name(config, datetime.now(), Path("/nonexistent"))
     check_name(name)
     return name
@@ -124,14 +136,14 @@ def check_size(folder: Path, excludes: list[str], most: int = MAX_UPLOAD) -> Non
     )
 
 
-def entrypoint(cfg: Config, config: Path, overrides: list[str], name: str, resume: bool) -> str:
+def entrypoint(cfg: Config, config: Path, overrides: list[str], name: str, how: str) -> str:
     """The command that the cluster runs, in the uploaded folder. `python -m` takes the sources that are uploaded, and
     the installed package where there are none."""
     given = [item for item in overrides if not item.startswith("run.name=")]
     if cfg.ray.address is not None:
         given = [*given, "ray.address=auto"]  # the cluster it is in, whatever the config says
     words = ["python", "-m", "jobs.cli", "train", str(config), *given, f"run.name={name}"]
-    return shlex.join([*words, *(["--resume"] if resume else [])])
+    return shlex.join([*words, *([how] if how else [])])
 
 
 def _refuse_second(client: JobSubmissionClient, name: str, where: str) -> None:

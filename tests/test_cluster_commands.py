@@ -123,6 +123,8 @@ class Interrupted(list):
         (["run.dir=/data/runs", "optimizer.lrr=1"], "lrr"),
         (["run.dir=/data/runs", "run.name=a/b"], "run.name"),
         (["run.dir=/data/runs", "--resume"], "run.name=NAME"),
+        (["run.dir=/data/runs", "--resume-or-start"], "run.name=NAME"),
+        (["run.dir=/data/runs", "run.name=b", "--resume", "--resume-or-start"], "give one of them"),
         (["run.dir=/data/runs", "--working-dir", "sub"], "lies outside"),
         (["run.dir=/data/runs", "run.name=taken"], "is going on"),
     ],
@@ -149,8 +151,18 @@ def test_a_large_folder_is_refused_with_its_largest_parts(tmp_path):
 
 def test_the_cluster_decides_which_ray_is_joined(tmp_path, config):
     cfg = fake_config(tmp_path, ray={"address": "local"})
-    assert "ray.address=auto" in submitting.entrypoint(cfg, config, [], "a", False)
-    assert submitting.entrypoint(cfg, config, ["run.name=b"], "a", True).endswith("run.name=a --resume")
+    assert "ray.address=auto" in submitting.entrypoint(cfg, config, [], "a", "")
+
+
+@pytest.mark.parametrize("option", ["--resume", "--resume-or-start"])
+def test_a_run_goes_on_in_the_way_that_was_asked_for(capsys, config, jobs, option):
+    """The option reaches `rushes train` on the cluster, whose own command line takes it."""
+    jobs.jobs = [job("try", "FAILED")]
+    status, _, err = run(capsys, "submit", config.name, "run.name=try", "run.dir=/data/runs", option, "-a", NOWHERE)
+    (sent,) = jobs.submitted
+    assert status == 0 and sent["entrypoint"].endswith(f"run.name=try {option}"), err
+    words = ["train", str(config), *sent["entrypoint"].split()[5:], "--dry-run"]
+    assert "ray.address=auto" in words and run(capsys, *words)[0] == 0
 
 
 # ----------------------------------------------------------------------------------------------------- cluster

@@ -66,7 +66,13 @@ def test_panels_and_alerts_use_metrics_that_exist():
 
 @pytest.mark.parametrize(
     "expr",
-    ["ray_rushes_reward_men", "rate(ray_rushes_phase_seconds[5m])", '{__name__=~"ray_rushes_queue_.+_depht"}', "up"],
+    [
+        "ray_rushes_reward_men",
+        "rate(ray_rushes_phase_seconds[5m])",
+        '{__name__=~"ray_rushes_queue_.+_depht"}',
+        '{__name__=~"ray_rushes_worker_.+"}',
+        "up",
+    ],
 )
 def test_a_wrong_metric_name_is_noticed(expr):
     assert unknown(expr)
@@ -74,11 +80,15 @@ def test_a_wrong_metric_name_is_noticed(expr):
 
 def test_the_dashboard_covers_what_to_watch():
     text = " ".join(expressions())
-    for part in ("reward_mean", "takes_per_s", "_depth", "_wait_s", "staleness", "ratio", "clip", "kl", "retries"):
+    for part in ("reward_mean", "takes_per_s", "_depth", "_wait_s", "staleness", "ratio", "clip", "kl", "retries",
+                 "workers_"):  # fmt: skip
         assert part in text
     board = json.loads((MONITORING / "dashboard.json").read_text())
     ids = [panel["id"] for panel in board["panels"]]
     assert len(ids) == len(set(ids)) and all(panel["title"] for panel in board["panels"])
+    places = [panel["gridPos"] for panel in board["panels"]]
+    cells = [(at["x"] + i, at["y"] + j) for at in places for i in range(at["w"]) for j in range(at["h"])]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24, "panels overlap"
 
 
 def test_gauges_are_set_again_before_ray_forgets_them(monkeypatch):

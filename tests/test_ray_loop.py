@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -29,6 +30,7 @@ from actors.common import RunContext
 from actors.controller import Controller
 from actors.failures import root
 from actors.rollout import RolloutWorker
+from jobs.live import controller_options
 from jobs.local_ray import RaySession
 from jobs.supervise import supervise
 from pipeline import checkpoint
@@ -110,7 +112,8 @@ class Run:
         self.cfg = cfg
         ctx = RunContext(cfg=cfg, run_path=str(self.dir.path), cwd=os.getcwd())
         start = str(resume_from) if resume_from else None
-        self.controller = ray.remote(Controller).options(num_cpus=0).remote(ctx, start)
+        options = controller_options(self.dir, life=2 if start else 1)
+        self.controller = ray.remote(Controller).options(num_cpus=0, **options).remote(ctx, start)
         self.ended = self.controller.run.remote()
 
     def result(self, timeout: float = 120) -> dict:
@@ -176,8 +179,10 @@ def test_a_run_ends_with_all_its_artefacts(undisturbed):
     assert "role=rollout worker=rollout-0" in log and "role=controller" in log
 
 
-def test_what_the_dashboard_shows_is_scraped_from_ray(cluster, tiny_sd3, files, tmp_path):
-    """Every metric of ours in the Grafana dashboard is in the Prometheus endpoint that Ray itself serves."""
+def test_a_run_is_scaled_by_the_command_and_seen_in_the_metrics(cluster, tiny_sd3, files, tmp_path, capsys):
+    """`rushes scale` reaches the controller, a second worker comes and works. Every metric of ours in the Grafana
+    dashboard, the pool's new size among them, is in the Prometheus endpoint that Ray itself serves."""
+    from test_cli import run as rushes
     from test_monitoring import expressions
 
     absent = {"ray_rushes_gpu_bytes", "ray_rushes_onpolicy_max_abs_gap"}  # no GPU here; of objective awm
@@ -185,6 +190,16 @@ def test_what_the_dashboard_shows_is_scraped_from_ray(cluster, tiny_sd3, files, 
     patterns = [re.compile(text) for text in re.findall(r'__name__=~"([^"]+)"', " ".join(expressions()))]
     assert len(wanted) > 20 and len(patterns) > 3
     run = Run(make_config(tiny_sd3, files, tmp_path, "slow", run={"steps": 500}, checkpoint={"every": 0}), "seen")
+    run.until(lambda s: s["step"] >= 1)
+    at = ["--address", ray.get_runtime_context().gcs_address]
+    status, said, _ = rushes(capsys, "scale", "seen", "rollout=2", *at)
+    assert (status, said) == (0, "rollout: 1 -> 2 workers\n")
+    status, _, error = rushes(capsys, "scale", "seen", "reward.onw=2", *at)
+    assert status == 2 and "did you mean reward.own?" in error and error.count("\n") == 1
+    status, _, error = rushes(capsys, "scale", "sene", "rollout=2", *at)
+    assert status == 2 and "did you mean seen?" in error
+    status, said, _ = rushes(capsys, "status", "seen", *at)
+    assert status == 0 and "rollout-1" in said
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     limit, missing, lines = time.monotonic() + 120, ["not scraped yet"], []
     while missing and time.monotonic() < limit:
@@ -197,10 +212,16 @@ def test_what_the_dashboard_shows_is_scraped_from_ray(cluster, tiny_sd3, files, 
         labels = {label for line in lines for label in re.findall(r'(?:worker|phase)="[^"]+"', line)}
         takes = {label for line in lines if "takes_total" in line for label in re.findall(r'worker="[^"]+"', line)}
         missing += sorted({f'phase="{phase}"' for phase in ("starting", "generating", "scoring", "training")} - labels)
-        missing += sorted({'worker="rollout-0"', 'worker="reward.own-0"'} - takes)
+        missing += sorted({'worker="rollout-0"', 'worker="rollout-1"', 'worker="reward.own-0"'} - takes)
+        missing += [] if workers_of(lines) == 2 else ["the second worker"]
     ray.get(run.controller.stop.remote())
     assert not missing
     assert run.result()["status"] == "stopped"
+
+
+def workers_of(lines: list[str]) -> float:
+    """The size of the rollout pool in scraped lines."""
+    return max([float(line.split()[-1]) for line in lines if line.startswith("ray_rushes_workers_rollout")] or [0.0])
 
 
 def test_a_killed_rollout_worker_changes_nothing(cluster, undisturbed):
@@ -336,27 +357,48 @@ def test_a_stuck_worker_is_found_and_the_evaluation_fails_by_name(cluster, tiny_
     assert "not generated within 0.01 s" in str(error)
 
 
-def test_staleness_one_and_two_workers(cluster, tiny_sd3, files, tmp_path):
+def test_staleness_one_two_workers_and_one_of_them_stuck(cluster, tiny_sd3, files, tmp_path):
+    """The worker that stands still is alive, but gets nowhere: its group goes to the other one, and it is replaced."""
     cfg = make_config(
         tiny_sd3,
         files,
         tmp_path,
         "slow",
-        run={"steps": 3},
+        run={"steps": 8},
         prompts={"heldout": None},
         algorithm={"max_staleness": 1},
-        rollout={"workers": 2},
+        rollout={"workers": 2, "timeout_s": 4},
         ray={"queue_capacity": 1},
     )
     run = Run(cfg, "stale")
+    pid = run.until(lambda s: s["step"] >= 1 and "rollout-1" in s["pids"])["pids"]["rollout-1"]
+    os.kill(pid, signal.SIGSTOP)
     outcome = run.result()
-    assert outcome["groups"]["trained"] == 6
+    assert outcome["groups"]["trained"] == 16 and outcome["groups"]["failed"] == 0
+    assert re.search(r"replacing rollout-1 on .* within 4 s \(rollout.timeout_s\)", run.dir.log.read_text())
+    _gone(pid)
     steps = run.metrics()
     assert all(line["staleness/max"] <= 1 for line in steps) and any(line["staleness/max"] == 1 for line in steps)
 
 
-def test_results_outlive_the_worker_that_made_them(cluster, tiny_sd3, files, tmp_path):
-    """The controller calls and so owns; here the test is the caller."""
+def _gone(pid: int) -> None:
+    """Returns once the process has ended."""
+    limit = time.monotonic() + 20
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < limit, f"process {pid} does not end"
+        time.sleep(0.02)
+
+
+def _spilled_mib() -> int:
+    from ray._private.internal_api import memory_summary
+
+    found = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
+    return int(found.group(1)) if found else 0
+
+
+def test_results_outlive_the_worker_that_made_them_and_a_full_object_store(cluster, tiny_sd3, files, tmp_path):
+    """The controller calls and so owns; here the test is the caller. What others keep in the store (200 MiB), half as
+    much again as it holds, goes to the disk, as these results do: nothing is dropped, nobody is killed."""
     cfg = make_config(tiny_sd3, files, tmp_path, sampler={"steps": 30})
     ctx = RunContext(cfg=cfg, run_path=str(tmp_path), cwd=os.getcwd())
     worker = ray.remote(RolloutWorker).remote(ctx, "rollout-0")
@@ -368,10 +410,13 @@ def test_results_outlive_the_worker_that_made_them(cluster, tiny_sd3, files, tmp
     version = PolicyVersion(number=0, tag="train", checksum=weights.checksum, weights=ray.put(weights))
     assert ray.get(worker.load.remote(version)) == weights.checksum == checksum(weights.tensors)
     meta, media, trajectory = worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")
+    others = [ray.put(np.full(20 * 2**20, i, np.uint8)) for i in range(15)]
     assert ray.get(meta).worker == "rollout-0"
+    again = worker.generate.options(num_returns=3).remote(train_work(cfg, 1, 0, prompt), 0, "train")
+    assert len(ray.get(again[2]).parts[0].steps) == 29 and _spilled_mib() >= 80
     os.kill(pid, signal.SIGKILL)
-    while psutil.pid_exists(pid):
-        time.sleep(0.02)
+    _gone(pid)
+    assert all(ray.get(other)[0] == i for i, other in enumerate(others))
     assert ray.get(media).frames.shape[0] == 4
     parts = ray.get(trajectory).parts
     assert len(parts[0].steps) == 29 and tree_bytes([step.sample for step in parts[0].steps]) > 0
