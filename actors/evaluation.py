@@ -27,10 +27,9 @@ log = logging.getLogger("rushes.evaluation")
 class _Sink:
     """The books of one evaluation. Every group must succeed: a mean over what is left would not be comparable."""
 
-    retired = False
-
     def __init__(self, version: PolicyVersion, groups: int, max_attempts: int, shown: set[int]) -> None:
         """`shown`: indices of the prompts whose media are kept."""
+        self.retired = False
         self._version, self._max, self._shown = version, max_attempts, shown
         self._rollouts = dict.fromkeys(range(groups), 0)
         self._scorings = dict.fromkeys(range(groups), 0)
@@ -78,6 +77,12 @@ class _Sink:
         if len(self.jobs) == self.groups:
             self.done.set()
 
+    def close(self) -> None:
+        """What a straggler still brings is dropped, and so are the jobs: they hold these books, which hold the version,
+        a whole copy of the weights in the object store, and Python would look for such a circle only now and then."""
+        self.retired = True
+        self.jobs.clear()
+
 
 class Evaluator:
     """Runs evaluations and keeps their records, which are also evals.jsonl."""
@@ -106,7 +111,7 @@ class Evaluator:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Groups scored and groups in all, of the present or last evaluation."""
+        """Groups scored and groups in all, of the present evaluation."""
         return (len(self._sink.jobs), self._sink.groups) if self._sink is not None else (0, 0)
 
     async def run(self, version: PolicyVersion) -> dict[str, Any]:
@@ -117,12 +122,16 @@ class Evaluator:
         sink = self._sink = _Sink(version, len(works), self.cfg.faults.max_attempts, shown)
         # Takes are appended, and a run that was stopped here may have left some.
         shutil.rmtree(self.ctx.run.eval_takes(step), ignore_errors=True)
-        for work in works:
-            await self._flow.submit(Job(work=work, sink=sink, score_seed=None))
-        await sink.done.wait()
-        jobs = [sink.jobs[group] for group in sorted(sink.jobs)]
-        await self._keep(jobs, shown, step)
-        record = {"step": step, "tag": version.tag, **self._summary(jobs)}
+        try:
+            for work in works:
+                await self._flow.submit(Job(work=work, sink=sink, score_seed=None))
+            await sink.done.wait()
+            jobs = [sink.jobs[group] for group in sorted(sink.jobs)]
+            await self._keep(jobs, shown, step)
+            record = {"step": step, "tag": version.tag, **self._summary(jobs)}
+        finally:
+            sink.close()
+            self._sink = None
         self.records.append(record)
         self.write()
         log.info("step %d: %.4f +- %.4f (n = %d)", step, record["mean"], record["se"], record["n"])

@@ -90,6 +90,13 @@ class Nodes:
     def address(self) -> str:
         return str(self.cluster.address)
 
+    @property
+    def metrics(self) -> list[str]:
+        """HOST:PORT of each node's Prometheus endpoint."""
+        import ray
+
+        return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes() if node["Alive"]]
+
     def add(self) -> Any:
         return self.cluster.add_node(
             num_cpus=4, resources=self._worker, object_store_memory=STORE, include_dashboard=False

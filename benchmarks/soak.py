@@ -65,6 +65,7 @@ def main() -> int:
     try:
         more: dict[str, Any] = {"evaluation": {"prompts": 24, "every": 10}, "takes": {"every": 5}}
         run = Training(image_config(folder, 100_000, nodes.address, **more), "soak")
+        say(f"metrics at {', '.join(nodes.metrics)}")
         run.until(lambda: run.step >= 1, 600)
         began = time.monotonic()
         first, warm, said = run.step, began + 15 * options.minutes, began

@@ -80,14 +80,14 @@ def checksum(tensors: Mapping[str, Packed]) -> str:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays in a tree."""
+    """Bytes of all arrays and tensors in a tree."""
     total = 0
 
     def count(_: str, leaf: Any) -> Any:
         nonlocal total
         if isinstance(leaf, Packed):
             total += leaf.data.nbytes
-        elif isinstance(leaf, np.ndarray):
+        elif isinstance(leaf, (np.ndarray, torch.Tensor)):
             total += leaf.nbytes
         return leaf
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.generators.embedding_cache import EmbeddingStore, model_key
+from pipeline.generators.loading import cache_prompts, forget_prompts
 from pipeline.generators.policy import Policy
 from pipeline.plan import train_work
 from pipeline.types import PromptItem
@@ -124,3 +125,24 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tiny_sd3, tmp_path):
     cfg = tiny.config(tiny_sd3, generator={"embedding_cache": str(tmp_path / "file")}).generator
     with pytest.raises(InputError, match="generator.embedding_cache: cannot write"):
         EmbeddingStore(cfg, torch.device("cpu"))
+
+
+def test_what_is_remembered_in_memory_is_bounded_by_its_size():
+    encoded = []
+
+    class Pipe:
+        def encode_prompt(self, prompt, size=1):
+            encoded.append(prompt)
+            return torch.full((size, 256), 1.0), None  # 1 KiB for each
+
+    pipe = Pipe()
+    cache_prompts(pipe, most=2048)
+    for prompt in "abacab":  # b goes when c comes, c when b comes again
+        pipe.encode_prompt(prompt)[0].zero_()  # a copy: what is remembered stays as it is
+    assert encoded == ["a", "b", "c", "b"] and bool((pipe.encode_prompt("a")[0] == 1).all())
+    pipe.encode_prompt("large", size=3)  # more than all that may be held
+    assert pipe.encode_prompt("large", size=3)[0].shape == (3, 256) and encoded[4:] == ["large", "large"]
+    pipe.encode_prompt("a")
+    forget_prompts(pipe)
+    pipe.encode_prompt("a")
+    assert encoded[6:] == ["a", "a"]

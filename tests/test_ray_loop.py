@@ -392,7 +392,8 @@ def _gone(pid: int) -> None:
 def _spilled_mib() -> int:
     from ray._private.internal_api import memory_summary
 
-    found = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
+    address = ray.get_runtime_context().gcs_address  # without it, any Ray of this machine would answer
+    found = re.search(r"Spilled (\d+) MiB", memory_summary(address, stats_only=True))
     return int(found.group(1)) if found else 0
 
 

@@ -16,9 +16,11 @@ from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import GeneratorConfig, TrainableConfig
 from pipeline.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.generators.processors import processors_without_torchvision
-from pipeline.wire import map_leaves
+from pipeline.wire import map_leaves, tree_bytes
 
-_CACHED_PROMPTS = 256
+_REMEMBERED = (
+    256 * 2**20
+)  # bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB
 _CANNOT_LOAD = (
     OSError,
     ValueError,
@@ -230,28 +232,41 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device))
 
 
-def cache_prompts(pipe: Any) -> None:
+def cache_prompts(pipe: Any, most: int = _REMEMBERED) -> None:
     """Remembers `encode_prompt` results by argument, so that a prompt is encoded once and not once per group.
 
-    Only calls with plain arguments (no pictures or tensors) are remembered; results are handed out as copies.
+    Only calls with plain arguments (no pictures or tensors) are remembered: the last ones, up to `most` bytes of
+    tensors. Results are handed out as copies.
     """
     encode = getattr(pipe, "encode_prompt", None)
     if encode is None or getattr(encode, "remembers", False):
         return
-    cache: dict[str, Any] = {}
+    cache: dict[str, tuple[Any, int]] = {}  # result and its bytes, the last used at the end
+    held = 0
 
     def cached(*args: Any, **kwargs: Any) -> Any:
+        nonlocal held
         if not _plain(args) or not _plain(kwargs):
             return encode(*args, **kwargs)
         key = repr((args, sorted(kwargs.items())))
-        if key not in cache:
-            if len(cache) >= _CACHED_PROMPTS:
-                cache.pop(next(iter(cache)))
-            cache[key] = encode(*args, **kwargs)
-        return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, cache[key])
+        if key in cache:
+            found = cache.pop(key)
+        else:
+            result = encode(*args, **kwargs)
+            found = result, tree_bytes(result)
+            held += found[1]
+        cache[key] = found
+        while held > most:
+            held -= cache.pop(next(iter(cache)))[1]
+        return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, found[0])
+
+    def forget() -> None:
+        nonlocal held
+        cache.clear()
+        held = 0
 
     cached.remembers = True
-    cached.forget = cache.clear
+    cached.forget = forget
     pipe.encode_prompt = cached
 
 
