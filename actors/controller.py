@@ -68,10 +68,10 @@ class Controller(RoleActor):
         return await self._loop.scale(targets)
 
     async def progress(self, since: int) -> dict[str, Any]:
-        """What to show; `records` are those after the first `since`."""
+        """What to show; `records` are those of the steps after the first `since`, `recorded` is how many there were."""
         if self._loop is None:
-            steps = self.cfg.run.steps
-            return {"state": "starting", "step": 0, "steps": steps, "records": [], "evals": [], "roles": {}, "pids": {}}
+            nothing: dict[str, Any] = {"records": [], "recorded": 0, "evals": [], "roles": {}, "pids": {}}
+            return {"state": "starting", "step": 0, "steps": self.cfg.run.steps, **nothing}
         return self._loop.snapshot(since)
 
     async def read_log(self, offset: int) -> dict[str, Any]:

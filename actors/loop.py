@@ -23,7 +23,7 @@ from actors.failures import describe
 from actors.flow import Flow, Job
 from actors.learner_group import LearnerGroup, LearnerLost
 from actors.pool import Slot, together
-from actors.recorder import ON_POLICY_METRICS, Recorder, check_on_policy
+from actors.recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
 from pipeline import checkpoint, plan
@@ -63,12 +63,14 @@ class Loop:
 
     def snapshot(self, since: int) -> dict[str, Any]:
         slots = self._slots
+        recent = self._recorder.recent if self._recorder is not None else Recent()
         return {
             "host": socket.gethostname(),
             "state": "stopping" if self._stop_asked.is_set() else self._state,
             "step": self._version,
             "steps": self.cfg.run.steps,
-            "records": self._recorder.records[since:] if self._recorder is not None else [],
+            "records": recent.after(since),
+            "recorded": recent.count,
             "evals": self._evaluator.records,
             "eval_progress": self._evaluator.progress,
             "roles": {slot.name: slot.doing for slot in slots},

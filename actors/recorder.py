@@ -24,7 +24,25 @@ from pipeline.tracking import make_tracker
 from pipeline.types import Media
 
 ON_POLICY_TOLERANCE = 1e-5
+_KEPT = 1000  # steps whose metrics stay in memory, about 10 kB each; all are in metrics.jsonl
 log = logging.getLogger("rushes.recorder")
+
+
+class Recent:
+    """Metrics of the last steps of this process; `count`: of how many there have been."""
+
+    def __init__(self, kept: int = _KEPT) -> None:
+        self.count, self._kept = 0, kept
+        self._records: list[dict[str, float]] = []
+
+    def add(self, record: dict[str, float]) -> None:
+        self.count += 1
+        self._records = [*self._records, record][-self._kept :]
+
+    def after(self, seen: int) -> list[dict[str, float]]:
+        """Those after the first `seen` (-n: the last n), as far as they are kept."""
+        gone = self.count - len(self._records)
+        return self._records[seen if seen < 0 else max(0, seen - gone) :]
 
 
 class Recorder:
@@ -32,7 +50,7 @@ class Recorder:
 
     def __init__(self, ctx: RunContext, flow: Flow, fatal: asyncio.Future) -> None:
         self.ctx, self.cfg, self._flow, self._fatal = ctx, ctx.cfg, flow, fatal
-        self.records: list[dict[str, float]] = []  # metrics of the steps of this process
+        self.recent = Recent()
         self._tracker = make_tracker(self.cfg, ctx.run.path)
         self._gauges = RunMetrics(ctx.run.name)
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -49,7 +67,7 @@ class Recorder:
             "groups/failed": float(ledger.ended["failed"]),
             "retries": float(ledger.retries),
         }
-        self.records.append({"step": step, **metrics})
+        self.recent.add({"step": step, **metrics})
         self._gauges.set({**metrics, "step": step})
         self._write(self._tracker.log, step, metrics)
         if self.cfg.takes.every and step % self.cfg.takes.every == 0:

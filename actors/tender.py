@@ -41,8 +41,8 @@ class Tender:
         for name, size in targets.items():
             if name not in self._pairs:
                 raise ConfigError(
-                    f"scale: there is no pool {name!r}{did_you_mean(name, self._pairs)}; "
-                    f"pools: {', '.join(self._pairs)}"
+                    f"scale: there is no pool {name!r} (pools: {', '.join(self._pairs)})"
+                    f"{did_you_mean(name, self._pairs)}"
                 )
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                 raise ConfigError(

@@ -83,7 +83,7 @@ def jobs_client(address: str) -> JobSubmissionClient:
     import ray
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers the variable to the argument
     try:

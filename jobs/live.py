@@ -155,7 +155,7 @@ def watch(run: str) -> Iterator[dict[str, Any]]:
                 raise
             return
         yield found
-        seen += len(found["records"])
+        seen = found["recorded"]
         time.sleep(WATCH_S)
 
 

@@ -99,7 +99,7 @@ class PlainView:
                 self._evals.add(record["step"])
                 self.note(eval_line(record))
             else:
-                self._records.append(record)
+                self._records = [*self._records, record][-2 * TREND :]
                 self.note(step_line(record, self._records, snapshot["steps"]))
 
     def note(self, text: str) -> None:
@@ -118,7 +118,7 @@ class LiveView:
         self._live.start()
 
     def update(self, snapshot: dict[str, Any]) -> None:
-        self._records += snapshot["records"]
+        self._records = [*self._records, *snapshot["records"]][-2 * TREND :]
         self._live.update(self._render(snapshot))
 
     def _render(self, snapshot: dict[str, Any]) -> Group:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import TERMINAL, Cluster, find_address, open_cluster
+from jobs.cluster import TERMINAL, Cluster, find_address, open_cluster, reachable
 from jobs.progress import LiveView, clock, eta_s, eval_line, health_line, make_view, step_line
 from pipeline.errors import ConfigError, RunFailed, RushesError
 from pipeline.mirror import local_run
@@ -52,6 +52,7 @@ class FolderRun:
             "step": int(records[-1]["step"]) if records else 0,
             "steps": cfg.run.steps,
             "records": records[since:],
+            "recorded": len(records),
             "evals": read_jsonl(self.run.evals),
             "eval_progress": (0, 0),
             "roles": {},
@@ -62,7 +63,7 @@ class FolderRun:
         seen = 0
         while True:
             found = self.snapshot(seen)
-            seen += len(found["records"])
+            seen = found["recorded"]
             yield found
             if writer_of(self.run) is None:
                 return
@@ -106,8 +107,20 @@ class ClusterRun:
         return self.cluster.follow("watch", self.name)
 
 
+class NoController(ConfigError):
+    """The run's job is there, but nobody to ask: it is starting, or at its very end."""
+
+    def __init__(self, cluster: Cluster, name: str, job: Any) -> None:
+        super().__init__(
+            f"run {name!r} is starting or ending (job {job.submission_id} is {job.status}), so it cannot be asked yet "
+            f"or any more; see rushes logs {name} -f"
+        )
+        self.cluster, self.job = cluster, job
+
+
 def find(name: str, address: str | None, folder: Path) -> ClusterRun | FolderRun:
-    """`name`: a run of the cluster, a run in `folder`, or a run's own folder. Raises `ConfigError` listing the runs."""
+    """`name`: a run of the cluster, a run in `folder`, or a run's own folder. Raises `ConfigError` listing the runs, or
+    `NoController`."""
     for path in (local_run(name), folder / name):
         run = RunDir(path.resolve())
         if run.config.exists() and address is None and ("/" in name or _elsewhere(name) is None):
@@ -118,6 +131,8 @@ def find(name: str, address: str | None, folder: Path) -> ClusterRun | FolderRun
     cluster = open_cluster(address)
     known = cluster.running()
     if name not in known and (job := next(iter(cluster.jobs_of(name)), None)) is not None:
+        if job.status not in TERMINAL:
+            raise NoController(cluster, name, job)
         raise ConfigError(f"run {name!r} has ended ({job.status}, job {job.submission_id}); see rushes logs {name}")
     if name not in known:
         from jobs.live import unknown_run
@@ -161,7 +176,12 @@ def status(name: str | None, address: str | None, folder: Path, as_json: bool, c
         if not rows and not as_json:
             _say(console, "no run is going on in this cluster")
         return 0
-    snapshot = find(name, address, folder).snapshot(-20)
+    try:
+        snapshot = find(name, address, folder).snapshot(-20)
+    except NoController as nobody:
+        job = nobody.job.submission_id
+        _say(console, json.dumps({"state": "starting or ending", "job": job}) if as_json else str(nobody))
+        return 0
     if as_json:
         print(json.dumps(snapshot))
         return 0
@@ -181,7 +201,10 @@ def status(name: str | None, address: str | None, folder: Path, as_json: bool, c
 
 def watch(name: str, address: str | None, folder: Path, console: Console) -> int:
     """The live view of `rushes train`, from anywhere; Ctrl-C leaves it without touching the run."""
-    run = find(name, address, folder)
+    try:
+        run = _once_it_answers(name, address, folder, console)
+    except KeyboardInterrupt:
+        return 0
     view = make_view(console, run.name)
     if isinstance(view, LiveView):
         view.details = True
@@ -194,6 +217,19 @@ def watch(name: str, address: str | None, folder: Path, console: Console) -> int
         view.close()
     _say(console, f"run {run.name} has ended")
     return 0
+
+
+def _once_it_answers(name: str, address: str | None, folder: Path, console: Console) -> ClusterRun | FolderRun:
+    """Waits for a run that is starting."""
+    said = False
+    while True:
+        try:
+            return find(name, address, folder)
+        except NoController as nobody:
+            if not said:
+                _say(console, str(nobody))
+            said = True
+            time.sleep(POLL_S)
 
 
 def list_runs(address: str | None, folder: Path, console: Console) -> int:
@@ -278,13 +314,19 @@ def _print(pieces: Any) -> int:
 
 def stop(name: str, address: str | None, folder: Path, now: bool, wait: bool, console: Console) -> int:
     """Saves a checkpoint and ends the run; `now`: ends it at once, the steps since the last checkpoint are lost."""
-    run = find(name, address, folder)
-    if isinstance(run, FolderRun):
-        run.stop(now)
-        while wait and writer_of(run.run) is not None:
-            time.sleep(POLL_S)
+    try:
+        run = find(name, address, folder)
+    except NoController as nobody:  # its driver knows what to do with the signal that this sends
+        assert nobody.cluster.jobs is not None
+        nobody.cluster.jobs.stop_job(nobody.job.submission_id)
+        _until_ended(nobody.cluster, nobody.job, wait)
     else:
-        _stop_in_cluster(run, now, wait)
+        if isinstance(run, FolderRun):
+            run.stop(now)
+            while wait and writer_of(run.run) is not None:
+                time.sleep(POLL_S)
+        else:
+            _stop_in_cluster(run, now, wait)
     _say(console, f"run {name} has ended" if wait else f"run {name} was asked to stop")
     return 0
 
@@ -298,12 +340,16 @@ def _stop_in_cluster(run: ClusterRun, now: bool, wait: bool) -> None:
         cluster.call("kill", run.name)  # the driver sees its controller go, and ends
     else:
         cluster.call("stop", run.name)
-    while wait:
-        if job is not None and cluster.jobs is not None:
-            if cluster.jobs.get_job_status(job.submission_id) in TERMINAL:
-                return
-        elif run.name not in cluster.running():
-            return
+    if job is not None:
+        _until_ended(cluster, job, wait)
+        return
+    while wait and run.name in cluster.running():
+        time.sleep(POLL_S)
+
+
+def _until_ended(cluster: Cluster, job: Any, wait: bool) -> None:
+    assert cluster.jobs is not None  # the job was found through it
+    while wait and cluster.jobs.get_job_status(job.submission_id) not in TERMINAL:
         time.sleep(POLL_S)
 
 
@@ -323,6 +369,8 @@ def parse_targets(items: list[str]) -> dict[str, int]:
 def scale(name: str, items: list[str], address: str | None, console: Console) -> int:
     """Sets how many workers the pools of a run shall have."""
     targets = parse_targets(items)
+    if "/" not in name:
+        reachable(find_address(address))  # else the answer would be about folders, which have no workers
     run = find(name, address, Path("/nonexistent"))
     if isinstance(run, FolderRun):
         raise RunFailed(f"run {name}: only a run in a cluster can be scaled")

@@ -126,7 +126,7 @@ class _Watch:
                 continue
             except ray.exceptions.RayError:
                 return ray.get(ended)  # the controller is gone: this raises why
-            seen += len(snapshot["records"])
+            seen = snapshot["recorded"]
             self.host, self.step = snapshot.get("host", self.host), max(self.step, snapshot["step"])
             view.update(snapshot)
             if ready:

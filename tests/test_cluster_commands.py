@@ -279,8 +279,30 @@ def test_stop_asks_the_controller(capsys, live_cluster, monkeypatch):
     assert run(capsys, "stop", "try1", "--no-wait", "-a", NOWHERE)[0] == 0
     assert run(capsys, "stop", "try1", "--now", "--no-wait", "-a", NOWHERE)[0] == 0
     assert [call[0] for call in live_cluster.calls] == ["stop", "kill"]
+    monkeypatch.setattr(runs, "reachable", lambda address: address)
     assert run(capsys, "scale", "try1", "rollout=4", "-a", NOWHERE)[1] == "rollout: 4\n"
     assert live_cluster.calls[-1] == ("scale", "try1", {"targets": {"rollout": 4}})
+
+
+def test_a_run_that_has_no_controller_yet(capsys, live_cluster, monkeypatch):
+    """Between `rushes submit` and the controller's start: it is not called ended, is waited for, and can be stopped."""
+    monkeypatch.setattr(runs, "POLL_S", 0.0)
+    live_cluster.ended = [job("new", "PENDING")]
+    status, out, _ = run(capsys, "status", "new", "-a", NOWHERE)
+    assert status == 0 and "run 'new' is starting or ending (job new-1 is PENDING)" in out and "logs new -f" in out
+    assert json.loads(run(capsys, "status", "new", "--json", "-a", NOWHERE)[1])["job"] == "new-1"
+    monkeypatch.setattr(runs, "reachable", lambda address: address)
+    status, _, err = run(capsys, "scale", "new", "rollout=2", "-a", NOWHERE)
+    assert status == 2 and "cannot be asked yet" in err and err.count("\n") == 1
+    stopped = []
+    statuses = iter(["RUNNING", "STOPPED"])
+    live_cluster.jobs = SimpleNamespace(stop_job=stopped.append, get_job_status=lambda job: next(statuses))
+    assert run(capsys, "stop", "new", "-a", NOWHERE)[:2] == (0, "run new has ended\n") and stopped == ["new-1"]
+    names = iter([["try1"], ["try1"], ["new", "try1"]])
+    live_cluster.running = lambda: next(names)
+    live_cluster.snapshots["new"] = live_cluster.snapshots["try1"]
+    status, out, _ = run(capsys, "watch", "new", "-a", NOWHERE)
+    assert status == 0 and out.count("is starting or ending") == 1 and out.endswith("run new has ended\n")
 
 
 # ------------------------------------------------------------------------------------------------ this machine

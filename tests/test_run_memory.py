@@ -1,4 +1,4 @@
-"""An evaluation without workers: its record, and that nothing keeps the version it looked at."""
+"""What a run keeps in memory: an evaluation lets go of its version, the metrics of old steps go."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import tiny
 from actors.common import RunContext
 from actors.evaluation import Evaluator
 from actors.flow import Job
+from actors.recorder import Recent
 from pipeline.errors import RunFailed
 from pipeline.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 
@@ -80,3 +81,14 @@ def test_an_evaluation_lets_go_of_the_version_it_looked_at(tmp_path, failing):
     else:
         assert (record["step"], record["tag"], record["n"], record["mean"]) == (3, "ema", 4, 0.5)
         assert len(list((tmp_path / "eval" / "step-000003").glob("*.png"))) == 4
+
+
+def test_only_the_last_steps_stay_in_memory():
+    recent, seen, shown = Recent(kept=3), 0, []
+    for step in range(1, 8):
+        recent.add({"step": step})
+        if step in (1, 2, 6, 7):  # who looks often misses nothing; who comes late gets what is kept
+            shown.append([record["step"] for record in recent.after(seen)])
+            seen = recent.count
+    assert shown == [[1], [2], [4, 5, 6], [7]] and recent.after(seen) == [] == recent.after(10**9)
+    assert [record["step"] for record in recent.after(-2)] == [6, 7] and recent.count == 7
