@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, Literal
@@ -74,8 +75,9 @@ class LearnerGroup:
         if not self._needs:
             return
         if self._room is None:
-            # Without a name: that of a dead controller's group stays taken for a while.
-            self._room = placement_group([dict(self._needs)] * len(self.slots), strategy="PACK")
+            # Ray keeps it when this controller dies, until the job ends: the driver finds it by its name, used once.
+            name = f"{self.ctx.run.name}/learner-room-{uuid.uuid4().hex[:12]}"
+            self._room = placement_group([dict(self._needs)] * len(self.slots), strategy="PACK", name=name)
         await self._patiently(self._room_given(self._room), self._waiting, FIRST_SAID_S)
 
     async def _room_given(self, room: PlacementGroup) -> None:

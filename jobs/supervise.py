@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -139,9 +140,16 @@ class _Watch:
 
 
 def _wait_until_gone(run: str) -> None:
-    """Returns once no actor of the run is left: two controllers' actors would share its files and the machine."""
+    """Returns once no actor of the run is left: two controllers' actors would share its files and the machine. What was
+    reserved for the dead controller's learner is given back, which Ray would do only when the whole job ends: on a
+    cluster with just enough GPUs the next learner would wait for room that its predecessor holds."""
     import ray
+    from ray.util import get_placement_group, placement_group_table, remove_placement_group
 
+    for room in placement_group_table().values():
+        if room["name"].startswith(f"{run}/") and room["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):  # it has just gone
+                remove_placement_group(get_placement_group(room["name"]))
     started = time.monotonic()
     while names := [name for name in ray.util.list_named_actors() if name.startswith(f"{run}/")]:
         if time.monotonic() - started > GONE_S:

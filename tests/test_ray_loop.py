@@ -23,6 +23,7 @@ import psutil
 import pytest
 import ray
 import tiny
+from ray.util import placement_group_table
 from rich.console import Console
 
 from actors import learner_group
@@ -301,6 +302,8 @@ def test_a_killed_controller_is_followed_by_another_that_changes_nothing(cluster
         outcome = ended.result(120)
     assert outcome["status"] == "finished" and outcome["groups"] == undisturbed.outcome["groups"]
     assert "its process died" in said.getvalue() and "going on at step" in said.getvalue()
+    rooms = [room for room in placement_group_table().values() if room["name"].startswith("controller/")]
+    assert [room["state"] for room in rooms] == ["REMOVED"] * 2, "the dead controller's learner still has its resources"
     other = object.__new__(Run)
     other.dir = run
     same_results(other, undisturbed)
