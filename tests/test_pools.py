@@ -166,7 +166,7 @@ def test_scaled_by_hand_past_the_room_there_is_and_down_again(fast, tmp_path):
         assert len(world.done) >= 33  # those that left finished what they had in hand, and took nothing more
         await world.until(lambda: len(world.done) == 35)
         assert "policy" in (await world.tender.scale({"rollout": 0}))["rollout"] and pool.limits == Workers(1, 1)
-        with pytest.raises(ConfigError, match="no pool 'rolout'; did you mean rollout"):
+        with pytest.raises(ConfigError, match=r"no pool 'rolout' \(pools: rollout\); did you mean rollout"):
             await world.tender.scale({"rollout": 3, "rolout": 2})
         with pytest.raises(ConfigError, match="rollout=-1: expected a whole number"):
             await world.tender.scale({"rollout": -1})
