@@ -116,7 +116,7 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        live = learner.text.attach(replayer, trajectory.sampling)
+        live = learner.lanes[0].text.attach(replayer, trajectory.sampling)
     parts = plan_memory(cfg, NONE)["roles"]["learner"]["parts"]
     planned, measured = parts["text encoders' activations"], sum(held.values())
     del live

@@ -363,12 +363,13 @@ def test_results_outlive_the_worker_that_made_them(cluster, tiny_sd3, files, tmp
     prompt = PromptItem(index=0, text="a red circle")
     pid = ray.get(worker.start.remote([prompt]))["pid"]
     with pytest.raises(ray.exceptions.RayTaskError, match="holding None"):
-        ray.get(worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")[0])
+        ray.get(worker.generate.options(num_returns=3).remote([train_work(cfg, 0, 0, prompt)], 0, "train")[0])
     weights = _weights(cfg)
     version = PolicyVersion(number=0, tag="train", checksum=weights.checksum, weights=ray.put(weights))
     assert ray.get(worker.load.remote(version)) == weights.checksum == checksum(weights.tensors)
-    meta, media, trajectory = worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")
-    assert ray.get(meta).worker == "rollout-0"
+    works = [train_work(cfg, 0, 0, prompt)]
+    metas, media, trajectory = worker.generate.options(num_returns=3).remote(works, 0, "train")
+    assert ray.get(metas)[0].worker == "rollout-0"
     os.kill(pid, signal.SIGKILL)
     while psutil.pid_exists(pid):
         time.sleep(0.02)
