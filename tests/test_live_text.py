@@ -103,7 +103,7 @@ def test_gradients_are_those_of_one_long_graph(start):
     trajectory = batch.trajectory
     for part in trajectory.parts:
         replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), learner.modules, learner.device)
-        live = learner.text.attach(replayer, trajectory.sampling)
+        live = learner.lanes[0].text.attach(replayer, trajectory.sampling)
         roots = {id(leaf): root for root, leaf in live._roots.values()}
         replayer.fresh = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):

@@ -121,7 +121,7 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
     planned, measured = parts["text encoders' activations"], sum(held.values())
     del live
     assert abs(planned / measured - 1) < 0.2, (planned, measured)
-    modules = [m for m in learner.text.pipe.components.values() if isinstance(m, torch.nn.Module)]
+    modules = [m for m in learner.lanes[0].text.pipe.components.values() if isinstance(m, torch.nn.Module)]
     assert parts["weights"] == sum(weight_bytes_of(m) for m in modules)  # LoRA layers with them
 
 
