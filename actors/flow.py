@@ -1,7 +1,8 @@
 """Groups on their way through rollout workers and reward servers, with retries.
 
-A group travels as a `Job`. What it is for (training, evaluation) is behind `Sink`, which keeps the books and decides
-whether a failed attempt is repeated. Each worker has a loop here that takes jobs from its queue, one at a time.
+A group travels as a `Job`; those that one worker draws in one call travel to it as a `Draw`. What a group is for
+(training, evaluation) is behind `Sink`, which keeps the books and decides whether a failed attempt is repeated. Each
+worker has a loop here that takes from its queue, one item at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ class Job:
     work: GroupWork
     sink: Sink
     score_seed: int | None  # frame picks; None: centre picks
-    avoid: str | None = None  # worker that has just failed on it: another one takes it, if there is one
     meta: RolloutMeta = field(init=False)  # once rolled out
     media: ray.ObjectRef | None = None
     trajectory: ray.ObjectRef | None = None
@@ -52,6 +52,14 @@ class Job:
     def over(self) -> bool:
         """Nobody waits for it any more."""
         return self.abandoned or self.sink.retired
+
+
+@dataclass(eq=False)
+class Draw:
+    """Groups of one purpose and policy version that a worker draws in one call."""
+
+    jobs: tuple[Job, ...]
+    avoid: str | None = None  # worker that has just failed on it: another one takes it, if there is one
 
 
 @dataclass(eq=False)
@@ -90,7 +98,7 @@ class Flow:
         self.ctx, self.publisher, self._fatal = ctx, publisher, fatal
         cfg = ctx.cfg
         capacity = cfg.ray.queue_capacity
-        self.queue: BoundedQueue[Job] = BoundedQueue("rollout", capacity)
+        self.queue: BoundedQueue[Draw] = BoundedQueue("rollout", capacity)
         self.score_queues = {name: BoundedQueue[ScoreTask](f"reward.{name}", capacity) for name in cfg.rewards}
         rollout = cfg.rollout
         self.rollouts = Pool(
@@ -156,15 +164,15 @@ class Flow:
         for pool in self.pools:
             pool.stop()
 
-    async def submit(self, job: Job) -> None:
-        """Waits for room in the rollout queue."""
-        await self.queue.put(job)
+    async def submit(self, *jobs: Job) -> None:
+        """Waits for room in the rollout queue. Several jobs are drawn in one call; when it fails, each gets its own."""
+        await self.queue.put(Draw(jobs))
 
     async def again(self, job: Job, avoid: str | None = None) -> None:
         """The same group on the same seeds, at the front of the rollout queue."""
         job.abandoned = True
         job.media = job.trajectory = None
-        await self.queue.put_back(Job(work=job.work, sink=job.sink, score_seed=job.score_seed, avoid=avoid))
+        await self.queue.put_back(Draw((Job(work=job.work, sink=job.sink, score_seed=job.score_seed),), avoid))
 
     # ------------------------------------------------------------------------------------------- rollout
 
@@ -172,39 +180,49 @@ class Flow:
         """Draws groups with the slot's worker until the slot rests."""
         pool = self.rollouts
         while True:
-            job = await self.queue.get_until(
-                lambda: slot.resting, lambda job: job.avoid != slot.name or not pool.others_alive(slot)
+            draw = await self.queue.get_until(
+                lambda: slot.resting, lambda draw: draw.avoid != slot.name or not pool.others_alive(slot)
             )
-            if job is None:
+            if draw is None:
                 return
-            if job.over:
+            jobs = [job for job in draw.jobs if not job.over]
+            del draw
+            if not jobs:
                 continue
-            version = job.sink.version()
-            attempt = job.sink.started(job, slot.name, version)
-            job.work = replace(job.work, attempt=attempt)
+            version = jobs[0].sink.version()
+            for job in jobs:
+                attempt = job.sink.started(job, slot.name, version)
+                job.work = replace(job.work, attempt=attempt)
             started = time.monotonic()
             try:
                 await self._timed(self.publisher.confirm(slot, version), f"holding version {version.number}")
-                slot.doing = f"{job.work.purpose} group {job.group}"
-                meta, media, trajectory = slot.actor.generate.options(num_returns=3).remote(
-                    job.work, version.number, version.tag
+                slot.doing = f"{jobs[0].work.purpose} group {', '.join(str(job.group) for job in jobs)}"
+                metas, *drawn = slot.actor.generate.options(num_returns=1 + 2 * len(jobs)).remote(
+                    [job.work for job in jobs], version.number, version.tag
                 )
-                job.meta = await self._timed(meta, "generated")
+                answers = await self._timed(metas, "generated")
             except Exception as error:
-                await self._rollout_failed(slot, job, error)
+                await self._rollout_failed(slot, jobs, error)
             else:
                 pool.history.finished(time.monotonic() - started)
-                if job.over:
-                    slot.doing = IDLE
-                    del media, trajectory, meta, job
-                    continue
                 slot.doing = "handing over"
-                job.media, job.trajectory = media, trajectory
-                del media, trajectory, meta  # the job alone keeps them alive
-                job.sink.rolled(job)
-                await self._to_scoring(job)
+                jobs = [job for job in self._drawn(jobs, answers, drawn) if not job.over]
+                del metas, drawn  # the jobs alone keep them alive
+                for job in jobs:
+                    job.sink.rolled(job)
+                for job in jobs:
+                    await self._to_scoring(job)
                 slot.doing = IDLE
-            del job
+            del jobs, job
+
+    @staticmethod
+    def _drawn(jobs: list[Job], metas: list[RolloutMeta], drawn: list[ray.ObjectRef]) -> list[Job]:
+        """The jobs with what came of them; `drawn`: media and trajectory of each in turn."""
+        for job, meta, media, trajectory in zip(jobs, metas, drawn[::2], drawn[1::2], strict=True):
+            job.meta = meta
+            if not job.over:
+                job.media, job.trajectory = media, trajectory
+        return jobs
 
     async def _timed(self, awaitable: Awaitable[Any], what: str) -> Any:
         limit = self.ctx.cfg.rollout.timeout_s
@@ -213,22 +231,30 @@ class Flow:
         except TimeoutError:
             raise TimeoutError(f"not {what} within {limit:g} s (rollout.timeout_s)") from None
 
-    async def _rollout_failed(self, slot: Slot, job: Job, error: Exception) -> None:
-        if is_going(error):
-            slot.doing, slot.moving = IDLE, describe(error)
-            if not job.over:
-                job.sink.handed_back(job)
-                await self.again(job, avoid=slot.name)
-            return
+    async def _rollout_failed(self, slot: Slot, jobs: list[Job], error: Exception) -> None:
+        """A group's own failure; or that of a call for several, whose groups are then drawn one by one, uncounted."""
         reason = f"{slot.place}: {describe(error)}"
-        again = not job.over and job.sink.rollout_failed(job, reason)
-        if not job.over:
-            self._log_failure(job, "rollout", reason, again)
+        going, alone = is_going(error), len(jobs) == 1
         healthy = is_deterministic(error) or is_lost(error)
-        if not healthy:
+        if going:
+            slot.doing, slot.moving = IDLE, describe(error)
+        elif not healthy:
             slot.info = {}  # not alive: other workers need not wait for it
-        if again:
-            await self.again(job, avoid=slot.name)
+        if not going and not alone:
+            log.warning("drawing %d groups in one call failed: %s; they are drawn one by one", len(jobs), reason)
+        for job in reversed(jobs):
+            if job.over:
+                continue
+            if going or not alone:
+                job.sink.handed_back(job)
+                again = True
+            else:
+                again = job.sink.rollout_failed(job, reason)
+                self._log_failure(job, "rollout", reason, again)
+            if again:
+                await self.again(job, avoid=slot.name)
+        if going:
+            return
         if healthy:
             slot.doing = IDLE
             return

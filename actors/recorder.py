@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -54,6 +55,7 @@ class Recorder:
         self._tracker = make_tracker(self.cfg, ctx.run.path)
         self._gauges = RunMetrics(ctx.run.name)
         self._writer = ThreadPoolExecutor(1, "writer")
+        self._own_s = time.process_time()
         self._busy: set[asyncio.Future] = set()
 
     # ------------------------------------------------------------------------------------------- metrics
@@ -85,7 +87,9 @@ class Recorder:
             self._write(self._tracker.log_media, record["step"], "heldout", media)
 
     def times(self, jobs: list[Job], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
-        """Seconds: of the step, and that each role was busy with it (per worker); and the queues."""
+        """Seconds: of the step, and that each role was busy with it (per worker; of this process: computed); and the
+        queues."""
+        own_s, self._own_s = time.process_time() - self._own_s, time.process_time()
         workers = {pool.name: max(1, len(pool.ready)) for pool in self._flow.pools}
         rollout = sum(job.meta.seconds["total"] for job in jobs) / workers["rollout"]
         score = {
@@ -98,6 +102,7 @@ class Recorder:
             "time/score": sum(score.values()),
             "time/learn": learned_s,
             "time/sync": sync_s,
+            "time/controller": own_s,
             "takes_per_s": self.cfg.algorithm.group_size * len(jobs) / step_s,
         }
         times |= {f"workers/{name}": float(count) for name, count in workers.items()}

@@ -47,25 +47,32 @@ class RolloutWorker(RoleActor):
             self.held = (version.number, version.tag)
         return found
 
-    def generate(self, work: GroupWork, number: int, tag: str) -> tuple[RolloutMeta, Media, Trajectory | None]:
-        """Draws one group; the three results are separate objects. The caller owns them."""
-        with self.doing(f"generating {work.purpose} group {work.group}", work.group):
+    def generate(self, works: list[GroupWork], number: int, tag: str) -> tuple[Any, ...]:
+        """Draws groups: (their metas, media and trajectory of the first, of the second, ...), as separate objects. The
+        caller owns them."""
+        groups = ", ".join(str(work.group) for work in works)
+        with self.doing(f"generating {works[0].purpose} group {groups}", works[0].group):
             if self.held != (number, tag):
                 raise RuntimeError(f"asked for version {number} ({tag}), holding {self.held}")
-            media, trajectory, seconds = self.policy.rollout(work)
-            self.metrics.takes(len(media.frames))
-            if trajectory is not None and trajectory.version != number:
-                trajectory = replace(trajectory, version=number)
-            meta = RolloutMeta(
-                group=work.group,
-                attempt=work.attempt,
-                version=number,
-                worker=self.name,
-                seconds=seconds,
-                trajectory_bytes=_bytes(trajectory),
-                media_bytes=media.frames.nbytes,
-            )
-        return meta, media, trajectory
+            metas: list[RolloutMeta] = []
+            objects: list[Media | Trajectory | None] = []
+            for work, (media, trajectory, seconds) in zip(works, self.policy.rollouts(works), strict=True):
+                self.metrics.takes(len(media.frames))
+                if trajectory is not None and trajectory.version != number:
+                    trajectory = replace(trajectory, version=number)
+                metas.append(
+                    RolloutMeta(
+                        group=work.group,
+                        attempt=work.attempt,
+                        version=number,
+                        worker=self.name,
+                        seconds=seconds,
+                        trajectory_bytes=_bytes(trajectory),
+                        media_bytes=media.frames.nbytes,
+                    )
+                )
+                objects += [media, trajectory]
+        return metas, *objects
 
 
 def _bytes(trajectory: Trajectory | None) -> int:

@@ -17,7 +17,7 @@ from pipeline.combining import Combiner
 from pipeline.config import Config
 from pipeline.errors import RunFailed
 from pipeline.ledger import FAILED, Ledger
-from pipeline.plan import train_work
+from pipeline.plan import company, train_work
 from pipeline.prompts import PromptCursor
 from pipeline.types import PolicyVersion, PromptItem
 
@@ -69,13 +69,26 @@ class Training:
                     group = self.ledger.admit(step, self._cursor.next().index)
                     heapq.heappush(self._waiting, (step, group.id))
             while not self._paused and self._may_submit():  # paused: an evaluation began while this waited for room
-                await self._flow.submit(self._job(heapq.heappop(self._waiting)[1]))
+                await self._flow.submit(*self._company())
 
     def _has_work(self) -> bool:
         return not self._paused and (self.ledger.wanted() is not None or self._may_submit())
 
     def _may_submit(self) -> bool:
         return bool(self._waiting) and self.ledger.may_start(self._waiting[0][1])
+
+    def _company(self) -> list[Job]:
+        """The next group that may start, and those that are drawn with it: neighbours in their step (`plan.company`),
+        whoever is faster."""
+        jobs = [self._job(heapq.heappop(self._waiting)[1])]
+        first = self.ledger.groups[jobs[0].group]
+        call = company(self.cfg, first.place)
+        while call is not None and self._may_submit():
+            other = self.ledger.groups[self._waiting[0][1]]
+            if (other.step, company(self.cfg, other.place)) != (first.step, call):
+                break
+            jobs.append(self._job(heapq.heappop(self._waiting)[1]))
+        return jobs
 
     def _job(self, group: int) -> Job:
         item = self.ledger.groups[group]

@@ -108,7 +108,7 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
             **{name: _median(plain[threads], f"time/{name}") for name in ("rollout", "score", "learn")},
         },
         "speedup_vs_plain_loop": plain_s / step,
-        "between_roles": between_roles(ours),
+        "between_roles": between_roles(ours, cores),
     }
     if less:
         less_s = _median(less, "time/step")
@@ -120,11 +120,10 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
     return found
 
 
-def between_roles(rows: list[dict[str, float]]) -> float:
-    """Median share of a step in which neither rollout (with scoring at its side) nor the learner works: controller,
-    queues, weight sync, and the wait for the last worker. With max_staleness 0, where the roles take turns."""
-    shares = [(r["time/step"] - r["time/rollout"] - r["time/learn"]) / r["time/step"] for r in rows]
-    return float(np.median(shares))
+def between_roles(rows: list[dict[str, float]], cores: int) -> float:
+    """Median share of a step that goes to what is between the roles: the controller's computing (loop, queues, ledger,
+    files, Ray's threads in its process), and weights on their way, during which all cores may wait."""
+    return float(np.median([(r["time/controller"] / cores + r["time/sync"]) / r["time/step"] for r in rows]))
 
 
 def machine() -> dict[str, Any]:

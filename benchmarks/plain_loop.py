@@ -24,7 +24,7 @@ from actors.training import scoring_seed
 from pipeline.combining import Combiner
 from pipeline.config import Config
 from pipeline.config_io import load_config
-from pipeline.learner import matching_noise
+from pipeline.lane import matching_noise
 from pipeline.plan import train_work
 from pipeline.prompts import PromptCursor, load_prompts
 from pipeline.rewards.loader import build_scorer

@@ -130,7 +130,8 @@ class Sleepers:
         await version.weights
         return version.checksum
 
-    async def generate(self, seat: str, work: Any, number: int, tag: str) -> tuple[Any, Any, Any]:
+    async def generate(self, seat: str, works: Any, number: int, tag: str) -> tuple[Any, Any, Any]:
+        (work,) = works
         seconds = self.plan.rollout(work.group)
         await asyncio.sleep(seconds)
         size = self.plan.message_bytes
@@ -145,7 +146,7 @@ class Sleepers:
         )
         latents = np.zeros(size, np.uint8)
         trajectory = Trajectory(group=work.group, version=number, sampling=work.sampling, parts=(), spec={"x": latents})
-        return meta, Media(frames=np.zeros((2, 1, size // 6, 1, 3), np.uint8), fps=8.0), trajectory
+        return [meta], Media(frames=np.zeros((2, 1, size // 6, 1, 3), np.uint8), fps=8.0), trajectory
 
     async def score(self, seat: str, media: Media, prompts: Any, seed: Any, group: int) -> RewardScores:
         seconds = self.plan.score(group)

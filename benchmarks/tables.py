@@ -47,7 +47,7 @@ def render(found: dict[str, Any]) -> list[str]:
         ]
         for role in ("rollout", "score", "learn", "sync"):
             rows.append([f"{role} (s per step and worker)", *(f"{found[n]['roles'][role]:.2f}" for n in names)])
-        rows.append(["controller, queues, sync, last worker", *(f"{found[n]['between_roles']:.1%}" for n in names)])
+        rows.append(["controller, queues, sync", *(f"{found[n]['between_roles']:.1%}" for n in names)])
         blocks.append(_table(["", *(f"`{n}`" for n in names)], rows))
         if "less_work" in found.get("quickstart", {}):
             less = found["quickstart"]["less_work"]

@@ -102,9 +102,9 @@ class RaySession:
                 num_cpus=self.cfg.ray.num_cpus,
                 resources={name: 1000.0 for name in ROLE_RESOURCES},  # this machine plays all roles
                 object_store_memory=self.cfg.ray.object_store_mb * 2**20,
-                include_dashboard=self.cfg.ray.dashboard,
+                include_dashboard=self.cfg.ray.dashboard is not None,
                 dashboard_host="127.0.0.1",
-                dashboard_port=self.cfg.ray.dashboard_port,
+                dashboard_port=self.cfg.ray.dashboard,
                 **common,
             )
         except (KeyboardInterrupt, SystemExit):

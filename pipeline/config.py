@@ -267,6 +267,10 @@ class LearnerConfig(Section):
     context_parallel: Count = Field(
         1, description="Ranks that split one take's sequence (long videos); must divide learner.ranks."
     )
+    lanes: Count = Field(
+        1,
+        description="Groups replayed side by side, a thread each: small models on a CPU gain nothing from `threads`.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     micro_batch: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -279,7 +283,8 @@ class LearnerConfig(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     resources: HalfCpu = Field({"CPU": 0.5}, description="Ray resources reserved per rank: CPU, GPU, memory, custom.")
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="Compute threads per rank; 0: all cores, shared by the ranks of a node."
+        0,
+        description="Compute threads per rank, and of each of its lanes; 0: all cores, shared by the ranks of a node.",
     )
 
 
@@ -290,7 +295,11 @@ class RolloutConfig(Section):
         json_schema_extra={"default": 1},
         description="Rollout workers: a number, or a range within which the pool follows its queue.",
     )
-    batch: Annotated[int, Field(ge=0)] = Field(0, description="Takes per pipeline call; 0: the whole group at once.")
+    batch: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Takes per pipeline call; 0: the whole group at once; twice the group size or more: several groups "
+        "of a step at once, faster for small models and the same to rounding.",
+    )
     merge_lora: bool = Field(
         False, description="Merge the LoRA into the weights for sampling (faster, same to rounding)."
     )
@@ -351,8 +360,12 @@ class RayConfig(Section):
     address: str | None = Field(None, description="Ray address; default: a running cluster if found, else a local one.")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray; default: all cores.")
     object_store_mb: Annotated[int, Field(ge=80)] = Field(512, description="Object store of a local Ray, in MiB.")
-    dashboard: bool = Field(False, description="Start the dashboard of a local Ray (on localhost).")
-    dashboard_port: Annotated[int, Field(ge=1024, le=65535)] = Field(8265, description="Port of that dashboard.")
+    dashboard: int | None = Field(
+        None,
+        ge=1024,
+        le=65535,
+        description="Port of a local Ray's dashboard (on localhost), such as 8265; default: none.",
+    )
     queue_capacity: Count = Field(8, description="Groups each queue between roles may hold.")
 
 
@@ -407,10 +420,16 @@ class Config(Section):
                 "generator.embedding_cache: embeddings change with every version when text encoders are trained; "
                 "leave it out, or set trainable.modules to denoiser"
             )
-        if self.learner.ranks > 1 and (self.trainable.modules != "denoiser" or self.generator.quantize != "none"):
-            key = "trainable.modules" if self.trainable.modules != "denoiser" else "generator.quantize"
-            only = "denoiser" if key == "trainable.modules" else "none"
-            raise ValueError(f"learner.ranks: {self.learner.ranks} ranks need {key} {only}; set it, or learner.ranks=1")
+        for apart, count in (("ranks", self.learner.ranks), ("lanes", self.learner.lanes)):
+            if count > 1 and (self.trainable.modules != "denoiser" or self.generator.quantize != "none"):
+                key = "trainable.modules" if self.trainable.modules != "denoiser" else "generator.quantize"
+                only = "denoiser" if key == "trainable.modules" else "none"
+                raise ValueError(f"learner.{apart}: {count} {apart} need {key} {only}; set it, or learner.{apart}=1")
+        if self.learner.ranks > 1 and self.learner.lanes > 1:
+            raise ValueError(
+                f"learner.lanes: {self.learner.lanes} lanes share one process, not learner.ranks {self.learner.ranks}; "
+                "set one of them to 1"
+            )
         if self.learner.ranks % self.learner.context_parallel:
             raise ValueError(
                 f"learner.context_parallel: {self.learner.context_parallel} does not divide learner.ranks "

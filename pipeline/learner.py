@@ -1,16 +1,16 @@
 """The GRPO learner: replays trajectories with gradients on, and takes optimiser steps. Plain torch, no Ray.
 
-One optimisation step = `updates_per_step` optimiser updates, each over whole groups. A micro-batch is one trained
-transition of some takes of one group, so its inputs are exactly the recorded ones (objective awm: several of them, with
-`learner.micro_batch` above the group size). With several ranks (`pipeline.ranks`) each replays its share of the
-micro-batches, and every call belongs to all ranks together.
+One optimisation step = `updates_per_step` optimiser updates, each over whole groups, which lanes (`pipeline.lane`)
+replay micro-batch by micro-batch. With several ranks (`pipeline.ranks`) each replays its share of the micro-batches,
+and every call belongs to all ranks together.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from pipeline import weights as weights_lib
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, RunFailed, UnsupportedPolicyError
-from pipeline.generators.live_text import LiveText, reference_inputs
+from pipeline.generators.live_text import LiveText
 from pipeline.generators.loading import (
     denoisers_of,
     load_denoisers,
@@ -28,17 +28,10 @@ from pipeline.generators.loading import (
     resolve_dtype,
     trained_modules,
 )
-from pipeline.generators.merging import merged
-from pipeline.generators.replay import Replayer
-from pipeline.generators.spec import PolicySpec
-from pipeline.objectives import OBJECTIVES, Terms, matching
+from pipeline.lane import Lane, MicroBatch
 from pipeline.ranks import Ranks, copy_into, like, whole
-from pipeline.samplers import Transition, log_prob
-from pipeline.samplers.transition import gaussian_kl
-from pipeline.types import GroupBatch, Trajectory, WeightSet
+from pipeline.types import GroupBatch, WeightSet
 from pipeline.update import LOGGED, Update, pairs_of
-
-MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j
 
 
 class Learner:
@@ -59,7 +52,7 @@ class Learner:
         if cfg.generator.quantize != "none":
             base = wire  # rounded from the same weights as the rollouts'
         self._wire_dtype = wire if full else torch.float32
-        self.text: LiveText | None = None
+        text: LiveText | None = None
         if cfg.trainable.modules == "denoiser":
             # Shards go to the device block by block: the whole model need not fit there.
             at_first = self.device if self.ranks.world == 1 else torch.device("cpu")
@@ -71,18 +64,26 @@ class Learner:
                 for module in self.modules.values():
                     module.to(base)
             self.trained = trained_modules(pipe, cfg.trainable)
-            self.text = LiveText(pipe, cfg.generator)
+            text = LiveText(pipe, cfg.generator)
         needs_reference = cfg.algorithm.kl_beta > 0
-        self._reference = copy.deepcopy(self.modules) if full and needs_reference else None
+        reference = copy.deepcopy(self.modules) if full and needs_reference else None
         weights_lib.attach(self.trained, cfg.trainable, cfg.run.seed)
         if cfg.learner.activation_checkpointing:
             for module in self.modules.values():
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
                 module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
                 _no_dropout(module)
-        for modules in (self.modules, self._reference or {}):
+        for modules in (self.modules, reference or {}):
             self.ranks.split_context(modules)
             self.ranks.shard(modules)
+        if cfg.learner.lanes > 1 and self.device.type != "cpu":
+            raise UnsupportedPolicyError(
+                f"learner.lanes: {cfg.learner.lanes} lanes are threads of a CPU, and the learner is on {self.device}; "
+                "set learner.lanes=1 (learner.micro_batch makes larger calls, learner.ranks uses several GPUs)"
+            )
+        self.lanes = [Lane(cfg, self.device, self.modules, self.trained, reference, text)]
+        self.lanes += [self.lanes[0].twin() for _ in range(cfg.learner.lanes - 1)]
+        self._threads = ThreadPoolExecutor(max(1, len(self.lanes) - 1), "lane")
         self.parameters = weights_lib.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -102,7 +103,7 @@ class Learner:
         The groups may come in portions, unless a step has several updates: `first` is the place of the batch's first
         group in the step, `last` whether the step ends with it. Until then gradients are added up and nothing is
         returned; with `first` 0 they are begun anew. In portions or at once, the result is the same bit for bit where a
-        portion is a multiple of `Ranks.apart` groups.
+        portion is a multiple of `apart` groups.
         Raises RunFailed when a gradient or the loss is not finite (the weights are left as they were).
         """
         stats: dict[str, list[Any]] = defaultdict(list)
@@ -113,8 +114,8 @@ class Learner:
                 self._begin(groups, len(groups) if last else algorithm.groups_per_step)
             if self._update.done != first:
                 raise RuntimeError(f"group {first} of the step was given, expected was {self._update.done}")
-            for at in range(0, len(groups), self.ranks.apart):
-                self._replay(groups[at : at + self.ranks.apart])
+            for at in range(0, len(groups), self.apart):
+                self._replay(groups[at : at + self.apart])
             if last:
                 self._finish(stats, first=number == 0)
         if not last:
@@ -131,41 +132,81 @@ class Learner:
         metrics[name] = float(max(on_policy))
         return metrics
 
+    @property
+    def apart(self) -> int:
+        """How many groups are replayed at a time."""
+        return self.ranks.apart * len(self.lanes)
+
     def _begin(self, groups: list[GroupBatch], total: int) -> None:
         """A new update of `total` groups, of which `groups` are the first."""
         looks = self.ranks.apart  # as many as compute apart, so that none waits for it
         turns = frozenset((self.version * looks + i) % total for i in range(looks))
         self._update = Update(total, divisor=pairs_of(groups) * total // len(groups), looked_at=turns)
-        self.optimizer.zero_grad(set_to_none=True)
+        for lane in self.lanes:
+            for parameter in weights_lib.trainable(lane.trained).values():
+                parameter.grad = None
 
     def _replay(self, groups: list[GroupBatch]) -> None:
         """Adds the gradients of the update's next groups, of the loss averaged over all (take, trained step) pairs."""
         update = self._update
-        self._checked = {
-            group.trajectory.group for i, group in enumerate(groups) if update.done + i in update.looked_at
-        }
-        plan = None if self.ranks.world == 1 else self._plan(groups)
-        before = len(update.found) if plan is None else len(update.sizes)
-        for index, group, (replayer, j, takes), counts in self._work(groups, plan):
-            advantages = self._advantages(group, replayer, takes)
-            micro_loss = self._matching_loss if self.cfg.algorithm.objective == "awm" else self._micro_loss
-            loss, logs = micro_loss(group.trajectory, replayer, j, takes, advantages)
-            mean = loss.sum() / update.divisor
-            (mean if plan is None else mean * self.ranks.gradient_part(counts)).backward()
-            if counts and self.ranks.records:
-                sums = [float(logs[name].sum()) for name in LOGGED]
-                row = [float(logs["gap"].abs().max()), *sums, *logs["ratio"].cpu().numpy()]
-                update.found[before + index] = np.array(row)
-        if plan is not None:
-            update.sizes += [1 + len(LOGGED) + size for *_, size, _ in plan]
+        looks = [update.done + i in update.looked_at for i in range(len(groups))]
+        if self.ranks.world == 1:
+            work = [[] for _ in self.lanes]  # type: list[list[tuple[int, GroupBatch, bool]]]
+            for i, (group, look) in enumerate(zip(groups, looks, strict=True)):
+                work[i % len(work)].append((update.done + i, group, look))
+            others = [self._threads.submit(self._follow, *pair) for pair in zip(self.lanes[1:], work[1:], strict=True)]
+            update.found |= self._follow(self.lanes[0], work[0])
+            for other in others:
+                update.found |= other.result()
+        else:
+            self._replay_share(groups, looks)
         update.done += len(groups)
         update.pairs += pairs_of(groups)
+
+    def _follow(self, lane: Lane, work: Sequence[tuple[int, GroupBatch, bool]]) -> dict[tuple[int, int], np.ndarray]:
+        """One lane's groups (place in the update, group, whether its replay is looked at). Returns the micro-batches'
+        rows by (place, number)."""
+        found: dict[tuple[int, int], np.ndarray] = {}
+        for place, group, look in work:
+            number = 0
+            for part in range(len(group.trajectory.parts)):
+                micros = lane.micro_batches(group.trajectory, part)
+                for micro in micros:
+                    found[place, number] = self._backward(lane, group, micro, look, 1.0)
+                    number += 1
+                if (live := micros[0][0].live) is not None:
+                    live.backward()  # through the text encoders once, with the gradients of all micro-batches
+        return found
+
+    def _backward(self, lane: Lane, group: GroupBatch, micro: MicroBatch, look: bool, scale: float) -> np.ndarray:
+        """Adds the gradients of a micro-batch, times `scale`. Returns its row: [gap, LOGGED sums, ratios]."""
+        loss, logs = lane.losses(group, micro, look)
+        (loss.sum() / self._update.divisor * scale).backward()
+        sums = [float(logs[name].sum()) for name in LOGGED]
+        return np.array([float(logs["gap"].abs().max()), *sums, *logs["ratio"].cpu().numpy()])
+
+    def _replay_share(self, groups: list[GroupBatch], looks: list[bool]) -> None:
+        """This rank's share of the groups' micro-batches."""
+        update, lane = self._update, self.lanes[0]
+        plan = self._plan(groups, looks)
+        before = len(update.sizes)
+        place: tuple[int, int] | None = None
+        for index, counts in self.ranks.share([kind for *_, kind in plan]):
+            group_at, part, at, _, _ = plan[index]
+            group = groups[group_at]
+            if place != (group_at, part):
+                micros, place = lane.micro_batches(group.trajectory, part), (group_at, part)
+            row = self._backward(lane, group, micros[at], looks[group_at], self.ranks.gradient_part(counts))
+            if counts and self.ranks.records:
+                update.found[before + index] = row
+        update.sizes += [1 + len(LOGGED) + size for *_, size, _ in plan]
 
     def _finish(self, stats: dict[str, list[Any]], *, first: bool) -> None:
         """The optimiser's update, when all its groups have been replayed."""
         update = self._update
         if update.done != update.groups:
             raise RuntimeError(f"the update has {update.done} of its {update.groups} groups")
+        self._gather_lanes()
         rows = update.rows(self.ranks)
         stats["ratio_values"] += [row[1 + len(LOGGED) :].astype(np.float32) for row in rows]
         if first:
@@ -197,162 +238,28 @@ class Learner:
         stats["grad_norm"].append(float(norm))
         stats["lr"].append(lr)
 
-    def _work(
-        self, groups: list[GroupBatch], plan: list[tuple[int, int, int, int, Hashable]] | None
-    ) -> Iterator[tuple[int, GroupBatch, MicroBatch, bool]]:
-        """(number, group, micro-batch, whether it counts): all of the update's, or this rank's share of the plan."""
-        if plan is None:
-            number = 0
-            for group in groups:
-                for part in range(len(group.trajectory.parts)):
-                    micros = self._micro_batches(group.trajectory, part, self.device)
-                    for micro in micros:
-                        yield number, group, micro, True
-                        number += 1
-                    if (live := micros[0][0].live) is not None:
-                        live.backward()  # through the text encoders once, with the gradients of all micro-batches
-            return
-        place: tuple[int, int] | None = None
-        for index, counts in self.ranks.share([kind for *_, kind in plan]):
-            group_at, part, at, _, _ = plan[index]
-            group = groups[group_at]
-            if place != (group_at, part):
-                micros, place = self._micro_batches(group.trajectory, part, self.device), (group_at, part)
-            yield index, group, micros[at], counts
+    def _gather_lanes(self) -> None:
+        """Adds the other lanes' gradients to the first one's, in order."""
+        for lane in self.lanes[1:]:
+            for name, parameter in weights_lib.trainable(lane.trained).items():
+                mine, grad = self.parameters[name], parameter.grad
+                if grad is not None:
+                    mine.grad = grad if mine.grad is None else mine.grad.add_(grad)
+                parameter.grad = None
 
-    def _plan(self, groups: list[GroupBatch]) -> list[tuple[int, int, int, int, Hashable]]:
-        """All micro-batches of an update, the same on every rank: (position of the group, part, position in the part,
+    def _plan(self, groups: list[GroupBatch], looks: list[bool]) -> list[tuple[int, int, int, int, Hashable]]:
+        """All micro-batches of some groups, the same on every rank: (position of the group, part, position in the part,
         takes, kind), where those of a kind call the same modules equally often."""
         plan: list[tuple[int, int, int, int, Hashable]] = []
+        lane = self.lanes[0]
         for group_at, group in enumerate(groups):
             for part in range(len(group.trajectory.parts)):
-                micros = self._micro_batches(group.trajectory, part, torch.device("cpu"))
+                micros = lane.micro_batches(group.trajectory, part, torch.device("cpu"))
                 for at, (replayer, j, takes) in enumerate(micros):
                     calls = tuple(call.module for call in replayer.part.steps[j].calls)
-                    looks = self._looks_at_replay(group.trajectory, replayer, j, takes)
-                    plan.append((group_at, part, at, takes.stop - takes.start, (calls, looks)))
+                    look = looks[group_at] and lane.looks_at_replay(replayer, j, takes)
+                    plan.append((group_at, part, at, takes.stop - takes.start, (calls, look)))
         return plan
-
-    def _micro_batches(self, trajectory: Trajectory, number: int, device: torch.device) -> list[MicroBatch]:
-        """Those of one part of a trajectory."""
-        part = trajectory.parts[number]
-        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), self.modules, device)
-        if self.text is not None:
-            self.text.attach(replayer, trajectory.sampling)
-        size = self.cfg.learner.micro_batch or replayer.total
-        joinable = self.cfg.algorithm.objective == "awm" and self.text is None
-        if joinable and (joined := merged(replayer, size)):
-            return [(several, 0, slice(0, several.total)) for several in joined]
-        starts = range(0, replayer.total, size)
-        return [
-            (replayer, j, slice(start, min(start + size, replayer.total)))
-            for j in range(len(part.steps))
-            for start in starts
-        ]
-
-    def _advantages(self, group: GroupBatch, replayer: Replayer, takes: slice) -> torch.Tensor:
-        part = replayer.plain.part
-        own = np.tile(group.advantages[part.start : part.stop], replayer.total // replayer.plain.total)[takes]
-        return torch.from_numpy(np.array(own, np.float32)).to(self.device)
-
-    def _transition(
-        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x: torch.Tensor
-    ) -> Transition:
-        """The policy's Gaussian at trained step `j`, from a fresh denoiser call."""
-        return replayer.move(j, takes, x, self._output(replayer, j, takes, x), trajectory.sampling)
-
-    def _output(self, replayer: Replayer, j: int, takes: slice, x: torch.Tensor) -> torch.Tensor:
-        """What the scheduler would be given at step `j` for the sample x [b, ...]."""
-        with torch.autocast(
-            self.device.type,
-            dtype=getattr(torch, self.cfg.learner.autocast, None),
-            enabled=self.cfg.learner.autocast != "none",
-        ):
-            return replayer.model_output(j, takes, x)
-
-    def _micro_loss(
-        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, advantages: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss per take [b] of one transition, with gradients, and detached logs [b]."""
-        algorithm = self.cfg.algorithm
-        x, x_next, old = replayer.step_tensors(j, takes)
-        step = self._transition(trajectory, replayer, j, takes, x)
-        logp = log_prob(x_next, step)
-        terms = Terms(
-            log_prob=logp,
-            old_log_prob=old,
-            advantages=advantages,
-            step=step,
-            old_mean=replayer.old_mean(j, takes) if replayer.part.steps[j].mean is not None else None,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-        )
-        policy_loss, logs = OBJECTIVES[algorithm.objective](terms)
-        loss = policy_loss
-        kl = torch.zeros_like(policy_loss)
-        if algorithm.kl_beta > 0:
-            # Closed form between Gaussians of equal std (per dimension); only the reference is outside the graph.
-            reference = self._reference_output(replayer, j, takes, x)
-            kl = gaussian_kl(step, replayer.move(j, takes, x, reference, trajectory.sampling).mean)
-            loss = loss + algorithm.kl_beta * kl
-        logs = {**logs, "gap": (logp - old).detach(), "policy_loss": policy_loss.detach(), "kl": kl.detach()}
-        return loss, logs
-
-    def _matching_loss(
-        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, advantages: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The same for `awm`: finished takes are noised to step `j`'s sigma and their flow-matching error weighed."""
-        step = replayer.part.steps[j]
-        if replayer.spec.prediction != "flow" or not replayer.takes_any_sample(j):
-            raise UnsupportedPolicyError(
-                f"algorithm.objective: awm needs a flow model whose denoiser is given the sample itself; "
-                f"{replayer.spec.pipeline} predicts {replayer.spec.prediction}; use grpo"
-            )
-        x0 = replayer.clean(takes).float()
-        sigma, eps = self._noise(trajectory, replayer, j, takes, x0)
-        noised = ((1.0 - sigma).float() * x0 + sigma.float() * eps).to(getattr(torch, step.sample.dtype))
-        velocity = self._output(replayer, j, takes, noised).float()
-        policy_loss, logs = matching(velocity, eps - x0, advantages)
-        loss, kl = policy_loss, torch.zeros_like(policy_loss)
-        if self.cfg.algorithm.kl_beta > 0:
-            kl = (velocity - self._reference_output(replayer, j, takes, noised).float()).pow(2).flatten(1).mean(1)
-            loss = loss + self.cfg.algorithm.kl_beta * kl
-        return loss, {**logs, "gap": self._replay_gap(trajectory, replayer, j, takes), "kl": kl.detach()}
-
-    def _noise(
-        self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x0: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sigmas (float64 [b, 1, ...]) and noise (like x0 [b, ...]) of the takes."""
-        steps, copies = replayer.steps_of(j), replayer.plain.total
-        sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64, device=x0.device)
-        noise = [matching_noise(self.cfg.run.seed, trajectory.group, step.index, x0[0]) for step in steps]
-        sigma = sigma.repeat_interleave(copies)[takes].reshape(-1, *[1] * (x0.ndim - 1))
-        return sigma, torch.stack(noise).repeat_interleave(copies, 0)[takes]
-
-    def _looks_at_replay(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> bool:
-        """Objective awm: the check costs a forward pass that serves nothing else, so one step of one group (a rank) is
-        looked at, in turn."""
-        first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
-        return self.cfg.algorithm.objective == "awm" and first and trajectory.group in self._checked
-
-    @torch.no_grad()
-    def _replay_gap(self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice) -> torch.Tensor:
-        """How far a replayed deterministic step is from the rollout's: 0 on-policy."""
-        if not self._looks_at_replay(trajectory, replayer, j, takes):
-            return torch.zeros(1)
-        if replayer.plain is not replayer:
-            replayer, takes = replayer.plain, slice(0, replayer.plain.total)
-        x, x_next = replayer.samples(j, takes)
-        return (self._transition(trajectory, replayer, j, takes, x).mean.to(x_next.dtype) - x_next).float()
-
-    @torch.no_grad()
-    def _reference_output(self, replayer: Replayer, j: int, takes: slice, x: torch.Tensor) -> torch.Tensor:
-        """The starting policy's output: adapter off (LoRA) or the frozen copy (full weights)."""
-        if self._reference is None:
-            with weights_lib.adapters_off(self.trained), reference_inputs(replayer):
-                return self._output(replayer, j, takes, x)
-        other = Replayer(replayer.part, replayer.spec, self._reference, self.device)
-        return self._output(other, j, takes, x)
 
     def _learning_rate(self) -> float:
         warmup = self.cfg.optimizer.warmup_steps
@@ -418,13 +325,6 @@ class Learner:
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.updates = int(meta["version"]), int(meta["updates"])
-
-
-def matching_noise(run_seed: int, group: int, index: int, like: torch.Tensor) -> torch.Tensor:
-    """The noise that the finished takes of `group` get at sampler step `index`: like one take, float32, the same after
-    a resume. One for the whole group: what is common to its takes cancels, since advantages sum to zero."""
-    seed = int(np.random.SeedSequence([run_seed, group, index, 0xA3]).generate_state(1)[0])
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
 
 
 def _no_dropout(module: torch.nn.Module) -> None:

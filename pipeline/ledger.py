@@ -32,6 +32,7 @@ class Group:
     id: int
     step: int  # the optimisation step that will consume it
     prompt: int  # row in the prompt set
+    place: int = 0  # how many groups its step had been given before it
     state: str = QUEUED
     attempt: int = 0  # rollout tries started
     score_attempt: int = 0  # scoring tries started
@@ -66,6 +67,7 @@ class Ledger:
         # Kept beside them, so that no question asked per group costs a walk over all active ones.
         self._held: dict[int, int] = {}  # step -> its active groups
         self._scored: dict[int, int] = {}  # step -> those of them that are scored
+        self._given: dict[int, int] = {}  # step -> groups admitted to it so far
         self.next_id = 0
         self.step = 0  # the step to be consumed next
         self.version = 0  # newest published policy version
@@ -87,8 +89,10 @@ class Ledger:
     def admit(self, step: int, prompt: int) -> Group:
         if step != self.wanted():
             raise LedgerError(f"no group of step {step} is wanted now (wanted: {self.wanted()})")
-        group = Group(id=self.next_id, step=step, prompt=prompt)
+        place = self._given.get(step, 0)
+        group = Group(id=self.next_id, step=step, prompt=prompt, place=place)
         self.groups[group.id] = group
+        self._given[step] = place + 1
         self._held[step] = self._held.get(step, 0) + 1
         self.next_id += 1
         return group
@@ -195,7 +199,7 @@ class Ledger:
             raise LedgerError(f"groups {groups} are not the batch of step {self.step}: {self.batch(learner_version)}")
         for group in groups:
             self._end(self.groups[group], TRAINED)
-        for counts in (self.filtered_by_step, self._held, self._scored):
+        for counts in (self.filtered_by_step, self._held, self._scored, self._given):
             counts.pop(self.step, None)
         self.step += 1
 
@@ -227,7 +231,10 @@ class Ledger:
             "failed_in_row": self.failed_in_row,
             "retries": self.retries,
             "filtered_by_step": {str(step): n for step, n in self.filtered_by_step.items()},
-            "active": [{"id": g.id, "step": g.step, "prompt": g.prompt} for _, g in sorted(self.groups.items())],
+            "active": [
+                {"id": g.id, "step": g.step, "prompt": g.prompt, "place": g.place}
+                for _, g in sorted(self.groups.items())
+            ],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -237,8 +244,11 @@ class Ledger:
         self.failed_in_row = int(state["failed_in_row"])
         self.retries = int(state["retries"])
         self.filtered_by_step = {int(step): n for step, n in state["filtered_by_step"].items()}
-        self.groups = {g["id"]: Group(id=g["id"], step=g["step"], prompt=g["prompt"]) for g in state["active"]}
+        self.groups = {g["id"]: Group(**g) for g in state["active"]}
         self._held, self._scored = dict(Counter(group.step for group in self.groups.values())), {}
+        self._given = {}
+        for group in self.groups.values():
+            self._given[group.step] = max(self._given.get(group.step, 0), group.place + 1)
         counts = self.counts()
         if counts["admitted"] != sum(counts[name] for name in (*ENDS, *ACTIVE)):
             raise LedgerError(f"the saved counts do not add up: {counts}")

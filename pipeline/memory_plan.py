@@ -20,7 +20,7 @@ from pipeline.generators.calling import call_arguments, condition_arguments, con
 from pipeline.generators.loading import trained_modules
 from pipeline.generators.offload import decode_in_pieces
 from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
-from pipeline.plan import ode_sampling, stochastic_steps, trained_subset
+from pipeline.plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
 from pipeline.prompts import load_prompts
 from pipeline.types import PromptItem
 
@@ -159,7 +159,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     if cfg.generator.offload != "none" and on != "cpu":
         decode_in_pieces(ghost.pipe)
     takes = cfg.algorithm.group_size
-    batch = min(cfg.rollout.batch or takes, takes)
+    batch = takes_of_call(cfg)
     resident, offloaded = _weights(cfg, ghost, on)
     largest = max(batch, cfg.evaluation.batch)
     _run(ghost, cfg, largest)
@@ -167,7 +167,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     _run(ghost, cfg, batch)
     frames = cfg.generator.num_frames * cfg.generator.height * cfg.generator.width * 3
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
-    trajectory = _trajectory(cfg, ghost, trained) * takes // batch
+    trajectory = _trajectory(cfg, ghost, trained) * takes // batch  # of a group
     lora = _bytes(list(_attach(ghost, cfg).values())) if cfg.trainable.kind == "lora" else 0
     merged = _merged_base(ghost) if cfg.rollout.merge_lora and lora else 0
     plan = RolePlan(
@@ -176,7 +176,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
         host={
             "libraries": base,
             "pictures as floats": 3 * 4 * frames * largest,  # the decoder's, the pipeline's and ours
-            "a group's media and trajectory": frames * takes + trajectory,
+            "media and trajectories of a call": (frames * takes + trajectory) * max(1, batch // takes),
             "weights off the accelerator": offloaded,
         },
         device={"weights": resident + lora + merged, "activations": activations + _unpacked(cfg, ghost)},
@@ -261,8 +261,10 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     full = cfg.trainable.kind == "full"
     dtype = torch.float32 if full or cfg.learner.autocast != "none" else _dtype(cfg, on)
     takes = cfg.algorithm.group_size
-    part = min(cfg.rollout.batch or takes, takes)
-    micro = min(cfg.learner.micro_batch or part, part)
+    part, lanes = min(takes_of_call(cfg), takes), cfg.learner.lanes
+    trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
+    most = part * trained if cfg.algorithm.objective == "awm" else part  # several trained steps at once
+    micro = min(cfg.learner.micro_batch or part, most)
     ghost = Ghost(cfg.generator, dtype)
     calls = _run(ghost, cfg, micro)
     text = cfg.trainable.modules != "denoiser"  # it then holds the whole pipeline, to run it on the prompts again
@@ -271,7 +273,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
         share = _dtype(cfg, on).itemsize / dtype.itemsize
         weights += sum(int(share * weight_bytes_of(m)) for n, m in ghost.modules.items() if n not in DENOISERS)
     without = max((ghost.peaks[name] for name in ghost.peaks if name in DENOISERS), default=0)
-    trained = list(_attach(ghost, cfg).values())
+    parameters = list(_attach(ghost, cfg).values())
     encodings = 0
     if text:  # kept from the first micro-batch of a call's takes to the last
         _run(ghost, cfg, part)
@@ -279,14 +281,14 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
             encodings = live.live
     activations = training_bytes(ghost, calls, cfg) + _unpacked(cfg, ghost)
     reference = weights if full and cfg.algorithm.kl_beta > 0 else 0
-    size = _bytes(trained, 4)
+    size = _bytes(parameters, 4)
     device = {
         "weights": weights + (0 if full else size),
         "reference": reference,
-        "gradients": size,
+        "gradients": lanes * size,
         "optimiser (two moments)": 2 * size,
         "EMA": size if cfg.optimizer.ema_decay > 0 else 0,
-        "activations": activations + (without if cfg.algorithm.kl_beta > 0 else 0),
+        "activations": lanes * (activations + (without if cfg.algorithm.kl_beta > 0 else 0)),
         "text encoders' activations": encodings,
     }
     plan = RolePlan(

@@ -54,7 +54,8 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
     seed = cfg.run.seed
     takes = cfg.algorithm.group_size
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
-    noise = int(_rng(seed, _NOISE, group).integers(2**62)) if cfg.sampler.same_initial_noise else None
+    shared = cfg.sampler.same_initial_noise
+    initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
     window = stochastic_steps(cfg.sampler, seed, step)
     noisy = () if cfg.algorithm.objective == "awm" else window  # awm: the window says which noise levels train
     return GroupWork(
@@ -64,7 +65,7 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
         step=step,
         prompts=(prompt,) * takes,
         seeds=tuple(int(s) for s in seeds),
-        shared_noise_seed=noise,
+        initial=initial,
         sampling=SamplingSpec(
             kind=cfg.sampler.kind if noisy else "ode",
             noise_level=cfg.sampler.noise_level if noisy else 0.0,
@@ -76,10 +77,24 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
     )
 
 
+def takes_of_call(cfg: Config) -> int:
+    """Takes that a worker draws at once: some of a group, the whole of it, or those of several groups of a step."""
+    takes = cfg.algorithm.group_size
+    batch = cfg.rollout.batch or takes
+    return batch if batch < takes else takes * min(batch // takes, cfg.algorithm.groups_per_step)
+
+
+def company(cfg: Config, place: int) -> int | None:
+    """The pipeline call, counted within a step, in which the group admitted to the step at `place` (from 0) is drawn
+    with others; None: it is drawn alone, as groups are that take a filtered or failed one's place."""
+    groups = takes_of_call(cfg) // cfg.algorithm.group_size
+    return place // groups if groups > 1 and place < cfg.algorithm.groups_per_step else None
+
+
 def portions(cfg: Config) -> list[range]:
     """The places in a step's batch that the learner is given together, as soon as they are scored: one group for each
-    of its ranks that compute apart (several, beyond `_MOST_PORTIONS` portions). The whole step at once where an
-    advantage depends on other groups too, or a step makes several optimiser updates.
+    of its ranks or lanes that compute apart (several, beyond `_MOST_PORTIONS` portions). The whole step at once where
+    an advantage depends on other groups too, or a step makes several optimiser updates.
 
     Never on who was faster: what is added up in which order is the same in every run.
     """
@@ -87,7 +102,7 @@ def portions(cfg: Config) -> list[range]:
     together = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())
     if together or algorithm.updates_per_step > 1:
         return [range(groups)]
-    apart = cfg.learner.ranks // cfg.learner.context_parallel
+    apart = cfg.learner.ranks // cfg.learner.context_parallel * cfg.learner.lanes
     size = apart * math.ceil(groups / apart / _MOST_PORTIONS)
     return [range(start, min(start + size, groups)) for start in range(0, groups, size)]
 
@@ -121,7 +136,6 @@ def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int) -> list[Gr
             step=step,
             prompts=tuple(prompt for prompt, _ in shots[start : start + size]),
             seeds=tuple(seed for _, seed in shots[start : start + size]),
-            shared_noise_seed=None,
             sampling=ode_sampling(cfg, cfg.evaluation.steps),
         )
         for start in range(0, len(shots), size)

@@ -349,16 +349,15 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
             f"resources.{unknown[0]}: a local Ray announces no such resource (it has {', '.join(sorted(known))}); "
             "leave it out or join a cluster with ray.address"
         )
-    if cfg.ray.dashboard:
+    if cfg.ray.dashboard is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", cfg.ray.dashboard_port))
+                probe.bind(("127.0.0.1", cfg.ray.dashboard))
             except OSError:
                 raise ConfigError(
-                    f"ray.dashboard_port: {cfg.ray.dashboard_port} is taken by another program; "
-                    f"choose another one, such as ray.dashboard_port={cfg.ray.dashboard_port + 1}, or "
-                    "ray.dashboard=false"
+                    f"ray.dashboard: port {cfg.ray.dashboard} is taken by another program; choose another one, such "
+                    f"as ray.dashboard={cfg.ray.dashboard + 1}, or ray.dashboard=null"
                 ) from None
     return " and ".join(lacking)
 

@@ -104,7 +104,7 @@ class Ranks:
         summed. Each rank of a context group holds the gradient of its part of the sequence, so all of them count."""
         return float(self.world) if counts else 0.0
 
-    def collect(self, found: dict[int, np.ndarray], sizes: Sequence[int] | None) -> list[np.ndarray]:
+    def collect(self, found: dict[Any, np.ndarray], sizes: Sequence[int] | None) -> list[np.ndarray]:
         """The rows (float64 [sizes[i]]) that the ranks have found, in order, on every rank. A single rank has all."""
         if sizes is None:
             return [found[index] for index in sorted(found)]

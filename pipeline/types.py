@@ -45,12 +45,17 @@ class GroupWork:
     step: int  # the optimisation step that will consume the group (eval: the version evaluated)
     prompts: tuple[PromptItem, ...]  # [K]; K times the same prompt when training
     seeds: tuple[int, ...]  # [K] one per take
-    shared_noise_seed: int | None  # set: all takes start from this one initial noise
     sampling: SamplingSpec
+    initial: tuple[int, ...] = ()  # [K], seeds of the initial noise where these are not `seeds`
 
     @property
     def takes(self) -> int:
         return len(self.seeds)
+
+    @property
+    def noise_seeds(self) -> tuple[int, ...]:
+        """[K], of the initial noise."""
+        return self.initial or self.seeds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Update:
     looked_at: frozenset[int]
     done: int = 0  # groups replayed
     pairs: int = 0  # in them
-    found: dict[int, np.ndarray] = field(default_factory=dict)  # micro-batch -> [gap, LOGGED sums, ratios], this rank's
+    found: dict[Any, np.ndarray] = field(default_factory=dict)  # micro-batch -> [gap, LOGGED sums, ratios], this rank's
     sizes: list[int] = field(default_factory=list)  # of these rows, of all ranks (several ranks)
 
     @property

@@ -97,7 +97,15 @@ def test_the_ideal_schedule():
     assert ideal(uneven)[-1] > ideal(replace(uneven, spread=1e-6))[-1]  # a step waits for its last group
 
 
-RUN = {"time/step": 4.0, "time/rollout": 1.8, "time/learn": 2.0, "time/score": 0.5, "time/sync": 0.1, "takes_per_s": 18}
+RUN = {
+    "time/step": 4.0,
+    "time/rollout": 1.8,
+    "time/learn": 2.0,
+    "time/score": 0.5,
+    "time/sync": 0.1,
+    "time/controller": 0.2,
+    "takes_per_s": 18,
+}
 PLAIN = {"time/step": 9.0, "time/rollout": 4.0, "time/score": 1.0, "time/learn": 4.0}
 BARE = {"forward": 0.1, "forward_batch": 8, "step_s": 7.0}
 ROW = {"efficiency": 0.97, "controller_ms_per_group": 2.5, "groups_per_s": 98.0, "step_s": 2.6}

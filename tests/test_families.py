@@ -78,7 +78,6 @@ class Case:
             step=0,
             prompts=tuple(self.prompts[:2]),
             seeds=(5, 6),
-            shared_noise_seed=None,
             sampling=ode_sampling(policy.cfg, 3),
         )
         return np.concatenate(

@@ -192,7 +192,6 @@ def test_export_gives_the_same_pictures_in_plain_diffusers(folder, kind, tmp_pat
         step=0,
         prompts=(PROMPT,) * 2,
         seeds=(5, 6),
-        shared_noise_seed=None,
         sampling=ode_sampling(policy.cfg, 4),
     )
     before, _, _ = policy.rollout(work)

@@ -103,13 +103,13 @@ def test_gradients_are_those_of_one_long_graph(start):
     trajectory = batch.trajectory
     for part in trajectory.parts:
         replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), learner.modules, learner.device)
-        live = learner.text.attach(replayer, trajectory.sampling)
+        live = learner.lanes[0].text.attach(replayer, trajectory.sampling)
         roots = {id(leaf): root for root, leaf in live._roots.values()}
         replayer.fresh = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):
             takes = slice(0, replayer.total)
-            advantages = learner._advantages(batch, replayer, takes)
-            loss, _ = learner._micro_loss(trajectory, replayer, j, takes, advantages)
+            advantages = learner.lanes[0].advantages(batch, replayer, takes)
+            loss, _ = learner.lanes[0]._policy_loss(trajectory, replayer, j, takes, advantages)
             losses.append(loss.sum())
             pairs += len(loss)
     (sum(losses) / pairs).backward()
@@ -140,7 +140,6 @@ def test_prompt_caches_follow_the_version(tiny_sd3):
         step=0,
         prompts=(PROMPT,) * 2,
         seeds=(5, 6),
-        shared_noise_seed=None,
         sampling=ode_sampling(policy.cfg, 3),
     )
     before, _, _ = policy.rollout(work)

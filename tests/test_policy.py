@@ -41,7 +41,6 @@ def ode_work(cfg, prompts, seeds) -> GroupWork:
         step=0,
         prompts=tuple(prompts),
         seeds=tuple(seeds),
-        shared_noise_seed=None,
         sampling=ode_sampling(cfg, 4),
     )
 
@@ -81,6 +80,38 @@ def test_same_initial_noise_is_shared(folder):
     first = step.sample.data
     assert np.allclose(first, first[:1], atol=1e-6)  # the shared ODE prefix
     assert np.abs(step.next_sample.data[0] - step.next_sample.data[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_groups_drawn_in_one_call_are_the_groups_drawn_alone(folder, scale, monkeypatch):
+    """Other prompts, trained steps and shared noises in one call; each trajectory replays as its own."""
+    policy = make(
+        folder,
+        generator={"guidance_scale": scale},
+        sampler={"steps": 6, "timestep_fraction": 0.4, "same_initial_noise": True},
+        rollout={"batch": 12},
+    )
+    works = [train_work(policy.cfg, i, 0, prompt) for i, prompt in enumerate(PROMPTS)]
+    assert len({work.sampling.trained_steps for work in works}) > 1
+    calls, sample = [], policy._sample
+    monkeypatch.setattr(policy, "_sample", lambda *args, **kwargs: calls.append(args) or sample(*args, **kwargs))
+    together = policy.rollouts(works)
+    assert len(calls) == 1 and len(calls[0][1]) == 12
+    for work, (media, trajectory, seconds) in zip(works, together, strict=True):
+        alone, expected, _ = policy.rollout(work)
+        assert trajectory.group == work.group and trajectory.sampling == expected.sampling and seconds["total"] > 0
+        assert int(np.abs(alone.frames.astype(int) - media.frames).max()) <= 1
+        part, whole = trajectory.parts[0], expected.parts[0]
+        assert (part.start, part.stop, len(part.shared)) == (whole.start, whole.stop, len(whole.shared))
+        np.testing.assert_allclose(part.final.data, whole.final.data, atol=1e-5)
+        replayer = Replayer(part, policy.spec, policy.modules, torch.device("cpu"))
+        for j, (step, other) in enumerate(zip(part.steps, whole.steps, strict=True)):
+            assert step.index == other.index
+            np.testing.assert_allclose(step.sample.data, other.sample.data, atol=1e-5)
+            with torch.no_grad():
+                x, x_next, old = replayer.step_tensors(j, slice(0, 4))
+                moved = replayer.move(j, slice(0, 4), x, replayer.model_output(j, slice(0, 4), x), work.sampling)
+            assert float((log_prob(x_next, moved) - old).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

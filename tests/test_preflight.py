@@ -170,8 +170,8 @@ def test_taken_dashboard_port(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = error_of(fake_config(tmp_path, ray={"dashboard": True, "dashboard_port": port}))
-    assert f"ray.dashboard_port: {port} is taken" in message and f"dashboard_port={port + 1}" in message
+        message = error_of(fake_config(tmp_path, ray={"dashboard": port}))
+    assert f"ray.dashboard: port {port} is taken" in message and f"ray.dashboard={port + 1}" in message
 
 
 def test_run_dir_that_cannot_be_written(tmp_path):

@@ -56,9 +56,9 @@ def same_tensors(mine: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compared(tiny_sd3, tmp_path_factory):
-    """Two steps by one process and by two ranks, and each continued by the other for a third."""
+    """Two steps by one process, by two lanes (twice) and by two ranks; and one and two ranks continued by the other."""
     out = tmp_path_factory.mktemp("ranks")
-    alone, together, further = {}, [], {}
+    alone, by_lanes, together, further = {}, {}, [], {}
     for name, sections in CASES.items():
         cfg = tiny.config(tiny_sd3, **COMMON, **sections)
         steps = batches(cfg, 3)
@@ -69,11 +69,19 @@ def compared(tiny_sd3, tmp_path_factory):
             return {"config": plain, "steps": steps, "save": str(out / save / name), "resume": resume}
 
         alone[name] = one_case(case(steps[:2], "one"))
+        lanes = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"lanes": 2})}).model_dump(mode="json")
+        by_lanes[name] = [one_case(case(steps[:2], f"lanes-{i}", plain=lanes)) for i in range(2)]
         together += [case(steps[:2], "two"), case(steps[2:], "one-two", "one")]
         further[name] = case(steps[2:], "two-one", "two")
     answers = run_ranks(2, together)
     return {
-        name: {"one": alone[name], "two": answers[2 * i], "one-two": answers[2 * i + 1], "two-one": one_case(case)}
+        name: {
+            "one": alone[name],
+            "lanes": by_lanes[name],
+            "two": answers[2 * i],
+            "one-two": answers[2 * i + 1],
+            "two-one": one_case(case),
+        }
         for i, (name, case) in enumerate(further.items())
     }, out
 
@@ -93,6 +101,18 @@ def test_two_ranks_train_as_one(compared, name):
     for key, packed in one["ema"].tensors.items():
         np.testing.assert_allclose(unpack(two["ema"].tensors[key]), unpack(packed), rtol=1e-4, atol=2e-6)
     assert two["local_parameters"] < 0.6 * one["local_parameters"]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_lanes_train_as_one_and_always_the_same(compared, name):
+    found, out = compared
+    first, again = found[name]["lanes"]
+    for mine, theirs, repeated in zip(found[name]["one"]["metrics"], first["metrics"], again["metrics"], strict=True):
+        assert theirs == repeated and mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    same_tensors(out / "one" / name, out / "lanes-0" / name)
+    assert first["ema"].checksum == again["ema"].checksum
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -133,6 +153,8 @@ def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, t
     [
         ({"learner": {"ranks": 2}, "trainable": {"modules": "text_encoder"}}, "trainable.modules denoiser"),
         ({"learner": {"ranks": 2}, "generator": {"quantize": "int8"}}, "generator.quantize none"),
+        ({"learner": {"lanes": 2}, "trainable": {"modules": "text_encoder"}}, "learner.lanes=1"),
+        ({"learner": {"lanes": 2, "ranks": 2}}, "set one of them to 1"),
         ({"learner": {"ranks": 3, "context_parallel": 2}}, "learner.context_parallel: 2 does not divide"),
     ],
 )

@@ -409,14 +409,15 @@ def test_results_outlive_the_worker_that_made_them_and_a_full_object_store(clust
     prompt = PromptItem(index=0, text="a red circle")
     pid = ray.get(worker.start.remote([prompt]))["pid"]
     with pytest.raises(ray.exceptions.RayTaskError, match="holding None"):
-        ray.get(worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")[0])
+        ray.get(worker.generate.options(num_returns=3).remote([train_work(cfg, 0, 0, prompt)], 0, "train")[0])
     weights = _weights(cfg)
     version = PolicyVersion(number=0, tag="train", checksum=weights.checksum, weights=ray.put(weights))
     assert ray.get(worker.load.remote(version)) == weights.checksum == checksum(weights.tensors)
-    meta, media, trajectory = worker.generate.options(num_returns=3).remote(train_work(cfg, 0, 0, prompt), 0, "train")
+    works = [train_work(cfg, i, 0, prompt) for i in range(2)]
+    metas, media, trajectory = worker.generate.options(num_returns=3).remote(works[:1], 0, "train")
     others = [ray.put(np.full(20 * 2**20, i, np.uint8)) for i in range(15)]
-    assert ray.get(meta).worker == "rollout-0"
-    again = worker.generate.options(num_returns=3).remote(train_work(cfg, 1, 0, prompt), 0, "train")
+    assert ray.get(metas)[0].worker == "rollout-0"
+    again = worker.generate.options(num_returns=3).remote(works[1:], 0, "train")
     assert len(ray.get(again[2]).parts[0].steps) == 29 and _spilled_mib() >= 80
     os.kill(pid, signal.SIGKILL)
     _gone(pid)

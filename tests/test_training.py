@@ -22,6 +22,7 @@ class Flow:
     def __init__(self, failing=(), flat=(), room=3) -> None:
         self.failing, self.flat, self.room = set(failing), set(flat), asyncio.Semaphore(room)
         self.submitted: list[int] = []
+        self.calls: list[list[int]] = []
         self.training: Training
         self._tasks: set[asyncio.Task] = set()
 
@@ -30,10 +31,12 @@ class Flow:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def submit(self, job) -> None:
-        await self.room.acquire()
-        self.submitted.append(job.group)
-        self.background(self._work(job))
+    async def submit(self, *jobs) -> None:
+        self.calls.append([job.group for job in jobs])
+        for job in jobs:
+            await self.room.acquire()
+            self.submitted.append(job.group)
+            self.background(self._work(job))
 
     async def _work(self, job) -> None:
         await asyncio.sleep(random.Random(job.group).random() * 2e-3)
@@ -51,10 +54,11 @@ class Flow:
         await self.training.scored(job)
 
 
-def make(flow: Flow, **algorithm) -> Training:
+def make(flow: Flow, batch: int = 0, **algorithm) -> Training:
     cfg = tiny.config(
         tiny.Path("unused"),
         run={"steps": 6},
+        rollout={"batch": batch},
         algorithm={"group_size": 4, "groups_per_step": 3, **algorithm},
         faults={"max_attempts": 1},
     )
@@ -91,6 +95,30 @@ def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced
     trained = [group for batch in batches for group in batch]
     assert sorted(flow.submitted) == list(range(21)) and len(trained) == 18
     assert sorted(trained) == [group for group in range(21) if group not in (1, 2, 5)]
+
+
+@pytest.mark.parametrize("room", [1, 9])
+def test_neighbours_in_a_step_are_drawn_together_and_replacements_alone(room):
+    """Whoever is faster, and however much room there is; of a resumed run too."""
+
+    async def body():
+        flow = Flow(flat=[3, 4], room=room)
+        training = make(flow, batch=11, groups_per_step=3, advantage={"zero_std": "filter"})
+        pump = asyncio.ensure_future(training.pump())
+        await steps(training, 3)
+        state = training.state()
+        pump.cancel()
+        second = Flow(room=room)
+        resumed = make(second, batch=11, groups_per_step=3, advantage={"zero_std": "filter"})
+        resumed.load_state(state)
+        pump = asyncio.ensure_future(resumed.pump())
+        await steps(resumed, 1)
+        pump.cancel()
+        return flow.calls, second.calls
+
+    calls, later = asyncio.run(body())
+    assert calls[:6] == [[0, 1], [2], [3, 4], [5], [6], [7]] and calls[6:8] == [[8, 9], [10]]
+    assert later[:2] == [[11, 12], [13]]
 
 
 def test_a_resumed_run_submits_again_what_was_admitted():

@@ -30,6 +30,7 @@ from pipeline.generators.calling import (
 )
 from pipeline.generators.embedding_cache import EmbeddingStore
 from pipeline.generators.hints import hint_for
+from pipeline.generators.joint import cut_part, joint_sampling
 from pipeline.generators.live_text import LiveText, asked_of, same_inputs
 from pipeline.generators.loading import (
     cache_prompts,
@@ -154,7 +155,7 @@ class Policy:
             values, recording = self._sample(
                 work.prompts[start:stop],
                 work.seeds[start:stop],
-                work.shared_noise_seed,
+                work.noise_seeds[start:stop],
                 work.sampling,
                 keep_steps=set(work.sampling.trained_steps),
             )
@@ -166,9 +167,7 @@ class Policy:
             if work.sampling.trained_steps:
                 asked = None
                 if self._text is not None:
-                    shared = work.shared_noise_seed
-                    seeds = work.seeds[start:stop] if shared is None else (shared,) * (stop - start)
-                    asked = asked_of(work.prompts[start:stop], seeds, self._form, self._fill)
+                    asked = asked_of(work.prompts[start:stop], work.noise_seeds[start:stop], self._form, self._fill)
                 parts.append(to_part(recording, start, stop, self._keep_mean, asked))
         trajectory = None
         if parts:
@@ -181,6 +180,35 @@ class Policy:
             )
         seconds["total"] = time.perf_counter() - started
         return Media(frames=np.concatenate(frames), fps=self.cfg.generator.fps), trajectory, seconds
+
+    def rollouts(self, works: Sequence[GroupWork]) -> list[tuple[Media, Trajectory | None, dict[str, float]]]:
+        """As `rollout`, for several groups that train; in one pipeline call where the pipeline and the groups allow it.
+
+        Its seconds are divided among the groups by their takes.
+        """
+        prompts = tuple(prompt for work in works for prompt in work.prompts)
+        sampling = joint_sampling(works)
+        apart = self.spec is None or self.spec.layouts is None or self._text is not None or not self._form.batched
+        differ = self._form.shared and len({condition_key(prompt) for prompt in prompts}) > 1
+        if len(works) == 1 or sampling is None or apart or differ:
+            return [self.rollout(work) for work in works]
+        joint = replace(
+            works[0],
+            prompts=prompts,
+            seeds=tuple(seed for work in works for seed in work.seeds),
+            initial=tuple(seed for work in works for seed in work.noise_seeds),
+            sampling=sampling,
+        )
+        media, whole, seconds = self.rollout(joint)
+        found, start = [], 0
+        for work in works:
+            takes = slice(start, start + work.takes)
+            part = cut_part(whole.parts[0], self.spec, takes, work.sampling.trained_steps)
+            trajectory = replace(whole, group=work.group, sampling=work.sampling, parts=(part,))
+            share = {name: value * work.takes / joint.takes for name, value in seconds.items()}
+            found.append((Media(frames=media.frames[takes], fps=media.fps), trajectory, share))
+            start = takes.stop
+        return found
 
     def _calls(self, work: GroupWork) -> Iterator[tuple[int, int]]:
         """Takes [start, stop) of each pipeline call: a batch at most, and one condition where the form shares it."""
@@ -199,16 +227,17 @@ class Policy:
         self,
         prompts: Sequence[PromptItem],
         seeds: Sequence[int],
-        shared_noise_seed: int | None,
+        noise_seeds: Sequence[int] | None,
         sampling: SamplingSpec,
         *,
         keep_steps: set[int],
         **options: Any,
     ) -> tuple[np.ndarray, Recording]:
-        """One pipeline call. Returns float32 [K, F, H, W, 3] and the recording; `options`: see `record`."""
+        """One pipeline call. Returns float32 [K, F, H, W, 3] and the recording. `noise_seeds`: of the initial noise, if
+        other than `seeds`; `options`: see `record`."""
         noise = [_generator(seed ^ _POLICY_NOISE) for seed in seeds]
         kwargs = self._call_arguments(prompts, sampling)
-        first = [_generator(seed if shared_noise_seed is None else shared_noise_seed) for seed in seeds]
+        first = [_generator(seed) for seed in noise_seeds or seeds]
         kwargs["generator"] = first if self._form.batched else first[0]
         if self.spec is not None:
             options.setdefault("on_step", self._fit_step)
@@ -221,7 +250,7 @@ class Policy:
             return np.zeros(0, np.float32), recording
         if recording.num_steps != sampling.num_steps:
             if self._ask_again(kwargs.get("num_inference_steps", 0), recording.num_steps, sampling.num_steps):
-                return self._sample(prompts, seeds, shared_noise_seed, sampling, keep_steps=keep_steps, **options)
+                return self._sample(prompts, seeds, noise_seeds, sampling, keep_steps=keep_steps, **options)
             raise UnsupportedPolicyError(_wrong_steps(self.name, recording.num_steps, sampling.num_steps))
         return to_floats(output, len(prompts)), recording
 

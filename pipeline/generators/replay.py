@@ -95,14 +95,15 @@ def branches_of(spec: PolicySpec, outputs: list[torch.Tensor], like: torch.Size)
     return found
 
 
-def _descend(node: Any, path: str, layouts: dict[str, Any], key: str, takes: slice, total: int, leaf: Any) -> Any:
-    """Rebuilds an input tree; lists with an entry per take are cut to the takes."""
+def descend(node: Any, path: str, layouts: dict[str, Any], key: str, takes: slice, total: int, leaf: Any) -> Any:
+    """Rebuilds the input tree of call `key` with leaves `leaf(path, leaf)`; lists with an entry per take are cut to the
+    takes."""
     if isinstance(node, dict):
         return {
-            k: _descend(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf) for k, v in node.items()
+            k: descend(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf) for k, v in node.items()
         }
     if isinstance(node, (list, tuple)):
-        built = [_descend(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
+        built = [descend(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
         layout = layouts.get(f"{key}:{path}")
         if layout is not None and layout.axis == LIST:
             built = layout.pick(built, takes, total)
@@ -222,7 +223,7 @@ class Replayer:
                 layout = layouts.get(f"{key}:{path}")
                 return tensor if layout is None else layout.take(tensor, takes, self.total)
 
-            tree = _descend({"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve)
+            tree = descend({"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve)
             outputs.append(first_tensor(self.modules[call.module](*tree["args"], **tree["kwargs"])))
         branches = branches_of(self.spec, outputs, sample.shape)
         return evaluate(step.rule, branches, sample, step.guidance_scale, step.rule_extra, self.spec.sign)
