@@ -126,6 +126,9 @@ def merged_env(runtime_env: Mapping[str, Any], threads: int) -> dict[str, Any]:
     if "py_executable" in own:
         # Another environment's python would not find this project; its own packages come first all the same.
         root = str(Path(__file__).resolve().parents[1])
+        command = str(own["py_executable"])
+        if "/" in command:  # relative to where the run was started; Ray would take it from a folder of its own
+            own["py_executable"] = os.path.abspath(command)
         given = own.get("env_vars", {}).get("PYTHONPATH", "")
         own["env_vars"] = {**own.get("env_vars", {}), "PYTHONPATH": os.pathsep.join(filter(None, (given, root)))}
     return {**own, "env_vars": {**actor_env(threads), **own.get("env_vars", {})}}

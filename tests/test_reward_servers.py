@@ -157,3 +157,4 @@ def test_variables_of_a_runtime_environment_win_over_ours():
     env = merged_env({"env_vars": {"OMP_NUM_THREADS": "7"}}, threads=2)
     assert env["env_vars"]["OMP_NUM_THREADS"] == "7" and env["env_vars"]["MKL_NUM_THREADS"] == "2"
     assert "PYTHONPATH" not in env["env_vars"]
+    assert merged_env({"py_executable": "envs/a/bin/python"}, 1)["py_executable"] == f"{os.getcwd()}/envs/a/bin/python"

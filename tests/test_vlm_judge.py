@@ -94,7 +94,7 @@ def test_yes_no_rubric_is_the_probability_of_yes_over_all_spellings(serve):
     result = judge(serve(reply), levels(1, 2), items("a", "b"), rubric="shows_prompt")
     np.testing.assert_allclose(result.values, 0.6 / 0.75, rtol=1e-5)
     for answer, message in (
-        (chat("Hm", top=[("Hm", 0.9)]), "neither yes nor no"),
+        (chat("Hm", top=[("Hm", 0.9)]), "none of yes, no is among"),
         (chat("Yes"), "no log-probabilities"),
         (chat("Yes", top=[("Yes", 2.0)]), "above 0"),
     ):
@@ -206,6 +206,10 @@ LIKERT = {"mode": "likert", "prompt": "p", "axes": {"a": "(1)"}}
         ({"mode": "yes_no", "prompt": "p", True: ["yes"]}, "unknown key True"),
         ({"mode": "yes_no", "prompt": "p", "yes": [True]}, "truth value"),
         ({"mode": "pairwise", "prompt": "p", "first": "1"}, "second"),
+        ({"mode": "rating", "prompt": "p"}, "range: found None"),
+        ({"mode": "rating", "prompt": "p", "range": [1, 10]}, "expected two digits"),
+        (LIKERT | {"system": "Rate {prompt}"}, "system: it is the same for every take"),
+        (LIKERT | {"system": 3}, "system: found 3"),
     ],
 )
 def test_wrong_rubrics_are_config_errors(data, message):

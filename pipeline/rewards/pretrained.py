@@ -44,9 +44,9 @@ def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def check_batch(batch: Any, key: str = "batch") -> int:
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ConfigError(f"{key}: found {batch!r}; expected a whole number of at least 1")
+def check_batch(batch: Any, key: str = "batch", least: int = 1) -> int:
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < least:
+        raise ConfigError(f"{key}: found {batch!r}; expected a whole number of at least {least}")
     return batch
 
 
