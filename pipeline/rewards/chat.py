@@ -18,7 +18,8 @@ from pipeline.errors import ConfigError, RewardError
 from pipeline.rewards.pretrained import check_batch
 from pipeline.rewards.web import JsonClient, png_base64
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 TOP = 20  # candidates for a token that endpoints send at most
 
 

@@ -71,8 +71,9 @@ def check_engine(options: Any) -> None:
             raise ConfigError(f"engine.{key}: cannot be set{hint}")
         kind = OPTIONS[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            wanted = "number" if isinstance(kind, tuple) else {int: "whole number", bool: "true or false"}.get(kind)
-            raise ConfigError(f"engine.{key}: found {value!r}; expected a {wanted or kind.__name__}")
+            wanted = {int: "a whole number", bool: "true or false", str: "a text", dict: "a mapping"}
+            expected = "a number" if isinstance(kind, tuple) else wanted[kind]
+            raise ConfigError(f"engine.{key}: found {value!r}; expected {expected}")
 
 
 class Engine(ChatModel):
