@@ -204,7 +204,7 @@ def test_what_cannot_run_says_why(vllm, monkeypatch, tmp_path):
     with pytest.raises(InputError, match="judge /models/judge: vLLM could not start: ValueError: too little memory"):
         judge()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match="vLLM is not in this environment: make one by `make setup-vllm`"):
+    with pytest.raises(ConfigError, match="vLLM is not in this environment: make one that has it"):
         judge()
 
 

@@ -47,8 +47,9 @@ OPTIONS: dict[str, type | tuple[type, ...]] = {
 }
 MAX_WORDS = 128  # log-probabilities that vLLM gives for one token
 ABSENT = (
-    "vLLM is not in this environment: make one by `make setup-vllm` and name it in the reward's `runtime_env: "
-    "{py_executable: .venv-vllm/bin/python}`, or set base_url to an endpoint"
+    "vLLM is not in this environment: make one that has it by `make setup-vllm` and name it in the reward's "
+    "`runtime_env: {py_executable: .venv-vllm/bin/python}` (without a config: .venv-vllm/bin/python -m jobs.cli ...), "
+    "or set base_url to an endpoint"
 )
 # vLLM reads these when it is imported. One process, so that the server that holds the engine ends with it.
 ENVIRONMENT = {
