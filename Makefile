@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where there is no GPU, hold torch to a version that has a CPU build.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: help setup quickstart quickstart-image bench test chaos lint format typecheck generators docs clean
+.PHONY: help setup setup-vllm quickstart quickstart-image bench test test-vllm chaos lint format typecheck generators docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -15,6 +15,12 @@ setup: $(VENV)/.installed ## create .venv and install everything
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+setup-vllm: .venv-vllm/.installed ## a second environment for VLM judges on vLLM (CPU build where there is no GPU; 4.4 GB)
+
+.venv-vllm/.installed: jobs/setup_vllm.py $(VENV)/.installed
+	$(BIN)/python -m jobs.setup_vllm .venv-vllm
 	@touch $@
 
 quickstart: setup ## RL on the shipped text-to-video generator, on the CPU, in a few minutes
@@ -28,6 +34,9 @@ bench: setup ## speed against the bare arithmetic and a plain loop, on an idle m
 
 test: setup ## the test suite (no GPU, no network)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+test-vllm: setup-vllm ## the tests that run vLLM (about 3 minutes)
+	$(BIN)/python -m pytest tests/test_vllm_live.py
 
 chaos: setup ## a run whose actors and nodes are killed all the time, against the same run undisturbed (about 8 minutes)
 	$(BIN)/python -m benchmarks.chaos

@@ -23,6 +23,7 @@ from actors.telemetry import RoleMetrics
 from pipeline.config import Config
 from pipeline.run_dir import RunDir, setup_logging
 
+PROJECT = Path(__file__).resolve().parents[1]
 IDLE = "idle"
 MAX_START_S = 1800.0  # loading a model from a slow disk may take long; beyond this a start counts as stuck
 
@@ -124,10 +125,15 @@ def merged_env(runtime_env: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """A role's own Ray runtime environment with the variables that every actor gets; its own win."""
     own = dict(runtime_env)
     if "py_executable" in own:
-        # Another environment's python would not find this project; its own packages come first all the same.
-        root = str(Path(__file__).resolve().parents[1])
+        # Another environment's python would not find this project. Where it is installed among other packages, these
+        # would come before the environment's own: then the environment itself must know the folder (main.pth).
+        root = "" if PROJECT.name == "site-packages" else str(PROJECT)
+        command = str(own["py_executable"])
+        if "/" in command:  # relative to where the run was started; Ray would take it from a folder of its own
+            own["py_executable"] = os.path.abspath(command)
         given = own.get("env_vars", {}).get("PYTHONPATH", "")
-        own["env_vars"] = {**own.get("env_vars", {}), "PYTHONPATH": os.pathsep.join(filter(None, (given, root)))}
+        path = os.pathsep.join(filter(None, (given, root)))
+        own["env_vars"] = {**own.get("env_vars", {}), **({"PYTHONPATH": path} if path else {})}
     return {**own, "env_vars": {**actor_env(threads), **own.get("env_vars", {})}}
 
 

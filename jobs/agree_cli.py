@@ -27,9 +27,9 @@ def agree(
     """Ask rewards about pairs that people have judged: which one agrees with them?
 
     PAIRS.parquet has a row per pair: path_a and path_b (files, relative to it) or bytes_a and bytes_b (png, jpg, webp,
-    mp4), label (a, b or tie), and prompt. For each reward: how often it prefers what people prefer, with a 95 %
-    interval; the same with ties; and how well the size of its differences tells how sure it is. Stopped or failed calls
-    go on where they were when repeated.
+    mp4), label (a, b or tie), and prompt (for edits also image, their source). For each reward: how often it prefers
+    what people prefer, with a 95 % interval; the same with ties; and how well the size of its differences tells how
+    sure it is. Stopped or failed calls go on where they were when repeated.
 
     \b
     Examples:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LABELS = {"a": 1, "b": -1, "tie": 0}
-COLUMNS = ("prompt", "path_a", "path_b", "bytes_a", "bytes_b", "label", "metadata")
+COLUMNS = ("prompt", "path_a", "path_b", "bytes_a", "bytes_b", "label", "image", "metadata")
 ROWS_AT_ONCE = 64
 # What a file begins with (at an offset) -> its suffix.
 _KINDS = (
@@ -139,13 +139,13 @@ def _item(row: dict[str, Any], side: str, prompt: str, path: Path, folder: Path,
         file = folder / f"{name[7:]}{kind}"
         if not file.exists():
             file.write_bytes(data)
-        return checked_item(name, file, prompt, row.get("metadata"), where)
+        return checked_item(name, file, prompt, row.get("metadata"), where, row.get("image"), path.parent)
     given = row.get(f"path_{side}")
     if not isinstance(given, str) or not given:
         column = f"bytes_{side}" if f"bytes_{side}" in row else f"path_{side}"
         raise InputError(f"{where}: {column} must be {'bytes' if column[0] == 'b' else 'a path'}, found {given!r:.40}")
     file = path.parent / given
-    return checked_item(str(file), file, prompt, row.get("metadata"), where)
+    return checked_item(str(file), file, prompt, row.get("metadata"), where, row.get("image"), path.parent)
 
 
 # ----------------------------------------------------------------------------------------------- the summary

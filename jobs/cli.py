@@ -172,7 +172,8 @@ def score(
 
     One row per file and reward: path, prompt, reward, score, error. A file that cannot be read is a row with an error,
     and the exit status is 1. Stopped or failed calls go on where they were when repeated. Prompts come from --prompt,
-    from the parquet's column 'prompt' (also a folder's takes.parquet), or from NAME.txt beside each file.
+    from the parquet's column 'prompt' (also a folder's takes.parquet), or from NAME.txt beside each file; the source
+    of an edit comes from the column 'image'.
 
     \b
     Examples:

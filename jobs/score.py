@@ -44,6 +44,7 @@ class Item:
     prompt: str
     metadata: dict[str, Any]
     error: str | None = None
+    image: str | None = None  # the prompt's own picture: the source of an edit, a reference
 
 
 def score(path: Path, *, rewards: list[RewardConfig], out: Path, prompt: str | None, console: Console) -> int:
@@ -107,7 +108,8 @@ def score_items(items: list[Item], runners: dict[str, RewardRunner], rows: Rows,
 
 
 def find_items(path: Path, prompt: str | None) -> list[Item]:
-    """Files of a folder, one file, or the rows of a parquet with `path` (and `prompt`, `metadata`). `InputError`s."""
+    """Files of a folder, one file, or the rows of a parquet with `path` (and `prompt`, `image`, `metadata`).
+    `InputError`s."""
     if path.suffix == ".parquet":
         return _items_of_table(path, prompt)
     table = {}
@@ -130,8 +132,11 @@ def _item_of_file(file: Path, prompt: str | None) -> Item:
     return checked_item(str(file), file, prompt or "", None, str(sidecar))
 
 
-def checked_item(name: str, path: Path, prompt: str, metadata: Any, where: str) -> Item:
-    """`metadata`: a mapping or JSON text, or None. `where`: the source of the prompt, for the item's error."""
+def checked_item(
+    name: str, path: Path, prompt: str, metadata: Any, where: str, image: Any = None, folder: Path = Path()
+) -> Item:
+    """`metadata`: a mapping or JSON text, or None. `where`: the source of the prompt, for the item's error. `image`:
+    a path relative to `folder`, or None."""
     if len(prompt) > MAX_CHARACTERS:
         text = f"{where}: the prompt has {len(prompt):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it"
         return Item(name, path, prompt[:80], {}, text)
@@ -144,7 +149,13 @@ def checked_item(name: str, path: Path, prompt: str, metadata: Any, where: str) 
         metadata = dict(metadata)
     if metadata is not None and not isinstance(metadata, dict):
         return Item(name, path, prompt, {}, f"{where}: metadata must be a mapping, found {metadata!r:.60}")
-    return Item(name, path, prompt, {k: v for k, v in (metadata or {}).items() if v is not None})
+    if image is not None:
+        file = folder / str(image)
+        if not isinstance(image, str) or not file.is_file():
+            text = f"{where}: image {image!r:.80} is not there; paths are relative to the table"
+            return Item(name, path, prompt, {}, text)
+        image = str(file.absolute())
+    return Item(name, path, prompt, {k: v for k, v in (metadata or {}).items() if v is not None}, image=image)
 
 
 def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
@@ -171,7 +182,8 @@ def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
         if not isinstance(row["path"], str) or not isinstance(text, str):
             raise InputError(f"{table}, row {number}: 'path' and 'prompt' must be text")
         file = table.parent / row["path"]
-        items.append(checked_item(str(file), file, text, row.get("metadata"), f"{table}, row {number}"))
+        where = f"{table}, row {number}"
+        items.append(checked_item(str(file), file, text, row.get("metadata"), where, row.get("image"), table.parent))
     if not items:
         raise InputError(f"{table}: lists no files; fill the column 'path'")
     return items
@@ -236,7 +248,8 @@ def _score_batch(batch: Batch, runners: dict[str, RewardRunner], rows: Rows, don
 def _takes(index: int, item: Item, media: Media) -> Takes:
     # Which rewards a prompt is routed to is a training run's question; here they were asked for by name.
     metadata = {key: value for key, value in item.metadata.items() if key != ROUTING_KEY}
-    return Takes(media, [PromptItem(index=index, text=item.prompt, metadata=metadata)], None)
+    prompt = PromptItem(index=index, text=item.prompt, image=item.image, metadata=metadata)
+    return Takes(media, [prompt], None)
 
 
 def _put(rows: Rows, item: Item, name: str, value: float | None, error: str | None) -> None:

@@ -15,10 +15,12 @@ import hmac
 import math
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from pipeline.rewards.protocol import (
     MAX_PIXEL_BYTES,
     Item,
     ScoreAnswer,
+    decode_image,
     decode_item,
     parse_request,
     schema,
@@ -128,8 +131,13 @@ class RewardService:
 
     async def score(self, request: web.Request) -> web.Response:
         body = await request.read()
+        with tempfile.TemporaryDirectory(prefix="rushes-") as folder:
+            return await self._score(body, Path(folder))
+
+    async def _score(self, body: bytes, folder: Path) -> web.Response:
+        """`folder`: for the prompts' own pictures, until they are scored."""
         try:
-            groups, places = await asyncio.to_thread(_groups_of, body)
+            groups, places = await asyncio.to_thread(_groups_of, body, folder)
         except InputError as error:
             return _error(422, str(error))
         if len(self._queue) >= MAX_WAITING:
@@ -174,31 +182,34 @@ class RewardService:
                     work.outcomes.set_result(own)
 
 
-def _groups_of(body: bytes) -> tuple[list[Takes], list[list[int]]]:
+def _groups_of(body: bytes, folder: Path) -> tuple[list[Takes], list[list[int]]]:
     """Decodes a request. Takes of one size, length and rate form a group; a prompt's index tells takes of the same
     prompt, as a tournament needs. Raises `InputError`."""
     items = parse_request(body).items
     texts = list(dict.fromkeys(item.prompt for item in items))
     media: list[Media] = []
+    images: list[str | None] = []
     buckets: dict[tuple, list[int]] = {}
     decoded = 0
     for number, item in enumerate(items):
         one = decode_item(item, number)
-        decoded += one.frames.nbytes
+        image, size = decode_image(item, number, folder)
+        decoded += one.frames.nbytes + size
         if decoded > MAX_PIXEL_BYTES:
             raise InputError(f"items: {too_many_pixels(decoded)}")
         media.append(one)
+        images.append(image)
         buckets.setdefault((one.frames.shape[1:], one.fps), []).append(number)
     groups = []
     for (_, fps), numbers in buckets.items():
-        prompts = [_prompt(items[n], texts) for n in numbers]
+        prompts = [_prompt(items[n], texts, images[n]) for n in numbers]
         groups.append(Takes(Media(frames=np.concatenate([media[n].frames for n in numbers]), fps=fps), prompts, None))
     return groups, list(buckets.values())
 
 
-def _prompt(item: Item, texts: list[str]) -> PromptItem:
+def _prompt(item: Item, texts: list[str], image: str | None) -> PromptItem:
     metadata = {key: value for key, value in item.metadata.items() if key != routing.KEY}  # the client's own business
-    return PromptItem(index=texts.index(item.prompt), text=item.prompt, metadata=metadata)
+    return PromptItem(index=texts.index(item.prompt), text=item.prompt, image=image, metadata=metadata)
 
 
 def _answer(outcomes: Sequence[RewardScores], places: Sequence[Sequence[int]]) -> ScoreAnswer:

@@ -117,6 +117,8 @@ def read_media(path: Path) -> Media:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, not a media file' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: is empty (0 bytes); write it again")
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return Media(frames=_read_image(path)[None, None], fps=1.0)
@@ -246,8 +248,6 @@ def _refuse_cut_mp4(path: Path) -> None:
     if path.suffix.lower() not in (".mp4", ".m4v", ".mov"):
         return
     size, position = path.stat().st_size, 0
-    if size == 0:
-        raise InputError(f"{path}: is empty (0 bytes); write it again")
     with open(path, "rb") as file:
         while position + 8 <= size:
             file.seek(position)

@@ -233,7 +233,7 @@ def check_rewards(cfg: Config) -> None:
         if "/" in python and not cfg.ray.address and not Path(python.split()[0]).is_file():
             raise ConfigError(
                 f"rewards.{name}.runtime_env.py_executable: there is no {python}; give an environment's bin/python "
-                "that every node has (relative paths do not work)"
+                "that every node has"
             )
         if is_function_spec(reward.scorer) or cfg.generator.num_frames > 1:
             continue

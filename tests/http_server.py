@@ -72,6 +72,6 @@ def picture(data):
 
 def run(scorer, media, prompts, seed=None, **args):
     runner = build_scorer("r", RewardConfig(scorer=scorer, args=args))
-    client = runner.scorer.client
+    client = runner.scorer.client if scorer == "http" else runner.scorer.chat.client
     client.pause_s = 0.01
     return runner.run(media, prompts, seed)

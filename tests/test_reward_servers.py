@@ -14,6 +14,7 @@ import ray
 import tiny
 from test_ray_loop import REWARDS, Run, make_config
 
+from actors import common
 from actors.common import RunContext, merged_env
 from actors.reward import Asked, RewardServer
 from jobs.local_ray import RaySession
@@ -153,7 +154,11 @@ def test_two_scorers_with_conflicting_pins_side_by_side(cluster, tiny_sd3, files
         ray.kill(actor)
 
 
-def test_variables_of_a_runtime_environment_win_over_ours():
+def test_variables_of_a_runtime_environment_win_over_ours(monkeypatch):
     env = merged_env({"env_vars": {"OMP_NUM_THREADS": "7"}}, threads=2)
     assert env["env_vars"]["OMP_NUM_THREADS"] == "7" and env["env_vars"]["MKL_NUM_THREADS"] == "2"
     assert "PYTHONPATH" not in env["env_vars"]
+    assert merged_env({"py_executable": "envs/a/bin/python"}, 1)["py_executable"] == f"{os.getcwd()}/envs/a/bin/python"
+    assert merged_env({"py_executable": "/a/python"}, 1)["env_vars"]["PYTHONPATH"] == str(Path(__file__).parents[1])
+    monkeypatch.setattr(common, "PROJECT", Path("/env/lib/python3.11/site-packages"))  # installed, not editable
+    assert "PYTHONPATH" not in merged_env({"py_executable": "/a/python"}, 1)["env_vars"]

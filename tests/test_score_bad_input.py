@@ -66,6 +66,7 @@ def test_every_bad_file_is_a_row_of_its_own_and_the_good_ones_are_scored(capsys,
     (folder / "none.mp4").write_bytes(b"")
     no_frames(folder / "empty.mp4")
     (folder / "text.png").write_text("not a picture")
+    (folder / "none.png").touch()
     Image.fromarray(GREY).save(folder / "half.png")
     (folder / "half.png").write_bytes((folder / "half.png").read_bytes()[:60])
     Image.fromarray(GREY).save(folder / "sidecar.png")
@@ -73,11 +74,12 @@ def test_every_bad_file_is_a_row_of_its_own_and_the_good_ones_are_scored(capsys,
     Image.fromarray(GREY).save(folder / "wordy.png")
     (folder / "wordy.txt").write_text("x" * 10_000)
     status, err, rows = scores(capsys, folder, "-r", "jpeg_compressibility")
-    assert status == 1 and "8 of 12 scores failed" in err
+    assert status == 1 and "9 of 13 scores failed" in err
     expected = {
         "cut.mp4": "cut off",
         "end.mp4": "cut off",
         "none.mp4": "is empty (0 bytes)",
+        "none.png": "is empty (0 bytes)",
         "empty.mp4": "holds no",
         "text.png": "is not a picture",
         "half.png": "write it again",

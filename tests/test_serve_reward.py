@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from http_server import items
+from PIL import Image
 
 from jobs import cli, serve_reward
 from pipeline.config import RewardConfig
@@ -240,12 +241,30 @@ def test_pictures_survive_the_lossless_forms():
     ScoreAnswer(scores=[1.0], parts={"x": [None]})
 
 
-def test_the_limit_on_decoded_pixels_is_for_the_whole_request(monkeypatch):
+def test_the_limit_on_decoded_pixels_is_for_the_whole_request(monkeypatch, tmp_path):
     body = json.dumps(request(1, 2, 3)).encode()
-    assert len(serve_reward._groups_of(body)[0]) == 1
+    assert len(serve_reward._groups_of(body, tmp_path)[0]) == 1
     monkeypatch.setattr(serve_reward, "MAX_PIXEL_BYTES", 2 * 4 * 4 * 3)
     with pytest.raises(InputError, match=r"items: .* decoded"):
-        serve_reward._groups_of(body)
+        serve_reward._groups_of(body, tmp_path)
+
+
+def test_the_prompts_own_picture_travels_with_the_take(tmp_path):
+    """As an edit's source or a control picture, which the server has no file of."""
+    media = noise(2)
+    Image.fromarray(media.frames[1, 0]).save(tmp_path / "control.png")
+    prompts = items("a", "b", image=str(tmp_path / "control.png"))
+    direct = build_scorer("direct", RewardConfig(scorer="condition", args={"kind": "edges"}))
+    expected = direct.run(media, prompts, None).values
+    server = Served("condition", "--set", "condition.args.kind=edges")
+    try:
+        remote = build_scorer("remote", RewardConfig(scorer="http", args={"url": server.url + "/score"}))
+        np.testing.assert_array_equal(remote.run(media, prompts, None).values, expected)
+        assert expected[1] != expected[0]
+        status, answer = server.ask(body=request(1, image="no picture"))
+        assert status == 422 and answer["error"].startswith("items.0: image: not base64")
+    finally:
+        assert server.end()[0] == 0
 
 
 def test_a_small_file_that_holds_a_huge_picture_is_refused_unopened():

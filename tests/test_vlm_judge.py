@@ -5,10 +5,13 @@ import re
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from http_server import items, levels, picture, run
 from PIL import Image
 
+from jobs import cli
 from pipeline.config import RewardConfig
 from pipeline.errors import ConfigError, RewardError
 from pipeline.rewards.loader import check_scorer
@@ -94,7 +97,7 @@ def test_yes_no_rubric_is_the_probability_of_yes_over_all_spellings(serve):
     result = judge(serve(reply), levels(1, 2), items("a", "b"), rubric="shows_prompt")
     np.testing.assert_allclose(result.values, 0.6 / 0.75, rtol=1e-5)
     for answer, message in (
-        (chat("Hm", top=[("Hm", 0.9)]), "neither yes nor no"),
+        (chat("Hm", top=[("Hm", 0.9)]), "none of yes, no is among"),
         (chat("Yes"), "no log-probabilities"),
         (chat("Yes", top=[("Yes", 2.0)]), "above 0"),
     ):
@@ -206,6 +209,10 @@ LIKERT = {"mode": "likert", "prompt": "p", "axes": {"a": "(1)"}}
         ({"mode": "yes_no", "prompt": "p", True: ["yes"]}, "unknown key True"),
         ({"mode": "yes_no", "prompt": "p", "yes": [True]}, "truth value"),
         ({"mode": "pairwise", "prompt": "p", "first": "1"}, "second"),
+        ({"mode": "rating", "prompt": "p"}, "range: found None"),
+        ({"mode": "rating", "prompt": "p", "range": [1, 10]}, "expected two digits"),
+        (LIKERT | {"system": "Rate {prompt}"}, "system: it is the same for every take"),
+        (LIKERT | {"system": 3}, "system: found 3"),
     ],
 )
 def test_wrong_rubrics_are_config_errors(data, message):
@@ -232,3 +239,18 @@ def test_numbers_that_overflow_are_unreadable():
         parse_rubric(LIKERT | {"axes": {"a": r"(\S+)"}}, "m").read_likert("1e999")
     with pytest.raises(Unparseable, match="outside"):
         parse_rubric(LIKERT | {"axes": {"a": r"(\S+)"}}, "m").read_likert("nan")
+
+
+def test_rushes_score_shows_the_source_of_an_edit_from_a_table(serve, tmp_path, capsys):
+    for name, level in (("before", 9), ("after", 77)):
+        Image.new("RGB", (5, 4), (level, level, level)).save(tmp_path / f"{name}.png")
+    rows = {"path": ["after.png"] * 2, "prompt": ["make it light", "make it red"], "image": ["before.png", "gone.png"]}
+    pq.write_table(pa.table(rows), tmp_path / "edits.parquet")
+    server = serve(lambda *_: chat("Done: 10\nKept: 5"))
+    options = {"base_url": server.url + "/v1", "model": "judge", "rubric": "edit"}
+    args = [part for key, value in options.items() for part in ("--set", f"vlm_judge.args.{key}={value}")]
+    out = tmp_path / "scores.parquet"
+    assert cli.main(["score", str(tmp_path / "edits.parquet"), "-r", "vlm_judge", "-o", str(out), *args]) == 1
+    good, bad = sorted(pq.read_table(out).to_pylist(), key=lambda row: row["prompt"])
+    assert good["score"] == 0.75 and "image 'gone.png' is not there" in bad["error"]
+    assert [image.mean() for image in images(server.seen[0])] == [9, 77] and len(server.seen) == 1

@@ -17,6 +17,7 @@ from pipeline.errors import RewardError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,3 +103,15 @@ def _resized_tensor(frames: torch.Tensor, p: Preprocess) -> torch.Tensor:
     if p.fit == "crop":
         return x[:, :, top : top + p.size, left : left + p.size]
     return F.pad(x, (-left, p.size - new_w + left, -top, p.size - new_h + top))
+
+
+def shrunk(frame: np.ndarray, max_side: int | None = None) -> Image:
+    """uint8 [H, W, 3] as a PIL picture whose long side is `max_side` pixels at most."""
+    from PIL import Image
+
+    picture = Image.fromarray(frame)
+    if max_side and max(picture.size) > max_side:
+        scale = max_side / max(picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return picture

@@ -44,9 +44,9 @@ def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def check_batch(batch: Any, key: str = "batch") -> int:
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ConfigError(f"{key}: found {batch!r}; expected a whole number of at least 1")
+def check_batch(batch: Any, key: str = "batch", least: int = 1) -> int:
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < least:
+        raise ConfigError(f"{key}: found {batch!r}; expected a whole number of at least {least}")
     return batch
 
 
@@ -158,6 +158,32 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_some(model: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint (folder or hub id) whose names begin so, from all its files; {} if there are none."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    def file(name: str, must: bool = True) -> str | None:
+        return cached_file(model, name, _raise_exceptions_for_missing_entries=must)
+
+    try:
+        index = file("model.safetensors.index.json", must=False)
+        if index:
+            places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({place for name, place in places.items() if name.startswith(prefix)})
+        else:
+            names = ["model.safetensors"]
+        found: dict[str, torch.Tensor] = {}
+        for name in names:
+            with safe_open(file(name), "pt") as weights:
+                found |= {key: weights.get_tensor(key) for key in weights.keys() if key.startswith(prefix)}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"weights of {model}: {_cause(error)}; {_wanted(model)}") from error
+    return found
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import tempfile
 from pathlib import Path
@@ -38,6 +39,9 @@ class Item(_Message):
     frames: list[str] | None = Field(default=None, min_length=1, description="PNG files in base64, in order.")
     video: str | None = Field(default=None, description="An mp4 file in base64.")
     tensor: str | None = Field(default=None, description="A safetensors file in base64: frames uint8 [F, H, W, 3].")
+    image: str | None = Field(
+        default=None, description="The prompt's own picture, a PNG in base64: the source of an edit, or a reference."
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Item:
@@ -111,6 +115,20 @@ def decode_item(item: Item, number: int) -> Media:
         return Media(frames=np.stack(pictures)[None], fps=item.fps)
     except InputError as error:
         raise InputError(f"items.{number}: {error}") from None
+
+
+def decode_image(item: Item, number: int, folder: Path) -> tuple[str | None, int]:
+    """(the item's `image` as a file in `folder`, its bytes decoded); None, 0 without one. Raises `InputError`."""
+    if item.image is None:
+        return None, 0
+    try:
+        data = _bytes(item.image)
+        size = _decode_png(data).nbytes
+    except InputError as error:
+        raise InputError(f"items.{number}: image: {error}") from None
+    file = folder / f"{hashlib.sha256(data).hexdigest()}.png"
+    file.write_bytes(data)
+    return str(file), size
 
 
 def _bytes(text: str) -> bytes:

@@ -4,7 +4,8 @@ POST url
 {"version": 1, "items": [{"prompt": "a red cat", "metadata": {}, "fps": 8.0,
                           "frames": ["<png in base64>", …]            # encoding: png
                           "video": "<mp4 in base64>"                  # encoding: mp4, instead of frames
-                          "tensor": "<safetensors in base64>"}]}      # encoding: safetensors, instead of frames
+                          "tensor": "<safetensors in base64>",        # encoding: safetensors, instead of frames
+                          "image": "<png in base64>"}]}               # the prompt's own picture, where it has one
 -> {"scores": [0.7, …], "parts": {"colour": [0.9, …]}}                # one number an item; parts may be left out
 
 `rushes serve-reward` answers this for any scorer (`pipeline.rewards.protocol` has the types).
@@ -23,7 +24,8 @@ from pipeline.errors import ConfigError, RewardError
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import batches, check_batch, check_choice
 from pipeline.rewards.protocol import ENCODINGS, encode_frames
-from pipeline.rewards.web import JsonClient
+from pipeline.rewards.subject import read_picture
+from pipeline.rewards.web import JsonClient, png_base64
 from pipeline.types import Media, PromptItem
 
 
@@ -64,6 +66,8 @@ class HttpScorer(Scorer):
 
     def _item(self, frames: np.ndarray, prompt: PromptItem, fps: float) -> dict[str, Any]:
         item: dict[str, Any] = {"prompt": prompt.text, "metadata": plain(prompt.metadata), "fps": float(fps)}
+        if prompt.image:
+            item["image"] = png_base64(read_picture(prompt.image))
         return item | encode_frames(frames, fps, self.encoding)
 
 

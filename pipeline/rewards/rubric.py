@@ -1,7 +1,8 @@
 """What a VLM judge is asked and how its answer is read: a YAML file, checked when it is loaded.
 
-    mode: likert            # likert: numbers found by patterns; yes_no: probability of yes; pairwise: which is better
-    system: You are …       # optional
+    mode: likert            # likert: numbers found by patterns; rating: a digit, by its probability; yes_no:
+                            # probability of yes; pairwise: which is better
+    system: You are …       # optional; the same for every take, before the pictures, and so worked out once on vLLM
     prompt: |               # {prompt} is the take's prompt; {frames} and {fps} describe a clip; {metadata.key} a column
       Rate how well the picture shows "{prompt}".  Alignment (1-5): X
     axes:                   # likert: one pattern each, whose first group is the number
@@ -10,7 +11,9 @@
     source: false           # also show the prompt's conditioning image, first (for edits)
     max_tokens: 256
 
-yes_no has `yes` and `no` (lists of answers; default [yes] and [no]); pairwise has `first` and `second` (patterns) and
+yes_no has `yes` and `no` (lists of answers; default [yes] and [no]). rating has `range` (of digits): the judge answers
+with one of them, and the score is the mean digit under the probabilities of the answer's first token, which tells takes
+apart that would all get a 4. pairwise has `first` and `second` (patterns) and
 may have `tie`, or has `axes` whose numbers are the first one's share (0 to 1); `labels: false` shows a pair without the
 words "Image 1:" and "Image 2:".
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -28,12 +32,14 @@ from pipeline.errors import ConfigError, RewardError
 from pipeline.files import did_you_mean
 from pipeline.types import PromptItem
 
-MODES = ("likert", "yes_no", "pairwise")
+MODES = ("likert", "rating", "yes_no", "pairwise")
 _KEYS = {
     "likert": {"axes", "range", "weights"},
+    "rating": {"range"},
     "yes_no": {"yes", "no"},
     "pairwise": {"first", "second", "tie", "axes", "labels"},
 }
+_PLACE = re.compile(r"\{(prompt|frames|fps|metadata\.[A-Za-z0-9_]+)\}")
 _COMMON = {"mode", "system", "prompt", "source", "max_tokens"}
 
 
@@ -52,8 +58,7 @@ class Rubric:
     weights: dict[str, float] = field(default_factory=dict)
     low: float = 1.0
     high: float = 5.0
-    yes: tuple[str, ...] = ("yes",)
-    no: tuple[str, ...] = ("no",)
+    answers: dict[str, float] = field(default_factory=dict)  # yes_no, rating: what the first token may say -> score
     first: re.Pattern | None = None
     second: re.Pattern | None = None
     tie: re.Pattern | None = None
@@ -70,7 +75,7 @@ class Rubric:
                 return str(prompt.metadata[name[9:]])
             return {"prompt": prompt.text, "frames": str(frames), "fps": f"{fps:g}"}[name]
 
-        return re.sub(r"\{(prompt|frames|fps|metadata\.[A-Za-z0-9_]+)\}", value, self.prompt)
+        return _PLACE.sub(value, self.prompt)
 
     def read_likert(self, text: str) -> dict[str, float]:
         """{"score": weighted mean of the axes on 0..1, axis: number}. Raises `Unparseable`."""
@@ -90,17 +95,18 @@ class Rubric:
         mean = sum(w * v for w, v in zip(weights, values.values(), strict=True)) / sum(weights)
         return {"score": (mean - self.low) / (self.high - self.low), **values}
 
-    def read_yes_no(self, top: list[tuple[str, float]]) -> float:
-        """P(yes) / (P(yes) + P(no)) from the first token's (text, log-probability) candidates. Raises `Unparseable`."""
-        mass = {"yes": 0.0, "no": 0.0}
+    def read_first(self, top: Sequence[tuple[str, float]]) -> float:
+        """Mean of the answers' scores by the first token's (text, log-probability) candidates, the others left out:
+        with yes and no, P(yes) / (P(yes) + P(no)). Raises `Unparseable`."""
+        mass = total = 0.0
         for token, log_prob in top:
-            word = token.strip().strip(".,:!\"'").lower()
-            if not math.isnan(log_prob):
-                mass["yes"] += math.exp(log_prob) if word in self.yes else 0.0
-                mass["no"] += math.exp(log_prob) if word in self.no else 0.0
-        if mass["yes"] + mass["no"] <= 0.0:
-            raise Unparseable(f"neither yes nor no is among the candidates {[t for t, _ in top][:8]}")
-        return mass["yes"] / (mass["yes"] + mass["no"])
+            value = self.answers.get(bare(token))
+            if value is not None and not math.isnan(log_prob):
+                mass += math.exp(log_prob)
+                total += math.exp(log_prob) * value
+        if mass <= 0.0:
+            raise Unparseable(f"none of {', '.join(self.answers)} is among the candidates {[t for t, _ in top][:8]}")
+        return total / mass
 
     def read_preference(self, text: str) -> float:
         """How far the first of a pair is better: 1, 0, 0.5 for a tie; or the mean of its shares. Raises `Unparseable`
@@ -112,6 +118,11 @@ class Rubric:
         if len(verdicts) != 1:
             raise Unparseable(f"the answer names {'neither' if not verdicts else 'both'}: {text[-120:]!r}")
         return verdicts[0]
+
+
+def bare(token: str) -> str:
+    """The word that a token says, whatever its case and punctuation."""
+    return token.strip().strip(".,:!\"'").lower()
 
 
 def builtin_rubrics() -> list[str]:
@@ -158,6 +169,10 @@ def parse_rubric(data: Any, source: str) -> Rubric:
     if not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
         raise fail("prompt: the text of the question is missing")
     fields: dict[str, Any] = {"mode": mode, "prompt": data["prompt"], "system": data.get("system")}
+    if not isinstance(data.get("system"), str | None):
+        raise fail(f"system: found {data['system']!r}; expected a text")
+    if _PLACE.search(data.get("system") or ""):
+        raise fail("system: it is the same for every take and sent as it is; {prompt} and the like go into prompt")
     if not isinstance(data.get("source", False), bool):
         raise fail(f"source: found {data['source']!r}; expected true or false")
     fields["source"] = data.get("source", False)
@@ -167,14 +182,13 @@ def parse_rubric(data: Any, source: str) -> Rubric:
         fields["max_tokens"] = data["max_tokens"]
     if mode == "likert":
         fields |= _likert(data, fail)
+    elif mode == "rating":
+        low, high = _range(data.get("range"), fail)
+        if not (low.is_integer() and high.is_integer() and 0 <= low and high <= 9):
+            raise fail(f"range: found {data['range']!r}; expected two digits, since the answer is one token")
+        fields["answers"] = {str(n): (n - low) / (high - low) for n in range(int(low), int(high) + 1)}
     elif mode == "yes_no":
-        for key in ("yes", "no"):
-            words = data.get(key, [key])
-            if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
-                raise fail(f"{key}: expected a list of answers, quoted (YAML reads a bare {key} as a truth value)")
-            fields[key] = tuple(word.lower() for word in words)
-        if set(fields["yes"]) & set(fields["no"]):
-            raise fail("yes and no share an answer")
+        fields["answers"] = _yes_no(data, fail)
     else:
         fields |= _pairwise(data, fail)
     return Rubric(**fields)
@@ -184,16 +198,32 @@ def _likert(data: dict, fail: Any) -> dict[str, Any]:
     axes = data.get("axes")
     if not isinstance(axes, dict) or not axes or "score" in axes:
         raise fail("axes: expected one pattern per axis (and none called score)")
-    bounds = data.get("range", [1, 5])
-    numeric = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-    if not numeric or not bounds[0] < bounds[1]:
-        raise fail(f"range: found {bounds!r}; expected [lowest, highest]")
+    low, high = _range(data.get("range", [1, 5]), fail)
     weights = data.get("weights") or {}
     positive = isinstance(weights, dict) and all(isinstance(w, int | float) and w > 0 for w in weights.values())
     if not positive or not set(weights) <= set(axes):
         raise fail(f"weights: found {weights!r}; expected a number above 0 for some of {', '.join(map(str, axes))}")
     patterns = {str(axis): _pattern(pattern, f"axes.{axis}", 1, fail) for axis, pattern in axes.items()}
-    return {"axes": patterns, "weights": weights, "low": float(bounds[0]), "high": float(bounds[1])}
+    return {"axes": patterns, "weights": weights, "low": low, "high": high}
+
+
+def _range(bounds: Any, fail: Any) -> tuple[float, float]:
+    numeric = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+    if not numeric or not bounds[0] < bounds[1]:
+        raise fail(f"range: found {bounds!r}; expected [lowest, highest]")
+    return float(bounds[0]), float(bounds[1])
+
+
+def _yes_no(data: dict, fail: Any) -> dict[str, float]:
+    answers: dict[str, float] = {}
+    for key, score in (("yes", 1.0), ("no", 0.0)):
+        words = data.get(key, [key])
+        if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+            raise fail(f"{key}: expected a list of answers, quoted (YAML reads a bare {key} as a truth value)")
+        if {word.lower() for word in words} & set(answers):
+            raise fail("yes and no share an answer")
+        answers |= {word.lower(): score for word in words}
+    return answers
 
 
 def _pairwise(data: dict, fail: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""UnifiedReward and UnifiedReward-Think (Wang et al., arXiv 2503.05236 and 2505.03318), served by vLLM or the like.
+"""UnifiedReward and UnifiedReward-Think (Wang et al., arXiv 2503.05236 and 2505.03318), on vLLM or behind an endpoint.
 
 The models are asked in the words they were trained on, which are rubrics (`rubrics/unified_reward_*.yaml`); which one
 depends on the version and on whether pictures or clips are judged. As a judge of pairs the scorer goes into
@@ -8,11 +8,13 @@ depends on the version and on whether pictures or clips are judged. As a judge o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.rewards.base import register
+from pipeline.rewards.chat import check_where
 from pipeline.rewards.pretrained import check_choice
 from pipeline.rewards.rubric import load_rubric
 from pipeline.rewards.tournament import PairwiseJudge
@@ -28,13 +30,16 @@ def rubric_name(version: str, pair: bool, clip: bool) -> str:
 
 @register("unified_reward")
 class UnifiedReward(VlmJudge, PairwiseJudge):
-    """UnifiedReward behind an OpenAI-compatible endpoint: its ratings as 0 to 1; also a judge for `tournament`."""
+    """UnifiedReward on vLLM or behind an endpoint: its ratings as 0 to 1; also a judge for `tournament`."""
+
+    pairs = True
 
     def __init__(
         self,
-        base_url: str,
         model: str = "UnifiedReward",
         version: str = "2",
+        base_url: str | None = None,
+        engine: dict[str, Any] | None = None,
         api_key_env: str | None = None,
         frames: int = 8,
         max_side: int = 512,
@@ -43,12 +48,13 @@ class UnifiedReward(VlmJudge, PairwiseJudge):
         timeout_s: float = 120.0,
         retries: int = 2,
     ) -> None:
-        """`version`: 1, 2 or think, the family of the served model. The others as of `vlm_judge`."""
+        """`version`: 1, 2 or think, the family of the model. The others as of `vlm_judge`."""
         self.version = check_choice("version", str(version), VERSIONS)
         super().__init__(
-            base_url,
             model,
             rubric_name(self.version, pair=self.version == "think", clip=False),
+            base_url=base_url,
+            engine=engine,
             api_key_env=api_key_env,
             frames=frames,
             max_side=max_side,
@@ -62,6 +68,9 @@ class UnifiedReward(VlmJudge, PairwiseJudge):
     @classmethod
     def check_args(cls, args: dict) -> None:
         check_choice("version", str(args.get("version", "2")), VERSIONS)
+        check_where(args)
+        if args.get("base_url") is None and "model" not in args:
+            raise ConfigError("base_url: set it to where UnifiedReward is served, or `model` to its weights")
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
         if self.version == "think":
@@ -73,7 +82,5 @@ class UnifiedReward(VlmJudge, PairwiseJudge):
 
     def compare(self, first: Media, second: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
         self.rubric = load_rubric(rubric_name(self.version, pair=True, clip=first.frames.shape[1] > 1))
-        one, other = (self._each(self._pictures, list(media.frames)) for media in (first, second))
-        return np.asarray(
-            self._each(lambda i: self._match(one[i], other[i], prompts[i], first.fps), list(range(len(prompts))))
-        )
+        pairs = zip(self._pictures(first), self._pictures(second), prompts, strict=True)
+        return np.asarray(self._better(list(pairs), first.fps))

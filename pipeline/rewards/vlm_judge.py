@@ -1,24 +1,25 @@
-"""A vision-language model as a judge, behind any OpenAI-compatible endpoint (vLLM, SGLang, a cloud).
+"""A vision-language model as a judge: behind an OpenAI-compatible endpoint, or on vLLM in the reward server itself.
 
-What is asked and how the answer is read is the rubric's (`pipeline.rewards.rubric`). Each clip is sent once, as PNG
-frames in one request; a pairwise tournament sends one request a match. An answer that does not follow the rubric is
-asked for again, then the scoring fails: it is never a score.
+What is asked and how the answer is read is the rubric's (`pipeline.rewards.rubric`); where it goes is
+`pipeline.rewards.chat`'s. Each clip is one question with all its frames; a pairwise tournament asks one a match; all
+questions of a call are handed over together. An answer that does not follow the rubric is asked for again, then the
+scoring fails: it is never a score.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.errors import RewardError
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.pretrained import check_number
+from pipeline.rewards.chat import Answer, Question, chat_model, check_where
+from pipeline.rewards.pretrained import check_batch, check_number
 from pipeline.rewards.rubric import Rubric, Unparseable, load_rubric
-from pipeline.rewards.web import JsonClient, png_base64
 from pipeline.types import Media, PromptItem
 
 T = TypeVar("T")
@@ -38,12 +39,14 @@ class VlmJudge(Scorer):
     """A vision-language model asked by a rubric: ratings, P(yes), or win rate within the group (all 0 to 1)."""
 
     reads = "video"
+    pairs = False  # whether two takes may be shown at once, whatever the rubric
 
     def __init__(
         self,
-        base_url: str,
         model: str,
         rubric: str = "alignment_quality",
+        base_url: str | None = None,
+        engine: dict[str, Any] | None = None,
         api_key_env: str | None = None,
         frames: int = 8,
         max_side: int = 512,
@@ -54,52 +57,62 @@ class VlmJudge(Scorer):
         timeout_s: float = 120.0,
         retries: int = 2,
     ) -> None:
-        """`base_url`: up to and with /v1. `rubric`: a YAML file or one that ships. `frames`: shown of a clip, evenly
-        spaced. `attempts`: tries for an answer that can be read. `opponents`: per take in a pairwise rubric, 0 all."""
-        numbers = (("frames", frames, 1), ("max_side", max_side, 28), ("attempts", attempts, 1))
-        for key, value, least in (*numbers, ("opponents", opponents, 0), ("parallel", parallel, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{key}: found {value!r}; expected a whole number of at least {least}")
+        """`model`: the endpoint's name for it; without `base_url` (up to and with /v1) a hub id or folder for vLLM's
+        engine in this process, whose options are `engine`. `rubric`: a YAML file or one that ships. `frames`: shown of
+        a clip, evenly spaced. `attempts`: tries for an answer that can be read. `opponents`: per take in a pairwise
+        rubric, 0 all. `api_key_env`, `parallel`, `timeout_s`, `retries`: an endpoint's."""
+        for key, value, least in (("max_side", max_side, 28), ("opponents", opponents, 0)):
+            check_batch(value, key, least)
         self.rubric: Rubric = load_rubric(rubric)
         self.relative = self.rubric.mode == "pairwise"
-        self.client = JsonClient(base_url, api_key_env, timeout_s, retries)
-        self.model, self.frames, self.max_side = model, frames, max_side
-        self.temperature = check_number("temperature", temperature, 0.0, 2.0)
-        self.attempts, self.opponents, self.parallel = attempts, opponents, parallel
+        self.frames, self.attempts = check_batch(frames, "frames"), check_batch(attempts, "attempts")
+        self.temperature, self.opponents = check_number("temperature", temperature, 0.0, 2.0), opponents
+        most = frames * (2 if self.relative or self.pairs else 1) + self.rubric.source
+        endpoint = {"api_key_env": api_key_env, "parallel": parallel, "timeout_s": timeout_s, "retries": retries}
+        words = tuple(self.rubric.answers)
+        self.chat = chat_model(base_url, model, engine, most, words, max_side, **endpoint)
 
     @classmethod
     def check_args(cls, args: dict) -> None:
         load_rubric(args.get("rubric", "alignment_quality"))
+        check_where(args)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
-        pictures = self._each(lambda take: self._pictures(take), list(media.frames))
+        pictures = self._pictures(media)
         if self.rubric.mode == "pairwise":
             return self._tournament(pictures, prompts, media.fps)
-        read = self._ask_yes_no if self.rubric.mode == "yes_no" else self._ask_likert
-        rows = self._each(lambda i: read(pictures[i], prompts[i], media.fps), list(range(len(prompts))))
-        return {key: np.asarray([row[key] for row in rows], dtype=np.float32) for key in rows[0]}
+        questions = [self._question(shown, p, media.fps) for shown, p in zip(pictures, prompts, strict=True)]
+        rows, answers = self._ask(questions, self._read)
+        parts = {key: np.asarray([row[key] for row in rows], dtype=np.float32) for key in rows[0]}
+        return parts | _cached(answers)
 
-    def _each(self, work: Callable[[Any], T], items: list) -> list[T]:
-        """In parallel, in order; the first failure is raised and what has not started is dropped."""
-        with ThreadPoolExecutor(max_workers=min(self.parallel, len(items))) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _read(self, answer: Answer) -> dict[str, float]:
+        if self.rubric.answers:
+            return {"score": self.rubric.read_first(answer.first)}
+        return self.rubric.read_likert(_text_of(answer))
 
-    def _pictures(self, frames: np.ndarray) -> list[dict[str, Any]]:
-        """The message parts that show one take uint8 [F, H, W, 3]."""
-        count = min(self.frames, len(frames))
-        chosen = [(2 * i + 1) * len(frames) // (2 * count) for i in range(count)]
-        return [self._picture(frames[i]) for i in chosen]
+    def _pictures(self, media: Media) -> list[list[dict[str, Any]]]:
+        """The message parts that show each take [F, H, W, 3]: the middles of equal parts of it."""
+        length = media.frames.shape[1]
+        count = min(self.frames, length)
+        chosen = [(2 * i + 1) * length // (2 * count) for i in range(count)]
+        return self.chat.show([[take[i] for i in chosen] for take in media.frames])
 
-    def _picture(self, frame: np.ndarray) -> dict[str, Any]:
-        return {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/png;base64,{png_base64(frame, self.max_side)}"},
-        }
+    def _question(
+        self, shown: list[dict[str, Any]], prompt: PromptItem, fps: float, frames: int | None = None
+    ) -> Question:
+        """`frames`: of one take, where `shown` holds more."""
+        text = self.rubric.fill(prompt, len(shown) if frames is None else frames, fps)
+        for word in self.chat.steering:
+            if text.count(word) > self.rubric.prompt.count(word):
+                raise RewardError(f"the prompt {prompt.text!r:.60} holds {word}, which steers the judge; take it out")
+        return Question(
+            system=self.rubric.system,
+            content=[*self._source(prompt), *shown, _text(text)],
+            max_tokens=self.rubric.max_tokens,
+            temperature=self.temperature,
+            words=tuple(self.rubric.answers),
+        )
 
     def _source(self, prompt: PromptItem) -> list[dict[str, Any]]:
         if not self.rubric.source:
@@ -108,44 +121,27 @@ class VlmJudge(Scorer):
 
         if not prompt.image:
             raise RewardError(f"the rubric shows the source picture, but prompt {prompt.index} has no image")
-        return [self._picture(read_picture(prompt.image))]
+        return self.chat.show([[read_picture(prompt.image)]])[0]
 
-    def _ask(self, content: list[dict[str, Any]], read: Callable[[dict], T], **options: Any) -> T:
-        """One question, asked until the answer can be read. Raises `RewardError` after `attempts`."""
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if self.rubric.system:
-            messages.insert(0, {"role": "system", "content": self.rubric.system})
+    def _ask(self, questions: Sequence[Question], read: Callable[[Answer], T]) -> tuple[list[T], list[Answer]]:
+        """All questions at once; those whose answers cannot be read again. Raises `RewardError` after `attempts`."""
+        found: dict[int, tuple[T, Answer]] = {}
         for attempt in range(self.attempts):
+            left = [i for i in range(len(questions)) if i not in found]
             # a repeated question at temperature 0 would get the same answer again
             temperature = self.temperature if attempt == 0 else max(self.temperature, 0.7)
-            payload = {
-                "model": self.model,
-                "messages": messages,
-                "temperature": temperature,
-                "max_tokens": self.rubric.max_tokens,
-                "seed": attempt,
-                **options,
-            }
-            answer = self.client.post("/chat/completions", payload)
-            try:
-                return read(_choice(answer))
-            except Unparseable as error:
-                last = error
-        raise RewardError(f"the judge {self.model} gave no readable answer in {self.attempts} tries: {last}") from last
-
-    def _ask_likert(self, pictures: list, prompt: PromptItem, fps: float) -> dict[str, float]:
-        return self._ask(
-            [*self._source(prompt), *pictures, _text(self.rubric.fill(prompt, len(pictures), fps))],
-            lambda choice: self.rubric.read_likert(_content(choice)),
-        )
-
-    def _ask_yes_no(self, pictures: list, prompt: PromptItem, fps: float) -> dict[str, float]:
-        return self._ask(
-            [*self._source(prompt), *pictures, _text(self.rubric.fill(prompt, len(pictures), fps))],
-            lambda choice: {"score": self.rubric.read_yes_no(_first_token(choice))},
-            logprobs=True,
-            top_logprobs=20,
-        )
+            asked = [replace(questions[i], temperature=temperature, seed=attempt) for i in left]
+            for i, answer in zip(left, self.chat.ask(asked), strict=True):
+                try:
+                    found[i] = read(answer), answer
+                except Unparseable as error:
+                    last = error
+            if len(found) == len(questions):
+                values, answers = zip(*(found[i] for i in range(len(questions))), strict=True)
+                return list(values), list(answers)
+        raise RewardError(
+            f"the judge {self.chat.name} gave no readable answer in {self.attempts} tries: {last}"
+        ) from last
 
     def _tournament(self, pictures: list, prompts: Sequence[PromptItem], fps: float) -> dict[str, np.ndarray]:
         """Win rate of each take among the takes of the same prompt."""
@@ -156,53 +152,36 @@ class VlmJudge(Scorer):
         if alone:
             raise RewardError(f"a pairwise rubric needs two or more takes of a prompt; {alone[0][:40]!r} has one")
         pairs = [(t[a], t[b]) for t in groups.values() for a, b in matches(len(t), self.opponents)]
-        better = self._each(lambda p: self._match(pictures[p[0]], pictures[p[1]], prompts[p[0]], fps), pairs)
+        better = self._better([(pictures[a], pictures[b], prompts[a]) for a, b in pairs], fps)
         won, played = np.zeros(len(prompts)), np.zeros(len(prompts))
         for pair, chance in zip(pairs, better, strict=True):
             won[list(pair)] += chance, 1 - chance
             played[list(pair)] += 1
         return {"score": won / played, "matches": played}
 
-    def _match(self, first: list, second: list, prompt: PromptItem, fps: float) -> float:
-        """How far the first of two takes (as message parts) is better: 0 to 1."""
+    def _better(self, pairs: Sequence[tuple[list, list, PromptItem]], fps: float) -> list[float]:
+        """How far the first of two takes (as message parts) is better, for each pair: 0 to 1."""
         labels = ([_text("Image 1:")], [_text("Image 2:")]) if self.rubric.labels else ([], [])
-        shown = [*labels[0], *first, *labels[1], *second]
-        question = _text(self.rubric.fill(prompt, len(first), fps))
-        return self._ask(
-            [*self._source(prompt), *shown, question], lambda choice: self.rubric.read_preference(_content(choice))
-        )
+        questions = [
+            self._question([*labels[0], *first, *labels[1], *second], prompt, fps, len(first))
+            for first, second, prompt in pairs
+        ]
+        return self._ask(questions, lambda answer: self.rubric.read_preference(_text_of(answer)))[0]
 
 
 def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _choice(answer: Any) -> dict:
-    """The first choice of a chat completion. Raises `RewardError` if the server does not speak the protocol."""
-    try:
-        choice = answer["choices"][0]
-        choice["message"]
-    except (TypeError, KeyError, IndexError) as error:
-        raise RewardError(f"the endpoint's answer is no chat completion: {str(answer)[:120]}") from error
-    return choice
-
-
-def _content(choice: dict) -> str:
-    content = choice["message"].get("content") if isinstance(choice["message"], dict) else None
-    if not isinstance(content, str) or not content.strip():
+def _text_of(answer: Answer) -> str:
+    if not answer.text.strip():
         raise Unparseable("the answer is empty")
-    if choice.get("finish_reason") == "length":
-        raise Unparseable(f"the answer was cut off at max_tokens: …{content[-60:]!r}")
-    return content
+    if answer.cut:
+        raise Unparseable(f"the answer was cut off at max_tokens: …{answer.text[-60:]!r}")
+    return answer.text
 
 
-def _first_token(choice: dict) -> list[tuple[str, float]]:
-    """(text, log-probability) of the candidates for the answer's first token."""
-    try:
-        top = choice["logprobs"]["content"][0]["top_logprobs"]
-        candidates = [(str(entry["token"]), float(entry["logprob"])) for entry in top]
-    except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise RewardError("the endpoint sent no log-probabilities; it must support top_logprobs") from error
-    if any(log_prob > 1e-6 for _, log_prob in candidates):
-        raise RewardError(f"the endpoint sent log-probabilities above 0: {candidates[:3]}")
-    return candidates
+def _cached(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+    """The part `cached`, where it is known."""
+    shares = np.asarray([answer.cached for answer in answers], dtype=np.float32)
+    return {} if np.isnan(shares).any() else {"cached": shares}

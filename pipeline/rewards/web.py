@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError, RewardError, RewardUnavailable
+from pipeline.rewards.images import shrunk
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes
 _TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -114,13 +115,6 @@ def _read(answer: Any, deadline: float) -> bytes:
 
 def png_base64(frame: np.ndarray, max_side: int | None = None) -> str:
     """uint8 [H, W, 3] -> PNG (lossless, so that scores do not depend on the transport), base64."""
-    from PIL import Image
-
-    picture = Image.fromarray(frame)
-    if max_side and max(picture.size) > max_side:
-        scale = max_side / max(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    shrunk(frame, max_side).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
