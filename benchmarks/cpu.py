@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from actors.common import actor_env
 from pipeline.errors import RushesError
 from pipeline.files import atomic_write
 
@@ -37,7 +38,7 @@ Say = Callable[[str], None]
 
 
 def _python(args: list[str], threads: int = 1) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **actor_env(threads)}  # the same for all that is compared
     return subprocess.Popen(
         [sys.executable, "-m", *args], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
