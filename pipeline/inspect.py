@@ -5,6 +5,7 @@ Sizes that the caller leaves open are chosen small, from the checkpoint's own co
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -132,7 +133,15 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
         report["layout"] = layout_words(found)
         report["lora"] = lora_of({name: modules[name] for name in found["denoisers"]})
         return
-    raise failures[0] if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
+    raise _telling(failures) if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
+
+
+def _telling(failures: list[RushesError]) -> RushesError:
+    """Of what failed at each size: the reason met most often, and not that a size does not suit the pipeline, where
+    there is another."""
+    others = [error for error in failures if not re.search(r"divisible|multiple of|too small", str(error))]
+    number = Counter(str(error) for error in others or failures)
+    return max(others or failures, key=lambda error: number[str(error)])
 
 
 def _without_guidance(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> UnsupportedPolicyError:
@@ -268,6 +277,11 @@ def layout_words(found: dict[str, Any]) -> list[str]:
         words.append(f"{doubled} inputs hold the batch once per guidance branch")
     if folded:
         words.append(f"{folded} inputs hold frames folded into the batch")
+    if found["alike_outputs"]:
+        words.append(
+            "prompt and negative prompt give nearly the same output (weights that were never trained?), so the "
+            "guidance rule was found with made-up outputs"
+        )
     if found["chosen_share"] < 1.0:
         words.append(
             f"the policy chooses {found['chosen_share']:.0%} of the latent values; the pipeline puts the rest back"

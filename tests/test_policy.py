@@ -51,7 +51,7 @@ def test_no_noise_is_the_untouched_pipeline(folder, scale):
     policy = make(folder, generator={"guidance_scale": scale})
     media, trajectory, _ = policy.rollout(ode_work(policy.cfg, PROMPTS, [1, 2, 3]))
     assert trajectory is None
-    kwargs = policy._call_arguments(tuple(PROMPTS), ode_sampling(policy.cfg, 4))
+    kwargs = policy.call_arguments(tuple(PROMPTS), ode_sampling(policy.cfg, 4))
     output = policy.pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in (1, 2, 3)])
     values = np.asarray(getattr(output, "frames", None) if hasattr(output, "frames") else output.images)
     untouched = np.rint(values.reshape(media.frames.shape).clip(0, 1) * 255).astype(np.uint8)

@@ -63,7 +63,9 @@ def condition_arguments(pipe: Any) -> list[list[str]]:
     required = [
         name
         for name, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and made_up(name, 8, 8, 1)
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and made_up(name, 8, 8, 1) is not None
     ]
     optional = [name for name in _OPTIONAL_CONDITIONS if name in parameters and name not in required]
     options = [required + optional, required] + [[*required, name] for name in optional if len(optional) > 1]
