@@ -97,8 +97,8 @@ def _config(checkpoint, revision, pipeline, height, width, frames, scale, call, 
 def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale) -> None:
     """Fills the report. Raises RushesError where the checkpoint cannot be a policy."""
     theirs = type(pipe.scheduler).__name__ if getattr(pipe, "scheduler", None) is not None else None
-    modules = denoisers_of(pipe)
     prediction = first_order_scheduler(pipe)
+    modules = denoisers_of(pipe)
     kinds = kinds_for(pipe.scheduler, prediction)
     report["scheduler"] = {"checkpoint": theirs, "used": type(pipe.scheduler).__name__, "prediction": prediction}
     report["samplers"] = list(kinds)
@@ -114,7 +114,7 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
             found = Policy(cfg, pipe, where).probe()
         except RushesError as error:
             if isinstance(error, UnsupportedPolicyError) and not isinstance(error, CannotRun):
-                raise _without_guidance(pipe, where, cfg, error) from error
+                raise _with_a_way_out(pipe, where, cfg, error) from error
             # It does not run, or gives no pictures: at a larger size or with a longer clip it may.
             failures.append(error)
             if len({str(e) for e in failures}) == 1 and len(failures) == _SAME_FAILURES:
@@ -144,16 +144,25 @@ def _telling(failures: list[RushesError]) -> RushesError:
     return max(others or failures, key=lambda error: number[str(error)])
 
 
-def _without_guidance(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> UnsupportedPolicyError:
-    """The refusal, with a way out where the same model can be trained without guidance."""
-    if cfg.generator.guidance_scale == 1.0 or "guidance" not in str(error):
+def _with_a_way_out(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> UnsupportedPolicyError:
+    """The refusal, with a way out where the same model can be trained without guidance, or without its rescaling."""
+    generator = cfg.generator
+    if "guidance" not in str(error):
         return error
-    plain = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"guidance_scale": 1.0})})
-    try:
-        Policy(plain, pipe, where).probe()
-    except RushesError:
-        return error
-    return UnsupportedPolicyError(f"{error}. Without guidance (guidance_scale 1) it can be trained")
+    ways: dict[str, dict[str, Any]] = {}
+    rescale = parameters_of(pipe).get("guidance_rescale")
+    if rescale is not None and rescale.default and "guidance_rescale" not in generator.call:
+        ways["With generator.call.guidance_rescale=0"] = {"call": {**generator.call, "guidance_rescale": 0.0}}
+    if generator.guidance_scale != 1.0:
+        ways["Without guidance (guidance_scale 1)"] = {"guidance_scale": 1.0}
+    for words, changed in ways.items():
+        other = cfg.model_copy(update={"generator": generator.model_copy(update=changed)})
+        try:
+            Policy(other, pipe, where).probe()
+        except RushesError:
+            continue
+        return UnsupportedPolicyError(f"{error}. {words} it can be trained")
+    return error
 
 
 def default_guidance(pipe: Any) -> float:

@@ -96,6 +96,7 @@ CUTS: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
     "reshaped": lambda out, like: out.reshape(like),
     "first channels (learned variance dropped)": lambda out, like: out[:, : like[1]],
     "first tokens": lambda out, like: out[:, : like[1]],
+    "last tokens": lambda out, like: out[:, -like[1] :],
 }
 
 

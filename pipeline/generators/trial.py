@@ -124,6 +124,13 @@ def _with_rules(
     policy: Policy, spec: PolicySpec, steps: list[RawStep], prompts: Sequence[PromptItem], sampling: SamplingSpec
 ) -> tuple[PolicySpec, float]:
     """The spec with its guidance rules, its outputs traced value by value where shapes do not say how they are cut."""
+    if spec.cut == "first tokens":  # the sample's tokens may also come behind the text's
+        last = replace(spec, cut="last tokens")
+        try:
+            rules, sign, error = probing.fit_steps(last, steps, policy.scales)
+            return replace(last, rules=rules, sign=sign), error
+        except UnsupportedPolicyError:
+            pass  # so they come first, as the shapes suggest
     try:
         if spec.cut == "gather":
             raise UnsupportedPolicyError("shapes differ")
