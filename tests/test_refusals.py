@@ -24,6 +24,7 @@ from diffusers import (
     LTXEulerAncestralRFScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.models import attention_processor
 
 from jobs.cli import main
 from pipeline.errors import UnsupportedPolicyError
@@ -65,15 +66,22 @@ def test_momentum_guidance_is_refused(sd, monkeypatch):
         policy.probe(families.prompts("StableDiffusion", sd))
 
 
-def test_a_model_changed_while_sampling_is_refused(root):
-    """Perturbed-attention guidance: the learner's model has no such attention processors."""
-    torch.manual_seed(0)
-    pipe = families_more.perturbed_attention()
-    families.liven(pipe)
-    pipe.save_pretrained(root / "pag")
-    cfg = families.config("StableDiffusion", root / "pag")
-    with pytest.raises(UnsupportedPolicyError, match=r"log-ratios of up to \d.*attention processors"):
-        Policy.load(cfg, "cpu", threads=1).probe()
+class Blurred(attention_processor.AttnProcessor):
+    """A processor that only this file knows."""
+
+
+def test_processors_put_in_place_while_sampling_must_be_known(sd, monkeypatch):
+    """Perturbed-attention guidance is replayed with diffusers' own processors (test_families); these cannot be."""
+    policy = families.policy("StableDiffusion", sd)
+    own = policy.pipe.encode_prompt
+
+    def encode(*args, **kwargs):
+        policy.pipe.unet.set_attn_processor(Blurred())
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(policy.pipe, "encode_prompt", encode)
+    with pytest.raises(UnsupportedPolicyError, match="attention processor Blurred, put in place while sampling"):
+        policy.probe(families.prompts("StableDiffusion", sd))
 
 
 class Squashed(StableDiffusionPipeline):

@@ -172,7 +172,7 @@ def conclusive(outputs: dict[str, Layout], steps: list[RawStep]) -> bool:
             layout = outputs.get(f"{len(step.calls)}.{number}")
             found += layout.branches(call.output, step.sample.shape[0]) if layout is not None else []
         for i, branch in enumerate(found):
-            bound = (1e-3 if tolerance(branch) == RULE_TOLERANCE else 5e-2) * float(branch.abs().max())
+            bound = max(1e-3, tolerance(branch)) * float(branch.abs().max())
             for other in found[:i]:
                 if branch.shape == other.shape and float((branch - other).abs().max()) <= bound:
                     return False
@@ -183,6 +183,8 @@ def fit_steps(spec: PolicySpec, steps: list[RawStep], scales: Sequence[float]) -
     """The rule for each number of branches met in `steps`: (rules, sign, largest error). Raises with the numbers."""
     by_number: dict[int, list[tuple[RawStep, list[torch.Tensor]]]] = {}
     for step in steps:
+        if f"{len(step.calls)}.0" not in spec.outputs:
+            raise UnsupportedPolicyError(f"step {step.index} makes {len(step.calls)} denoiser calls, others do not")
         branches = branches_of(spec, [call.output for call in step.calls], step.sample.shape)
         by_number.setdefault(len(branches), []).append((step, branches))
     rules: dict[str, str] = {}

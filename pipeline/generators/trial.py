@@ -12,6 +12,7 @@ import torch
 
 from pipeline.errors import CannotRun, RushesError, UnsupportedPolicyError
 from pipeline.generators import probe as probing
+from pipeline.generators.attention import take_off
 from pipeline.generators.calling import condition_arguments, conditions_of, forms, parameters_of
 from pipeline.generators.live_text import asked_of, same_inputs
 from pipeline.generators.loading import forget_prompts
@@ -91,16 +92,15 @@ def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
     takes = small.steps[0].sample.shape[0]
     one, other = small.steps, large.steps
     alike = not probing.conclusive(outputs, one + other)
+    run_steps: list[RawStep] = []  # of a run's own sampler, whose guidance may change with the step
     if alike:
-        one, other = (_steps_with_made_up_outputs(policy, trio[:takes], seed) for seed in (0, 1))
+        one, other = (_made_up_steps(policy, trio[:takes], seed, sampling) for seed in (0, 1))
+        run_steps = _made_up_steps(policy, trio[:takes], 2, _whole_run(policy))
     spec = replace(probing.bare_spec(small.steps[0], outputs, policy.name, policy.prediction), layouts=layouts)
-    spec, error = _with_rules(policy, spec, one + other, trio[:takes], sampling)
+    spec, error = _with_rules(policy, spec, one + other + run_steps, trio[:takes], sampling)
     probing.check_linear_weights(spec, one, other)
     policy.spec = spec
-    if alike:
-        for step in one:
-            policy.fit_step(step)
-            policy.numbers[step.index] = (step.rule, step.guidance_scale, step.rule_extra)
+    policy.numbers = _numbers(policy, one) if alike else {}
     for step in large.steps:
         policy.fit_step(step)
     report = probing.report(spec, small, large, error)
@@ -117,6 +117,7 @@ def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
     if policy.embeddings is not None:
         forget_prompts(policy.pipe)
         policy.embeddings.settle(policy.pipe, policy.form, lambda: same_inputs(small.steps, run(*couple).steps))
+    policy.numbers = _numbers(policy, run_steps)
     return report
 
 
@@ -152,13 +153,15 @@ def _with_rules(
     return replace(spec, rules=rules, sign=sign), error
 
 
-def _trainable_steps(policy: Policy) -> tuple[int, ...]:
+def _whole_run(policy: Policy) -> SamplingSpec:
+    """A run's sampler, with every step that the run may train."""
     sampler = policy.cfg.sampler
-    return tuple(range(sampler.window.stop or sampler.steps - 1))
+    steps = tuple(range(sampler.window.stop or sampler.steps - 1))
+    return replace(ode_sampling(policy.cfg, sampler.steps), stochastic_steps=steps, trained_steps=steps)
 
 
-def _steps_with_made_up_outputs(policy: Policy, prompts: Sequence[PromptItem], seed: int) -> list[RawStep]:
-    """Every step that a run may train, with random numbers in place of the denoiser's outputs.
+def _made_up_steps(policy: Policy, prompts: Sequence[PromptItem], seed: int, sampling: SamplingSpec) -> list[RawStep]:
+    """The trained steps of a rollout with random numbers in place of the denoiser's outputs.
 
     Weights that were never trained can answer prompt and negative prompt alike (modulations start at zero), so that
     any guidance rule would fit; these numbers differ.
@@ -168,19 +171,24 @@ def _steps_with_made_up_outputs(policy: Policy, prompts: Sequence[PromptItem], s
     def send(_step: int, _name: str, output: torch.Tensor) -> torch.Tensor:
         return torch.randn(output.shape, generator=source).to(output)
 
-    steps = _trainable_steps(policy)
-    sampling = replace(ode_sampling(policy.cfg, policy.cfg.sampler.steps), trained_steps=steps)
-    seeds = tuple(range(11, 11 + len(prompts)))
     return policy.sample(
         prompts,
-        seeds,
+        tuple(range(11, 11 + len(prompts))),
         None,
         sampling,
-        keep_steps=set(steps),
+        keep_steps=set(sampling.trained_steps),
         on_output=send,
         on_step=None,
-        stop_early=len(steps) < policy.cfg.sampler.steps,
+        stop_early=len(sampling.trained_steps) < sampling.num_steps,
     )[1].steps
+
+
+def _numbers(policy: Policy, steps: list[RawStep]) -> dict[int, tuple[str, float, tuple[float, ...]]]:
+    """Sampler step -> (rule, scale, extra), read from steps whose outputs tell them."""
+    policy.numbers = {}
+    for step in steps:
+        policy.fit_step(step)
+    return {step.index: (step.rule, step.guidance_scale, step.rule_extra) for step in steps}
 
 
 def _check_later_steps(policy: Policy, prompts: Sequence[PromptItem]) -> None:
@@ -188,8 +196,7 @@ def _check_later_steps(policy: Policy, prompts: Sequence[PromptItem]) -> None:
 
     Raises UnsupportedPolicyError, with the window that can be trained where there is one.
     """
-    steps = _trainable_steps(policy)
-    sampling = replace(ode_sampling(policy.cfg, policy.cfg.sampler.steps), stochastic_steps=steps, trained_steps=steps)
+    sampling = _whole_run(policy)
     fitted: list[int] = []
 
     def fit(step: RawStep) -> None:
@@ -202,9 +209,9 @@ def _check_later_steps(policy: Policy, prompts: Sequence[PromptItem]) -> None:
             range(11, 11 + len(prompts)),
             None,
             sampling,
-            keep_steps=set(steps),
+            keep_steps=set(sampling.trained_steps),
             on_step=fit,
-            stop_early=len(steps) < policy.cfg.sampler.steps,
+            stop_early=len(sampling.trained_steps) < sampling.num_steps,
         )
     except UnsupportedPolicyError as error:
         cause = f"{policy.name}: its guider {type(policy.pipe.guider).__name__} changes its rule; {error}"
@@ -229,6 +236,7 @@ def check_replay(policy: Policy, recording: Recording, sampling: SamplingSpec) -
                 moved = replayer.move(j, cut, sample, out, sampling)
                 gap = float((log_prob(next_sample, moved) - old).abs().max())
                 worst[key] = max(worst[key], gap)
+    take_off(policy.modules.values())
     exact = all(p.dtype == torch.float32 for m in policy.modules.values() for p in m.parameters())
     bound = probing.RATIO_TOLERANCE if exact else 1e-2
     # Single takes run through other kernels; over few latent values their rounding shows more.
