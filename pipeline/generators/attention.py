@@ -47,7 +47,9 @@ def changed(module: torch.nn.Module, own: dict[str, Any]) -> dict[str, str]:
 def put_back(module: torch.nn.Module, own: dict[str, Any]) -> None:
     """Processors as they were."""
     for path, processor in own.items():
-        module.get_submodule(path).processor = processor
+        layer = module.get_submodule(path)
+        if layer.processor is not processor:
+            layer.set_processor(processor)
 
 
 def wear(module: torch.nn.Module, names: dict[str, str]) -> None:
@@ -62,7 +64,7 @@ def wear(module: torch.nn.Module, names: dict[str, str]) -> None:
     own = processors_of(module)
     _OWN[module] = {path: own[path] for path in names}
     for path, name in names.items():
-        module.get_submodule(path).processor = getattr(attention_processor, name)()
+        module.get_submodule(path).set_processor(getattr(attention_processor, name)())
 
 
 def take_off(modules: Iterable[torch.nn.Module]) -> None:

@@ -60,6 +60,10 @@ def kinds_for(scheduler: Any, prediction: str) -> tuple[str, ...]:
     return CONSISTENCY_KINDS if isinstance(scheduler, LCMScheduler) else DIFFUSION_KINDS
 
 
+def _no_begin_index(begin_index: int = 0) -> None:
+    """DDIM finds its place by the timestep."""
+
+
 def _first_order_flow(scheduler: Any) -> Any:
     """The scheduler itself, or the one that takes one model call per step on its grid and draws no noise of its own."""
     config = scheduler.config
@@ -102,6 +106,8 @@ def first_order_scheduler(pipe: Any) -> str:
     elif not isinstance(scheduler, _KEPT) or scheduler.config.get("thresholding"):
         clip = bool(scheduler.config.get("clip_sample", False))
         pipe.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clip, thresholding=False)
+        if hasattr(scheduler, "set_begin_index"):
+            pipe.scheduler.set_begin_index = _no_begin_index  # some pipelines call it without looking for it
     ours, theirs = pipe.scheduler.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-5):
         raise UnsupportedPolicyError(
