@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import InputError
 from pipeline.files import describe_os_error
 
-DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")  # their component names in diffusers
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # their component names in diffusers
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's, for a component that diffusers has no LoRA loader for
 

@@ -5,6 +5,7 @@ Sizes that the caller leaves open are chosen small, from the checkpoint's own co
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -96,8 +97,8 @@ def _config(checkpoint, revision, pipeline, height, width, frames, scale, call, 
 def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale) -> None:
     """Fills the report. Raises RushesError where the checkpoint cannot be a policy."""
     theirs = type(pipe.scheduler).__name__ if getattr(pipe, "scheduler", None) is not None else None
-    modules = denoisers_of(pipe)
     prediction = first_order_scheduler(pipe)
+    modules = denoisers_of(pipe)
     kinds = kinds_for(pipe.scheduler, prediction)
     report["scheduler"] = {"checkpoint": theirs, "used": type(pipe.scheduler).__name__, "prediction": prediction}
     report["samplers"] = list(kinds)
@@ -113,7 +114,7 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
             found = Policy(cfg, pipe, where).probe()
         except RushesError as error:
             if isinstance(error, UnsupportedPolicyError) and not isinstance(error, CannotRun):
-                raise _without_guidance(pipe, where, cfg, error) from error
+                raise _with_a_way_out(pipe, where, cfg, error) from error
             # It does not run, or gives no pictures: at a larger size or with a longer clip it may.
             failures.append(error)
             if len({str(e) for e in failures}) == 1 and len(failures) == _SAME_FAILURES:
@@ -132,19 +133,36 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
         report["layout"] = layout_words(found)
         report["lora"] = lora_of({name: modules[name] for name in found["denoisers"]})
         return
-    raise failures[0] if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
+    raise _telling(failures) if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
 
 
-def _without_guidance(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> UnsupportedPolicyError:
-    """The refusal, with a way out where the same model can be trained without guidance."""
-    if cfg.generator.guidance_scale == 1.0 or "guidance" not in str(error):
+def _telling(failures: list[RushesError]) -> RushesError:
+    """Of what failed at each size: the reason met most often, and not that a size does not suit the pipeline, where
+    there is another."""
+    others = [error for error in failures if not re.search(r"divisible|multiple of|too small", str(error))]
+    number = Counter(str(error) for error in others or failures)
+    return max(others or failures, key=lambda error: number[str(error)])
+
+
+def _with_a_way_out(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> UnsupportedPolicyError:
+    """The refusal, with a way out where the same model can be trained without guidance, or without its rescaling."""
+    generator = cfg.generator
+    if "guidance" not in str(error):
         return error
-    plain = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"guidance_scale": 1.0})})
-    try:
-        Policy(plain, pipe, where).probe()
-    except RushesError:
-        return error
-    return UnsupportedPolicyError(f"{error}. Without guidance (guidance_scale 1) it can be trained")
+    ways: dict[str, dict[str, Any]] = {}
+    rescale = parameters_of(pipe).get("guidance_rescale")
+    if rescale is not None and rescale.default and "guidance_rescale" not in generator.call:
+        ways["With generator.call.guidance_rescale=0"] = {"call": {**generator.call, "guidance_rescale": 0.0}}
+    if generator.guidance_scale != 1.0:
+        ways["Without guidance (guidance_scale 1)"] = {"guidance_scale": 1.0}
+    for words, changed in ways.items():
+        other = cfg.model_copy(update={"generator": generator.model_copy(update=changed)})
+        try:
+            Policy(other, pipe, where).probe()
+        except RushesError:
+            continue
+        return UnsupportedPolicyError(f"{error}. {words} it can be trained")
+    return error
 
 
 def default_guidance(pipe: Any) -> float:
@@ -268,6 +286,11 @@ def layout_words(found: dict[str, Any]) -> list[str]:
         words.append(f"{doubled} inputs hold the batch once per guidance branch")
     if folded:
         words.append(f"{folded} inputs hold frames folded into the batch")
+    if found["alike_outputs"]:
+        words.append(
+            "prompt and negative prompt give nearly the same output (weights that were never trained?), so the "
+            "guidance rule was found with made-up outputs"
+        )
     if found["chosen_share"] < 1.0:
         words.append(
             f"the policy chooses {found['chosen_share']:.0%} of the latent values; the pipeline puts the rest back"

@@ -66,6 +66,7 @@ class RecordedCall:
     module: str  # component name, such as transformer, transformer_2, unet
     args: Any
     kwargs: Any
+    processors: dict[str, str] = field(default_factory=dict)  # attention layer -> class put there while sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

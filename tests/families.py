@@ -164,6 +164,7 @@ FAMILIES: dict[str, Family] = {
     "Krea2": Family(new.krea2, call={"max_sequence_length": 16}, slow=True),
     "ErnieImage": Family(new.ernie_image, size=32, slow=True),
     "StableDiffusionSAG": Family(new.self_attention_guidance, **_DDIM, slow=True),
+    "StableDiffusionPAG": Family(more.perturbed_attention, **_DDIM),
     "ChronoEdit": Family(new.chrono_edit, size=32, vae_gain=8.0, frames=5, call=_T5, conditions=("image",), slow=True),
     "LucyEdit": Family(new.lucy_edit, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",), slow=True),
     "QwenImageEditPlus": Family(
@@ -183,7 +184,6 @@ UNTESTED: dict[str, str] = {
     "Kandinsky 2.2, 3": "probed and trained by hand (cfg uncond-first; 3: scale g+1); too slow for a test",
     "Allegro": "probed and trained by hand (cfg uncond-first); decodes only in tiles",
     "Cosmos": "needs cosmos_guardrail, which is not installed here",
-    "StableDiffusionPAG": "refused: it puts its own attention processors into the UNet while sampling only",
     "StableVideoDiffusion": "refused: EDM noise levels, no first-order counterpart; a guidance scale per frame",
     "DeepFloyd IF": "trained by hand; nothing to compare with: it hands the scheduler 6 channels, as DDPM wants",
     "OmniGen": "needs torchvision (its processor), which has no CPU build here",

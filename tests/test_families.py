@@ -57,7 +57,7 @@ class Case:
         sections = {"trainable": {"kind": kind, "rank": 4}, "optimizer": {"lr": 1e-2 if kind == "lora" else 1e-3}}
         cfg = families.config(self.name, self.folder, **sections)
         policy = Policy.load(cfg, "cpu", threads=1)
-        policy.spec, policy._form, policy._fill = self.policy.spec, self.policy._form, self.policy._fill
+        policy.spec, policy.form, policy.fill = self.policy.spec, self.policy.form, self.policy.fill
         policy.attach()
         learner = Learner(cfg, "cpu")
         assert policy.load_weights(learner.weights()) == learner.weights().checksum
@@ -82,8 +82,8 @@ class Case:
         )
         return np.concatenate(
             [
-                policy._sample(work.prompts[a:b], work.seeds[a:b], None, work.sampling, keep_steps=set())[0]
-                for a, b in policy._calls(work)
+                policy.sample(work.prompts[a:b], work.seeds[a:b], None, work.sampling, keep_steps=set())[0]
+                for a, b in policy.calls(work)
             ]
         )
 
@@ -92,10 +92,10 @@ class Case:
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = first_order(pipe.scheduler)
         made = []
-        batched = self.policy._form.batched
+        batched = self.policy.form.batched
         for start in (0,) if batched else (0, 1):
             takes = slice(start, start + (2 if batched else 1))
-            kwargs = self.policy._call_arguments(self.prompts[:2][takes], ode_sampling(self.policy.cfg, 3))
+            kwargs = self.policy.call_arguments(self.prompts[:2][takes], ode_sampling(self.policy.cfg, 3))
             seeds = generators((5, 6)[takes])
             with torch.no_grad():
                 output = pipe(**kwargs, generator=seeds if batched else seeds[0])

@@ -200,7 +200,7 @@ def test_export_gives_the_same_pictures_in_plain_diffusers(folder, kind, tmp_pat
     assert np.abs(ours.frames.astype(int) - before.frames).max() > 1 and untrained is policy.pipe.transformer
 
     def plain(pipe) -> np.ndarray:
-        kwargs = policy._call_arguments(work.prompts, work.sampling)
+        kwargs = policy.call_arguments(work.prompts, work.sampling)
         output = pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in work.seeds])
         values = output.frames if hasattr(output, "frames") else output.images
         return np.rint(np.asarray(values).reshape(ours.frames.shape).clip(0, 1) * 255)

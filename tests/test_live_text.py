@@ -169,7 +169,7 @@ def test_exports_give_the_same_pictures_in_plain_diffusers(start, tmp_path):
     prompts, sampling = (PROMPT,) * 2, ode_sampling(cfg, 3)
 
     def ours(of: Policy) -> np.ndarray:
-        return of._sample(prompts, (5, 6), None, sampling, keep_steps=set())[0]
+        return of.sample(prompts, (5, 6), None, sampling, keep_steps=set())[0]
 
     before = ours(policy)
     advance(policy, learner, range(3))
@@ -178,7 +178,7 @@ def test_exports_give_the_same_pictures_in_plain_diffusers(start, tmp_path):
 
     def plain(pipe) -> np.ndarray:
         pipe.scheduler = type(policy.pipe.scheduler).from_config(policy.pipe.scheduler.config)
-        kwargs = policy._call_arguments(prompts, sampling)
+        kwargs = policy.call_arguments(prompts, sampling)
         return to_floats(pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in (5, 6)]), 2)
 
     pipe = DiffusionPipeline.from_pretrained(folder)

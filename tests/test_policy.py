@@ -50,7 +50,7 @@ def test_no_noise_is_the_untouched_pipeline(folder, scale):
     policy = make(folder, generator={"guidance_scale": scale})
     media, trajectory, _ = policy.rollout(ode_work(policy.cfg, PROMPTS, [1, 2, 3]))
     assert trajectory is None
-    kwargs = policy._call_arguments(tuple(PROMPTS), ode_sampling(policy.cfg, 4))
+    kwargs = policy.call_arguments(tuple(PROMPTS), ode_sampling(policy.cfg, 4))
     output = policy.pipe(**kwargs, generator=[torch.Generator().manual_seed(s) for s in (1, 2, 3)])
     values = np.asarray(getattr(output, "frames", None) if hasattr(output, "frames") else output.images)
     untouched = np.rint(values.reshape(media.frames.shape).clip(0, 1) * 255).astype(np.uint8)
@@ -93,8 +93,8 @@ def test_groups_drawn_in_one_call_are_the_groups_drawn_alone(folder, scale, monk
     )
     works = [train_work(policy.cfg, i, 0, prompt) for i, prompt in enumerate(PROMPTS)]
     assert len({work.sampling.trained_steps for work in works}) > 1
-    calls, sample = [], policy._sample
-    monkeypatch.setattr(policy, "_sample", lambda *args, **kwargs: calls.append(args) or sample(*args, **kwargs))
+    calls, sample = [], policy.sample
+    monkeypatch.setattr(policy, "sample", lambda *args, **kwargs: calls.append(args) or sample(*args, **kwargs))
     together = policy.rollouts(works)
     assert len(calls) == 1 and len(calls[0][1]) == 12
     for work, (media, trajectory, seconds) in zip(works, together, strict=True):

@@ -22,7 +22,7 @@ from pipeline.types import PromptItem, SamplingSpec
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
 _OPTIONAL_CONDITIONS = ("image", "mask_image", "control_image", "video", "control_video", "conditioning_frames")
-_PICTURES = ("frames", "images", "videos", "video", "image")  # what pipelines call them in their output
+_PICTURES = ("frames", "images", "videos", "video", "image", "rgb")  # what pipelines call them in their output
 FRAMES = ("num_frames", "video_length", "frames")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
@@ -63,7 +63,9 @@ def condition_arguments(pipe: Any) -> list[list[str]]:
     required = [
         name
         for name, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and made_up(name, 8, 8, 1)
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and made_up(name, 8, 8, 1) is not None
     ]
     optional = [name for name in _OPTIONAL_CONDITIONS if name in parameters and name not in required]
     options = [required + optional, required] + [[*required, name] for name in optional if len(optional) > 1]
@@ -169,8 +171,10 @@ def call_arguments(
         kwargs["true_cfg_scale"] = sampling.guidance_scale
     elif embedded is not None:
         kwargs["guidance_scale"] = sampling.guidance_scale
+        kwargs["guidance_schedule"] = None  # one per step; Ideogram 4 takes either
     if "use_resolution_binning" in parameters:
         kwargs["use_resolution_binning"] = False  # height and width are what the config says
+    kwargs["use_kv_cache"] = False  # calls of the denoiser must not depend on earlier ones
     kwargs.update(hint_for(pipe).call(cfg))
     asked = cfg.call.get("true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None))
     needed = isinstance(asked, (int, float)) and asked > 1.0  # these guide only when given a negative prompt

@@ -96,6 +96,7 @@ CUTS: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
     "reshaped": lambda out, like: out.reshape(like),
     "first channels (learned variance dropped)": lambda out, like: out[:, : like[1]],
     "first tokens": lambda out, like: out[:, : like[1]],
+    "last tokens": lambda out, like: out[:, -like[1] :],
 }
 
 
@@ -122,9 +123,10 @@ class Fit:
     known: bool = True  # the scale is one that the call itself names, not one that was solved for
 
     @property
-    def order(self) -> tuple[bool, bool, float]:
-        """Sorts fits: exact to rounding first, among these the ones whose scale is known."""
-        return self.error > 1e-6, not self.known, self.error
+    def order(self) -> tuple[bool, bool, bool, float]:
+        """Sorts fits: exact to rounding first, among these the ones whose scale is known, then positive (the same
+        guidance with its branches the other way round needs a negative one)."""
+        return self.error > 1e-6, not self.known, self.scale < 0.0, self.error
 
 
 def evaluate(rule: str, branches: Branches, sample: torch.Tensor, scale: float, extra: Sequence[float], sign: float):

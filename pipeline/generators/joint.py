@@ -49,7 +49,7 @@ def cut_part(part: TrajectoryPart, spec: PolicySpec, takes: slice, trained_steps
     def call_of(call: RecordedCall, key: str) -> RecordedCall:
         tree = {"args": call.args, "kwargs": call.kwargs}
         tree = descend(tree, "", layouts, key, takes, total, lambda path, leaf: leaf_of(key, path, leaf))
-        return RecordedCall(module=call.module, args=tree["args"], kwargs=tree["kwargs"])
+        return replace(call, args=tree["args"], kwargs=tree["kwargs"])
 
     def step_of(step: RecordedStep) -> RecordedStep:
         count = len(step.calls)

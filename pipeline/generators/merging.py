@@ -62,7 +62,7 @@ def merge_steps(part: TrajectoryPart, spec: PolicySpec, chosen: Sequence[int]) -
     steps = [part.steps[j] for j in chosen]
     first = steps[0]
     guidance = [(step.guidance_scale, step.rule, step.rule_extra) for step in steps]
-    modules = [[call.module for call in step.calls] for step in steps]
+    modules = [[(call.module, call.processors) for call in step.calls] for step in steps]
     if spec.layouts is None or any(step.mask is not None for step in steps):
         return None
     if any(entry != guidance[0] for entry in guidance) or any(entry != modules[0] for entry in modules):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UnsupportedPolicyError
-from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, cut_for
+from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, cut_for, evaluate
 from pipeline.generators.recorder import RawStep, Recording
 from pipeline.generators.replay import branches_of
 from pipeline.generators.spec import LIST, Layout, PolicySpec
@@ -164,20 +164,32 @@ def single_outputs(steps: list[RawStep]) -> dict[str, Layout]:
     return outputs
 
 
+def conclusive(outputs: dict[str, Layout], steps: list[RawStep]) -> bool:
+    """Whether the branches of every step differ by so much that a wrong guidance rule or scale shows."""
+    for step in steps:
+        found: list[torch.Tensor] = []
+        for number, call in enumerate(step.calls):
+            layout = outputs.get(f"{len(step.calls)}.{number}")
+            found += layout.branches(call.output, step.sample.shape[0]) if layout is not None else []
+        for i, branch in enumerate(found):
+            bound = max(1e-3, tolerance(branch)) * float(branch.abs().max())
+            for other in found[:i]:
+                if branch.shape == other.shape and float((branch - other).abs().max()) <= bound:
+                    return False
+    return True
+
+
 def fit_steps(spec: PolicySpec, steps: list[RawStep], scales: Sequence[float]) -> tuple[dict[str, str], float, float]:
     """The rule for each number of branches met in `steps`: (rules, sign, largest error). Raises with the numbers."""
     by_number: dict[int, list[tuple[RawStep, list[torch.Tensor]]]] = {}
     for step in steps:
+        if f"{len(step.calls)}.0" not in spec.outputs:
+            raise UnsupportedPolicyError(f"step {step.index} makes {len(step.calls)} denoiser calls, others do not")
         branches = branches_of(spec, [call.output for call in step.calls], step.sample.shape)
         by_number.setdefault(len(branches), []).append((step, branches))
     rules: dict[str, str] = {}
     sign, worst = 1.0, 0.0
     for number, group in by_number.items():
-        if number > 1 and all(torch.equal(b[i], b[0]) for _, b in group for i in range(1, number)):
-            raise UnsupportedPolicyError(
-                "conditional and unconditional outputs are equal, so any guidance rule fits: are the weights zero, "
-                "or the prompt and the negative prompt the same?"
-            )
         ranked: dict[tuple[str, float], list[Fit]] = {}
         for step, branches in group:
             best: dict[tuple[str, float], Fit] = {}
@@ -213,12 +225,25 @@ def fit_step(branches: list[torch.Tensor], step: RawStep, rule: str, sign: float
     ranked = candidates(branches, step.sample, step.model_output, [step.guidance_scale, *scales])
     fits = [fit for fit in ranked if fit.rule == rule and (fit.sign == sign or rule == LINEAR_FIT)]
     if not fits or fits[0].error > tolerance(step.model_output):
-        error = f"{fits[0].error:.1e}" if fits else "it does not apply"
-        raise UnsupportedPolicyError(
-            f"step {step.index}: the guidance rule '{rule}' found at start-up does not reproduce what the scheduler "
-            f"receives ({error}; allowed {tolerance(step.model_output):.0e})"
-        )
+        raise _unfit(step, rule, f"{fits[0].error:.1e}" if fits else "it does not apply")
     return fits[0]
+
+
+def check_numbers(
+    branches: list[torch.Tensor], step: RawStep, rule: str, scale: float, extra: tuple[float, ...], sign: float
+) -> None:
+    """Raises UnsupportedPolicyError where a rule with known numbers does not give what the scheduler received."""
+    gap = (evaluate(rule, branches, step.sample, scale, extra, sign) - step.model_output).abs().max()
+    error = float(gap) / (float(step.model_output.abs().max()) or 1.0)
+    if not error <= tolerance(step.model_output):
+        raise _unfit(step, rule, f"{error:.1e}")
+
+
+def _unfit(step: RawStep, rule: str, error: str) -> UnsupportedPolicyError:
+    return UnsupportedPolicyError(
+        f"step {step.index}: the guidance rule '{rule}' found at start-up does not reproduce what the scheduler "
+        f"receives ({error}; allowed {tolerance(step.model_output):.0e})"
+    )
 
 
 def bare_spec(step: RawStep, outputs: dict[str, Layout], pipeline: str, prediction: str) -> PolicySpec:

@@ -22,6 +22,7 @@ from diffusers import LCMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from pipeline.errors import UnsupportedPolicyError
+from pipeline.generators.attention import changed, processors_of, put_back
 from pipeline.generators.schedule import step_times
 from pipeline.samplers import log_prob, transition
 from pipeline.samplers.transition import Transition, clean_and_noise, consistency_function
@@ -40,6 +41,7 @@ class RawCall:
     kwargs: Any
     origin: dict[str, tuple[int, int]]  # leaf path -> (id, in-place version) of the original tensor
     output: torch.Tensor | None = None
+    processors: dict[str, str] = field(default_factory=dict)  # see generators.attention
 
 
 @dataclass(slots=True)
@@ -169,6 +171,7 @@ def record(
                 recording.denoise_started = time.perf_counter()
             if count in keep_steps:
                 pending.append(_clone_call(name, args, kwargs, recording.clones, keep_graph))
+                pending[-1].processors = changed(denoisers[name], processors[name])
 
         return hook
 
@@ -262,7 +265,7 @@ def record(
         return (moved_on,) if prediction == "flow" else (moved_on, clean)
 
     hooks = []
-    processors = {name: getattr(module, "attn_processors", None) for name, module in denoisers.items()}
+    processors = {name: processors_of(module) for name, module in denoisers.items()}
     for name, module in denoisers.items():
         hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
@@ -270,10 +273,10 @@ def record(
     try:
         yield recording
     except EnoughRecorded:
-        for name, own in processors.items():  # the pipeline had no chance to take its own ones away
-            if own is not None and denoisers[name].attn_processors != own:
-                denoisers[name].set_attn_processor(dict(own))
+        pass
     finally:
+        for name, own in processors.items():  # the pipeline may have had no chance to take its own ones away
+            put_back(denoisers[name], own)
         scheduler.__dict__.pop("step", None)  # the class's own method shows again
         for hook in hooks:
             hook.remove()

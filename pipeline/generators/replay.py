@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pipeline.generators.attention import wear
 from pipeline.generators.guidance import CUTS, evaluate
 from pipeline.generators.recorder import RawStep, Recording, first_tensor
 from pipeline.generators.spec import LIST, PolicySpec
@@ -47,7 +48,7 @@ def to_part(recording: Recording, start: int, stop: int, keep_mean: bool, asked:
             return slots[key]
 
         tree = map_leaves(place, {"args": call.args, "kwargs": call.kwargs})
-        return RecordedCall(module=call.module, args=tree["args"], kwargs=tree["kwargs"])
+        return RecordedCall(module=call.module, args=tree["args"], kwargs=tree["kwargs"], processors=call.processors)
 
     recorded = tuple(
         RecordedStep(
@@ -224,6 +225,7 @@ class Replayer:
                 return tensor if layout is None else layout.take(tensor, takes, self.total)
 
             tree = descend({"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve)
+            wear(self.modules[call.module], call.processors)
             outputs.append(first_tensor(self.modules[call.module](*tree["args"], **tree["kwargs"])))
         branches = branches_of(self.spec, outputs, sample.shape)
         return evaluate(step.rule, branches, sample, step.guidance_scale, step.rule_extra, self.spec.sign)

@@ -12,7 +12,9 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
+    LTXEulerAncestralRFScheduler,
 )
 
 from pipeline.errors import UnsupportedPolicyError
@@ -35,7 +37,8 @@ class StepTimes:
 def prediction_of(scheduler: Any) -> str:
     """What the denoiser predicts: flow | epsilon | v_prediction | sample. Raises UnsupportedPolicyError."""
     name, kind = type(scheduler).__name__, scheduler.config.get("prediction_type")
-    if "FlowMatch" in name or scheduler.config.get("use_flow_sigmas") or kind == "flow_prediction":
+    named = "FlowMatch" in name or isinstance(scheduler, LTXEulerAncestralRFScheduler)
+    if named or scheduler.config.get("use_flow_sigmas") or kind == "flow_prediction":
         return "flow"
     if scheduler.config.get("timestep_type") == "continuous":
         raise UnsupportedPolicyError(
@@ -57,6 +60,34 @@ def kinds_for(scheduler: Any, prediction: str) -> tuple[str, ...]:
     return CONSISTENCY_KINDS if isinstance(scheduler, LCMScheduler) else DIFFUSION_KINDS
 
 
+def _no_begin_index(begin_index: int = 0) -> None:
+    """DDIM finds its place by the timestep."""
+
+
+def _first_order_flow(scheduler: Any) -> Any:
+    """The scheduler itself, or the one that takes one model call per step on its grid and draws no noise of its own."""
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchLCMScheduler) and config.get("scale_factors"):
+        raise UnsupportedPolicyError(
+            "scheduler FlowMatchLCMScheduler with scale_factors changes the latents' size between its steps; such a "
+            "step has no log-prob"
+        )
+    if isinstance(scheduler, (FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)):
+        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+    if getattr(scheduler, "order", 1) != 1:
+        raise UnsupportedPolicyError(
+            f"scheduler {type(scheduler).__name__} takes {scheduler.order} model calls per step; "
+            "use FlowMatchEulerDiscreteScheduler"
+        )
+    if isinstance(scheduler, LTXEulerAncestralRFScheduler):
+        return type(scheduler).from_config(config, eta=0.0)
+    if config.get("stochastic_sampling"):
+        return type(scheduler).from_config(config, stochastic_sampling=False)
+    if str(config.get("algorithm_type")).startswith("sde-"):
+        return type(scheduler).from_config(config, algorithm_type=config["algorithm_type"].removeprefix("sde-"))
+    return scheduler
+
+
 def first_order_scheduler(pipe: Any) -> str:
     """Puts the matching first-order grid in place where the checkpoint's scheduler has another; returns prediction.
 
@@ -68,19 +99,15 @@ def first_order_scheduler(pipe: Any) -> str:
         raise UnsupportedPolicyError(f"{type(pipe).__name__} has no component called scheduler, so no steps to train")
     prediction = prediction_of(scheduler)
     if prediction == "flow":
-        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
-            pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        elif getattr(scheduler, "order", 1) != 1:
-            raise UnsupportedPolicyError(
-                f"scheduler {type(scheduler).__name__} takes {scheduler.order} model calls per step; "
-                "use FlowMatchEulerDiscreteScheduler"
-            )
+        pipe.scheduler = _first_order_flow(scheduler)
         return prediction
     if isinstance(scheduler, CogVideoXDPMScheduler):
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(scheduler.config)
-    elif not isinstance(scheduler, _KEPT):
+    elif not isinstance(scheduler, _KEPT) or scheduler.config.get("thresholding"):
         clip = bool(scheduler.config.get("clip_sample", False))
         pipe.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clip, thresholding=False)
+        if hasattr(scheduler, "set_begin_index"):
+            pipe.scheduler.set_begin_index = _no_begin_index  # some pipelines call it without looking for it
     ours, theirs = pipe.scheduler.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-5):
         raise UnsupportedPolicyError(
