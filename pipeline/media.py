@@ -163,8 +163,9 @@ def _read_video(path: Path) -> Media:
             f"{path}: {info.frames} frames of {info.width}x{info.height} would take {size / 2**30:.1f} GiB of memory "
             f"(limit {limit / 2**30:.1f} GiB); cut the clip or make it smaller"
         )
-    # decord2 3.4 pads rows of frames narrower than 64 pixels and hands them out as pixels: wrong colours, no error.
-    frames, fps = _decode_narrow(path) if info.width < 64 else _decode(path)
+    # decord2 3.4 pads rows of frames narrower than 64 pixels and hands them out as pixels: wrong colours, no error. On
+    # some processors it also refuses a width of 72.
+    frames, fps = _decode_narrow(path) if info.width < 96 else _decode(path)
     if len(frames) < info.frames:
         raise InputError(
             f"{path}: only {len(frames)} of {info.frames} frames can be read; the file is cut off, write it again"

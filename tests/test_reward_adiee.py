@@ -187,6 +187,11 @@ def test_checkpoints_of_old_and_new_transformers_in_one_file_or_several(
     )
 
 
+def test_the_last_score_token_of_an_answer_counts():
+    said = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).bool()
+    assert adiee.last_true(said).tolist() == [1, 2, 3]
+
+
 def test_one_output_is_the_score_itself(parts, checkpoint, edits, tmp_path):
     model, head, tokens = parts
     single = nn.Sequential(*head[:4], nn.Linear(16, 1))

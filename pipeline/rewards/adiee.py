@@ -136,14 +136,18 @@ class Adiee(Scorer):
         for answer, found, question in zip(ids, said.any(1), questions, strict=True):
             if not found:
                 raise RewardError(f"the answer {self.words.decode(answer)!r:.60} to {question!r:.100} has no {TOKEN}")
-        last = said.shape[1] - 1 - said.flip(1).int().argmax(1)
-        x = torch.stack(states, 1)[torch.arange(len(ids)), last]
+        x = torch.stack(states, 1)[torch.arange(len(ids)), last_true(said)]
         for i, (weight, bias) in enumerate(self.head):
             x = torch.nn.functional.linear(x, weight, bias)
             x = x.relu() if i < 2 else x
         if x.shape[1] == 3:  # failed, partly done, done
             x = 5 * x.softmax(1) @ torch.tensor([[0.0], [1.0], [2.0]], device=x.device)
         return x[:, 0].cpu().numpy()
+
+
+def last_true(said: torch.Tensor) -> torch.Tensor:
+    """Where the last True of each row of bool [N, T] is, int [N]; every row has one."""
+    return said.shape[1] - 1 - said.flip(1).int().argmax(1)
 
 
 def side_by_side(source: np.ndarray, result: np.ndarray) -> Image:
