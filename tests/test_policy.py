@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import InputError, UnsupportedPolicyError
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
-from pipeline.generators.probe import find_rule
+from pipeline.generators.probe import conclusive, find_rule
 from pipeline.generators.recorder import RawCall, RawStep
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import Layout
@@ -207,8 +207,9 @@ def test_unknown_guidance_is_refused_with_numbers():
 
 
 def test_equal_branches_are_not_concluded_from():
-    with pytest.raises(UnsupportedPolicyError, match="equal"):
-        find_rule([raw_step("cfg cond-first", 2.5, equal=True)], [Layout(axis=0, copies=2, order="tile")], 2.5)
+    outputs = {"1.0": Layout(axis=0, copies=2, order="tile")}
+    assert not conclusive(outputs, [raw_step("cfg cond-first", 2.5, equal=True)])
+    assert conclusive(outputs, [raw_step("cfg cond-first", 2.5)])
 
 
 def test_layouts_take_the_right_entries():
