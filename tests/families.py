@@ -11,6 +11,7 @@ from typing import Any
 
 import families_edit as edits
 import families_image as images
+import families_joint as joint
 import families_more as more
 import families_new as new
 import families_video as videos
@@ -165,6 +166,14 @@ FAMILIES: dict[str, Family] = {
     "ErnieImage": Family(new.ernie_image, size=32, slow=True),
     "StableDiffusionSAG": Family(new.self_attention_guidance, **_DDIM, slow=True),
     "StableDiffusionPAG": Family(more.perturbed_attention, **_DDIM),
+    "Ideogram4": Family(joint.ideogram4, call={"max_sequence_length": 32}, slow=True),
+    "LTX2": Family(
+        joint.ltx2,
+        size=32,
+        frames=5,
+        call={"max_sequence_length": 32, "guidance_rescale": 0.0, "spatio_temporal_guidance_blocks": [1]},
+        slow=True,
+    ),
     "ChronoEdit": Family(new.chrono_edit, size=32, vae_gain=8.0, frames=5, call=_T5, conditions=("image",), slow=True),
     "LucyEdit": Family(new.lucy_edit, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",), slow=True),
     "QwenImageEditPlus": Family(

@@ -174,7 +174,7 @@ def hunyuan_image():
     )
 
 
-def krea2():
+def qwen3_vl(layers: int = 4):
     vision = {
         "depth": 2,
         "hidden_size": 16,
@@ -185,11 +185,15 @@ def krea2():
         "patch_size": 14,
         "num_position_embeddings": 64,
     }
-    config = tf.Qwen3VLConfig(text_config={**LANGUAGE, "head_dim": 8}, vision_config=vision, **MARKS)
+    text = {**LANGUAGE, "head_dim": 8, "num_hidden_layers": layers}
+    return tf.Qwen3VLModel(tf.Qwen3VLConfig(text_config=text, vision_config=vision, **MARKS))
+
+
+def krea2():
     return d.Krea2Pipeline(
         scheduler=_euler_flow(use_dynamic_shifting=True),
         vae=images._qwen_parts()["vae"],
-        text_encoder=tf.Qwen3VLModel(config),
+        text_encoder=qwen3_vl(),
         tokenizer=p.chat_tokenizer(),
         transformer=d.Krea2Transformer2DModel(
             in_channels=16,

@@ -57,7 +57,8 @@ class Case:
         sections = {"trainable": {"kind": kind, "rank": 4}, "optimizer": {"lr": 1e-2 if kind == "lora" else 1e-3}}
         cfg = families.config(self.name, self.folder, **sections)
         policy = Policy.load(cfg, "cpu", threads=1)
-        policy.spec, policy.form, policy.fill = self.policy.spec, self.policy.form, self.policy.fill
+        for found in ("spec", "form", "fill", "numbers"):
+            setattr(policy, found, getattr(self.policy, found))
         policy.attach()
         learner = Learner(cfg, "cpu")
         assert policy.load_weights(learner.weights()) == learner.weights().checksum
@@ -172,7 +173,8 @@ def test_lora_step_and_export(case):
     pipe = families.plain(case.folder)
     folder = export_lora(policy.cfg, learner.weights(), case.out / "lora")
     for line in re.findall(r"^    (pipe\.\w+[.( ].*)$", (folder / "README.md").read_text(), re.M):
-        exec(re.sub(r'"(transformer\w*|unet|\.)"', rf'"{folder}/\1"', line), {"pipe": pipe, "PeftModel": PeftModel})
+        placed = re.sub(r'"((?:unconditional_)?transformer\w*|unet|\.)"', rf'"{folder}/\1"', line)
+        exec(placed, {"pipe": pipe, "PeftModel": PeftModel})
     gaps = [float(np.abs(case.untouched(pipe) - ours).max())]
     whole = families.plain(export_full(policy.cfg, learner.weights(), case.out / "merged"))
     gaps.append(float(np.abs(case.untouched(whole) - ours).max()))

@@ -22,6 +22,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     LTXEulerAncestralRFScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
 from diffusers.models import attention_processor
@@ -271,3 +272,12 @@ def test_a_denoising_strength_that_is_rounded_otherwise_still_gives_the_steps_as
     policy = families.policy("ChromaImg2Img", folder)
     report = policy.probe(families.prompts("ChromaImg2Img", folder))
     assert report["replay_whole"] <= 1e-5 and policy.asked == {3: 3}
+
+
+def test_a_checkpoint_without_an_optional_encoder_loads(root):
+    """SD3 is often saved without its T5; plain diffusers then wants to be told so."""
+    torch.manual_seed(0)
+    parts = {**families_image.sd3().components, "text_encoder_3": None, "tokenizer_3": None}
+    StableDiffusion3Pipeline(**parts).save_pretrained(root / "no-t5")
+    policy = families.policy("StableDiffusion3", root / "no-t5")
+    assert policy.pipe.text_encoder_3 is None and policy.probe()["guidance_error"] <= 1e-5

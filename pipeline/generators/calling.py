@@ -21,7 +21,16 @@ from pipeline.generators.hints import hint_for
 from pipeline.types import PromptItem, SamplingSpec
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
-_OPTIONAL_CONDITIONS = ("image", "mask_image", "control_image", "video", "control_video", "conditioning_frames")
+_OPTIONAL_CONDITIONS = (
+    "image",
+    "mask_image",
+    "control_image",
+    "control_mask",
+    "video",
+    "control_video",
+    "conditioning_frames",
+)
+_PER_TAKE = ("class_labels",)  # numbers of which a pipeline wants one for each take
 _PICTURES = ("frames", "images", "videos", "video", "image", "rgb")  # what pipelines call them in their output
 FRAMES = ("num_frames", "video_length", "frames")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -58,7 +67,7 @@ def parameters_of(pipe: Any) -> dict[str, inspect.Parameter]:
 
 def condition_arguments(pipe: Any) -> list[list[str]]:
     """Condition arguments to make up in a probe without prompts: first the required and usual ones, then only the
-    required ones, then each of the usual ones by itself (an image or a video)."""
+    required ones, then each of the usual ones by itself (an image or a video), then with a ControlNet union's mode."""
     parameters = parameters_of(pipe)
     required = [
         name
@@ -69,6 +78,8 @@ def condition_arguments(pipe: Any) -> list[list[str]]:
     ]
     optional = [name for name in _OPTIONAL_CONDITIONS if name in parameters and name not in required]
     options = [required + optional, required] + [[*required, name] for name in optional if len(optional) > 1]
+    if "control_mode" in parameters and "control_mode" not in required:
+        options.append([*required, *optional, "control_mode"])
     return options if optional else [required]
 
 
@@ -91,7 +102,7 @@ def made_up(name: str, height: int, width: int, frames: int) -> Any:
         return [image] * frames
     if "image" in name:
         return image
-    return 0 if name == "class_labels" else None
+    return 0 if name in (*_PER_TAKE, "control_mode") else None
 
 
 def conditions_of(prompt: PromptItem) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def call_arguments(
             if value is None:
                 value = made_up(name, cfg.height, cfg.width, cfg.num_frames)
             values.append(value if "height" in parameters else _resized(value, cfg.height, cfg.width))
-        if isinstance(values[0], (int, float)):
+        if name in _PER_TAKE:
             kwargs[name] = values * len(prompts) if form.shared else values
         else:
             kwargs[name] = values[0] if form.shared or not form.batched else values

@@ -85,6 +85,8 @@ def load_pipeline(
     """
     _no_progress_bars()
     quantised = _quantised_pipeline(cfg)
+    # Without being told so, diffusers refuses a checkpoint that was saved without a component (SD3's third encoder).
+    absent = [name for name, entry in model_index(cfg).items() if entry in ([None, None], (None, None))]
     try:
         pipe = pipeline_class(cfg).from_pretrained(
             cfg.pretrained,
@@ -93,7 +95,7 @@ def load_pipeline(
             use_safetensors=True,
             **{
                 **processors_without_torchvision(model_index(cfg), cfg.pretrained, cfg.revision),
-                **dict.fromkeys(skip),
+                **dict.fromkeys([*absent, *skip]),
                 **quantised,
             },
         )
