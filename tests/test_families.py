@@ -215,33 +215,61 @@ from diffusers' real classes, float32 on a CPU; do not edit. A family that is no
 
 
 TRIED = """
+With the weights that the classes start with and nothing but defaults, `rushes inspect` accepts every family above and
+one GRPO step is taken, but for two: HunyuanVideoImageToVideo needs a `prompt_template` that fits its vision model
+(`--call`), LTX2 is told to leave its rescaling out (below).
+
+No GPU was at hand: nothing here has run at a real size, in bf16 or on published weights. `benchmarks/gpu.py` makes
+SD3.5-medium- and Wan-1.3B-shaped random weights and takes that step where there is one.
+
+## Schedulers
+
+A multi-step or noisy scheduler is swapped for the first-order one on its grid; `rushes inspect` names both. Tried by
+hand with `rushes inspect` and a GRPO step:
+
+* epsilon, v and sample prediction (StableDiffusion): DDIM, DDPM, both also Parallel, PNDM, LMS, Euler,
+  EulerAncestral, Heun, DPMSolver++ multi- and single-step (SDE too), KDPM2, KDPM2Ancestral, DEIS, UniPC, SA-Solver, TCD
+  and LCM, with their spacings, sigma grids (Karras, exponential, beta), zero terminal SNR, offsets and thresholding:
+  sampled with DDIM (LCM: as it is), x0 not thresholded.
+* flow (SD3, FLUX, Wan, LTX, Sana): FlowMatchEuler with shift, dynamic shift, Karras, exponential and beta sigmas,
+  inverted or ending early, stochastic; FlowMatchHeun, FlowMatchLCM, UniPC, DPMSolver++ (SDE too), DEIS, SA-Solver and
+  LTX's ancestral Euler: wherever the pipeline itself runs with them.
+* refused: EDM noise levels, IPNDM, consistency-model and TrigFlow schedulers, and FlowMatchLCM with `scale_factors`,
+  which changes the latents' size between steps.
+
 ## Tried besides
 
 Further pipeline classes of diffusers 0.42.1, each once by hand, with `rushes inspect` and its own defaults (a class
-that needs one was given the argument named in its message) and one GRPO step on tiny random-weight checkpoints: 82
-classes. 58 trained with a replayed ratio within 1e-5 (AnimateDiffVideoToVideo, AnimateDiffVideoToVideoControlNet,
-AnimateDiffSDXL, CogVideoXVideoToVideo, CogVideoXFunControl, FluxImg2Img, FluxInpaint, FluxControlImg2Img,
-FluxControlInpaint, FluxControlNetImg2Img, FluxControlNetInpaint, FluxKontextInpaint, Flux2KleinKV, Flux2KleinInpaint,
-QwenImageImg2Img, QwenImageControlNet, QwenImageEditPlus, StableDiffusionControlNetImg2Img,
-StableDiffusionControlNetInpaint, StableDiffusionDepth2Img, StableDiffusionSAG, StableDiffusionImageVariation,
+that needs one was given the argument named in its message) and one GRPO step on tiny random-weight checkpoints: 101
+classes. 81 trained with a replayed ratio within 1e-5 (AnimateDiffVideoToVideo, AnimateDiffVideoToVideoControlNet,
+AnimateDiffSDXL, AnimateDiffSparseControlNet, CogVideoXVideoToVideo, CogVideoXFunControl, ConsisID without its face
+part, FluxImg2Img, FluxInpaint, FluxControlImg2Img, FluxControlInpaint, FluxControlNetImg2Img, FluxControlNetInpaint,
+FluxKontextInpaint, Flux2KleinKV, Flux2KleinInpaint, QwenImage21, QwenImageImg2Img, QwenImageControlNet,
+QwenImageControlNetInpaint, QwenImageEditPlus, QwenImageEditInpaint, StableDiffusionControlNetImg2Img,
+StableDiffusionControlNetInpaint, StableDiffusionControlNetXS, StableDiffusionAdapter, StableDiffusionDepth2Img,
+StableDiffusionSAG, StableDiffusionImageVariation, StableDiffusionLDM3D, StableUnCLIP, StableUnCLIPImg2Img,
 StableDiffusionXLInstructPix2Pix, StableDiffusionXLInpaint, StableDiffusionXLControlNetImg2Img,
 StableDiffusionXLControlNetInpaint, StableDiffusionXLControlNetUnion, StableDiffusion3Inpaint,
-StableDiffusion3ControlNet, ZImageImg2Img, ZImageInpaint, ZImageControlNet, VideoToVideoSD, LucyEdit, HunyuanVideo15,
-HunyuanVideo15ImageToVideo, HunyuanImage, Kandinsky5T2V, Kandinsky5I2V, Kandinsky5T2I, EasyAnimate,
+StableDiffusion3ControlNet, StableDiffusion3ControlNetInpainting, StableDiffusion3PAG, ZImageImg2Img, ZImageInpaint,
+ZImageControlNet, ZImageControlNetInpaint, VideoToVideoSD, LucyEdit, HunyuanVideo15, HunyuanVideo15ImageToVideo,
+HunyuanImage, HunyuanDiTControlNet, Kandinsky5T2V, Kandinsky5I2V, Kandinsky5T2I, Kandinsky5I2I, EasyAnimate,
 EasyAnimateInpaint, ChronoEdit, SkyReelsV2ImageToVideo, Kandinsky3, KandinskyV22Combined, LDMTextToImage, IF,
-SanaControlNet, SanaImageToVideo, CogView4Control, Allegro, Krea2, ErnieImage, LongCatImage, LongCatImageEdit, DDPM, and
-WanAnimate with clips of one segment); 13 were refused:
+SanaControlNet, SanaImageToVideo, SanaPAG, CogView4Control, Allegro, Krea2, ErnieImage, LongCatImage, LongCatImageEdit,
+BriaFibo, DreamLite, Helios, MotifVideo, NucleusMoEImage, PRXPixel, DDPM, DDIM, and WanAnimate with clips of one
+segment); 18 were refused:
 
-* SanaSprint, AnyFlow, ConsistencyModel: no first-order counterpart of their schedulers
-* MarigoldDepth, TextToVideoZero: no pictures, or steps of their own
-* VisualCloze: wants task prompts and grids of pictures
+* SanaSprint, SanaSprintImg2Img, AnyFlow, ConsistencyModel: no first-order counterpart of their schedulers
+* MarigoldDepth, TextToVideoZero, KandinskyV22Prior: no pictures, or steps of their own
+* VisualCloze, BriaFiboEdit, StableDiffusionDiffEdit: want task prompts and grids of pictures, prompts in JSON, inverted
+  latents
+* StableDiffusionLatentUpscale: reads its own scheduler's sigmas, which DDIM has not
 * OmniGen, Cosmos2TextToImage: need torchvision, cosmos_guardrail, which are not installed here
 * ChromaInpaint, EasyAnimateControl, I2VGenXL, PaintByExample, UnCLIP: diffusers 0.42.1 itself does not run or load
   them here
 
-For 11 the tiny checkpoint was not one that the pipeline runs on, which says nothing about the class: ConsisID,
-BriaFibo, ControlNetXS, Helios, HunyuanDiTControlNet, Kandinsky5I2I, LTX2, PRX, QwenImageLayered,
-StableDiffusionAdapter, StableUnCLIP.
+LTX2 and LTX2ImageToVideo are refused with the pipeline's own `guidance_rescale`, a rescaling in x0 space that no rule
+reproduces, and can be trained with `generator.call.guidance_rescale=0`, as the message says. For two the tiny
+checkpoint was not one that the pipeline runs on or loads, which says nothing about the class: PRX and QwenImageLayered.
 """
 
 
