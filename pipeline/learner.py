@@ -151,7 +151,7 @@ class Learner:
         update = self._update
         looks = [update.done + i in update.looked_at for i in range(len(groups))]
         if self.ranks.world == 1:
-            work = [[] for _ in self.lanes]  # type: list[list[tuple[int, GroupBatch, bool]]]
+            work: list[list[tuple[int, GroupBatch, bool]]] = [[] for _ in self.lanes]
             for i, (group, look) in enumerate(zip(groups, looks, strict=True)):
                 work[i % len(work)].append((update.done + i, group, look))
             others = [self._threads.submit(self._follow, *pair) for pair in zip(self.lanes[1:], work[1:], strict=True)]

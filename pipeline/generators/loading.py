@@ -18,9 +18,8 @@ from pipeline.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.generators.processors import processors_without_torchvision
 from pipeline.wire import map_leaves, tree_bytes
 
-_REMEMBERED = (
-    256 * 2**20
-)  # bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB
+# Bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB.
+_REMEMBERED = 256 * 2**20
 _CANNOT_LOAD = (
     OSError,
     ValueError,
