@@ -18,7 +18,7 @@ from actors.flow import Flow, Job
 from pipeline.advantages import weighted_rewards
 from pipeline.errors import RunFailed
 from pipeline.files import atomic_write
-from pipeline.plan import eval_works
+from pipeline.plan import SHOWN_PROMPTS, eval_works
 from pipeline.types import Media, PolicyVersion, PromptItem
 
 log = logging.getLogger("rushes.evaluation")
@@ -118,7 +118,7 @@ class Evaluator:
         """Evaluates `version`; writes evals.jsonl and the shown takes. Raises `RunFailed`."""
         step = version.number
         works = eval_works(self.cfg, self._prompts, step)
-        shown = {p.index for p in self._prompts[: self.cfg.takes.report_prompts]}
+        shown = {p.index for p in self._prompts[:SHOWN_PROMPTS]}
         sink = self._sink = _Sink(version, len(works), self.cfg.faults.max_attempts, shown)
         # Takes are appended, and a run that was stopped here may have left some.
         shutil.rmtree(self.ctx.run.eval_takes(step), ignore_errors=True)

@@ -173,7 +173,6 @@ def image_config(folder: Path, steps: int, address: str, **sections: Any) -> Pat
         "evaluation": {"prompts": 96, "steps": 8, "batch": 16},
         "checkpoint": {"every": 2, "keep": 2},
         "faults": {"max_attempts": 8, "max_failed_groups": 3},
-        "takes": {"report_prompts": 4},
         "tracking": {"backends": []},
         "ray": {"address": address},
     }

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config_io import load_config
 from pipeline.errors import RushesError
+from pipeline.plan import SHOWN_PROMPTS
 
 # What a process of each role imports, and a little work, so that the libraries' own buffers are there too.
 _TORCH = """
@@ -104,7 +105,7 @@ def base(role: str, cfg: Config, pipeline: str) -> int:
 
 def shown_takes(cfg: Config) -> int:
     """Held-out takes that the controller has in hand at once, for the report and the trackers."""
-    prompts = min(cfg.takes.report_prompts, cfg.evaluation.prompts or cfg.takes.report_prompts)
+    prompts = min(SHOWN_PROMPTS, cfg.evaluation.prompts or SHOWN_PROMPTS)
     return max(1, prompts * cfg.evaluation.takes_per_prompt)
 
 

@@ -70,6 +70,11 @@ class GeneratorConfig(Section):
     embedding_cache: Path | None = Field(
         None, description="Folder for prompt embeddings; once they are there, text encoders are not loaded."
     )
+    compile: bool = Field(
+        False,
+        description="Compile the denoiser's blocks (torch.compile) in rollout workers and learner: faster once compiled, "
+        "the same to rounding. Needs a C++ compiler (CPU) or Triton (GPU); where there is none, goes on without.",
+    )
     offload: Literal["none", "idle", "group"] = Field(
         "none",
         description="Rollout workers on an accelerator keep there: everything; only what runs besides the denoiser; "
@@ -344,9 +349,6 @@ class TakesConfig(Section):
     every: Annotated[int, Field(ge=0)] = Field(
         0, description="Keep the training takes of every Nth step as files (0: none)."
     )
-    report_prompts: Annotated[int, Field(ge=0)] = Field(
-        6, description="Held-out prompts shown before and after in the report."
-    )
 
 
 class TrackingConfig(Section):
@@ -415,6 +417,8 @@ class Config(Section):
         if self.generator.quantize != "none" and (self.trainable.kind == "full" or self.rollout.merge_lora):
             other = "trainable.kind full" if self.trainable.kind == "full" else "rollout.merge_lora"
             raise ValueError(f"generator.quantize: {self.generator.quantize} freezes the weights, so not with {other}")
+        if self.generator.compile and self.generator.offload == "group":
+            raise ValueError("generator.compile: not with generator.offload group, which moves single layers; use idle")
         if self.trainable.modules != "denoiser" and self.generator.embedding_cache is not None:
             raise ValueError(
                 "generator.embedding_cache: embeddings change with every version when text encoders are trained; "

@@ -19,6 +19,7 @@ import torch
 from pipeline import weights as weights_lib
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, RunFailed, UnsupportedPolicyError
+from pipeline.generators.compiling import compile_blocks
 from pipeline.generators.live_text import LiveText
 from pipeline.generators.loading import (
     denoisers_of,
@@ -73,6 +74,9 @@ class Learner:
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
                 module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
                 _no_dropout(module)
+        if cfg.generator.compile:
+            for modules in (self.modules, reference or {}):
+                compile_blocks(modules, self.device)
         for modules in (self.modules, reference or {}):
             self.ranks.split_context(modules)
             self.ranks.shard(modules)
@@ -83,6 +87,10 @@ class Learner:
             )
         self.lanes = [Lane(cfg, self.device, self.modules, self.trained, reference, text)]
         self.lanes += [self.lanes[0].twin() for _ in range(cfg.learner.lanes - 1)]
+        if cfg.generator.compile:
+            for lane in self.lanes[1:]:  # a copy of a compiled module is not compiled
+                for modules in (lane.modules, lane.reference or {}):
+                    compile_blocks(modules, self.device)
         self._threads = ThreadPoolExecutor(max(1, len(self.lanes) - 1), "lane")
         self.parameters = weights_lib.trainable(self.trained)
         opt = cfg.optimizer

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config import Config, SamplerConfig
 from pipeline.types import GroupWork, PromptItem, SamplingSpec
 
+SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
 _MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped
 _TAKES, _NOISE, _WINDOW, _SUBSET = 1, 2, 3, 4  # separate random streams of one group
 

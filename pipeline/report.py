@@ -23,6 +23,7 @@ from pipeline.config_io import load_config
 from pipeline.errors import InputError, RushesError
 from pipeline.files import atomic_write
 from pipeline.media import encode_png, enlarge, read_media, read_takes
+from pipeline.plan import SHOWN_PROMPTS
 from pipeline.report_plots import Line, finite, plot, stacked
 from pipeline.report_rewards import RULES, combining_plots, combining_table
 from pipeline.tracking import read_jsonl, read_metrics
@@ -296,7 +297,6 @@ def _pairs(run_dir: Path, config: Config | None, problems: list[str]) -> list[di
     if not folders:
         return []
     ends = [folders[0]] if len(folders) == 1 else [folders[0], folders[-1]]
-    limit = config.takes.report_prompts if config else 6
     budget = [MAX_EMBEDDED]
     cells: dict[tuple[int, int], dict[str, Any]] = defaultdict(lambda: {"before": None, "after": None})
     for column, (step, folder) in zip(("before", "after"), ends, strict=False):
@@ -310,7 +310,7 @@ def _pairs(run_dir: Path, config: Config | None, problems: list[str]) -> list[di
                 key = (row["prompt_index"], row["seed"])
                 cells[key][column] = _cell(run_dir, folder, step, row, budget, problems)
                 cells[key]["prompt"], cells[key]["seed"] = row["prompt"], row["seed"]
-    pairs = [cells[key] for key in sorted(cells)][:limit]
+    pairs = [cells[key] for key in sorted(cells)][:SHOWN_PROMPTS]
     for pair in pairs:
         if pair.get("before") and pair.get("after"):
             pair["delta"] = pair["after"]["reward"] - pair["before"]["reward"]

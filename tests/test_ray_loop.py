@@ -94,7 +94,6 @@ def make_config(sd3: Path, files: Path, runs: Path, reward: str = "brightness", 
         "evaluation": {"prompts": 4, "steps": 3, "batch": 2},
         "optimizer": {"lr": 1e-2, "ema_decay": 0.9},
         "checkpoint": {"every": 1, "keep": 9},
-        "takes": {"report_prompts": 2},
         "tracking": {"backends": []},
         "ray": {"address": "local", "num_cpus": 8, "object_store_mb": 200},
     }

@@ -107,8 +107,18 @@ def load_pipeline(
             module.eval().requires_grad_(False)
     if place:
         pipe.to(device)
+    if device.type == "cpu" and isinstance(vae := pipe.components.get("vae"), torch.nn.Module):
+        channels_last(vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def channels_last(vae: torch.nn.Module) -> None:
+    """Lays out the weights of 3-D convolutions as a CPU's kernels want them, which would else turn every activation
+    around, twice: a video VAE decodes in two thirds of the time or less. Same values to rounding."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def pipeline_class(cfg: GeneratorConfig) -> type[DiffusionPipeline]:

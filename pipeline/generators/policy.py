@@ -26,6 +26,7 @@ from pipeline.generators.calling import (
     to_floats,
     to_uint8,
 )
+from pipeline.generators.compiling import compile_blocks
 from pipeline.generators.embedding_cache import EmbeddingStore
 from pipeline.generators.hints import hint_for
 from pipeline.generators.joint import cut_part, joint_sampling
@@ -127,6 +128,8 @@ class Policy:
             self.offload.layers_changed(self.trained)
         if self.cfg.rollout.merge_lora and self.cfg.trainable.kind == "lora":
             self._merged = weights_lib.MergedLora(self.trained)
+        if self.cfg.generator.compile:
+            compile_blocks(self.modules, self.device)
 
     def load_weights(self, weights: WeightSet) -> str:
         """Puts a version in place; returns the checksum of what this policy now holds."""
