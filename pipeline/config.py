@@ -72,8 +72,8 @@ class GeneratorConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Compile the denoiser's blocks (torch.compile) in rollout workers and learner: faster once compiled, "
-        "the same to rounding. Needs a C++ compiler (CPU) or Triton (GPU); where there is none, goes on without.",
+        description="Compile the denoiser's blocks (torch.compile) in rollout workers and learner: faster, the "
+        "same to rounding. Needs a C++ compiler (CPU) or Triton (GPU); where there is none, goes on without.",
     )
     offload: Literal["none", "idle", "group"] = Field(
         "none",

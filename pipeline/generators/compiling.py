@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.errors import UnsupportedPolicyError
 
 log = logging.getLogger("rushes.generators")
-_SHAPES = 64  # compiled per block and role; beyond these torch runs without
+_SHAPES = 64  # compiled per class of blocks; further ones run without
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -37,10 +38,10 @@ def compile_blocks(modules: Mapping[str, torch.nn.Module], device: torch.device)
         blocks = list(blocks_of(module))
         if not blocks:
             raise UnsupportedPolicyError(
-                f"generator.compile: {name} ({type(module).__name__}) is no stack of blocks; set generator.compile=false"
+                f"generator.compile: {name} ({type(module).__name__}) has no blocks; set generator.compile=false"
             )
         for block in blocks:
-            block.compile(dynamic=False)
+            block.compile(**_options(device.type))
         count += len(blocks)
     return count
 
@@ -61,9 +62,10 @@ def blocks_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 @cache
 def cannot_compile(device: str) -> str | None:
     """Why torch cannot compile for the device here, found by trying; None if it can. Takes seconds, once a process."""
-    _settings(device)
+    if _CACHE not in os.environ and (folder := private_folder(_candidates())) is not None:
+        os.environ[_CACHE] = str(folder)  # torch's default is a folder in /tmp whose name anyone can take first
     try:
-        torch.compile(_trial, dynamic=False)(torch.ones(8, device=device))
+        torch.compile(_trial, **_options(device))(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing or broken compiler leads to
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
@@ -73,17 +75,14 @@ def _trial(x: torch.Tensor) -> torch.Tensor:
     return torch.sin(x) + 1.0
 
 
-def _settings(device: str) -> None:
-    import torch._dynamo.config
-    import torch._inductor.config
+def _options(device: str) -> dict[str, Any]:
+    """Of `torch.compile`; given with each call, since torch's own settings hold for one thread, and lanes have theirs.
 
-    torch._dynamo.config.recompile_limit = _SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = 4 * _SHAPES
-    if device == "cpu":
-        torch._inductor.config.compile_threads = 1  # else a pool of processes that outweighs a small model
-        torch._inductor.config.cpp_wrapper = True
-    if _CACHE not in os.environ and (folder := private_folder(_candidates())) is not None:
-        os.environ[_CACHE] = str(folder)  # torch's default is a folder in /tmp whose name anyone can take first
+    On a CPU, blocks run as C++ throughout: the functions that Python calls otherwise keep its lock, for which the other
+    lanes would wait. And they are compiled in this process: a pool of compilers outweighs a small model.
+    """
+    options = {"cpp_wrapper": True, "compile_threads": 1, "cpp.use_decompose_tanh": True} if device == "cpu" else {}
+    return {"dynamic": False, "recompile_limit": _SHAPES, "options": options}
 
 
 def _candidates() -> Iterable[Path]:
