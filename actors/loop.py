@@ -178,8 +178,8 @@ class Loop:
         started = time.perf_counter()
         self._state = "training"
         await self._training.pause(False)
-        jobs, answer, learned = await self._learn()
-        metrics = {**self._training.advantages(jobs).metrics, **answer["metrics"]}
+        jobs, metrics, answer, learned = await self._learn()
+        metrics |= answer["metrics"]
         staleness = max(self._version - job.meta.version for job in jobs)
         if staleness == 0:
             devices = {
@@ -195,8 +195,8 @@ class Loop:
         metrics["staleness/max"] = float(staleness)
         self._record.step(self._version, metrics, jobs, self._training.ledger)
 
-    async def _learn(self) -> tuple[list[Job], dict[str, Any], float]:
-        """The step's jobs, in order; the learner's last answer; and the seconds it was busy.
+    async def _learn(self) -> tuple[list[Job], dict[str, float], dict[str, Any], float]:
+        """The step's jobs, in order; metrics of their rewards; the learner's last answer; the seconds it was busy.
 
         It begins with the first groups that are scored, while others are still drawn, and waits with its update for the
         last. If it is lost, what it has added up is lost with it, and `_recover` begins the step again.
@@ -212,8 +212,11 @@ class Loop:
             new = scored[places.start :]
             advantages = self._training.advantages(new).advantages
             items = [(job.group, job.trajectory, advantages[i]) for i, job in enumerate(new)]
-            began = time.perf_counter()
-            call = self._learner.ask("train_step", items, places.start, len(portions) == 1)
+            began, last = time.perf_counter(), len(portions) == 1
+            call = asyncio.ensure_future(self._learner.ask("train_step", items, places.start, last))
+            if last:
+                await asyncio.sleep(0)  # the call is on its way: nothing waits for what is computed here
+                metrics = self._training.advantages(scored).metrics
             answer = await self._of_learner(call)
             busy += time.perf_counter() - began
             if "lost" in answer:
@@ -221,7 +224,7 @@ class Loop:
                 continue
             jobs = scored
             del portions[0]
-        return jobs, answer, busy
+        return jobs, metrics, answer, busy
 
     async def _publish(self) -> None:
         await self._of_learner(self._publisher.fetch("train"))

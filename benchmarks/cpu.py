@@ -60,9 +60,9 @@ def run_steps(config: str, overrides: list[str], steps: int = RUN_STEPS) -> list
     return [json.loads(line) for line in lines][WARM:]
 
 
-def plain_steps(config: str, threads: int) -> list[dict[str, float]]:
+def plain_steps(config: str, threads: int, *options: str) -> list[dict[str, float]]:
     """Metrics of the steps of the plain loop after the first."""
-    args = ["benchmarks.plain_loop", config, "--steps", str(PLAIN_STEPS + 1), "--threads", str(threads)]
+    args = ["benchmarks.plain_loop", config, "--steps", str(PLAIN_STEPS + 1), "--threads", str(threads), *options]
     return _lines(_python(args, threads))[1:]
 
 
@@ -91,6 +91,7 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
             alone += bare_times(config, 1)
         if less_work:
             less += run_steps(config, LESS_WORK)
+    fast = min(_median(plain_steps(config, n, "--fast"), "time/step") for n in plain)
     step = _median(ours, "time/step")
     threads, plain_s = min(((n, _median(rows, "time/step")) for n, rows in plain.items()), key=lambda pair: pair[1])
     found: dict[str, Any] = {
@@ -105,10 +106,12 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
         "plain_loop": {
             "threads": threads,
             "step_s": plain_s,
+            "compiled_step_s": fast,
             "efficiency": _median(bare, "step_s") / plain_s / threads,
             **{name: _median(plain[threads], f"time/{name}") for name in ("rollout", "score", "learn")},
         },
         "speedup_vs_plain_loop": plain_s / step,
+        "speedup_vs_compiled_plain_loop": fast / step,
         "between_roles": between_roles(ours, cores),
     }
     if less:

@@ -1,6 +1,6 @@
 """The baseline: the same recipe in one plain process, rollout, score, train in turn, with one copy of the weights.
 
-Written against diffusers alone: it knows the two shipped generators' denoiser calls and records and sends nothing.
+Written against diffusers: it knows the two shipped generators' denoiser calls and records and sends nothing.
 It draws the takes that a run draws and trains with the same noise, so its metrics are a run's to rounding
 (`tests/test_benchmarks.py`), and the two may be compared by the clock.
 
@@ -24,6 +24,8 @@ from actors.training import scoring_seed
 from pipeline.combining import Combiner
 from pipeline.config import Config
 from pipeline.config_io import load_config
+from pipeline.generators.compiling import compile_blocks
+from pipeline.generators.loading import channels_last
 from pipeline.lane import matching_noise
 from pipeline.plan import train_work
 from pipeline.prompts import PromptCursor, load_prompts
@@ -34,7 +36,8 @@ from pipeline.types import GroupWork, Media
 class PlainLoop:
     """Full weights, objective awm: the recipe of both quickstarts."""
 
-    def __init__(self, cfg: Config, threads: int = 1) -> None:
+    def __init__(self, cfg: Config, threads: int = 1, fast: bool = False) -> None:
+        """`fast`: with compiled blocks, and convolutions laid out for the CPU, as a run has them."""
         if cfg.algorithm.objective != "awm" or cfg.trainable.kind != "full" or cfg.generator.guidance_scale != 1.0:
             raise ValueError("the plain loop knows objective awm on full weights without guidance only")
         torch.set_num_threads(threads)
@@ -47,6 +50,10 @@ class PlainLoop:
         self.denoiser = self.pipe.transformer
         self.reference = copy.deepcopy(self.denoiser) if cfg.algorithm.kl_beta > 0 else None
         self.denoiser.requires_grad_(True)
+        if fast:
+            channels_last(self.pipe.vae)
+            for denoiser in filter(None, (self.denoiser, self.reference)):
+                compile_blocks({"transformer": denoiser}, torch.device("cpu"))
         opt = cfg.optimizer
         self.parameters = list(self.denoiser.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -174,8 +181,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fast", action="store_true")
     args = parser.parse_args()
-    loop = PlainLoop(load_config(args.config, args.overrides), args.threads)
+    loop = PlainLoop(load_config(args.config, args.overrides), args.threads, args.fast)
     for _ in range(args.steps):
         print(json.dumps(loop.train_step()), flush=True)
 

@@ -29,6 +29,7 @@ from actors.controller import Controller
 from actors.learner_group import LearnerGroup
 from actors.loop import Loop
 from actors.pool import IDLE, Pool, Slot
+from actors.reward import Asked
 from pipeline.config import Config
 from pipeline.plan import portions
 from pipeline.types import Media, RewardScores, RolloutMeta, Trajectory
@@ -148,10 +149,13 @@ class Sleepers:
         trajectory = Trajectory(group=work.group, version=number, sampling=work.sampling, parts=(), spec={"x": latents})
         return [meta], Media(frames=np.zeros((2, 1, size // 6, 1, 3), np.uint8), fps=8.0), trajectory
 
-    async def score(self, seat: str, media: Media, prompts: Any, seed: Any, group: int) -> RewardScores:
-        seconds = self.plan.score(group)
-        await asyncio.sleep(seconds)
-        return RewardScores(values=np.array([group % 7, 1.0], np.float32), seconds=seconds)
+    async def score(self, seat: str, asked: Sequence[Asked], *media: Media) -> list[RewardScores]:
+        found = []
+        for one in asked:
+            seconds = self.plan.score(one.group)
+            await asyncio.sleep(seconds)
+            found.append(RewardScores(values=np.array([one.group % 7, 1.0], np.float32), seconds=seconds))
+        return found
 
     async def train_step(self, seat: str, groups: list[Any], first: int, last: bool) -> dict[str, Any]:
         began = time.monotonic()

@@ -42,6 +42,8 @@ def render(found: dict[str, Any]) -> list[str]:
             ["efficiency of the plain loop", *(f"{found[n]['plain_loop']['efficiency']:.2f}" for n in names)],
             ["takes per second, against the plain loop's best thread count"]
             + [f"{found[n]['speedup_vs_plain_loop']:.2f} x" for n in names],
+            ["the same against a plain loop with compiled blocks and the same VAE layout"]
+            + [f"{found[n]['speedup_vs_compiled_plain_loop']:.2f} x" for n in names],
             ["takes per second", *(f"{found[n]['takes_per_s']:.1f}" for n in names)],
             ["step (s)", *(f"{found[n]['step_s']:.2f}" for n in names)],
         ]

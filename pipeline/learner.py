@@ -122,8 +122,9 @@ class Learner:
                 self._begin(groups, len(groups) if last else algorithm.groups_per_step)
             if self._update.done != first:
                 raise RuntimeError(f"group {first} of the step was given, expected was {self._update.done}")
-            for at in range(0, len(groups), self.apart):
-                self._replay(groups[at : at + self.apart])
+            at_once = self.apart if self.ranks.world > 1 else len(groups)  # lanes need not wait for one another
+            for at in range(0, len(groups), at_once):
+                self._replay(groups[at : at + at_once])
             if last:
                 self._finish(stats, first=number == 0)
         if not last:

@@ -115,7 +115,9 @@ def test_results_and_tables(tmp_path, monkeypatch):
     """The ratios of made-up measurements, in the JSON's keys and in the tables."""
     less = {**RUN, "time/step": 3.0}
     monkeypatch.setattr(cpu, "run_steps", lambda config, overrides: [less if overrides else RUN] * 3)
-    monkeypatch.setattr(cpu, "plain_steps", lambda config, threads: [{**PLAIN, "time/step": 10.0 - threads}] * 3)
+    monkeypatch.setattr(
+        cpu, "plain_steps", lambda config, threads, *fast: [{**PLAIN, "time/step": 10.0 - threads - len(fast)}] * 3
+    )
     monkeypatch.setattr(cpu, "bare_times", lambda config, copies: [BARE] * copies)
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setitem(cpu.SECTIONS, "simulated", lambda *_: {"256": ROW, "efficiency_256": ROW["efficiency"]})
@@ -126,6 +128,7 @@ def test_results_and_tables(tmp_path, monkeypatch):
     assert found["efficiency"] == {"quickstart": 7 / 8, "quickstart_image": 7 / 8}
     assert found["speedup_vs_plain_loop"] == {"same_recipe": 2.0, "less_work": 8 / 3}
     assert found["quickstart"]["plain_loop"]["threads"] == 2
+    assert found["quickstart"]["speedup_vs_compiled_plain_loop"] == 7 / 4
     assert found["quickstart"]["between_roles"] == pytest.approx(0.05)
     assert found["simulated"]["efficiency_256"] == 0.97 and found["quickstart"]["machine"]["cores"] == 2
     docs = tmp_path / "benchmarks.md"
