@@ -16,7 +16,7 @@ import torch
 
 from actors.common import RunContext
 from actors.queues import BoundedQueue
-from actors.reward import RewardServer
+from actors.reward import Asked, RewardServer
 from pipeline.config import Config
 from pipeline.types import Media, PromptItem
 from pipeline.weights import to_weight_set
@@ -67,13 +67,13 @@ def reward_server(cfg: Config, folder: Path) -> float:
     """Seconds that a scoring call takes beyond the scorer's own time, for 16 takes of 512 x 512 pixels."""
     ctx = RunContext(cfg=cfg, run_path=str(folder), cwd=os.getcwd())
     server: Any = ray.remote(RewardServer).options(num_cpus=0).remote(ctx, "reward.one-0")
-    ray.get(server.start.remote("one"))
-    media = ray.put(Media(frames=np.zeros((16, 1, 512, 512, 3), np.uint8), fps=8.0))
     prompts = (PromptItem(index=0, text="x"),) * 16
+    ray.get(server.start.remote("one", prompts))
+    media = ray.put(Media(frames=np.zeros((16, 1, 512, 512, 3), np.uint8), fps=8.0))
     found = []
     for group in range(40):
         started = time.perf_counter()
-        scores = ray.get(server.score.remote(media, prompts, 1, group))
+        (scores,) = ray.get(server.score.remote([Asked(group, prompts, 1)], media))
         found.append(time.perf_counter() - started - scores.seconds)
     ray.kill(server)
     return float(np.median(found[5:]))
