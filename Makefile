@@ -29,7 +29,7 @@ quickstart: setup ## RL on the shipped text-to-video generator, on the CPU, in a
 quickstart-image: setup ## the same for text-to-image
 	$(BIN)/rushes train configs/quickstart-image.yaml
 
-bench: setup ## speed against the bare arithmetic and a plain loop, on an idle machine (about 15 minutes)
+bench: setup ## speed against the bare arithmetic and a plain loop, on an idle machine (about 20 minutes)
 	$(BIN)/rushes bench
 
 test: setup ## the test suite (no GPU, no network)
