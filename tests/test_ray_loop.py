@@ -172,7 +172,7 @@ def test_a_run_ends_with_all_its_artefacts(undisturbed):
     assert [(e["step"], e["tag"], e["n"]) for e in evals] == [(0, "ema", 4), (2, "ema", 4), (4, "ema", 4)]
     assert evals[0]["mean"] != evals[2]["mean"]
     for step in (0, 2, 4):
-        assert len(list(run.dir.eval_takes(step).glob("*.png"))) == 2
+        assert len(list(run.dir.eval_takes(step).glob("*.png"))) == 4
     assert [checkpoint.step_of(p) for p in checkpoint.complete(run.dir.checkpoints)] == [4, 3, 2, 1]
     assert list(Path(outcome["export"]).iterdir())
     log = run.dir.log.read_text()
