@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import ray
 
-from actors.common import RunContext
+from actors.common import RunContext, packed
 from actors.failures import describe, is_deterministic, is_going, is_lost
 from actors.pool import IDLE, Pool, Slot, together
 from actors.queues import BoundedQueue
@@ -195,12 +195,13 @@ class Flow:
                 job.work = replace(job.work, attempt=attempt)
             started = time.monotonic()
             try:
-                await self._timed(self.publisher.confirm(slot, version), f"holding version {version.number}")
                 slot.doing = f"{jobs[0].work.purpose} group {', '.join(str(job.group) for job in jobs)}"
+                order = packed(([job.work for job in jobs], version.key))
                 metas, *drawn = slot.actor.generate.options(num_returns=1 + 2 * len(jobs)).remote(
-                    [job.work for job in jobs], version.number, version.tag
+                    order, self.publisher.missing(slot, version)
                 )
                 answers = await self._timed(metas, "generated")
+                self.publisher.confirmed(slot, version, answers[0].seconds.get("load", 0.0))
             except Exception as error:
                 await self._rollout_failed(slot, jobs, error)
             else:
@@ -227,7 +228,8 @@ class Flow:
     async def _timed(self, awaitable: Awaitable[Any], what: str) -> Any:
         limit = self.ctx.cfg.rollout.timeout_s
         try:
-            return await asyncio.wait_for(awaitable, limit)
+            async with asyncio.timeout(limit):  # unlike wait_for, without a task of its own
+                return await awaitable
         except TimeoutError:
             raise TimeoutError(f"not {what} within {limit:g} s (rollout.timeout_s)") from None
 
@@ -287,7 +289,7 @@ class Flow:
             started = time.monotonic()
             try:
                 asked = [Asked(one.job.group, one.job.work.prompts, one.job.score_seed) for one in tasks]
-                reference = slot.actor.score.remote(asked, *(one.job.media for one in tasks))
+                reference = slot.actor.score.remote(packed(asked), *(one.job.media for one in tasks))
                 outcomes = await self._timed(reference, "scored")
             except Exception as error:
                 await self._score_failed(pool, slot, tasks, error)

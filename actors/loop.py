@@ -52,7 +52,7 @@ class Loop:
         self._learner = LearnerGroup(ctx)
         self._publisher = Publisher(self._learner)
         self._flow = Flow(ctx, self._publisher, self._fatal, self._prompts[:3])
-        self._training = Training(cfg, self._flow, self._publisher, self._prompts)
+        self._training = Training(cfg, self._flow, self._prompts)
         self._pump: asyncio.Task | None = None
         self._evaluator = Evaluator(ctx, self._flow, heldout)
         self._furthest, self._losses = -1, 0  # of the learner: version at the last loss, and losses since it rose
@@ -162,7 +162,7 @@ class Loop:
         self._state = "evaluating"
         await self._training.pause(True)
         if self._evaluator.tag == "train":
-            version = self._publisher.train
+            version = self._training.version()
         else:  # the workers go back to the training weights with their next training group
             version = await self._of_learner(self._publisher.fetch(self._evaluator.tag))
         record = await self._guard(self._evaluator.run(version))
@@ -227,8 +227,7 @@ class Loop:
         return jobs, metrics, answer, busy
 
     async def _publish(self) -> None:
-        await self._of_learner(self._publisher.fetch("train"))
-        await self._training.published(self._version)
+        await self._training.published(await self._of_learner(self._publisher.fetch("train")))
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -318,7 +317,7 @@ class Loop:
         metrics_after_resume(self.ctx.run.path, back_to + 1)
         self._evaluator.records = [record for record in self._evaluator.records if record["step"] <= back_to]
         self._evaluator.write()
-        self._training = Training(self.cfg, self._flow, self._publisher, self._prompts)
+        self._training = Training(self.cfg, self._flow, self._prompts)
         if saved is not None:
             self._training.load_state(saved["training"])
         if self._pump is not None:  # else the workers have gone already

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.common import RoleActor
+from actors.common import RoleActor, unpacked
 from pipeline.errors import RewardError, RewardUnavailable
 from pipeline.types import Media, PromptItem, RewardScores
 
@@ -47,14 +47,16 @@ class RewardServer(RoleActor):
                 self.log.info("not warmed up: %s", error)
         return self.info()
 
-    def score(self, asked: Sequence[Asked], *media: Media) -> list[RewardScores | RewardError]:
-        """One outcome per group, whose media come one by one; see `pipeline.rewards.batching`.
+    def score(self, order: bytes, *media: Media) -> list[RewardScores | RewardError]:
+        """`order`: list[Asked], packed. One outcome per group, whose media come one by one; see
+        `pipeline.rewards.batching`.
 
         Raises `RuntimeError` when nothing can be scored any more, not even what could be at the start: this server is
         ill, and another one shall be started.
         """
         from pipeline.rewards.batching import Takes, score_groups
 
+        asked: list[Asked] = unpacked(order)
         first = asked[0].group
         names = f"group {first}" if len(asked) == 1 else f"groups {', '.join(str(one.group) for one in asked)}"
         with self.doing(f"scoring {names}", first):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from typing import Any
 
-import ray
-
-from actors.common import RoleActor, cores, use_threads
-from pipeline.types import GroupWork, Media, PolicyVersion, PromptItem, RolloutMeta, Trajectory, WeightSet
+from actors.common import RoleActor, cores, unpacked, use_threads
+from pipeline.types import GroupWork, Media, PromptItem, RolloutMeta, Trajectory, WeightSet
 
 _NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
 
 
+class ChecksumMismatch(RuntimeError):
+    """A worker holds other weights than were published."""
+
+
 class RolloutWorker(RoleActor):
-    """Draws a group only with the very version it was told to use and has confirmed."""
+    """Draws a group only with the very version it was told to use, once it holds weights of that version's checksum."""
 
     role = "rollout"
     hands_back = True
@@ -33,27 +36,27 @@ class RolloutWorker(RoleActor):
                 os.nice(_NICE)
             report = self.policy.probe(prompts)
             self.policy.attach()
-            self.held: tuple[int, str] | None = None
+            self.held: tuple[int, str, str] | None = None  # key of the version
+            self.loaded_s = 0.0  # of the last version, until it is reported
             self.log.info("ready: %s", report)
         return {**self.info(), "probe": report, "device": str(self.policy.device)}
 
-    def load(self, version: PolicyVersion) -> str:
-        """Fetches and applies a version. Returns the checksum of the weights that the policy now holds."""
-        with self.doing(f"loading version {version.number} ({version.tag})"):
-            self.held = None
-            weights: WeightSet = ray.get(version.weights)
-            found = self.policy.load_weights(weights)
-            self.policy.version = version.number
-            self.held = (version.number, version.tag)
-        return found
+    def generate(self, order: bytes, missing: WeightSet | None) -> tuple[Any, ...]:
+        """`order`: (list[GroupWork], key of a policy version), packed. Draws these groups with that version, after
+        loading its weights where they are `missing`.
 
-    def generate(self, works: list[GroupWork], number: int, tag: str) -> tuple[Any, ...]:
-        """Draws groups: (their metas, media and trajectory of the first, of the second, ...), as separate objects. The
-        caller owns them."""
+        Returns (their metas, media and trajectory of the first, of the second, ...), as separate objects. The caller
+        owns them. Raises `ChecksumMismatch` when other weights arrived than were published.
+        """
+        works: list[GroupWork]
+        works, key = unpacked(order)
+        if missing is not None and self.held != key:
+            self._load(key, missing)
         groups = ", ".join(str(work.group) for work in works)
         with self.doing(f"generating {works[0].purpose} group {groups}", works[0].group):
-            if self.held != (number, tag):
-                raise RuntimeError(f"asked for version {number} ({tag}), holding {self.held}")
+            if self.held != key:
+                raise RuntimeError(f"asked for version {key}, holding {self.held}")
+            number = key[0]
             metas: list[RolloutMeta] = []
             objects: list[Media | Trajectory | None] = []
             for work, (media, trajectory, seconds) in zip(works, self.policy.rollouts(works), strict=True):
@@ -72,7 +75,21 @@ class RolloutWorker(RoleActor):
                     )
                 )
                 objects += [media, trajectory]
+        metas[0].seconds["load"], self.loaded_s = self.loaded_s, 0.0
         return metas, *objects
+
+    def _load(self, key: tuple[int, str, str], weights: WeightSet) -> None:
+        """Applies a version, and recomputes the checksum from what the policy then holds."""
+        number, tag, published = key
+        with self.doing(f"loading version {number} ({tag})"):
+            started = time.perf_counter()
+            self.held = None
+            found = self.policy.load_weights(weights)
+            if found != published:
+                raise ChecksumMismatch(f"version {number} ({tag}): holds weights {found}, published were {published}")
+            self.policy.version = number
+            self.held = key
+            self.loaded_s = time.perf_counter() - started
 
 
 def _bytes(trajectory: Trajectory | None) -> int:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ray import exceptions as rx
 from ray._private.state import state as cluster
@@ -21,7 +22,7 @@ from pipeline.files import did_you_mean
 from pipeline.placement import Workers
 
 TICK_S = 1.0
-_ASK_EVERY_S = 3.0  # an idle worker is asked for a sign of life
+_ASK_EVERY_S = 3.0  # a worker that has been idle that long is asked for a sign of life
 _ANSWER_S = 60.0  # one that gives none in this time is stuck
 log = logging.getLogger("rushes.pool")
 
@@ -33,6 +34,7 @@ class Tender:
         self._pairs = pairs
         self._own = {name: pool.limits for name, (_, pool) in pairs.items()}  # of the config
         self._asked: dict[Slot, asyncio.Task] = {}
+        self._idle: WeakKeyDictionary[Slot, int] = WeakKeyDictionary()  # ticks in a row at which it was seen idle
 
     # ------------------------------------------------------------------------------------------- sizes
 
@@ -90,8 +92,12 @@ class Tender:
         for slot in pool.slots:
             if slot.ready and not slot.moving and slot.info["node"] in going:
                 slot.moving, moved = "its node is being drained", True
-            if slot.ready and slot.doing == IDLE and not slot.resting and slot not in self._asked:
-                self._asked[slot] = asyncio.ensure_future(self._alive(queue, slot))
+            if not (slot.ready and slot.doing == IDLE and not slot.resting):
+                self._idle.pop(slot, None)
+            elif slot not in self._asked:
+                self._idle[slot] = self._idle.get(slot, 0) + 1
+                if self._idle[slot] * TICK_S >= _ASK_EVERY_S:
+                    self._asked[slot] = asyncio.ensure_future(self._alive(queue, slot))
         if moved:
             await queue.poke()
 
@@ -110,12 +116,12 @@ class Tender:
             else:
                 slot.info |= info if slot.ready and slot.generation == generation else {}
                 trouble = ""
-                await asyncio.sleep(_ASK_EVERY_S)
             if trouble and slot.generation == generation and slot.ready and slot.doing == IDLE:
                 slot.moving = trouble
                 await queue.poke()
         finally:
             del self._asked[slot]
+            self._idle.pop(slot, None)
 
     def close(self) -> None:
         for task in self._asked.values():

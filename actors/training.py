@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from actors.flow import Flow, Job
-from actors.weights import Publisher
 from pipeline.advantages import AdvantageResult
 from pipeline.combining import Combiner
 from pipeline.config import Config
@@ -34,9 +33,9 @@ def scoring_seed(cfg: Config, group: int) -> int:
 class Training:
     """The `Sink` of training groups."""
 
-    def __init__(self, cfg: Config, flow: Flow, publisher: Publisher, prompts: Sequence[PromptItem]) -> None:
-        self.cfg, self._flow, self._publisher = cfg, flow, publisher
-        self._prompts = prompts
+    def __init__(self, cfg: Config, flow: Flow, prompts: Sequence[PromptItem]) -> None:
+        self.cfg, self._flow, self._prompts = cfg, flow, prompts
+        self._version: PolicyVersion | None = None
         self._cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
         self.ledger = Ledger(
             groups_per_step=cfg.algorithm.groups_per_step,
@@ -103,7 +102,10 @@ class Training:
     # ------------------------------------------------------------------------------------------- Sink
 
     def version(self) -> PolicyVersion:
-        return self._publisher.train
+        """The newest that the ledger knows of: a worker may ask while the next one is on its way to it."""
+        if self._version is None:
+            raise RuntimeError("no version has been published yet")
+        return self._version
 
     def started(self, job: Job, worker: str, version: PolicyVersion) -> int:
         return self.ledger.start(job.group, worker, version.number)
@@ -197,9 +199,11 @@ class Training:
         self._combiner.commit()
         self._boundary = self._state()
 
-    async def published(self, version: int) -> None:
+    async def published(self, version: PolicyVersion) -> None:
+        """Groups are drawn with `version` from now on."""
         async with self._changed:
-            self.ledger.publish(version)
+            self.ledger.publish(version.number)
+            self._version = version
             self._changed.notify_all()
 
     # ------------------------------------------------------------------------------------------- state

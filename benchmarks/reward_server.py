@@ -31,7 +31,7 @@ import tiny_rewards  # noqa: E402
 import torch  # noqa: E402
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E402
 
-from actors.common import RunContext, merged_env, use_threads  # noqa: E402
+from actors.common import RunContext, merged_env, packed, use_threads  # noqa: E402
 from actors.reward import Asked, RewardServer  # noqa: E402
 from jobs.local_ray import RaySession  # noqa: E402
 from pipeline.config import RewardConfig  # noqa: E402
@@ -127,7 +127,7 @@ def one_round(plain, server, prompts: list[PromptItem], number: int) -> tuple[fl
 
     def run_served() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
-        outcomes = ray.get(server.score.remote(asked, *references))
+        outcomes = ray.get(server.score.remote(packed(asked), *references))
         return time.perf_counter() - began, np.concatenate([outcome.values for outcome in outcomes])
 
     if number % 2:

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.common import RunContext
+from actors.common import RunContext, packed
 from actors.queues import BoundedQueue
 from actors.reward import Asked, RewardServer
 from pipeline.config import Config
@@ -73,7 +73,7 @@ def reward_server(cfg: Config, folder: Path) -> float:
     found = []
     for group in range(40):
         started = time.perf_counter()
-        (scores,) = ray.get(server.score.remote([Asked(group, prompts, 1)], media))
+        (scores,) = ray.get(server.score.remote(packed([Asked(group, prompts, 1)]), media))
         found.append(time.perf_counter() - started - scores.seconds)
     ray.kill(server)
     return float(np.median(found[5:]))
@@ -90,8 +90,8 @@ class Holder:
         started = time.perf_counter()
         weights = ray.get(refs[0])
         pulled = time.perf_counter()
-        for name, packed in weights.tensors.items():
-            self.held[name].copy_(unpack(packed))
+        for name, tensor in weights.tensors.items():
+            self.held[name].copy_(unpack(tensor))
         applied = time.perf_counter()
         checksum(weights.tensors)
         checked = time.perf_counter()

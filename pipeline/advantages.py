@@ -6,7 +6,7 @@ not apply to a group's prompt is not in the group's mapping: it is absent, never
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class AdvantageResult:
 
 
 def weighted_rewards(scores: Group, weights: Mapping[str, float]) -> np.ndarray:
-    """sum_k weight_k * reward_k over the rewards that apply -> float32 [K].
+    """sum_k weight_k * reward_k over the rewards that apply, each [..., K] -> float32 [..., K].
 
     A reward that is missing from `scores`, or NaN for a take, does not apply to it. Raises ValueError where none does.
     """
@@ -38,9 +38,10 @@ def weighted_rewards(scores: Group, weights: Mapping[str, float]) -> np.ndarray:
     return np.sum(np.where(known, terms, 0.0), axis=0).astype(np.float32)
 
 
-def is_zero_std(rewards: np.ndarray) -> bool:
-    """True when the takes cannot be told apart: spread below float32 noise of the rewards' size."""
-    return float(np.ptp(rewards)) <= 1e-6 * max(1.0, float(np.abs(rewards).max()))
+def is_zero_std(rewards: np.ndarray) -> np.ndarray:
+    """[..., K] -> bool [...], True when the takes cannot be told apart: spread below float32 noise of the rewards'
+    size."""
+    return np.ptp(rewards, axis=-1) <= 1e-6 * np.maximum(1.0, np.abs(rewards).max(axis=-1))
 
 
 def non_dominated(values: np.ndarray) -> np.ndarray:
@@ -54,36 +55,66 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Normalised:
-    advantages: np.ndarray  # float64 [K]
-    scale: float  # the std (+ eps) of one unit of advantage, in the units of the rewards
+class _Block:
+    """Groups that have the same rewards and equally many takes, stacked: a step has hundreds of groups, and the time of
+    small arrays is all in calling numpy."""
+
+    at: list[int]  # places of the G groups in the step
+    scores: dict[str, np.ndarray]  # per reward [G, K]
+    prepared: dict[str, np.ndarray]  # what is combined instead of the scores, float64 [G, K]
+    variances: dict[str, np.ndarray]  # of the rewards that were repeated, [G, K]
+
+
+def _blocks(scores: Sequence[Group], prepared: Sequence[Group], variances: Sequence[Group]) -> list[_Block]:
+    alike: dict[tuple, list[int]] = {}
+    for i, (group, variance) in enumerate(zip(scores, variances, strict=True)):
+        sizes = tuple((name, len(values)) for name, values in group.items())
+        alike.setdefault((sizes, tuple(variance)), []).append(i)
+
+    def stacked(groups: Sequence[Group], at: list[int], dtype: type | None = None) -> dict[str, np.ndarray]:
+        return {name: np.stack([groups[i][name] for i in at]).astype(dtype, copy=False) for name in groups[at[0]]}
+
+    return [
+        _Block(at, stacked(scores, at), stacked(prepared, at, np.float64), stacked(variances, at, np.float64))
+        for at in alike.values()
+    ]
+
+
+def _in_order(blocks: Sequence[_Block], values: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """`values` per block, [G, ...], as one list in the groups' order."""
+    found = {i: row for block, rows in zip(blocks, values, strict=True) for i, row in zip(block.at, rows, strict=True)}
+    return [found[i] for i in sorted(found)]
 
 
 def _normalise(
-    groups: Sequence[np.ndarray], cfg: AdvantageConfig, kinds: Sequence[Hashable] | None = None
-) -> list[_Normalised]:
+    blocks: Sequence[_Block], rewards: Sequence[np.ndarray], cfg: AdvantageConfig, kinds: Sequence[Hashable]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(r - mean_group) / (std + eps); std (population) of the group, or of all takes of the step in groups of the same
-    kind: sums of different rewards have no common scale."""
-    groups = [np.asarray(group, np.float64) for group in groups]
-    kinds = [None] * len(groups) if kinds is None else list(kinds)
-    whole = {
-        kind: float(np.concatenate([g for g, k in zip(groups, kinds, strict=True) if k == kind]).std())
-        for kind in set(kinds)
-    }
+    kind: sums of different rewards have no common scale.
+
+    Per block, whose `rewards` are float64 [G, K]: the advantages [G, K], and the std (+ eps) of one unit of advantage
+    in the units of the rewards [G].
+    """
+    whole: dict[Hashable, float] = {}
+    for kind in set(kinds) if cfg.std == "global" else ():
+        having = [i for i, other in enumerate(kinds) if other == kind]
+        of_kind = _in_order([blocks[i] for i in having], [rewards[i] for i in having])
+        whole[kind] = float(np.concatenate(of_kind).std())
     result = []
-    for kind, rewards in zip(kinds, groups, strict=True):
-        centred = rewards - rewards.mean()
-        scale = (whole[kind] if cfg.std == "global" else float(rewards.std())) + cfg.eps
+    for kind, values in zip(kinds, rewards, strict=True):
+        centred = values - values.mean(axis=-1, keepdims=True)
+        std = np.full(len(values), whole[kind]) if cfg.std == "global" else values.std(axis=-1)
+        scale = std + cfg.eps
         if cfg.std != "none":
-            centred = np.zeros_like(rewards) if is_zero_std(rewards) else centred / scale
-        result.append(_Normalised(centred, scale))
+            centred = np.where(is_zero_std(values)[:, None], 0.0, centred / scale[:, None])
+        result.append((centred, scale))
     return result
 
 
-def _trust(variances: np.ndarray | None, scale: float) -> np.ndarray | float:
+def _trust(variances: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """exp(-u), u = variance of a take's repeated scores in units of the spread within its group, squared (Ctrl-U,
-    arXiv 2410.11236: exp(-u) lowers the weight of uncertain rewards). [K], or 1 without repeats."""
-    return 1.0 if variances is None else np.exp(-np.asarray(variances, np.float64) / scale**2)
+    arXiv 2410.11236: exp(-u) lowers the weight of uncertain rewards). [G, K]; `scale` [G]."""
+    return np.exp(-variances / scale[:, None] ** 2)
 
 
 def compute_advantages(
@@ -102,97 +133,114 @@ def compute_advantages(
     """
     if not scores:
         raise ValueError("no groups to compute advantages of")
-    for group in scores:
-        for name, values in group.items():
+    if any(all(name not in group for name in weights) for group in scores):
+        raise ValueError("no reward applies to a group")
+    blocks = _blocks(scores, scores if prepared is None else prepared, variances or [{}] * len(scores))
+    for block in blocks:
+        for name, values in block.scores.items():
             if not np.isfinite(values).all():
                 raise ValueError(f"reward {name} is not finite; a failed score must fail its group, not be averaged")
-        if not any(name in group for name in weights):
-            raise ValueError("no reward applies to a group")
-    prepared = scores if prepared is None else prepared
-    variances = [{}] * len(scores) if variances is None else variances
-    rewards = [weighted_rewards(group, weights) for group in scores]
+    rewards = [weighted_rewards(block.scores, weights) for block in blocks]
     combined = _sum_rewards if cfg.combine == "rewards" else _sum_advantages
-    raw, zero, combining = combined(prepared, variances, weights, cfg)
-    advantages = [group.astype(np.float32) for group in raw]
-    flat = np.concatenate(rewards)
+    raw, zero, combining = combined(blocks, weights, cfg)
+    advantages = [block.astype(np.float32) for block in raw]
+    zero_std = [bool(flag) for flag in _in_order(blocks, zero)]
     metrics = {
-        "reward/mean": float(flat.mean()),
-        "reward/std": float(np.mean([group.std() for group in rewards])),
-        "zero_std_ratio": float(np.mean(zero)),
-        "advantage/mean_abs": float(np.mean([np.abs(group).mean() for group in advantages])),
+        "reward/mean": float(np.concatenate(_in_order(blocks, rewards)).mean()),
+        "reward/std": float(np.mean(_in_order(blocks, [block.std(axis=-1) for block in rewards]))),
+        "zero_std_ratio": float(np.mean(zero_std)),
+        "advantage/mean_abs": float(np.mean(_in_order(blocks, [np.abs(block).mean(axis=-1) for block in advantages]))),
     }
     for name in weights:
-        known = [np.asarray(group[name]) for group in scores if name in group]
+        known = [group[name] for group in scores if name in group]
         if known:
             metrics[f"reward/{name}"] = float(np.concatenate(known).mean())
-        if len(known) < len(scores) or any(name not in group for group in scores):
+        if len(known) < len(scores):
             metrics[f"combine/applies/{name}"] = len(known) / len(scores)
-    return AdvantageResult(advantages, rewards, zero, metrics | combining)
+    ordered = _in_order(blocks, advantages), _in_order(blocks, rewards)
+    return AdvantageResult(*ordered, zero_std, metrics | combining)
 
 
-Combined = tuple[list[np.ndarray], list[bool], dict[str, float]]
+Combined = tuple[list[np.ndarray], list[np.ndarray], dict[str, float]]  # per block [G, K], bool [G]; metrics
 
 
-def _sum_rewards(
-    groups: Sequence[Group], variances: Sequence[Group], weights: Mapping[str, float], cfg: AdvantageConfig
-) -> Combined:
+def _sum_rewards(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: AdvantageConfig) -> Combined:
     """The advantages of the weighted sum of rewards."""
-    totals = [weighted_rewards(group, weights) for group in groups]
-    kinds = [tuple(name for name in weights if name in group) for group in groups]
-    raw, trusts = [], []
-    for result, variance in zip(_normalise(totals, cfg, kinds), variances, strict=True):
-        terms = [weights[name] ** 2 * np.asarray(variance[name], np.float64) for name in weights if name in variance]
-        trust = _trust(np.sum(terms, axis=0) if terms else None, result.scale)
-        trusts += [np.atleast_1d(trust)] if terms else []
-        raw.append(np.clip(result.advantages * trust, -cfg.clamp, cfg.clamp))
-    parts = [{name: weights[name] * np.asarray(group[name]) for name in weights if name in group} for group in groups]
-    metrics = _shares(parts)
+    totals = [weighted_rewards(block.prepared, weights) for block in blocks]
+    kinds = [tuple(name for name in weights if name in block.scores) for block in blocks]
+    raw, trusts, trusted = [], [], []
+    normalised = _normalise(blocks, [total.astype(np.float64) for total in totals], cfg, kinds)
+    for block, (advantages, scale) in zip(blocks, normalised, strict=True):
+        terms = [weights[name] ** 2 * block.variances[name] for name in weights if name in block.variances]
+        if terms:
+            trusts.append(_trust(np.sum(terms, axis=0), scale))
+            trusted.append(block)
+            advantages = advantages * trusts[-1]
+        raw.append(np.clip(advantages, -cfg.clamp, cfg.clamp))
+    parts = [
+        {name: weights[name] * block.prepared[name] for name in weights if name in block.prepared} for block in blocks
+    ]
+    metrics = _shares(blocks, parts)
     if trusts:
-        metrics["combine/trust"] = float(np.concatenate(trusts).mean())
+        metrics["combine/trust"] = float(np.concatenate(_in_order(trusted, trusts)).mean())
     return raw, [is_zero_std(total) for total in totals], metrics
 
 
-def _sum_advantages(
-    groups: Sequence[Group], variances: Sequence[Group], weights: Mapping[str, float], cfg: AdvantageConfig
-) -> Combined:
+def _sum_advantages(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: AdvantageConfig) -> Combined:
     """The weighted sum of each reward's own advantages; `pareto`: kept for the non-dominated takes of a group."""
-    parts: list[dict[str, np.ndarray]] = [{} for _ in groups]
+    parts: list[dict[str, np.ndarray]] = [{} for _ in blocks]
     metrics: dict[str, float] = {}
     for name in weights:
-        having = [i for i, group in enumerate(groups) if name in group]
-        trusts = []
-        for i, result in zip(having, _normalise([groups[i][name] for i in having], cfg), strict=True):
-            trust = _trust(variances[i].get(name), result.scale)
-            trusts += [np.atleast_1d(trust)] if name in variances[i] else []
-            parts[i][name] = weights[name] * result.advantages * trust
+        having = [i for i, block in enumerate(blocks) if name in block.prepared]
+        own = [blocks[i] for i in having]
+        normalised = _normalise(own, [block.prepared[name] for block in own], cfg, [name] * len(own))
+        trusts, trusted = [], []
+        for i, (advantages, scale) in zip(having, normalised, strict=True):
+            if name in blocks[i].variances:
+                trusts.append(_trust(blocks[i].variances[name], scale))
+                trusted.append(blocks[i])
+                advantages = advantages * trusts[-1]
+            parts[i][name] = weights[name] * advantages
         if trusts:
-            metrics[f"combine/trust/{name}"] = float(np.concatenate(trusts).mean())
+            metrics[f"combine/trust/{name}"] = float(np.concatenate(_in_order(trusted, trusts)).mean())
     raw = [np.clip(np.sum(list(part.values()), axis=0), -cfg.clamp, cfg.clamp) for part in parts]
     # Not of the sum: rewards of unequal weight may add up to a constant and still have advantages.
     zero = [
-        all(is_zero_std(np.asarray(group[name])) for name in part if weights[name])
-        for group, part in zip(groups, parts, strict=True)
+        np.all(
+            [is_zero_std(block.prepared[name]) for name in part if weights[name]] or [np.ones(len(block.at), bool)], 0
+        )
+        for block, part in zip(blocks, parts, strict=True)
     ]
     if cfg.combine == "pareto":
-        chosen = [_pareto(group, weights) for group in groups]
+        chosen = [np.stack([_pareto(block, g, weights) for g in range(len(block.at))]) for block in blocks]
         # The learner averages over K takes, Parrot over the n(P) that are kept.
-        raw = [group * keep * (len(keep) / keep.sum()) for group, keep in zip(raw, chosen, strict=True)]
-        metrics["combine/non_dominated"] = float(np.concatenate(chosen).mean())
-    return raw, zero, metrics | _shares(parts)
+        raw = [
+            group * keep * (keep.shape[1] / keep.sum(axis=1, keepdims=True))
+            for group, keep in zip(raw, chosen, strict=True)
+        ]
+        metrics["combine/non_dominated"] = float(np.concatenate(_in_order(blocks, chosen)).mean())
+    return raw, zero, metrics | _shares(blocks, parts)
 
 
-def _pareto(group: Group, weights: Mapping[str, float]) -> np.ndarray:
-    """bool [K]. A reward of negative weight is better where it is lower; one of weight 0 does not count."""
-    named = [np.sign(weights[name]) * np.asarray(group[name]) for name in weights if name in group and weights[name]]
-    return non_dominated(np.stack(named)) if named else np.ones(len(next(iter(group.values()))), bool)
+def _pareto(block: _Block, at: int, weights: Mapping[str, float]) -> np.ndarray:
+    """Of group `at`, bool [K]. A reward of negative weight is better where it is lower; one of weight 0 does not
+    count."""
+    prepared = block.prepared
+    named = [np.sign(weights[name]) * prepared[name][at] for name in weights if name in prepared and weights[name]]
+    return non_dominated(np.stack(named)) if named else np.ones(next(iter(prepared.values())).shape[1], bool)
 
 
-def _shares(parts: Sequence[Group]) -> dict[str, float]:
+def _shares(blocks: Sequence[_Block], parts: Sequence[Group]) -> dict[str, float]:
     """Each reward's share of the spread within groups, averaged over the groups that have it: who decides."""
-    found: dict[str, list[float]] = {}
-    for group in parts:
-        spread = {name: float(np.std(values)) for name, values in group.items()}
+    found: dict[str, dict[int, float]] = {}
+    for block, part in zip(blocks, parts, strict=True):
+        spread = {name: np.std(values, axis=-1) for name, values in part.items()}  # [G]
         total = sum(spread.values())
-        for name, value in spread.items() if len(spread) > 1 and total > 0 else ():
-            found.setdefault(name, []).append(value / total)
-    return {f"combine/share/{name}": float(np.mean(shares)) for name, shares in found.items()}
+        for name, values in spread.items() if len(spread) > 1 else ():
+            rows = zip(block.at, values, total, strict=True)
+            found.setdefault(name, {}).update({i: value / whole for i, value, whole in rows if whole > 0})
+    return {
+        f"combine/share/{name}": float(np.mean([shares[i] for i in sorted(shares)]))
+        for name, shares in found.items()
+        if shares
+    }

@@ -154,7 +154,7 @@ class RolloutMeta:
     attempt: int
     version: int
     worker: str
-    seconds: dict[str, float]  # per phase: encode, denoise, decode, total
+    seconds: dict[str, float]  # per phase: encode, denoise, decode, total; load: of new weights before the first group
     trajectory_bytes: int
     media_bytes: int
 
@@ -170,12 +170,16 @@ class WeightSet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyVersion:
-    """learner -> rollout. A worker takes work only after it has confirmed `checksum`."""
+    """learner -> rollout. A worker draws only with weights of this very `checksum`."""
 
     number: int
     tag: Literal["train", "ema"]
     checksum: str
     weights: Any  # object reference of a WeightSet
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        return self.number, self.tag, self.checksum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

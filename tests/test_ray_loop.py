@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from ray.util import placement_group_table
 from rich.console import Console
 
 from actors import learner_group
-from actors.common import RunContext
+from actors.common import RunContext, packed
 from actors.controller import Controller
 from actors.failures import root
 from actors.rollout import RolloutWorker
@@ -408,15 +409,20 @@ def test_results_outlive_the_worker_that_made_them_and_a_full_object_store(clust
     prompt = PromptItem(index=0, text="a red circle")
     pid = ray.get(worker.start.remote([prompt]))["pid"]
     with pytest.raises(ray.exceptions.RayTaskError, match="holding None"):
-        ray.get(worker.generate.options(num_returns=3).remote([train_work(cfg, 0, 0, prompt)], 0, "train")[0])
+        order = packed(([train_work(cfg, 0, 0, prompt)], (0, "", "")))
+        ray.get(worker.generate.options(num_returns=3).remote(order, None)[0])
     weights = _weights(cfg)
     version = PolicyVersion(number=0, tag="train", checksum=weights.checksum, weights=ray.put(weights))
-    assert ray.get(worker.load.remote(version)) == weights.checksum == checksum(weights.tensors)
+    assert weights.checksum == checksum(weights.tensors)
     works = [train_work(cfg, i, 0, prompt) for i in range(2)]
-    metas, media, trajectory = worker.generate.options(num_returns=3).remote(works[:1], 0, "train")
+    other = replace(version, checksum="0")
+    with pytest.raises(ray.exceptions.RayTaskError, match="holds weights .* published were 0"):
+        ray.get(worker.generate.options(num_returns=3).remote(packed((works[:1], other.key)), version.weights)[0])
+    order = packed((works[:1], version.key))
+    metas, media, trajectory = worker.generate.options(num_returns=3).remote(order, version.weights)
     others = [ray.put(np.full(20 * 2**20, i, np.uint8)) for i in range(15)]
     assert ray.get(metas)[0].worker == "rollout-0"
-    again = worker.generate.options(num_returns=3).remote(works[1:], 0, "train")
+    again = worker.generate.options(num_returns=3).remote(packed((works[1:], version.key)), None)
     assert len(ray.get(again[2]).parts[0].steps) == 29 and _spilled_mib() >= 80
     os.kill(pid, signal.SIGKILL)
     _gone(pid)

@@ -15,7 +15,7 @@ import tiny
 from test_ray_loop import REWARDS, Run, make_config
 
 from actors import common
-from actors.common import RunContext, merged_env
+from actors.common import RunContext, merged_env, packed
 from actors.reward import Asked, RewardServer
 from jobs.local_ray import RaySession
 from pipeline.config import RewardConfig
@@ -113,7 +113,7 @@ def ask(actor, *levels):
     """Outcomes of one call with a group of one take per level."""
     asked = [Asked(i, (PROMPT,), None) for i in range(len(levels))]
     media = [Media(frames=np.full((1, 1, 4, 4, 3), level, np.uint8), fps=1.0) for level in levels]
-    return ray.get(actor.score.remote(asked, *media))
+    return ray.get(actor.score.remote(packed(asked), *media))
 
 
 def test_a_server_that_no_longer_scores_what_it_did_is_given_up(cluster, tiny_sd3, files, tmp_path):

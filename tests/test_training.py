@@ -41,7 +41,7 @@ class Flow:
     async def _work(self, job) -> None:
         await asyncio.sleep(random.Random(job.group).random() * 2e-3)
         self.room.release()
-        attempt = self.training.ledger.start(job.group, "w", self.training.ledger.version)
+        attempt = self.training.started(job, "w", self.training.version())
         job.work = SimpleNamespace(**{f: getattr(job.work, f) for f in ("group", "step")}, attempt=attempt)
         if job.group in self.failing:
             self.training.rollout_failed(job, "told to")
@@ -62,22 +62,27 @@ def make(flow: Flow, batch: int = 0, **algorithm) -> Training:
         algorithm={"group_size": 4, "groups_per_step": 3, **algorithm},
         faults={"max_attempts": 1},
     )
-    publisher = SimpleNamespace(train=PolicyVersion(number=0, tag="train", checksum="", weights=None))
-    training = flow.training = Training(cfg, flow, publisher, PROMPTS)
+    training = flow.training = Training(cfg, flow, PROMPTS)
     return training
+
+
+def version(number: int) -> PolicyVersion:
+    return PolicyVersion(number=number, tag="train", checksum="", weights=None)
 
 
 async def steps(training: Training, count: int) -> list[list[int]]:
     batches = []
-    for version in range(training.ledger.step, training.ledger.step + count):
+    begun = training.ledger.step
+    await training.published(version(begun))
+    for step in range(begun, begun + count):
         await training.pause(False)
-        jobs = await asyncio.wait_for(training.first(version, training.ledger.groups_per_step), 5)
+        jobs = await asyncio.wait_for(training.first(step, training.ledger.groups_per_step), 5)
         batches.append([job.group for job in jobs])
         training.advantages(jobs)
-        training.consumed(jobs, version)
-        await training.pause(version % 2 == 0)  # as for an evaluation
+        training.consumed(jobs, step)
+        await training.pause(step % 2 == 0)  # as for an evaluation
         await asyncio.sleep(3e-3)
-        await training.published(version + 1)
+        await training.published(version(step + 1))
     return batches
 
 
@@ -139,3 +144,21 @@ def test_a_resumed_run_submits_again_what_was_admitted():
 
     batches, submitted = asyncio.run(body())
     assert batches == [[6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17]] and sorted(submitted) == list(range(6, 18))
+
+
+def test_a_worker_never_asks_for_a_version_that_the_ledger_does_not_know_yet():
+    """Nor afterwards for an older one: between the two a group would be drawn that may not be."""
+
+    async def body():
+        training = make(Flow(), max_staleness=1)
+        await training.published(version(0))
+        for number in (1, 2):
+            training.ledger.step = number  # as if the learner had taken a step
+            async with training._changed:  # others are looking at the books
+                publishing = asyncio.ensure_future(training.published(version(number)))
+                await asyncio.sleep(0)
+                assert training.version().number == training.ledger.version == number - 1
+            await publishing
+            assert training.version().number == training.ledger.version == number
+
+    asyncio.run(body())

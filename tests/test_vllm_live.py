@@ -16,7 +16,7 @@ from http_server import items
 from PIL import Image
 from tiny_judge import tiny_judge
 
-from actors.common import RunContext, merged_env
+from actors.common import RunContext, merged_env, packed
 from actors.reward import Asked, RewardServer
 from jobs.local_ray import RaySession
 from pipeline.config import RewardConfig
@@ -75,7 +75,7 @@ def clips(count=3):
 
 def ask(server, *groups):
     asked = [Asked(i, tuple(prompts), None) for i, (_, prompts) in enumerate(groups)]
-    return ray.get(server.score.remote(asked, *(media for media, _ in groups)), timeout=300)
+    return ray.get(server.score.remote(packed(asked), *(media for media, _ in groups)), timeout=300)
 
 
 def job(media, file, frames=slice(None), system=None, texts=TEXTS):
