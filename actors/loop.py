@@ -198,13 +198,17 @@ class Loop:
     async def _learn(self) -> tuple[list[Job], dict[str, float], dict[str, Any], float]:
         """The step's jobs, in order; metrics of their rewards; the learner's last answer; the seconds it was busy.
 
-        It begins with the first groups that are scored, while others are still drawn, and waits with its update for the
-        last. If it is lost, what it has added up is lost with it, and `_recover` begins the step again.
+        It begins with the first groups that are scored, while others are still drawn, goes on with all that have been
+        scored meanwhile (the result is the same: `Learner.train_step`), and waits with its update for the last. If it
+        is lost, what it has added up is lost with it, and `_recover` begins the step again.
         """
         jobs: list[Job] = []
         portions, busy = plan.portions(self.cfg), 0.0
         while portions:
             places = portions[0]
+            await self._guard(self._training.first(self._version, places.stop))
+            while len(portions) > 1 and portions[1].stop <= self._training.scored_first(self._version):
+                places = portions[0] = range(places.start, portions.pop(1).stop)  # these are scored too by now
             scored = await self._guard(self._training.first(self._version, places.stop))
             if [job.group for job in scored[: places.start]] != [job.group for job in jobs]:
                 jobs, portions = [], plan.portions(self.cfg)  # one has failed for good since: another has its place

@@ -179,6 +179,10 @@ class Training:
                 await self._changed.wait()
             return [self._scored[group] for group in groups]
 
+    def scored_first(self, learner_version: int) -> int:
+        """How many `first` would give at once."""
+        return self.ledger.scored_first(learner_version)
+
     def advantages(self, jobs: list[Job]) -> AdvantageResult:
         return self._combiner.step([job.scores for job in jobs])
 

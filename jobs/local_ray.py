@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -26,6 +27,13 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
+}
+# Of a Ray that is ours and has no dashboard: nobody reads these, and Ray takes a third less of the cores without them.
+_UNSEEN = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
 }
 
 
@@ -54,6 +62,15 @@ def _messages_to_the_log() -> None:
 
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = to_log
+
+
+def _end_log_monitor() -> None:
+    """It looks at all log files ten times a second, for drivers that want their lines, and has no switch."""
+    from ray._private import worker
+
+    node: Any = getattr(worker, "_global_node", None)
+    if hasattr(node, "kill_log_monitor"):
+        node.kill_log_monitor(check_alive=False)
 
 
 def _keep_our_signals() -> None:
@@ -94,6 +111,9 @@ class RaySession:
                     "or set ray.address=local"
                 ) from error
             return self
+        unseen = self.cfg.ray.dashboard is None
+        if unseen:
+            os.environ.update({key: os.environ.get(key, value) for key, value in _UNSEEN.items()})
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self.ours = True
         try:
@@ -116,6 +136,8 @@ class RaySession:
         except Exception as error:  # Ray raises the base class for a node that does not come up in time
             self.close()
             raise RushesError(f"Ray could not start: {' '.join(str(error).split())[:300]}") from error
+        if unseen:
+            _end_log_monitor()
         return self
 
     def __exit__(self, *_: object) -> None:

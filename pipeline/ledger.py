@@ -193,6 +193,12 @@ class Ledger:
                 raise LedgerError(f"group {group} is {behind} versions behind, allowed are {self.max_staleness}")
         return chosen
 
+    def scored_first(self, learner_version: int) -> int:
+        """The largest `count` for which `first` has an answer."""
+        ordered = sorted((g for g in self.groups.values() if g.step == learner_version), key=lambda g: g.id)
+        ordered = ordered[: self.groups_per_step]
+        return next((i for i, group in enumerate(ordered) if group.state != SCORED), len(ordered))
+
     def trained(self, groups: list[int], learner_version: int) -> None:
         """The learner has consumed the current step's batch (it was at `learner_version` before)."""
         if groups != self.batch(learner_version):

@@ -97,7 +97,7 @@ def portions(cfg: Config) -> list[range]:
     of its ranks or lanes that compute apart (several, beyond `_MOST_PORTIONS` portions). The whole step at once where
     an advantage depends on other groups too, or a step makes several optimiser updates.
 
-    Never on who was faster: what is added up in which order is the same in every run.
+    What is added up in which order is the same in every run, whoever was faster, also if it is given several at once.
     """
     algorithm, groups = cfg.algorithm, cfg.algorithm.groups_per_step
     together = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())

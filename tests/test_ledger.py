@@ -55,11 +55,12 @@ def test_the_first_groups_of_a_step_are_handed_out_while_the_rest_is_drawn():
     ledger = make(groups_per_step=3)
     admit_all(ledger)
     score(ledger, 1)
-    assert ledger.first(0, 1) is None  # group 0 may still come
+    assert ledger.first(0, 1) is None and ledger.scored_first(0) == 0  # group 0 may still come
     score(ledger, 0)
     assert ledger.first(0, 1) == [0] and ledger.first(0, 2) == [0, 1] and ledger.first(0, 3) is None
+    assert ledger.scored_first(0) == 2
     ledger.filter(0)
-    assert ledger.first(0, 1) == [1] and ledger.first(0, 2) is None
+    assert ledger.first(0, 1) == [1] and ledger.first(0, 2) is None and ledger.scored_first(0) == 1
 
 
 def test_filtered_group_gives_its_slot_to_the_next_prompt_of_the_same_step():
