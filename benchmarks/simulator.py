@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pipeline.plan import portions
 from pipeline.types import Media, RewardScores, RolloutMeta, Trajectory
 
 WARM_STEPS = 2  # left out of the measurement: the pipeline fills
+LOCKSTEP = {"groups_per_worker": 1, "steps": 10}
 PER_PROCESS = 32  # simulated workers in one process
 
 
@@ -46,8 +47,8 @@ class Plan:
     score_s: float = 0.2
     learn_share: float = 0.6  # of the time the workers need for the groups of a step
     spread: float = 0.15  # standard deviation / mean of a rollout, a scoring and a learner step
-    steps: int = 10
-    groups_per_worker: int = 1  # and step
+    steps: int = 6
+    groups_per_worker: int = 2  # and step
     max_staleness: int = 1
     message_bytes: int = 131072  # of a trajectory and of a group's media: scaled down, still past Ray's inline limit
     weights_bytes: int = 1 << 20
@@ -306,7 +307,8 @@ def simulate(plan: Plan) -> dict[str, float]:
 
 
 def simulate_all(sizes: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """Simulations at several numbers of workers, on a Ray of its own; `efficiency_<largest>` is the headline."""
+    """Simulations at several numbers of workers, on a Ray of its own; `efficiency_<largest>` is the headline. And of
+    the largest number in lockstep: one group per worker and step, so that all begin and end at nearly the same time."""
     from jobs.local_ray import RaySession
 
     found: dict[str, Any] = {}
@@ -315,5 +317,7 @@ def simulate_all(sizes: Sequence[int], say: Callable[[str], None]) -> dict[str, 
             say(f"simulating {workers} workers")
             found[str(workers)] = simulate(Plan(workers=workers))
             found[f"efficiency_{workers}"] = found[str(workers)]["efficiency"]
+        say(f"simulating {max(sizes)} workers in lockstep")
+        found["lockstep"] = {"workers": max(sizes), **simulate(replace(Plan(workers=max(sizes)), **LOCKSTEP))}
     plan = asdict(Plan(workers=max(sizes)))
     return found | {"plan": plan, "workers_per_process": PER_PROCESS}

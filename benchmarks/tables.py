@@ -58,15 +58,18 @@ def render(found: dict[str, Any]) -> list[str]:
                 "plain loop's takes per second with the quickstart's own recipe."
             )
     if "simulated" in found:
-        sizes = [key for key in found["simulated"] if key.isdigit()]
+        simulated = found["simulated"]
+        shown = {key: row for key, row in simulated.items() if key.isdigit()}
+        if (lockstep := simulated.get("lockstep")) is not None:
+            shown[f"{lockstep['workers']}, one group per worker and step"] = lockstep
         rows = [
             [
-                size,
-                f"{found['simulated'][size]['efficiency']:.3f}",
-                f"{found['simulated'][size]['groups_per_s']:.1f}",
-                f"{found['simulated'][size]['controller_ms_per_group']:.2f}",
+                label,
+                f"{row['efficiency']:.3f}",
+                f"{row['groups_per_s']:.1f}",
+                f"{row['controller_ms_per_group']:.2f}",
             ]
-            for size in sizes
+            for label, row in shown.items()
         ]
         header = ["simulated workers", "share of the ideal speed", "groups per second", "controller CPU ms per group"]
         blocks.append(_table(header, rows))

@@ -87,7 +87,16 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
 
 
 def test_the_ideal_schedule():
-    plan = Plan(workers=1, rollout_s=1.0, score_s=0.1, learn_share=0.5, spread=1e-6, steps=4, max_staleness=0)
+    plan = Plan(
+        workers=1,
+        groups_per_worker=1,
+        rollout_s=1.0,
+        score_s=0.1,
+        learn_share=0.5,
+        spread=1e-6,
+        steps=4,
+        max_staleness=0,
+    )
     assert np.allclose(ideal(plan), np.arange(1, 5) * 1.6, atol=1e-3)  # one after the other
     overlapped = ideal(replace(plan, max_staleness=1))
     assert np.allclose(np.diff(overlapped), 1.0, atol=1e-3)  # the worker never waits
