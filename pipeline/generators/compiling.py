@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def blocks_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 @cache
 def cannot_compile(device: str) -> str | None:
     """Why torch cannot compile for the device here, found by trying; None if it can. Takes seconds, once a process."""
+    if "recompile_limit" not in signature(torch.compile).parameters:
+        return f"torch {torch.__version__} is older than 2.13"
     if _CACHE not in os.environ and (folder := private_folder(_candidates())) is not None:
         os.environ[_CACHE] = str(folder)  # torch's default is a folder in /tmp whose name anyone can take first
     try:
