@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def _messages_to_the_log() -> None:
         worker.print_to_stdstream = to_log
 
 
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets those that are not set, for as long as it is open."""
+    own = {key: value for key, value in variables.items() if key not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for key in own:
+            os.environ.pop(key, None)
+
+
 def _end_log_monitor() -> None:
     """It looks at all log files ten times a second, for drivers that want their lines, and has no switch."""
     from ray._private import worker
@@ -112,21 +125,20 @@ class RaySession:
                 ) from error
             return self
         unseen = self.cfg.ray.dashboard is None
-        if unseen:
-            os.environ.update({key: os.environ.get(key, value) for key, value in _UNSEEN.items()})
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self.ours = True
         try:
-            ray.init(
-                address="local",
-                num_cpus=self.cfg.ray.num_cpus,
-                resources={name: 1000.0 for name in ROLE_RESOURCES},  # this machine plays all roles
-                object_store_memory=self.cfg.ray.object_store_mb * 2**20,
-                include_dashboard=self.cfg.ray.dashboard is not None,
-                dashboard_host="127.0.0.1",
-                dashboard_port=self.cfg.ray.dashboard,
-                **common,
-            )
+            with _environment(_UNSEEN if unseen else {}):
+                ray.init(
+                    address="local",
+                    num_cpus=self.cfg.ray.num_cpus,
+                    resources={name: 1000.0 for name in ROLE_RESOURCES},  # this machine plays all roles
+                    object_store_memory=self.cfg.ray.object_store_mb * 2**20,
+                    include_dashboard=not unseen,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=self.cfg.ray.dashboard,
+                    **common,
+                )
         except (KeyboardInterrupt, SystemExit):
             self.close()
             raise

@@ -73,8 +73,10 @@ for function in (brightness, slow, broken, flat):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     base = tiny.config(Path("unused"), ray={"address": "local", "num_cpus": 8, "object_store_mb": 200})
-    with RaySession(base) as session:
-        yield session
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_enable_metrics_collection", "1")  # a Ray without a dashboard would not
+        with RaySession(base) as session:
+            yield session
 
 
 @pytest.fixture(scope="module")
