@@ -37,7 +37,6 @@ class RolloutWorker(RoleActor):
             report = self.policy.probe(prompts)
             self.policy.attach()
             self.held: tuple[int, str, str] | None = None  # key of the version
-            self.loaded_s = 0.0  # of the last version, until it is reported
             self.log.info("ready: %s", report)
         return {**self.info(), "probe": report, "device": str(self.policy.device)}
 
@@ -50,8 +49,7 @@ class RolloutWorker(RoleActor):
         """
         works: list[GroupWork]
         works, key = unpacked(order)
-        if missing is not None and self.held != key:
-            self._load(key, missing)
+        loaded_s = self._load(key, missing) if missing is not None and self.held != key else 0.0
         groups = ", ".join(str(work.group) for work in works)
         with self.doing(f"generating {works[0].purpose} group {groups}", works[0].group):
             if self.held != key:
@@ -75,11 +73,11 @@ class RolloutWorker(RoleActor):
                     )
                 )
                 objects += [media, trajectory]
-        metas[0].seconds["load"], self.loaded_s = self.loaded_s, 0.0
+        metas[0].seconds["load"] = loaded_s
         return metas, *objects
 
-    def _load(self, key: tuple[int, str, str], weights: WeightSet) -> None:
-        """Applies a version, and recomputes the checksum from what the policy then holds."""
+    def _load(self, key: tuple[int, str, str], weights: WeightSet) -> float:
+        """Applies a version, and recomputes the checksum from what the policy then holds. Returns the seconds."""
         number, tag, published = key
         with self.doing(f"loading version {number} ({tag})"):
             started = time.perf_counter()
@@ -89,7 +87,7 @@ class RolloutWorker(RoleActor):
                 raise ChecksumMismatch(f"version {number} ({tag}): holds weights {found}, published were {published}")
             self.policy.version = number
             self.held = key
-            self.loaded_s = time.perf_counter() - started
+        return time.perf_counter() - started
 
 
 def _bytes(trajectory: Trajectory | None) -> int:
