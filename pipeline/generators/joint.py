@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.generators.replay import descend
-from pipeline.generators.spec import Layout, PolicySpec
+from pipeline.generators.spec import Layout, PolicySpec, descend
 from pipeline.types import GroupWork, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
 from pipeline.wire import Packed, SharedSlot, pack, unpack
 

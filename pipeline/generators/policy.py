@@ -44,6 +44,7 @@ from pipeline.generators.recorder import RawStep, Recording, record
 from pipeline.generators.replay import branches_of, to_part
 from pipeline.generators.schedule import first_order_scheduler, kinds_for
 from pipeline.generators.spec import PolicySpec
+from pipeline.generators.twins import Twins
 from pipeline.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
@@ -245,6 +246,8 @@ class Policy:
         kwargs["generator"] = first if self.form.batched else first[0]
         if self.spec is not None:
             options.setdefault("on_step", self.fit_step)
+            origins = [(condition_key(p), s) for p, s in zip(prompts, noise_seeds or seeds, strict=True)]
+            options.setdefault("twins", Twins(origins, min(sampling.stochastic_steps, default=0), self.spec))
         output = None
         with record(
             self.pipe, self.modules, self.prediction, sampling, noise, keep_steps=keep_steps, **options

@@ -23,7 +23,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from pipeline.errors import UnsupportedPolicyError
 from pipeline.generators.attention import changed, processors_of, put_back
+from pipeline.generators.outputs import first_tensor, is_first_alone, replace_first
 from pipeline.generators.schedule import step_times
+from pipeline.generators.twins import Twins
 from pipeline.samplers import log_prob, transition
 from pipeline.samplers.transition import Transition, clean_and_noise, consistency_function
 from pipeline.types import SamplingSpec
@@ -85,34 +87,6 @@ class EnoughRecorded(Exception):
     """Ends a probing run once its steps are recorded, before the VAE decodes."""
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """The tensor of a denoiser's output: itself, the first of a tuple, or `.sample`; a list of tensors is stacked."""
-    if isinstance(output, torch.Tensor):
-        return output
-    if isinstance(output, list) and output and all(isinstance(entry, torch.Tensor) for entry in output):
-        if any(entry.shape != output[0].shape for entry in output):
-            raise UnsupportedPolicyError("the denoiser returns tensors of different shapes for the takes of a batch")
-        return torch.stack(output)
-    if hasattr(output, "sample"):
-        return first_tensor(output.sample)
-    if isinstance(output, dict):
-        return first_tensor(next(iter(output.values())))
-    return first_tensor(output[0])
-
-
-def replace_first(output: Any, value: torch.Tensor) -> Any:
-    """`output` with its first tensor (see `first_tensor`) replaced."""
-    if isinstance(output, torch.Tensor):
-        return value
-    if isinstance(output, list) and output and all(isinstance(entry, torch.Tensor) for entry in output):
-        return list(value.unbind(0))
-    if hasattr(output, "sample"):
-        output = type(output)(**output)
-        output.sample = replace_first(output.sample, value)
-        return output
-    return type(output)([replace_first(output[0], value), *output[1:]])
-
-
 class _PolicyStep:
     """Stands in for `scheduler.step`. A copy of the scheduler (for a second modality) gets its own step back."""
 
@@ -147,6 +121,7 @@ def record(
     keep_graph: bool = False,
     samples: dict[int, torch.Tensor] | None = None,
     check_first: bool = False,
+    twins: Twins | None = None,
 ) -> Iterator[Recording]:
     """Patches the pipeline for the duration of one call and yields the growing recording.
 
@@ -156,11 +131,12 @@ def record(
     `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`). `keep_graph`:
     recorded inputs stay differentiable. `samples`: what steps after the first are given, whatever the one before gave.
     `check_first`: the first step without noise is compared with the scheduler's own (UnsupportedPolicyError where they
-    differ).
+    differ). `twins`: takes that are computed as one until their ways part.
     """
     scheduler = pipe.scheduler
     recording = Recording()
     pending: list[RawCall] = []
+    cuts: list[Any] = []  # of the calls of this step: the inputs of all takes where one of each kind was given, or None
     open_step: RawStep | None = None  # its mask shows only when the next step's sample is seen
     count = 0
     takes = len(generators)
@@ -172,18 +148,24 @@ def record(
             if count in keep_steps:
                 pending.append(_clone_call(name, args, kwargs, recording.clones, keep_graph))
                 pending[-1].processors = changed(denoisers[name], processors[name])
+            few = twins.cut(len(cuts), args, kwargs) if twins is not None and count < twins.until else None
+            cuts.append(None if few is None else (args, kwargs))
+            return few
 
         return hook
 
     def after(name: str):
-        def hook(_module, _args, _kwargs, output):
-            changed = None
+        def hook(module, _args, _kwargs, output):
+            if cuts[-1] is not None and is_first_alone(output):
+                output = replace_first(output, twins.spread(len(cuts) - 1, first_tensor(output)))
+            elif cuts[-1] is not None:  # where takes are in further outputs is not known
+                twins.helps = False
+                output = module.forward(*cuts[-1][0], **cuts[-1][1])
             if on_output is not None:
-                changed = on_output(count, name, first_tensor(output))
-                output = replace_first(output, changed)
+                output = replace_first(output, on_output(count, name, first_tensor(output)))
             if count in keep_steps:
                 pending[-1].output = first_tensor(output).detach().clone()
-            return None if changed is None else output
+            return output
 
         return hook
 
@@ -252,6 +234,7 @@ def record(
                     call.output = None
             recording.steps.append(open_step)
         pending.clear()
+        cuts.clear()
         count += 1
         recording.num_steps = count
         recording.final = next_sample.detach()

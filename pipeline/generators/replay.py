@@ -14,8 +14,9 @@ import torch
 
 from pipeline.generators.attention import wear
 from pipeline.generators.guidance import CUTS, evaluate
-from pipeline.generators.recorder import RawStep, Recording, first_tensor
-from pipeline.generators.spec import LIST, PolicySpec
+from pipeline.generators.outputs import first_tensor
+from pipeline.generators.recorder import RawStep, Recording
+from pipeline.generators.spec import PolicySpec, descend
 from pipeline.samplers import transition
 from pipeline.samplers.transition import Transition
 from pipeline.types import Asked, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
@@ -94,24 +95,6 @@ def branches_of(spec: PolicySpec, outputs: list[torch.Tensor], like: torch.Size)
             else:
                 found.append(CUTS[spec.cut](branch, like))
     return found
-
-
-def descend(node: Any, path: str, layouts: dict[str, Any], key: str, takes: slice, total: int, leaf: Any) -> Any:
-    """Rebuilds the input tree of call `key` with leaves `leaf(path, leaf)`; lists with an entry per take are cut to the
-    takes."""
-    if isinstance(node, dict):
-        return {
-            k: descend(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf) for k, v in node.items()
-        }
-    if isinstance(node, (list, tuple)):
-        built = [descend(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
-        layout = layouts.get(f"{key}:{path}")
-        if layout is not None and layout.axis == LIST:
-            built = layout.pick(built, takes, total)
-        if isinstance(node, list):
-            return built
-        return type(node)(*built) if hasattr(node, "_fields") else tuple(built)
-    return leaf(path, node)
 
 
 class Replayer:

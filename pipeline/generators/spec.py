@@ -22,8 +22,8 @@ class Layout:
     order: str
     inner: int = 1
 
-    def take(self, tensor: torch.Tensor, takes: slice, total: int) -> torch.Tensor:
-        """The entries of the takes in `takes` (of `total`), in the same order.
+    def take(self, tensor: torch.Tensor, takes: slice | list[int], total: int) -> torch.Tensor:
+        """The entries of the takes in `takes` (of `total`), in the order given.
 
         Tiled copies are counted from the tensor itself, since a pipeline may drop a branch at some steps.
         """
@@ -37,7 +37,7 @@ class Layout:
         taken = split[tuple(index)].flatten(self.axis, self.axis + (2 if self.order == "tile" else 1))
         return taken.contiguous()  # as recorded inputs are: some models call `view` on them
 
-    def pick(self, entries: list[Any] | tuple[Any, ...], takes: slice, total: int) -> list[Any]:
+    def pick(self, entries: list[Any] | tuple[Any, ...], takes: slice | list[int], total: int) -> list[Any]:
         """The same for a list."""
         index = self.take(torch.arange(len(entries)), takes, total) if self.axis == 0 else None
         if index is None:
@@ -52,6 +52,26 @@ class Layout:
             return [output.unflatten(0, (total, self.copies))] if self.copies > 1 else [output]
         split = output.unflatten(0, (-1, total, self.inner)) if self.inner > 1 else output.unflatten(0, (-1, total))
         return list(split.unbind(0))
+
+
+def descend(
+    node: Any, path: str, layouts: dict[str, Layout], key: str, takes: slice | list[int], total: int, leaf: Any
+) -> Any:
+    """Rebuilds the input tree of call `key` with leaves `leaf(path, leaf)`; lists with an entry per take are cut to the
+    takes."""
+    if isinstance(node, dict):
+        return {
+            k: descend(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf) for k, v in node.items()
+        }
+    if isinstance(node, (list, tuple)):
+        built = [descend(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
+        layout = layouts.get(f"{key}:{path}")
+        if layout is not None and layout.axis == LIST:
+            built = layout.pick(built, takes, total)
+        if isinstance(node, list):
+            return built
+        return type(node)(*built) if hasattr(node, "_fields") else tuple(built)
+    return leaf(path, node)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
