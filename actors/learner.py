@@ -6,6 +6,7 @@ Every rank gets every call, in the same order (`actors.learner_group`); what com
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import ray
 from actors.common import RoleActor, cores, use_threads
 from actors.failures import is_lost
 from pipeline import checkpoint, mirror
-from pipeline.types import GroupBatch, WeightSet
+from pipeline.types import GroupBatch, Outline, WeightSet
 
 
 class LearnerActor(RoleActor):
@@ -52,24 +53,28 @@ class LearnerActor(RoleActor):
                 self.learner.load_state(tensors, state["learner"])
         return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
 
-    def train_step(self, groups: list[tuple[int, ray.ObjectRef, np.ndarray]], first: int, last: bool) -> dict[str, Any]:
-        """`groups`: (id, trajectory reference, advantages [K]) in id order, at the places from `first` on of the step,
-        which ends with them if `last`.
+    def train_step(
+        self, groups: list[tuple[int, ray.ObjectRef, np.ndarray, Outline | None]], first: int, last: bool
+    ) -> dict[str, Any]:
+        """`groups`: (id, trajectory reference, advantages [K], outline) in id order, at the places from `first` on of
+        the step, which ends with them if `last`. Of several ranks, each reads the trajectories that it replays.
 
         Returns {"metrics": ..., "version": ...} (without metrics before the last); or {"lost": [ids]} with nothing
         changed, when trajectories are gone.
         """
         with self.doing(f"training step {self.learner.version}"):
-            batch, lost = [], []
-            for group, reference, advantages in groups:
+            batch = [GroupBatch(trajectory=None, advantages=each, outline=outline) for _, _, each, outline in groups]
+            lost = []
+            for at in sorted(self.learner.needed(batch, first, last)):
+                group, reference, *_ = groups[at]
                 try:
-                    batch.append(GroupBatch(trajectory=ray.get(reference), advantages=advantages))
+                    batch[at] = replace(batch[at], trajectory=ray.get(reference))
                 except Exception as error:
                     if not is_lost(error):
                         raise
                     self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": group})
                     lost.append(group)
-            lost = self.learner.ranks.any_of(lost, [group for group, _, _ in groups])
+            lost = self.learner.ranks.any_of(lost, [group for group, *_ in groups])
             if lost:
                 return {"lost": lost}
             metrics = self.learner.train_step(batch, first, last)

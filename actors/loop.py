@@ -215,7 +215,7 @@ class Loop:
                 continue
             new = scored[places.start :]
             advantages = self._training.advantages(new).advantages
-            items = [(job.group, job.trajectory, advantages[i]) for i, job in enumerate(new)]
+            items = [(job.group, job.trajectory, advantages[i], job.meta.outline) for i, job in enumerate(new)]
             began, last = time.perf_counter(), len(portions) == 1
             call = asyncio.ensure_future(self._learner.ask("train_step", items, places.start, last))
             if last:

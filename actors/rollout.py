@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.common import RoleActor, cores, unpacked, use_threads
-from pipeline.types import GroupWork, Media, PromptItem, RolloutMeta, Trajectory, WeightSet
+from pipeline.types import GroupWork, Media, Outline, PromptItem, RolloutMeta, Trajectory, WeightSet
 
 _NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
 
@@ -70,11 +70,19 @@ class RolloutWorker(RoleActor):
                         seconds=seconds,
                         trajectory_bytes=_bytes(trajectory),
                         media_bytes=media.frames.nbytes,
+                        outline=self._outline(trajectory),
                     )
                 )
                 objects += [media, trajectory]
         metas[0].seconds["load"] = loaded_s
         return metas, *objects
+
+    def _outline(self, trajectory: Trajectory | None) -> Outline | None:
+        if trajectory is None or self.cfg.learner.ranks == 1:
+            return None
+        from pipeline.lane import outline_of
+
+        return outline_of(self.cfg, trajectory)
 
     def _load(self, key: tuple[int, str, str], weights: WeightSet) -> float:
         """Applies a version, and recomputes the checksum from what the policy then holds. Returns the seconds."""

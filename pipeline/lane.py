@@ -23,7 +23,7 @@ from pipeline.generators.spec import PolicySpec
 from pipeline.objectives import OBJECTIVES, Terms, matching
 from pipeline.samplers import Transition, log_prob
 from pipeline.samplers.transition import gaussian_kl
-from pipeline.types import GroupBatch, Trajectory
+from pipeline.types import GroupBatch, Outline, Trajectory
 
 Modules = dict[str, torch.nn.Module]
 MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j
@@ -58,30 +58,13 @@ class Lane:
 
     # ------------------------------------------------------------------------------------------- micro-batches
 
-    def micro_batches(
-        self, trajectory: Trajectory, number: int, device: torch.device | None = None
-    ) -> list[MicroBatch]:
-        """Those of one part of a trajectory, on the lane's device unless told otherwise."""
-        part = trajectory.parts[number]
-        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), self.modules, device or self.device)
+    def micro_batches(self, trajectory: Trajectory, number: int) -> list[MicroBatch]:
+        """Those of one part of a trajectory, on the lane's device."""
+        spec = PolicySpec.from_dict(trajectory.spec)
+        replayer = Replayer(trajectory.parts[number], spec, self.modules, self.device)
         if self.text is not None:
             self.text.attach(replayer, trajectory.sampling)
-        size = self.cfg.learner.micro_batch or replayer.total
-        joinable = self.cfg.algorithm.objective == "awm" and self.text is None
-        if joinable and (joined := merged(replayer, size)):
-            return [(several, 0, slice(0, several.total)) for several in joined]
-        starts = range(0, replayer.total, size)
-        return [
-            (replayer, j, slice(start, min(start + size, replayer.total)))
-            for j in range(len(part.steps))
-            for start in starts
-        ]
-
-    def looks_at_replay(self, replayer: Replayer, j: int, takes: slice) -> bool:
-        """Objective awm: the check costs a forward pass that serves nothing else, so of a group that is looked at, the
-        first trained step of its first takes is."""
-        first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
-        return self.cfg.algorithm.objective == "awm" and first
+        return _micro_batches(self.cfg, replayer)
 
     def losses(self, group: GroupBatch, micro: MicroBatch, look: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss per take [b] of a micro-batch, with gradients, and detached logs [b]. `look`: with awm, the replay of
@@ -89,10 +72,10 @@ class Lane:
         replayer, j, takes = micro
         advantages = self.advantages(group, replayer, takes)
         if self.cfg.algorithm.objective != "awm":
-            return self._policy_loss(group.trajectory, replayer, j, takes, advantages)
-        loss, logs = self._matching_loss(group.trajectory, replayer, j, takes, advantages)
-        look = look and self.looks_at_replay(replayer, j, takes)
-        gap = self._replay_gap(group.trajectory, replayer, j, takes) if look else torch.zeros(1)
+            return self._policy_loss(group.held, replayer, j, takes, advantages)
+        loss, logs = self._matching_loss(group.held, replayer, j, takes, advantages)
+        look = look and _looks_at_replay(self.cfg, replayer, j, takes)
+        gap = self._replay_gap(group.held, replayer, j, takes) if look else torch.zeros(1)
         return loss, {**logs, "gap": gap}
 
     def advantages(self, group: GroupBatch, replayer: Replayer, takes: slice) -> torch.Tensor:
@@ -192,6 +175,36 @@ class Lane:
                 return self._output(replayer, j, takes, x)
         other = Replayer(replayer.part, replayer.spec, self.reference, self.device)
         return self._output(other, j, takes, x)
+
+
+def outline_of(cfg: Config, trajectory: Trajectory) -> Outline:
+    """What the learner's ranks must know of a trajectory to divide it among themselves."""
+    found = []
+    for number, part in enumerate(trajectory.parts):
+        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), {}, torch.device("cpu"))
+        for at, (several, j, takes) in enumerate(_micro_batches(cfg, replayer)):
+            calls = tuple(call.module for call in several.part.steps[j].calls)
+            found.append((number, at, takes.stop - takes.start, (calls, _looks_at_replay(cfg, several, j, takes))))
+    return tuple(found)
+
+
+def _micro_batches(cfg: Config, replayer: Replayer) -> list[MicroBatch]:
+    size = cfg.learner.micro_batch or replayer.total
+    joinable = cfg.algorithm.objective == "awm" and cfg.trainable.modules == "denoiser"
+    if joinable and (joined := merged(replayer, size)):
+        return [(several, 0, slice(0, several.total)) for several in joined]
+    return [
+        (replayer, j, slice(start, min(start + size, replayer.total)))
+        for j in range(len(replayer.part.steps))
+        for start in range(0, replayer.total, size)
+    ]
+
+
+def _looks_at_replay(cfg: Config, replayer: Replayer, j: int, takes: slice) -> bool:
+    """Objective awm: the check costs a forward pass that serves nothing else, so of a group that is looked at, the
+    first trained step of its first takes is."""
+    first = replayer.steps_of(j)[0] is replayer.plain.part.steps[0] and takes.start == 0
+    return cfg.algorithm.objective == "awm" and first
 
 
 def matching_noise(run_seed: int, group: int, index: int, like: torch.Tensor) -> torch.Tensor:

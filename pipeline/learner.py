@@ -29,7 +29,7 @@ from pipeline.generators.loading import (
     resolve_dtype,
     trained_modules,
 )
-from pipeline.lane import Lane, MicroBatch
+from pipeline.lane import Lane, MicroBatch, outline_of
 from pipeline.ranks import Ranks, copy_into, like, whole
 from pipeline.types import GroupBatch, WeightSet
 from pipeline.update import LOGGED, Update, pairs_of
@@ -119,12 +119,11 @@ class Learner:
         for number, chunk in enumerate(np.array_split(np.arange(len(batch)), algorithm.updates_per_step)):
             groups = [batch[i] for i in chunk]
             if first == 0:
-                self._begin(groups, len(groups) if last else algorithm.groups_per_step)
+                self._begin(groups, last)
             if self._update.done != first:
                 raise RuntimeError(f"group {first} of the step was given, expected was {self._update.done}")
-            at_once = self.apart if self.ranks.world > 1 else len(groups)  # lanes need not wait for one another
-            for at in range(0, len(groups), at_once):
-                self._replay(groups[at : at + at_once])
+            for at_once in self._at_once(len(groups)):
+                self._replay([groups[i] for i in at_once])
             if last:
                 self._finish(stats, first=number == 0)
         if not last:
@@ -146,11 +145,39 @@ class Learner:
         """How many groups are replayed at a time."""
         return self.ranks.apart * len(self.lanes)
 
-    def _begin(self, groups: list[GroupBatch], total: int) -> None:
-        """A new update of `total` groups, of which `groups` are the first."""
+    def needed(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> set[int]:
+        """The places in `batch` of the groups that this rank replays a share of in `train_step`, known from their
+        outlines: of the others it needs no trajectory."""
+        if self.ranks.world == 1:
+            return set(range(len(batch)))
+        found: set[int] = set()
+        for chunk in np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step):
+            looked_at = self._looked_at(self._total(len(chunk), last))
+            for at_once in self._at_once(len(chunk)):
+                plan = self._plan([batch[chunk[i]] for i in at_once], [first + i in looked_at for i in at_once])
+                mine = self.ranks.share([kind for *_, kind in plan])
+                found |= {int(chunk[at_once[plan[index][0]]]) for index, _ in mine}
+        return found
+
+    def _at_once(self, groups: int) -> list[range]:
+        """Which of an update's next groups are replayed together: all by lanes, which need not wait for one another."""
+        size = self.apart if self.ranks.world > 1 else groups
+        return [range(at, min(at + size, groups)) for at in range(0, groups, size)]
+
+    def _total(self, given: int, last: bool) -> int:
+        """Groups of an update whose first `given` ones are there."""
+        return given if last else self.cfg.algorithm.groups_per_step
+
+    def _looked_at(self, total: int) -> frozenset[int]:
+        """Places of an update's groups whose replay is compared with the rollout's."""
         looks = self.ranks.apart  # as many as compute apart, so that none waits for it
-        turns = frozenset((self.version * looks + i) % total for i in range(looks))
-        self._update = Update(total, divisor=pairs_of(groups) * total // len(groups), looked_at=turns)
+        return frozenset((self.version * looks + i) % total for i in range(looks))
+
+    def _begin(self, groups: list[GroupBatch], last: bool) -> None:
+        """A new update, of which `groups` are the first, and all if `last`."""
+        total = self._total(len(groups), last)
+        divisor = pairs_of(groups) * total // len(groups)
+        self._update = Update(total, divisor=divisor, looked_at=self._looked_at(total))
         for lane in self.lanes:
             for parameter in weights_lib.trainable(lane.trained).values():
                 parameter.grad = None
@@ -178,8 +205,8 @@ class Learner:
         found: dict[tuple[int, int], np.ndarray] = {}
         for place, group, look in work:
             number = 0
-            for part in range(len(group.trajectory.parts)):
-                micros = lane.micro_batches(group.trajectory, part)
+            for part in range(len(group.held.parts)):
+                micros = lane.micro_batches(group.held, part)
                 for micro in micros:
                     found[place, number] = self._backward(lane, group, micro, look, 1.0)
                     number += 1
@@ -204,7 +231,7 @@ class Learner:
             group_at, part, at, _, _ = plan[index]
             group = groups[group_at]
             if place != (group_at, part):
-                micros, place = lane.micro_batches(group.trajectory, part), (group_at, part)
+                micros, place = lane.micro_batches(group.held, part), (group_at, part)
             row = self._backward(lane, group, micros[at], looks[group_at], self.ranks.gradient_part(counts))
             if counts and self.ranks.records:
                 update.found[before + index] = row
@@ -259,16 +286,11 @@ class Learner:
     def _plan(self, groups: list[GroupBatch], looks: list[bool]) -> list[tuple[int, int, int, int, Hashable]]:
         """All micro-batches of some groups, the same on every rank: (position of the group, part, position in the part,
         takes, kind), where those of a kind call the same modules equally often."""
-        plan: list[tuple[int, int, int, int, Hashable]] = []
-        lane = self.lanes[0]
-        for group_at, group in enumerate(groups):
-            for part in range(len(group.trajectory.parts)):
-                micros = lane.micro_batches(group.trajectory, part, torch.device("cpu"))
-                for at, (replayer, j, takes) in enumerate(micros):
-                    calls = tuple(call.module for call in replayer.part.steps[j].calls)
-                    look = looks[group_at] and lane.looks_at_replay(replayer, j, takes)
-                    plan.append((group_at, part, at, takes.stop - takes.start, (calls, look)))
-        return plan
+        return [
+            (group_at, part, at, takes, (calls, look and looks[group_at]))
+            for group_at, group in enumerate(groups)
+            for part, at, takes, (calls, look) in group.outline or outline_of(self.cfg, group.held)
+        ]
 
     def _learning_rate(self) -> float:
         warmup = self.cfg.optimizer.warmup_steps

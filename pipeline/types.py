@@ -121,6 +121,11 @@ class Trajectory:
     spec: dict[str, Any]  # the probed policy spec (guidance rule, batch axes), see generators.spec
 
 
+# A group's micro-batches, the same on every learner rank: (part, place in the part, takes, (modules that are called, in
+# order; whether its replay can be compared with the rollout's)).
+Outline = tuple[tuple[int, int, int, tuple[tuple[str, ...], bool]], ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Media:
     """rollout -> reward, large. One video type for everything: an image is F = 1."""
@@ -157,6 +162,7 @@ class RolloutMeta:
     seconds: dict[str, float]  # per phase: encode, denoise, decode, total; load: of new weights before the first group
     trajectory_bytes: int
     media_bytes: int
+    outline: Outline | None = None  # where the learner has several ranks, which thus need not read every trajectory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,5 +192,13 @@ class PolicyVersion:
 class GroupBatch:
     """What the learner trains on: one group."""
 
-    trajectory: Trajectory
+    trajectory: Trajectory | None  # None: of several learner ranks, this one replays no part of it
     advantages: np.ndarray  # float32 [K]
+    outline: Outline | None = None  # None: read from the trajectory
+
+    @property
+    def held(self) -> Trajectory:
+        """The trajectory. Raises RuntimeError where this rank was not given it."""
+        if self.trajectory is None:
+            raise RuntimeError("this learner rank was not given the trajectory of a group that it replays")
+        return self.trajectory

@@ -20,7 +20,12 @@ LOGGED = ("policy_loss", "kl", "clipped_low", "clipped_high")  # summed over a m
 
 def pairs_of(groups: Sequence[GroupBatch]) -> int:
     """(take, trained step) pairs: what a loss is averaged over."""
-    return sum(len(group.advantages) * len(group.trajectory.parts[0].steps) for group in groups)
+    return sum(
+        sum(takes for _, _, takes, _ in group.outline)
+        if group.outline is not None
+        else len(group.advantages) * len(group.held.parts[0].steps)
+        for group in groups
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
     """Metrics of the steps and the EMA's weight set; a checkpoint in `save`. Also for a learner of one process."""
     from pipeline import checkpoint
     from pipeline.errors import RushesError
+    from pipeline.lane import outline_of
     from pipeline.learner import Learner
 
     cfg = Config.model_validate(case["config"])
@@ -79,13 +81,21 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
     if case["resume"] is not None:
         tensors, state = checkpoint.load(Path(case["resume"]))
         learner.load_state(tensors, state["learner"])
-    metrics = [learner.train_step(groups) for groups in case["steps"]]
+    metrics, read = [], []
+    for groups in case["steps"]:
+        needed = learner.needed(groups)
+        read.append(needed)
+        given = [
+            replace(g, trajectory=g.trajectory if i in needed else None, outline=outline_of(cfg, g.trajectory))
+            for i, g in enumerate(groups)
+        ]
+        metrics.append(learner.train_step(given if ranks is not None else groups))
     weights = learner.weights("ema")
     tensors, meta = learner.state()
     if learner.ranks.main:
         checkpoint.save(Path(case["save"]), learner.version, tensors, meta, {"version": learner.version}, cfg, 1)
     local = sum(_local(p).numel() for m in learner.modules.values() for p in m.parameters())
-    return {"metrics": metrics, "ema": weights, "local_parameters": local}
+    return {"metrics": metrics, "read": read, "ema": weights, "local_parameters": local}
 
 
 def _local(parameter: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from rank_worker import one_case, run_ranks
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.generators.policy import Policy
+from pipeline.lane import outline_of
+from pipeline.learner import Learner
 from pipeline.plan import train_work
-from pipeline.ranks import share
+from pipeline.ranks import Ranks, share
 from pipeline.types import GroupBatch, PromptItem
+from pipeline.update import pairs_of
 from pipeline.wire import unpack
 
 PROMPT = PromptItem(index=0, text="a red circle")
@@ -101,6 +105,8 @@ def test_two_ranks_train_as_one(compared, name):
     for key, packed in one["ema"].tensors.items():
         np.testing.assert_allclose(unpack(two["ema"].tensors[key]), unpack(packed), rtol=1e-4, atol=2e-6)
     assert two["local_parameters"] < 0.6 * one["local_parameters"]
+    if name == "full":  # the first portion holds a group for each rank; both have a share of the last group
+        assert two["read"] == [{0, 2}, {0, 2}]
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -122,6 +128,22 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(compared, name):
     assert found[name]["one-two"]["metrics"][0]["loss"] == pytest.approx(
         found[name]["two-one"]["metrics"][0]["loss"], rel=1e-4, abs=1e-6
     )
+
+
+@pytest.mark.parametrize("objective", ["grpo", "awm"])
+def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
+    sections = {"algorithm": {"objective": objective, "groups_per_step": 8, "updates_per_step": 1}}
+    cfg = tiny.config(tiny_sd3, **sections, learner={"micro_batch": 2})
+    groups = batches(cfg, 1)[0]
+    outlined = [replace(g, trajectory=None, outline=outline_of(cfg, g.trajectory)) for g in groups]
+    learners = [Learner(cfg, "cpu", Ranks(rank=rank, world=4)) for rank in range(4)]
+    assert [learner.needed(outlined) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
+    assert [learner.needed(outlined[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
+    assert [learner.needed(outlined[:6], 0, last=False) & {4, 5} for learner in learners] == [{4}, {4}, {5}, {5}]
+    assert Learner(cfg, "cpu").needed(outlined) == set(range(8))
+    assert pairs_of(outlined) == pairs_of(groups)
+    with pytest.raises(RuntimeError, match="not given the trajectory"):
+        _ = outlined[0].held
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
