@@ -84,15 +84,16 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
     for number in range(rounds):
         say(f"{config}: round {number + 1} of {rounds}")
         ours += run_steps(config, [])
-        for threads, rows in plain.items():
-            rows += plain_steps(config, threads)
+        for threads in _still_open(plain):
+            plain[threads] += plain_steps(config, threads)
         bare += bare_times(config, cores)
         if number == 0:
             alone += bare_times(config, 1)
         if less_work:
             less += run_steps(config, LESS_WORK)
     step = _median(ours, "time/step")
-    threads, plain_s = min(((n, _median(rows, "time/step")) for n, rows in plain.items()), key=lambda pair: pair[1])
+    threads = _best(plain)
+    plain_s = _median(plain[threads], "time/step")
     fast = _median(plain_steps(config, threads, "--fast"), "time/step")
     found: dict[str, Any] = {
         "cores": cores,
@@ -101,6 +102,7 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
         "takes_per_s": _median(ours, "takes_per_s"),
         "efficiency": _median(bare, "step_s") / (step * cores),
         "efficiency_against_bare_alone": _median(alone, "step_s") / (step * cores),
+        "efficiency_against_compiled_bare": _median(bare, "compiled_step_s") / (step * cores),
         "bare": {key: _median(bare, key) for key in bare[0]},
         "roles": {name: _median(ours, f"time/{name}") for name in ("rollout", "score", "learn", "sync")},
         "plain_loop": {
@@ -122,6 +124,19 @@ def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> d
             "speedup_vs_plain_loop": plain_s / less_s,
         }
     return found
+
+
+def _best(plain: dict[int, list[dict[str, float]]]) -> int:
+    """The thread count with which the plain loop is fastest."""
+    return min(plain, key=lambda threads: _median(plain[threads], "time/step"))
+
+
+def _still_open(plain: dict[int, list[dict[str, float]]]) -> list[int]:
+    """The thread counts that may still be the best: all, until each has been measured; then those at most 10 % behind."""
+    if not all(plain.values()):
+        return list(plain)
+    limit = 1.1 * _median(plain[_best(plain)], "time/step")
+    return [threads for threads, rows in plain.items() if _median(rows, "time/step") <= limit]
 
 
 def between_roles(rows: list[dict[str, float]], cores: int) -> float:

@@ -37,7 +37,7 @@ class PlainLoop:
     """Full weights, objective awm: the recipe of both quickstarts."""
 
     def __init__(self, cfg: Config, threads: int = 1, fast: bool = False) -> None:
-        """`fast`: with compiled blocks, and convolutions laid out for the CPU, as a run has them."""
+        """`fast`: see `speed_up`."""
         if cfg.algorithm.objective != "awm" or cfg.trainable.kind != "full" or cfg.generator.guidance_scale != 1.0:
             raise ValueError("the plain loop knows objective awm on full weights without guidance only")
         torch.set_num_threads(threads)
@@ -51,9 +51,7 @@ class PlainLoop:
         self.reference = copy.deepcopy(self.denoiser) if cfg.algorithm.kl_beta > 0 else None
         self.denoiser.requires_grad_(True)
         if fast:
-            channels_last(self.pipe.vae)
-            for denoiser in filter(None, (self.denoiser, self.reference)):
-                compile_blocks({"transformer": denoiser}, torch.device("cpu"))
+            self.speed_up()
         opt = cfg.optimizer
         self.parameters = list(self.denoiser.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -66,6 +64,12 @@ class PlainLoop:
         self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
         self.texts: dict[str, dict[str, torch.Tensor]] = {}
         self.group = self.step = 0
+
+    def speed_up(self) -> None:
+        """Compiled blocks, and convolutions laid out for the CPU, as a run has them."""
+        channels_last(self.pipe.vae)
+        for denoiser in filter(None, (self.denoiser, self.reference)):
+            compile_blocks({"transformer": denoiser}, torch.device("cpu"))
 
     def train_step(self) -> dict[str, float]:
         """One optimisation step. Returns its metrics, and seconds per phase under `time/`."""

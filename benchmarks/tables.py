@@ -39,6 +39,8 @@ def render(found: dict[str, Any]) -> list[str]:
             ["efficiency (bare passes on all cores at once)", *(f"{found[n]['efficiency']:.2f}" for n in names)],
             ["the same against passes with the other core idle"]
             + [f"{found[n]['efficiency_against_bare_alone']:.2f}" for n in names],
+            ["the same against bare passes with compiled blocks and the VAE layout of a run"]
+            + [f"{found[n]['efficiency_against_compiled_bare']:.2f}" for n in names],
             ["efficiency of the plain loop", *(f"{found[n]['plain_loop']['efficiency']:.2f}" for n in names)],
             ["takes per second, against the plain loop's best thread count"]
             + [f"{found[n]['speedup_vs_plain_loop']:.2f} x" for n in names],

@@ -116,7 +116,7 @@ RUN = {
     "takes_per_s": 18,
 }
 PLAIN = {"time/step": 9.0, "time/rollout": 4.0, "time/score": 1.0, "time/learn": 4.0}
-BARE = {"forward": 0.1, "forward_batch": 8, "step_s": 7.0}
+BARE = {"forward": 0.1, "forward_batch": 8, "step_s": 7.0, "compiled_step_s": 6.0}
 ROW = {"efficiency": 0.97, "controller_ms_per_group": 2.5, "groups_per_s": 98.0, "step_s": 2.6}
 
 
@@ -135,6 +135,7 @@ def test_results_and_tables(tmp_path, monkeypatch):
     cpu.measure(["simulated"], lambda _: None, out)
     found = json.loads(out.read_text())
     assert found["efficiency"] == {"quickstart": 7 / 8, "quickstart_image": 7 / 8}
+    assert found["quickstart"]["efficiency_against_compiled_bare"] == 6 / 8
     assert found["speedup_vs_plain_loop"] == {"same_recipe": 2.0, "less_work": 8 / 3}
     assert found["quickstart"]["plain_loop"]["threads"] == 2
     assert found["quickstart"]["speedup_vs_compiled_plain_loop"] == 7 / 4
@@ -145,8 +146,20 @@ def test_results_and_tables(tmp_path, monkeypatch):
     tables.renew(out, docs)
     text = docs.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert "| 0.88 | 0.88 |" in text and "2.67 x" in text and "| 256 | 0.970 | 98.0 | 2.50 |" in text
+    assert (
+        "| 0.88 | 0.88 |" in text
+        and "| 0.75 | 0.75 |" in text
+        and "2.67 x" in text
+        and "| 256 | 0.970 | 98.0 | 2.50 |" in text
+    )
     assert Path(tables.DOCS).read_text().count(tables.BEGIN) == 1
+
+
+def test_a_thread_count_that_is_behind_is_not_measured_again():
+    slow, fast = [{"time/step": 9.0}] * 3, [{"time/step": 8.0}] * 3
+    assert cpu._still_open({1: [], 2: []}) == cpu._still_open({1: slow, 2: []}) == [1, 2]
+    assert cpu._still_open({1: slow, 2: fast}) == [2]
+    assert cpu._still_open({1: [{"time/step": 8.5}], 2: fast}) == [1, 2]
 
 
 def test_the_gpu_part_on_a_tiny_model(tiny_sd3, monkeypatch):
