@@ -132,7 +132,7 @@ def _best(plain: dict[int, list[dict[str, float]]]) -> int:
 
 
 def _still_open(plain: dict[int, list[dict[str, float]]]) -> list[int]:
-    """The thread counts that may still be the best: all, until each has been measured; then those at most 10 % behind."""
+    """The thread counts that may still be the best: all, until each has been measured; then those within 10 %."""
     if not all(plain.values()):
         return list(plain)
     limit = 1.1 * _median(plain[_best(plain)], "time/step")
