@@ -43,7 +43,10 @@ WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_f
           "sampler.window.stop=5"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
-    "awm_6_steps": ["sampler.steps=6"],  # less work per take: six sampler steps for eight, fewer noise levels trained
+    # Less work per take: fewer sampler steps than eight, and the same share of them trained or (0.6, 0.75) three of them.
+    "awm_6_steps": ["sampler.steps=6"],
+    "awm_6_steps_0.6": ["sampler.steps=6", "sampler.timestep_fraction=0.6"],
+    "awm_5_steps_0.75": ["sampler.steps=5", "sampler.timestep_fraction=0.75"],
     "flow_sde": [*GRPO, "sampler.kind=flow_sde", "sampler.noise_level=0.7"],
     "dance_sde": [*GRPO, "sampler.kind=dance_sde", "sampler.noise_level=0.3", "sampler.same_initial_noise=true"],
     "cps": [*GRPO, "sampler.kind=cps", "sampler.noise_level=0.7"],
