@@ -43,7 +43,7 @@ WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_f
           "sampler.window.stop=5"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
-    # Less work per take: fewer sampler steps than eight, and the same share of them trained or (0.6, 0.75) three of them.
+    # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do.
     "awm_6_steps": ["sampler.steps=6"],
     "awm_6_steps_0.6": ["sampler.steps=6", "sampler.timestep_fraction=0.6"],
     "awm_5_steps_0.75": ["sampler.steps=5", "sampler.timestep_fraction=0.75"],
