@@ -2,6 +2,8 @@
 
     python -m benchmarks.samples [--steps 16] [--seeds 0 1 2] [--generators image video] [--arms …]
     python -m benchmarks.samples --plot        # benchmarks/results/samples.jsonl -> docs/images/samples.png and a table
+    python -m benchmarks.samples --steps 30 --every 10 --generators video --out benchmarks/results/less_work.jsonl \
+        --arms awm awm_6_steps awm_6_steps_0.6 awm_5_steps_0.75      # the work-saving recipes, as long as the quickstart
 
 Runs a recipe's rollout, scoring and update in this one process, with the library that the actors call: what is learned
 does not depend on how many workers there are, so nothing else need run. Every arm of a generator draws the same prompts
@@ -191,11 +193,12 @@ def main() -> int:
     parser.add_argument("--generators", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--plot", action="store_true", help="only draw what has been measured")
+    parser.add_argument("--plot", action="store_true", help="only draw what has been measured, and print a table")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot draws it")
     options = parser.parse_args()
     if options.plot:
         runs = finished(options.out)
-        plot(runs, PICTURE)
+        plot(runs, options.picture)
         print(table(runs))
         return 0
     for seed in options.seeds:
