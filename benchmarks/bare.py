@@ -1,14 +1,16 @@
 """What a step of a quickstart cannot do without: bare denoiser passes and VAE decodes, each at its best batch size.
 
-Run once per core at the same time, as the workers of a run are: cores share caches and memory.
+Run once per core at the same time, as the workers of a run are: cores share caches and memory. Measures once for each
+line that it reads.
 
-    python -m benchmarks.bare configs/quickstart.yaml
+    echo | python -m benchmarks.bare configs/quickstart.yaml
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,47 +38,40 @@ def seconds_of(call: Callable[[], object]) -> float:
     return float(np.median(found))
 
 
-def bare(loop: PlainLoop) -> dict[str, float]:
+def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
     """Seconds per take of `forward`, `forward_backward` and `decode` at their best batch sizes (also returned), and
-    `step_s`: seconds of one optimisation step's passes on one core. Then, at these sizes, the same under `compiled_`:
-    with the compiled blocks and the layout of convolutions that a run has."""
+    `step_s`: seconds of one optimisation step's passes on one core. Then, at these sizes, the same of `compiled` under
+    `compiled_`: with the compiled blocks and the layout of convolutions that a run has."""
     cfg = loop.cfg
     work = train_work(cfg, 0, 0, loop.prompts[0])
     takes = work.takes
     with torch.no_grad():
         latents, _ = loop.rollout(work)
+    text = work.prompts[0].text
     result: dict[str, float] = {}
+
+    def calls(loop: PlainLoop) -> dict[str, Callable[[torch.Tensor], object]]:
+        def forward_backward(x: torch.Tensor) -> None:
+            loop.velocity(loop.denoiser, x, 0.5, text).square().mean().backward()
+
+        return {
+            "forward": torch.no_grad()(lambda x: loop.velocity(loop.denoiser, x, 0.5, text)),
+            "decode": torch.no_grad()(lambda x: loop.pipe.vae.decode(x, return_dict=False)),
+            "forward_backward": forward_backward,
+        }
 
     def seconds_per_take(call: Callable[[torch.Tensor], object], size: int) -> float:
         return seconds_of(partial(call, torch.cat([latents] * -(-size // takes))[:size])) / size
 
-    def best(name: str, sizes: list[int], call: Callable[[torch.Tensor], object]) -> None:
-        for size in sizes:
-            per_take = seconds_per_take(call, size)
-            if per_take < result.get(name, np.inf):
-                result.update({name: per_take, f"{name}_batch": size})
-
-    def forward(x: torch.Tensor) -> None:
-        loop.velocity(loop.denoiser, x, 0.5, work.prompts[0].text)
-
-    def decode(x: torch.Tensor) -> None:
-        loop.pipe.vae.decode(x, return_dict=False)
-
-    def forward_backward(x: torch.Tensor) -> None:
-        loop.velocity(loop.denoiser, x, 0.5, work.prompts[0].text).square().mean().backward()
-
     sizes = [takes // 2, takes, 2 * takes, 3 * takes]
-    with torch.no_grad():
-        best("forward", sizes, forward)
-        best("decode", sizes[:2], decode)
-    best("forward_backward", sizes, forward_backward)
-    result["step_s"] = _step_s(loop, work, result, "")
-    loop.speed_up()
-    with torch.no_grad():
-        result["compiled_forward"] = seconds_per_take(forward, int(result["forward_batch"]))
-        result["compiled_decode"] = seconds_per_take(decode, int(result["decode_batch"]))
-    result["compiled_forward_backward"] = seconds_per_take(forward_backward, int(result["forward_backward_batch"]))
-    result["compiled_step_s"] = _step_s(loop, work, result, "compiled_")
+    for name, call in calls(loop).items():
+        found = {size: seconds_per_take(call, size) for size in (sizes[:2] if name == "decode" else sizes)}
+        result[f"{name}_batch"] = best = min(found, key=lambda size: found[size])
+        result[name] = found[best]
+    for name, call in calls(compiled).items():
+        result[f"compiled_{name}"] = seconds_per_take(call, int(result[f"{name}_batch"]))
+    for kind in ("", "compiled_"):
+        result[f"{kind}step_s"] = _step_s(loop, work, result, kind)
     return result
 
 
@@ -97,7 +92,10 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    print(json.dumps(bare(PlainLoop(load_config(args.config, args.overrides), threads=1))))
+    cfg = load_config(args.config, args.overrides)
+    loops = PlainLoop(cfg), PlainLoop(cfg, fast=True)
+    for _ in sys.stdin:
+        print(json.dumps(bare(*loops)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The CPU part of the suite: both quickstarts against the bare passes and the plain loop, and the small costs between.
 
-Every number is a ratio of times measured in the same call, interleaved (run, plain loop, bare passes, and again), each
-the median over its steps and rounds. Sections can be measured one at a time; the JSON keeps the others.
+Every number is a ratio of times measured in the same call, interleaved (bare passes, run, bare passes, plain loop, and
+again), each the median over its rounds. Sections can be measured one at a time; the JSON keeps the others.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,55 +21,31 @@ from typing import Any
 import numpy as np
 import psutil
 
-from actors.common import actor_env
+from benchmarks.standing import ROOT, Standing, python, together
 from pipeline.errors import RushesError
 from pipeline.files import atomic_write
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 CONFIGS = {"quickstart": "configs/quickstart.yaml", "quickstart_image": "configs/quickstart-image.yaml"}
-# The work-saving recipe: fewer sampler steps, three of their five noise levels trained. Here only its speed is measured.
+# The work-saving recipe: fewer sampler steps, three of their five noise levels trained. Its reward: docs/benchmarks.md.
 LESS_WORK = ["sampler.steps=6", "sampler.timestep_fraction=0.6"]
 # No evaluations, checkpoints or trackers: they are not part of a step.
 BARE_RUN = ["prompts.heldout=null", "checkpoint.every=0", "tracking.backends=[]", "ray.address=local"]
-ROUNDS, RUN_STEPS, WARM, PLAIN_STEPS = 2, 7, 2, 2  # steps of a run count after the first WARM
+ROUNDS, RUN_STEPS, WARM, PLAIN_STEPS = 3, 7, 2, 2  # steps of a run count after the first WARM
 SIZES = (1, 4, 16, 64, 256)
 Say = Callable[[str], None]
-
-
-def _python(args: list[str], threads: int = 1) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **actor_env(threads)}  # the same for all that is compared
-    return subprocess.Popen(
-        [sys.executable, "-m", *args], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def _lines(process: subprocess.Popen) -> list[dict[str, float]]:
-    out, err = process.communicate()
-    if process.returncode != 0:
-        raise RushesError(f"bench: {process.args!r} failed: {err.strip()[-400:]}")
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 def run_steps(config: str, overrides: list[str], steps: int = RUN_STEPS) -> list[dict[str, float]]:
     """Metrics of the steps of a run after the first `WARM`."""
     with tempfile.TemporaryDirectory() as folder:
         args = ["run.name=bench", f"run.dir={folder}", f"run.steps={steps}", *BARE_RUN, *overrides]
-        _lines(_python(["jobs.cli", "train", config, *args]))
+        process = python(["jobs.cli", "train", config, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        _, err = process.communicate()
+        if process.returncode != 0:
+            raise RushesError(f"bench: {process.args!r} failed: {err.strip()[-400:]}")
         lines = (Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines][WARM:]
-
-
-def plain_steps(config: str, threads: int, *options: str) -> list[dict[str, float]]:
-    """Metrics of the steps of the plain loop after the first."""
-    args = ["benchmarks.plain_loop", config, "--steps", str(PLAIN_STEPS + 1), "--threads", str(threads), *options]
-    return _lines(_python(args, threads))[1:]
-
-
-def bare_times(config: str, copies: int) -> list[dict[str, float]]:
-    """Bare passes, timed by `copies` processes at the same time."""
-    processes = [_python(["benchmarks.bare", config]) for _ in range(copies)]
-    return [_lines(process)[0] for process in processes]
 
 
 def _median(rows: list[dict[str, float]], key: str) -> float:
@@ -77,66 +53,89 @@ def _median(rows: list[dict[str, float]], key: str) -> float:
 
 
 def quickstart(config: str, say: Say, rounds: int, less_work: bool = False) -> dict[str, Any]:
-    """Efficiency, roles' times and the comparison with the plain loop of one quickstart."""
+    """Efficiency, roles' times and the comparison with the plain loop of one quickstart.
+
+    The machine's speed changes by the minute. So a run is compared with the bare passes just before and after it and
+    with the plain loop right after these, and what counts is the median of the rounds' ratios.
+    """
     cores = len(os.sched_getaffinity(0))
-    ours, less, bare, alone = [], [], [], []
-    plain: dict[int, list[dict[str, float]]] = {1: [], cores: []}
-    for number in range(rounds):
-        say(f"{config}: round {number + 1} of {rounds}")
-        ours += run_steps(config, [])
-        for threads in _still_open(plain):
-            plain[threads] += plain_steps(config, threads)
-        bare += bare_times(config, cores)
-        if number == 0:
-            alone += bare_times(config, 1)
-        if less_work:
-            less += run_steps(config, LESS_WORK)
-    step = _median(ours, "time/step")
-    threads = _best(plain)
-    plain_s = _median(plain[threads], "time/step")
-    fast = _median(plain_steps(config, threads, "--fast"), "time/step")
-    found: dict[str, Any] = {
+    plain = ["benchmarks.plain_loop", config, "--steps", "0", "--threads"]
+    with ExitStack() as stack:
+        say(f"{config}: getting ready")
+        copies = [stack.enter_context(Standing(["benchmarks.bare", config])) for _ in range(cores)]
+        loops = {n: stack.enter_context(Standing([*plain, str(n)], n)) for n in sorted({1, cores})}
+        together(copies)  # warms up
+        alone = copies[0].measure()
+        tried = {n: _plain_step(loop, warm=True) for n, loop in loops.items()}
+        threads = min(tried, key=lambda n: tried[n]["time/step"])
+        found = [_round(config, copies, loops[threads], less_work) for _ in _said(rounds, config, say)]
+        fast = stack.enter_context(Standing([*plain, str(threads), "--fast"], threads))
+        compiled_plain_s = _plain_step(fast, warm=True)["time/step"]
+    ours = [row for each in found for row in each["run"]]
+    step, plain_s = _median(ours, "time/step"), float(np.median([each["plain"]["time/step"] for each in found]))
+    bare = [row for each in found for row in each["bare"]]
+    by_round = [each["bare_s"] / (each["run_s"] * cores) for each in found]
+    result: dict[str, Any] = {
         "cores": cores,
         "rounds": rounds,
         "step_s": step,
         "takes_per_s": _median(ours, "takes_per_s"),
-        "efficiency": _median(bare, "step_s") / (step * cores),
-        "efficiency_against_bare_alone": _median(alone, "step_s") / (step * cores),
-        "efficiency_against_compiled_bare": _median(bare, "compiled_step_s") / (step * cores),
+        "efficiency": float(np.median(by_round)),
+        "efficiency_by_round": by_round,
+        "efficiency_against_bare_alone": alone["step_s"] / (step * cores),
+        "efficiency_against_compiled_bare": float(
+            np.median([each["compiled_s"] / (each["run_s"] * cores) for each in found])
+        ),
         "bare": {key: _median(bare, key) for key in bare[0]},
         "roles": {name: _median(ours, f"time/{name}") for name in ("rollout", "score", "learn", "sync")},
         "plain_loop": {
             "threads": threads,
             "step_s": plain_s,
-            "compiled_step_s": fast,
+            "compiled_step_s": compiled_plain_s,
             "efficiency": _median(bare, "step_s") / plain_s / threads,
-            **{name: _median(plain[threads], f"time/{name}") for name in ("rollout", "score", "learn")},
+            **{n: float(np.median([e["plain"][f"time/{n}"] for e in found])) for n in ("rollout", "score", "learn")},
         },
-        "speedup_vs_plain_loop": plain_s / step,
-        "speedup_vs_compiled_plain_loop": fast / step,
+        "speedup_vs_plain_loop": float(np.median([each["plain"]["time/step"] / each["run_s"] for each in found])),
+        "speedup_vs_compiled_plain_loop": compiled_plain_s / step,
         "between_roles": between_roles(ours, cores),
     }
-    if less:
-        less_s = _median(less, "time/step")
-        found["less_work"] = {
+    if less_work:
+        result["less_work"] = {
             "overrides": LESS_WORK,
-            "step_s": less_s,
-            "speedup_vs_plain_loop": plain_s / less_s,
+            "step_s": float(np.median([each["less_s"] for each in found])),
+            "speedup_vs_plain_loop": float(np.median([each["plain"]["time/step"] / each["less_s"] for each in found])),
         }
-    return found
+    return result
 
 
-def _best(plain: dict[int, list[dict[str, float]]]) -> int:
-    """The thread count with which the plain loop is fastest."""
-    return min(plain, key=lambda threads: _median(plain[threads], "time/step"))
+def _said(rounds: int, config: str, say: Say) -> Iterator[int]:
+    for number in range(rounds):
+        say(f"{config}: round {number + 1} of {rounds}")
+        yield number
 
 
-def _still_open(plain: dict[int, list[dict[str, float]]]) -> list[int]:
-    """The thread counts that may still be the best: all, until each has been measured; then those within 10 %."""
-    if not all(plain.values()):
-        return list(plain)
-    limit = 1.1 * _median(plain[_best(plain)], "time/step")
-    return [threads for threads, rows in plain.items() if _median(rows, "time/step") <= limit]
+def _round(config: str, copies: list[Standing], loop: Standing, less_work: bool) -> dict[str, Any]:
+    """A run and what it is compared with, within a minute or two."""
+    before = together(copies)
+    run = run_steps(config, [])
+    bare = before + together(copies)
+    found: dict[str, Any] = {"run": run, "bare": bare, "plain": _plain_step(loop)}
+    if less_work:
+        found["less_s"] = _median(run_steps(config, LESS_WORK), "time/step")
+    seconds = {
+        "run_s": _median(run, "time/step"),
+        "bare_s": float(np.mean([row["step_s"] for row in bare])),
+        "compiled_s": float(np.mean([row["compiled_step_s"] for row in bare])),
+    }
+    return found | seconds
+
+
+def _plain_step(loop: Standing, warm: bool = False) -> dict[str, float]:
+    """Mean of `PLAIN_STEPS` steps of the plain loop, after one more if it must get `warm`."""
+    if warm:
+        loop.measure()
+    rows = [loop.measure() for _ in range(PLAIN_STEPS)]
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 def between_roles(rows: list[dict[str, float]], cores: int) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="0: one for each line that is read")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fast", action="store_true")
     args = parser.parse_args()
     loop = PlainLoop(load_config(args.config, args.overrides), args.threads, args.fast)
-    for _ in range(args.steps):
+    for _ in range(args.steps) if args.steps else sys.stdin:
         print(json.dumps(loop.train_step()), flush=True)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.samples [--steps 16] [--seeds 0 1 2] [--generators image video] [--arms …]
     python -m benchmarks.samples --plot        # benchmarks/results/samples.jsonl -> docs/images/samples.png and a table
     python -m benchmarks.samples --steps 30 --every 10 --generators video --out benchmarks/results/less_work.jsonl \
-        --arms awm awm_6_steps awm_6_steps_0.6 awm_5_steps_0.75      # the work-saving recipes, as long as the quickstart
+        --arms awm awm_6_steps awm_6_steps_0.6 awm_5_steps_0.75         # work-saving recipes, as long as a quickstart
 
 Runs a recipe's rollout, scoring and update in this one process, with the library that the actors call: what is learned
 does not depend on how many workers there are, so nothing else need run. Every arm of a generator draws the same prompts
@@ -172,15 +172,16 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     generators = sorted({run["generator"] for run in runs})
-    figure, axes = plt.subplots(1, len(generators), figsize=(5 * len(generators), 3.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(generators), figsize=(2 + 5 * len(generators), 3.6), squeeze=False, layout="constrained"
+    )
     for axis, generator in zip(axes[0], generators, strict=True):
         for arm in ARMS:
             if (row := rows(runs).get((generator, arm))) is not None:
                 axis.errorbar(row["takes"], row["rise"], row["std"], label=arm, marker="o", markersize=3, capsize=2)
         axis.axhline(0, color="grey", linewidth=0.5)
         axis.set(title=generator, xlabel="takes", ylabel="rise in held-out reward")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ class Sleepers:
 
     async def train_step(self, seat: str, groups: list[Any], first: int, last: bool) -> dict[str, Any]:
         began = time.monotonic()
-        await asyncio.gather(*(reference for _, reference, _ in groups))
+        await asyncio.gather(*(reference for _, reference, *_ in groups))
         share = len(groups) / self.plan.groups_per_step
         await asyncio.sleep(max(0.0, self.plan.learn(self.step) * share - (time.monotonic() - began)))
         self.step += last
@@ -313,10 +314,14 @@ def simulate_all(sizes: Sequence[int], say: Callable[[str], None]) -> dict[str, 
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, RaySession(_config(Plan(workers=1), Path(folder))):
-        for workers in sizes:
+        small = [workers for workers in sizes if workers <= 16]  # these keep a core idle even together
+        say(f"simulating {', '.join(map(str, small))} workers side by side")
+        with ThreadPoolExecutor() as pool:
+            found |= zip(map(str, small), pool.map(simulate, [Plan(workers=n) for n in small]), strict=True)
+        for workers in sorted(set(sizes) - set(small)):
             say(f"simulating {workers} workers")
             found[str(workers)] = simulate(Plan(workers=workers))
-            found[f"efficiency_{workers}"] = found[str(workers)]["efficiency"]
+        found |= {f"efficiency_{workers}": found[str(workers)]["efficiency"] for workers in sizes}
         say(f"simulating {max(sizes)} workers in lockstep")
         found["lockstep"] = {"workers": max(sizes), **simulate(replace(Plan(workers=max(sizes)), **LOCKSTEP))}
     plan = asdict(Plan(workers=max(sizes)))

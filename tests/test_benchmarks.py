@@ -13,11 +13,12 @@ import tiny
 from diffusers import StableDiffusion3Pipeline
 
 from actors.training import scoring_seed
-from benchmarks import cpu, gpu, tables
+from benchmarks import cpu, gpu, standing, tables
 from benchmarks.plain_loop import PlainLoop
-from benchmarks.simulator import Plan, ideal
+from benchmarks.simulator import Plan, _config, ideal, simulate
+from jobs.local_ray import RaySession
 from pipeline.combining import Combiner
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RushesError
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import train_work
@@ -120,14 +121,30 @@ BARE = {"forward": 0.1, "forward_batch": 8, "step_s": 7.0, "compiled_step_s": 6.
 ROW = {"efficiency": 0.97, "controller_ms_per_group": 2.5, "groups_per_s": 98.0, "step_s": 2.6}
 
 
+class MadeUp:
+    """Stands in for a process that measures."""
+
+    def __init__(self, args, threads=1):
+        self.args, self.threads = args, threads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def measure(self):
+        if "benchmarks.bare" in self.args:
+            return BARE
+        return {**PLAIN, "time/step": 10.0 - self.threads - ("--fast" in self.args)}
+
+
 def test_results_and_tables(tmp_path, monkeypatch):
     """The ratios of made-up measurements, in the JSON's keys and in the tables."""
     less = {**RUN, "time/step": 3.0}
     monkeypatch.setattr(cpu, "run_steps", lambda config, overrides: [less if overrides else RUN] * 3)
-    monkeypatch.setattr(
-        cpu, "plain_steps", lambda config, threads, *fast: [{**PLAIN, "time/step": 10.0 - threads - len(fast)}] * 3
-    )
-    monkeypatch.setattr(cpu, "bare_times", lambda config, copies: [BARE] * copies)
+    monkeypatch.setattr(cpu, "Standing", MadeUp)
+    monkeypatch.setattr(cpu, "together", lambda processes: [process.measure() for process in processes])
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setitem(cpu.SECTIONS, "simulated", lambda *_: {"256": ROW, "efficiency_256": ROW["efficiency"]})
     out = tmp_path / "cpu.json"
@@ -155,11 +172,21 @@ def test_results_and_tables(tmp_path, monkeypatch):
     assert Path(tables.DOCS).read_text().count(tables.BEGIN) == 1
 
 
-def test_a_thread_count_that_is_behind_is_not_measured_again():
-    slow, fast = [{"time/step": 9.0}] * 3, [{"time/step": 8.0}] * 3
-    assert cpu._still_open({1: [], 2: []}) == cpu._still_open({1: slow, 2: []}) == [1, 2]
-    assert cpu._still_open({1: slow, 2: fast}) == [2]
-    assert cpu._still_open({1: [{"time/step": 8.5}], 2: fast}) == [1, 2]
+def test_a_process_that_cannot_measure_is_an_error_with_its_last_words():
+    with (
+        standing.Standing(["benchmarks.nothing"]) as process,
+        pytest.raises(RushesError, match=r"No module named .*noth"),
+    ):
+        process.measure()
+
+
+@pytest.mark.ray
+def test_a_small_simulation_runs_on_the_real_controller(tmp_path):
+    plan = Plan(workers=2, rollout_s=0.2, score_s=0.05, steps=4)
+    with RaySession(_config(plan, tmp_path)):
+        found = simulate(plan)
+    assert 0.2 < found["efficiency"] < 1.2 and found["controller_ms_per_group"] > 0
+    assert found["groups_per_s"] == pytest.approx(plan.groups_per_step / found["step_s"])
 
 
 def test_the_gpu_part_on_a_tiny_model(tiny_sd3, monkeypatch):
