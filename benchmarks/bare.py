@@ -63,9 +63,9 @@ def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
     def seconds_per_take(call: Callable[[torch.Tensor], object], size: int) -> float:
         return seconds_of(partial(call, torch.cat([latents] * -(-size // takes))[:size])) / size
 
-    sizes = [takes // 2, takes, 2 * takes, 3 * takes]
     for name, call in calls(loop).items():
-        found = {size: seconds_per_take(call, size) for size in (sizes[:2] if name == "decode" else sizes)}
+        sizes = [takes // 2, takes] if name == "decode" else [takes, 2 * takes, 3 * takes]
+        found = {size: seconds_per_take(call, size) for size in sizes}
         result[f"{name}_batch"] = best = min(found, key=lambda size: found[size])
         result[name] = found[best]
     for name, call in calls(compiled).items():

@@ -37,6 +37,7 @@ def render(found: dict[str, Any]) -> list[str]:
     if names:
         rows = [
             ["efficiency (bare passes on all cores at once)", *(f"{found[n]['efficiency']:.2f}" for n in names)],
+            ["in each round", *(", ".join(f"{e:.2f}" for e in found[n]["efficiency_by_round"]) for n in names)],
             ["the same against passes with the other core idle"]
             + [f"{found[n]['efficiency_against_bare_alone']:.2f}" for n in names],
             ["the same against bare passes with compiled blocks and the VAE layout of a run"]
@@ -53,11 +54,10 @@ def render(found: dict[str, Any]) -> list[str]:
             rows.append([f"{role} (s per step and worker)", *(f"{found[n]['roles'][role]:.2f}" for n in names)])
         rows.append(["controller, queues, sync", *(f"{found[n]['between_roles']:.1%}" for n in names)])
         blocks.append(_table(["", *(f"`{n}`" for n in names)], rows))
-        if "less_work" in found.get("quickstart", {}):
-            less = found["quickstart"]["less_work"]
+        for name, less in ((name, found[name]["less_work"]) for name in names):
             blocks.append(
-                f"Work-saving recipe (`{' '.join(less['overrides'])}`): {less['speedup_vs_plain_loop']:.2f} x the "
-                "plain loop's takes per second with the quickstart's own recipe."
+                f"Work-saving recipe for `{name}` (`{' '.join(less['overrides'])}`): {less['speedup_vs_plain_loop']:.2f} x "
+                "the plain loop's takes per second with the quickstart's own recipe."
             )
     if "simulated" in found:
         simulated = found["simulated"]
