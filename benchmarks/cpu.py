@@ -36,7 +36,8 @@ LESS_WORK = {
 }
 # No evaluations, checkpoints or trackers: they are not part of a step.
 BARE_RUN = ["prompts.heldout=null", "checkpoint.every=0", "tracking.backends=[]", "ray.address=local"]
-ROUNDS, RUN_STEPS, WARM, PLAIN_STEPS = 3, 7, 2, 2  # steps of a run count after the first WARM
+ROUNDS, RUN_STEPS, WARM, PLAIN_STEPS = 2, 7, 2, 2  # steps of a run count after the first WARM
+FORMAT = 2  # of the file: sections of another one are not kept
 SIZES = (1, 4, 16, 64, 256)
 Say = Callable[[str], None]
 
@@ -70,12 +71,13 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
         copies = [stack.enter_context(Standing(["benchmarks.bare", config])) for _ in range(cores)]
         loops = {n: stack.enter_context(Standing([*plain, str(n)], n)) for n in sorted({1, cores})}
         together(copies)  # warms up
-        alone = copies[0].measure()
-        tried = {n: _plain_step(loop, warm=True) for n, loop in loops.items()}
-        threads = min(tried, key=lambda n: tried[n]["time/step"])
+        tried = {n: [loop.measure() for _ in range(2)][1]["time/step"] for n, loop in loops.items()}
+        threads = min(tried, key=lambda n: tried[n])
         found = [_round(name, copies, loops[threads]) for _ in _said(rounds, config, say)]
+        less_s = _median(run_steps(config, LESS_WORK[name]), "time/step")
         fast = stack.enter_context(Standing([*plain, str(threads), "--fast"], threads))
-        compiled_plain_s = _plain_step(fast, warm=True)["time/step"]
+        fast.measure()  # warms up
+        compiled_plain_s = _plain_step(fast)["time/step"]
     ours = [row for each in found for row in each["run"]]
     step, plain_s = _median(ours, "time/step"), float(np.median([each["plain"]["time/step"] for each in found]))
     bare = [row for each in found for row in each["bare"]]
@@ -87,7 +89,6 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
         "takes_per_s": _median(ours, "takes_per_s"),
         "efficiency": float(np.median(by_round)),
         "efficiency_by_round": by_round,
-        "efficiency_against_bare_alone": alone["step_s"] / (step * cores),
         "efficiency_against_compiled_bare": float(
             np.median([each["compiled_s"] / (each["run_s"] * cores) for each in found])
         ),
@@ -105,8 +106,8 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
         "between_roles": between_roles(ours, cores),
         "less_work": {
             "overrides": LESS_WORK[name],
-            "step_s": float(np.median([each["less_s"] for each in found])),
-            "speedup_vs_plain_loop": float(np.median([each["plain"]["time/step"] / each["less_s"] for each in found])),
+            "step_s": less_s,
+            "speedup_vs_plain_loop": found[-1]["plain"]["time/step"] / less_s,  # the plain loop had just run
         },
     }
 
@@ -126,17 +127,14 @@ def _round(name: str, copies: list[Standing], loop: Standing) -> dict[str, Any]:
         "run": run,
         "bare": bare,
         "plain": _plain_step(loop),
-        "less_s": _median(run_steps(CONFIGS[name], LESS_WORK[name], RUN_STEPS - 1), "time/step"),
         "run_s": _median(run, "time/step"),
         "bare_s": float(np.mean([row["step_s"] for row in bare])),
         "compiled_s": float(np.mean([row["compiled_step_s"] for row in bare])),
     }
 
 
-def _plain_step(loop: Standing, warm: bool = False) -> dict[str, float]:
-    """Mean of `PLAIN_STEPS` steps of the plain loop, after one more if it must get `warm`."""
-    if warm:
-        loop.measure()
+def _plain_step(loop: Standing) -> dict[str, float]:
+    """Mean of `PLAIN_STEPS` steps of the plain loop."""
     rows = [loop.measure() for _ in range(PLAIN_STEPS)]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
@@ -168,6 +166,8 @@ def machine() -> dict[str, Any]:
 def measure(sections: list[str], say: Say, out: Path = RESULTS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Measures `sections` (of SECTIONS) and writes `out`, keeping what it holds of others."""
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    if found.get("format") != FORMAT:
+        found = {"format": FORMAT}
     for section in sections:
         facts = machine()
         found[section] = {**SECTIONS[section](say, rounds), "machine": facts}
