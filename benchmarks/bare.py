@@ -24,7 +24,7 @@ from pipeline.config_io import load_config
 from pipeline.plan import train_work
 from pipeline.types import GroupWork
 
-REPEATS = 4
+REPEATS = 3
 
 
 def seconds_of(call: Callable[[], object]) -> float:

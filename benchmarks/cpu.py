@@ -70,11 +70,10 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
         say(f"{config}: getting ready")
         copies = [stack.enter_context(Standing(["benchmarks.bare", config])) for _ in range(cores)]
         loops = {n: stack.enter_context(Standing([*plain, str(n)], n)) for n in sorted({1, cores})}
-        together(copies)  # warms up
         tried = {n: [loop.measure() for _ in range(2)][1]["time/step"] for n, loop in loops.items()}
         threads = min(tried, key=lambda n: tried[n])
         found = [_round(name, copies, loops[threads]) for _ in _said(rounds, config, say)]
-        less_s = _median(run_steps(config, LESS_WORK[name]), "time/step")
+        less_s = _median(run_steps(config, LESS_WORK[name], RUN_STEPS - 1), "time/step")
         fast = stack.enter_context(Standing([*plain, str(threads), "--fast"], threads))
         fast.measure()  # warms up
         compiled_plain_s = _plain_step(fast)["time/step"]

@@ -55,7 +55,7 @@ def render(found: dict[str, Any]) -> list[str]:
         for name, less in ((name, found[name]["less_work"]) for name in names):
             blocks.append(
                 f"Work-saving recipe for `{name}` (`{' '.join(less['overrides'])}`): "
-                f"{less['speedup_vs_plain_loop']:.2f} x the plain loop's takes per second with the quickstart's own recipe."
+                f"{less['speedup_vs_plain_loop']:.2f} x the plain loop's takes per second with the quickstart's own."
             )
     if "simulated" in found:
         simulated = found["simulated"]
