@@ -33,7 +33,7 @@ bench: setup ## speed against the bare arithmetic and a plain loop, on an idle m
 	$(BIN)/rushes bench
 
 test: setup ## the test suite (no GPU, no network)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-vllm: setup-vllm ## the tests that run vLLM (about 3 minutes)
 	$(BIN)/python -m pytest tests/test_vllm_live.py

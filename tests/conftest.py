@@ -13,14 +13,25 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup` a file's tests share a process, and all that start Ray share one, which comes
-    first: they mostly wait, and two Rays of one machine would find each other."""
+    """Tests that start Ray come first: with several processes, they are the longest chain."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With `pytest -n 2 --dist loadscope` a file's tests share a process, and all files that start Ray share one: they
+    mostly wait, and two Rays of one machine would find each other. (xdist 3.8's own `loadgroup` does nothing under
+    pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    root = Path(__file__).parent.parent
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ray" if "pytestmark = pytest.mark.ray" in (root / file).read_text() else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

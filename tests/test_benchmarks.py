@@ -15,8 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from actors.training import scoring_seed
 from benchmarks import cpu, gpu, standing, tables
 from benchmarks.plain_loop import PlainLoop
-from benchmarks.simulator import Plan, _config, ideal, simulate
-from jobs.local_ray import RaySession
+from benchmarks.simulator import Plan, ideal
 from pipeline.combining import Combiner
 from pipeline.errors import ConfigError, RushesError
 from pipeline.generators.policy import Policy
@@ -179,15 +178,6 @@ def test_a_process_that_cannot_measure_is_an_error_with_its_last_words():
         pytest.raises(RushesError, match=r"No module named .*noth"),
     ):
         process.measure()
-
-
-@pytest.mark.ray
-def test_a_small_simulation_runs_on_the_real_controller(tmp_path):
-    plan = Plan(workers=2, rollout_s=0.2, score_s=0.05, steps=4)
-    with RaySession(_config(plan, tmp_path)):
-        found = simulate(plan)
-    assert 0.2 < found["efficiency"] < 1.2 and found["controller_ms_per_group"] > 0
-    assert found["groups_per_s"] == pytest.approx(plan.groups_per_step / found["step_s"])
 
 
 def test_the_gpu_part_on_a_tiny_model(tiny_sd3, monkeypatch):
