@@ -29,7 +29,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "ray" if "pytestmark = pytest.mark.ray" in (root / file).read_text() else file
+            return "ray" if "pytest.mark.ray" in (root / file).read_text() else file
 
     return ByFile(config, log)
 
