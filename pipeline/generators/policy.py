@@ -246,8 +246,9 @@ class Policy:
         kwargs["generator"] = first if self.form.batched else first[0]
         if self.spec is not None:
             options.setdefault("on_step", self.fit_step)
-            origins = [(condition_key(p), s) for p, s in zip(prompts, noise_seeds or seeds, strict=True)]
-            options.setdefault("twins", Twins(origins, min(sampling.stochastic_steps, default=0), self.spec))
+            if (until := min(sampling.stochastic_steps, default=0)) > 0:
+                origins = [(condition_key(p), s) for p, s in zip(prompts, noise_seeds or seeds, strict=True)]
+                options.setdefault("twins", Twins(origins, until, self.spec))
         output = None
         with record(
             self.pipe, self.modules, self.prediction, sampling, noise, keep_steps=keep_steps, **options

@@ -19,17 +19,17 @@ from pipeline.wire import map_leaves
 class Twins:
     """Which takes of a pipeline call are equal until sampler step `until` (not included)."""
 
-    def __init__(self, origins: Sequence[Hashable], until: int, spec: PolicySpec | None) -> None:
+    def __init__(self, origins: Sequence[Hashable], until: int, spec: PolicySpec) -> None:
         """`origins`: equal for takes with equal conditions, initial noise and random generators. Whether their inputs
         are equal is looked at in each call all the same, and where they are not, the call is left as it is."""
         first = {origin: number for number, origin in reversed(list(enumerate(origins)))}
         self.kept = sorted(first.values())
         self.place = [self.kept.index(first[origin]) for origin in origins]
         self.total, self.until, self.spec = len(origins), until, spec
-        calls = {key.split(".")[0] for key in spec.outputs} if spec is not None else set()
+        calls = {key.split(".")[0] for key in spec.outputs}
         # Where takes are in a call's inputs is known by the number of calls of a step, which shows too late.
         self.calls = int(calls.pop()) if len(calls) == 1 else 0
-        self.helps = self.calls > 0 and len(self.kept) < self.total and until > 0 and spec.layouts is not None
+        self.helps = self.calls > 0 and len(self.kept) < self.total and spec.layouts is not None
 
     def cut(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Inputs of the step's denoiser call `number` with one take of each kind; None where the call must be whole."""
