@@ -55,12 +55,12 @@ ARMS: dict[str, list[str]] = {
     "mix_grpo": [*WINDOW, "sampler.window.kind=sliding", "sampler.window.every=4", "sampler.same_initial_noise=true"],
     "flow_grpo_fast": [*WINDOW, "sampler.window.kind=random"],
 }
-RATES = {"image": 3e-4, "video": 1.5e-4}  # of the arms with log-probs of injected noise
+RATES = {"image": 3e-4, "video": 1.5e-4}  # of the arms with log-probs of injected noise; the others' is the recipe's
 
 
 def config(generator: str, arm: str, seed: int, steps: int) -> Config:
     """The quickstart's config with the arm's sampler."""
-    rate = [] if arm == "awm" else [f"optimizer.lr={RATES[generator]}"]
+    rate = [f"optimizer.lr={RATES[generator]}"] if "algorithm.objective=grpo" in ARMS[arm] else []
     overrides = [*ARMS[arm], *rate, f"run.seed={seed}", f"run.steps={steps}", "rollout.merge_lora=false"]
     return load_config(ROOT / CONFIGS[generator], overrides)
 

@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """With `pytest -n 2 --dist loadscope` a file's tests share a process, and all files that start Ray share one: they
     mostly wait, and two Rays of one machine would find each other. (xdist 3.8's own `loadgroup` does nothing under

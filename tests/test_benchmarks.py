@@ -13,7 +13,7 @@ import tiny
 from diffusers import StableDiffusion3Pipeline
 
 from actors.training import scoring_seed
-from benchmarks import cpu, gpu, standing, tables
+from benchmarks import cpu, gpu, samples, standing, tables
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.simulator import Plan, ideal
 from pipeline.combining import Combiner
@@ -170,6 +170,19 @@ def test_results_and_tables(tmp_path, monkeypatch):
         and "| 256 | 0.970 | 98.0 | 2.50 |" in text
     )
     assert Path(tables.DOCS).read_text().count(tables.BEGIN) == 1
+
+
+@pytest.mark.parametrize("generator", samples.CONFIGS)
+def test_arms_with_less_work_change_only_the_sampler(generator):
+    """Compared are recipes, so all that an arm does not name must be the quickstart's: its learning rate too."""
+    own = samples.config(generator, "awm", 1, 30).model_dump()
+    for arm in samples.ARMS:
+        other = samples.config(generator, arm, 1, 30).model_dump()
+        changed = {name for name in own if own[name] != other[name]}
+        wanted = {"sampler"} if arm.startswith("awm_") else {"sampler", "algorithm", "optimizer"} if arm != "awm" else set()
+        assert changed <= wanted, arm
+    less = cpu.LESS_WORK["quickstart" if generator == "video" else "quickstart_image"]
+    assert list(less) in samples.ARMS.values(), "the recipe that is timed is one whose reward was measured"
 
 
 def test_a_process_that_cannot_measure_is_an_error_with_its_last_words():
