@@ -79,7 +79,7 @@ def _step_s(loop: PlainLoop, work: GroupWork, per_take: dict[str, float], kind: 
     cfg = loop.cfg
     drawn = cfg.algorithm.groups_per_step * work.takes
     trained = drawn * len(work.sampling.trained_steps)
-    reference = trained if cfg.algorithm.kl_beta > 0 else 0
+    reference = trained / cfg.algorithm.kl_every if cfg.algorithm.kl_beta > 0 else 0
     return (
         (drawn * cfg.sampler.steps + reference) * per_take[f"{kind}forward"]
         + drawn * per_take[f"{kind}decode"]

@@ -157,7 +157,7 @@ class PlainLoop:
         policy_loss = kl = 0.0
         for work, x0, weights in zip(works, latents, advantages, strict=True):
             signal = torch.from_numpy(np.array(weights, np.float32))
-            for index in work.sampling.trained_steps:
+            for number, index in enumerate(work.sampling.trained_steps):
                 sigma, text = float(sigmas[index]), work.prompts[0].text
                 eps = matching_noise(cfg.run.seed, work.group, index, x0[0])
                 noised = (1.0 - sigma) * x0 + sigma * eps
@@ -165,10 +165,10 @@ class PlainLoop:
                 error = (velocity - (eps - x0)).pow(2).flatten(1).mean(1)
                 loss = -(signal * torch.exp(error.detach() - error)).sum()
                 policy_loss += float(loss.detach()) / pairs
-                if self.reference is not None:
+                if self.reference is not None and (number + work.group) % cfg.algorithm.kl_every == 0:
                     with torch.no_grad():
                         anchor = self.velocity(self.reference, noised, sigma, text)
-                    distance = (velocity - anchor).pow(2).flatten(1).mean(1).sum()
+                    distance = cfg.algorithm.kl_every * (velocity - anchor).pow(2).flatten(1).mean(1).sum()
                     kl += float(distance.detach()) / pairs
                     loss = loss + cfg.algorithm.kl_beta * distance
                 (loss / pairs).backward()

@@ -45,9 +45,11 @@ WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_f
           "sampler.window.stop=5"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
-    # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do.
+    # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do; the KL
+    # at one of these.
     "awm_6_steps": ["sampler.steps=6"],
     "awm_6_steps_0.6": ["sampler.steps=6", "sampler.timestep_fraction=0.6"],
+    "awm_6_steps_0.6_kl_3": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "algorithm.kl_every=3"],
     "awm_5_steps_0.75": ["sampler.steps=5", "sampler.timestep_fraction=0.75"],
     "flow_sde": [*GRPO, "sampler.kind=flow_sde", "sampler.noise_level=0.7"],
     "dance_sde": [*GRPO, "sampler.kind=dance_sde", "sampler.noise_level=0.3", "sampler.same_initial_noise=true"],

@@ -246,6 +246,11 @@ class AlgorithmConfig(Section):
     )
     clip_high: Positive = Field(1e-4, description="PPO clip: ratio <= 1 + clip_high.")
     kl_beta: NonNegative = Field(0.0, description="Weight of the closed-form KL to the reference (starting) policy.")
+    kl_every: Count = Field(
+        1,
+        description="The KL at every n-th trained noise level of a group, n times as heavy, from group to group at "
+        "others: the same on average, for 1/n of the reference's forward passes.",
+    )
     max_staleness: Annotated[int, Field(ge=0)] = Field(
         0, description="Learner version minus policy version at consumption (0: strictly on-policy)."
     )

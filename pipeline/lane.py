@@ -120,10 +120,10 @@ class Lane:
         policy_loss, logs = OBJECTIVES[algorithm.objective](terms)
         loss = policy_loss
         kl = torch.zeros_like(policy_loss)
-        if algorithm.kl_beta > 0:
+        if _kl_rows(self.cfg, trajectory.group, replayer, j, takes):
             # Closed form between Gaussians of equal std (per dimension); only the reference is outside the graph.
             reference = self._reference_output(replayer, j, takes, x)
-            kl = gaussian_kl(step, replayer.move(j, takes, x, reference, trajectory.sampling).mean)
+            kl = algorithm.kl_every * gaussian_kl(step, replayer.move(j, takes, x, reference, trajectory.sampling).mean)
             loss = loss + algorithm.kl_beta * kl
         logs = {**logs, "gap": (logp - old).detach(), "policy_loss": policy_loss.detach(), "kl": kl.detach()}
         return loss, logs
@@ -143,11 +143,12 @@ class Lane:
         noised = ((1.0 - sigma).float() * x0 + sigma.float() * eps).to(getattr(torch, step.sample.dtype))
         velocity = self._output(replayer, j, takes, noised).float()
         policy_loss, logs = matching(velocity, eps - x0, advantages)
-        loss, kl = policy_loss, torch.zeros_like(policy_loss)
-        if self.cfg.algorithm.kl_beta > 0:
-            kl = (velocity - self._reference_output(replayer, j, takes, noised).float()).pow(2).flatten(1).mean(1)
-            loss = loss + self.cfg.algorithm.kl_beta * kl
-        return loss, {**logs, "kl": kl.detach()}
+        kl = torch.zeros_like(policy_loss)
+        for some in _kl_rows(self.cfg, trajectory.group, replayer, j, takes):
+            rows = slice(some.start - takes.start, some.stop - takes.start)
+            distance = velocity[rows] - self._reference_output(replayer, j, some, noised[rows]).float()
+            kl[rows] = self.cfg.algorithm.kl_every * distance.pow(2).flatten(1).mean(1)
+        return policy_loss + self.cfg.algorithm.kl_beta * kl, {**logs, "kl": kl.detach()}
 
     def _noise(
         self, trajectory: Trajectory, replayer: Replayer, j: int, takes: slice, x0: torch.Tensor
@@ -183,8 +184,11 @@ def outline_of(cfg: Config, trajectory: Trajectory) -> Outline:
     for number, part in enumerate(trajectory.parts):
         replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), {}, torch.device("cpu"))
         for at, (several, j, takes) in enumerate(_micro_batches(cfg, replayer)):
-            calls = tuple(call.module for call in several.part.steps[j].calls)
-            found.append((number, at, takes.stop - takes.start, (calls, _looks_at_replay(cfg, several, j, takes))))
+            calls = [call.module for call in several.part.steps[j].calls]
+            calls += ["reference"] * len(_kl_rows(cfg, trajectory.group, several, j, takes))
+            found.append(
+                (number, at, takes.stop - takes.start, (tuple(calls), _looks_at_replay(cfg, several, j, takes)))
+            )
     return tuple(found)
 
 
@@ -198,6 +202,21 @@ def _micro_batches(cfg: Config, replayer: Replayer) -> list[MicroBatch]:
         for j in range(len(replayer.part.steps))
         for start in range(0, replayer.total, size)
     ]
+
+
+def _kl_rows(cfg: Config, group: int, replayer: Replayer, j: int, takes: slice) -> list[slice]:
+    """The takes of a micro-batch, a slice for each call, that the KL term holds to the reference: those of every
+    `kl_every`-th trained step, which is another one in the next group."""
+    if cfg.algorithm.kl_beta == 0:
+        return []
+    trained, copies = [step.index for step in replayer.plain.part.steps], replayer.plain.total
+    found: list[slice] = []
+    for number, step in enumerate(replayer.steps_of(j)):
+        start, stop = max(takes.start, number * copies), min(takes.stop, (number + 1) * copies)
+        if (trained.index(step.index) + group) % cfg.algorithm.kl_every == 0 and start < stop:
+            neighbour = found and found[-1].stop == start
+            found[-1:] = [slice(found[-1].start, stop)] if neighbour else [*found[-1:], slice(start, stop)]
+    return found
 
 
 def _looks_at_replay(cfg: Config, replayer: Replayer, j: int, takes: slice) -> bool:

@@ -50,7 +50,7 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
         {"sd3": tiny_sd3, "wan": tiny_wan}[which],
         trainable={"kind": "full"},
         prompts={"train": str(tmp_path / "prompts.txt")},
-        algorithm={"objective": "awm", "kl_beta": 0.1},
+        algorithm={"objective": "awm", "kl_beta": 0.1, "kl_every": 2},
         optimizer={"lr": 1e-3, "eps": 1e-2, "ema_decay": 0.9},  # eps: gradients of nearly nothing keep no sign
     )
     rewards = (
@@ -178,9 +178,8 @@ def test_arms_with_less_work_change_only_the_sampler(generator):
     own = samples.config(generator, "awm", 1, 30).model_dump()
     for arm in samples.ARMS:
         other = samples.config(generator, arm, 1, 30).model_dump()
-        changed = {name for name in own if own[name] != other[name]}
-        wanted = {"sampler"} if arm.startswith("awm_") else {"sampler", "algorithm", "optimizer"} if arm != "awm" else set()
-        assert changed <= wanted, arm
+        keys = {name for name in own if own[name] != other[name]}
+        assert keys <= {"sampler", "algorithm"} if arm.startswith("awm") else "optimizer" in keys, arm
     less = cpu.LESS_WORK["quickstart" if generator == "video" else "quickstart_image"]
     assert list(less) in samples.ARMS.values(), "the recipe that is timed is one whose reward was measured"
 

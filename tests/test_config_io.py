@@ -170,7 +170,7 @@ def test_reward_file_in_the_working_directory_becomes_absolute(tmp_path, monkeyp
 
 
 def test_schema_is_small_and_described():
-    assert len(leaves()) <= 110
+    assert len(leaves()) <= 111
     assert all(leaf.description for leaf in leaves())
     defaults = {leaf.path: leaf.default for leaf in leaves()}
     assert defaults["tracking.backends"] == ["tensorboard"] and defaults["generator.pretrained"] is ...

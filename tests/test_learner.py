@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -125,6 +127,23 @@ def test_kl_to_the_reference_grows_from_zero_and_holds_back(folder, kind):
     assert history[0]["kl"] == 0.0 and history[2]["kl"] > 0
     held_policy, held = make(folder, trainable={"kind": kind}, algorithm={"kl_beta": 100.0}, optimizer={"lr": 1e-3})
     assert advance(held_policy, held, range(3))[2]["kl"] < history[2]["kl"]
+
+
+def test_the_kl_at_every_nth_step_of_a_group_gives_the_same_update_on_average(folder):
+    """Three groups of the same takes, whose trained steps have their turn in one each: a third of the calls."""
+    policy, learner = make(folder, algorithm={"kl_beta": 0.1}, optimizer={"lr": 1e-3})
+    advance(policy, learner, range(2))
+    one = batch(policy, 2)[0]
+    same = [replace(one, trajectory=replace(one.trajectory, group=number)) for number in range(3)]
+    found = []
+    for every in (1, 3):
+        _, other = make(folder, algorithm={"kl_beta": 0.1, "kl_every": every}, optimizer={"lr": 1e-3})
+        other.load_state(*learner.state())
+        calls = []
+        other.modules["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found.append((other.train_step(same), len(calls)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4) and found[0][0]["kl"] > 0
+    assert (found[0][1], found[1][1]) == (2 * 3 * 3, 3 * 3 + 3)
 
 
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_dppo"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +132,38 @@ def test_several_trained_steps_in_one_call_give_the_same_gradient(made, takes, c
     odd = replace(part, steps=(part.steps[0], replace(part.steps[1], guidance_scale=2.0)))
     assert merge_steps(part, spec, [0, 1]) is not None and merge_steps(odd, spec, [0, 1]) is None
     assert results[takes][0] == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("takes", [4, 12], ids=["a step at a time", "all steps in a call"])
+def test_the_kl_at_every_nth_level_of_a_group_is_the_whole_one_on_average(made, every, takes):
+    """Six groups: each of the three trained levels has its turn equally often, and no other reference pass is made."""
+    policy, learner = made
+    sections = {"learner": {"micro_batch": takes}, "algorithm": {"objective": "awm", "kl_beta": 0.1}}
+    cfgs = [tiny.config(Path(policy.cfg.generator.pretrained), **sections)]
+    cfgs.append(cfgs[0].model_copy(update={"algorithm": cfgs[0].algorithm.model_copy(update={"kl_every": every})}))
+    seen: list[dict[tuple[int, int], float]] = []
+    for cfg in cfgs:
+        other = Learner(cfg, "cpu")
+        other.load_state(*learner.state())
+        lane, found, calls = other.lanes[0], {}, []
+        lane.reference = copy.deepcopy(lane.modules)
+        lane.reference["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        for parameter in lane.reference["transformer"].parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        for number in range(6):
+            group = groups(policy, 0)[0]
+            group = replace(group, trajectory=replace(group.trajectory, group=number))
+            for micro in lane.micro_batches(group.held, 0):
+                kl = lane.losses(group, micro, look=False)[1]["kl"].reshape(-1, 4).mean(1)
+                first = micro[1] if takes == 4 else 0
+                found |= {(number, first + i): float(value) for i, value in enumerate(kl)}
+            assert len(calls) == len({key for key, value in found.items() if value > 0}) or takes == 12
+        seen.append(found)
+    whole, thinned = seen
+    wanted = {(g, j): every * kl * ((g + j) % every == 0) for (g, j), kl in whole.items()}
+    assert thinned == pytest.approx(wanted, rel=1e-4) and min(whole.values()) > 0
 
 
 def test_equal_rewards_move_nothing(made):

@@ -27,7 +27,7 @@ CASES = {
     "lora": {"algorithm": {"kl_beta": 0.1, "groups_per_step": 3, "updates_per_step": 2}, "learner": {"micro_batch": 3}},
     "full": {"trainable": {"kind": "full"}, "algorithm": {"kl_beta": 0.1, "groups_per_step": 3}},
     "awm": {
-        "algorithm": {"objective": "awm", "kl_beta": 0.1, "groups_per_step": 3},
+        "algorithm": {"objective": "awm", "kl_beta": 0.1, "kl_every": 2, "groups_per_step": 3},
         "learner": {"micro_batch": 8},  # two steps at once, and one
     },
 }
