@@ -45,8 +45,8 @@ WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_f
           "sampler.window.stop=5"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
-    # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do; the KL
-    # at one of these.
+    # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do;
+    # kl_3: the KL at one of these.
     "awm_6_steps": ["sampler.steps=6"],
     "awm_6_steps_0.6": ["sampler.steps=6", "sampler.timestep_fraction=0.6"],
     "awm_6_steps_0.6_kl_3": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "algorithm.kl_every=3"],
