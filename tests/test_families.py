@@ -159,9 +159,8 @@ def test_lora_step_and_export(case):
     assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and case.report["replay_single"] <= 1e-5
     done(case, "ratio", f"{metrics['onpolicy/max_abs_log_ratio']:.0e}, take by take {case.report['replay_single']:.0e}")
     assert metrics["grad_norm"] > 0
-    fresh = families.policy(case.name, case.folder).modules
     for component, module in learner.modules.items():
-        base = dict(fresh[component].named_parameters())
+        base = dict(case.policy.modules[component].named_parameters())  # never trained
         moved = False
         for name, parameter in module.named_parameters():
             if "lora_" in name:
@@ -188,10 +187,9 @@ def test_lora_step_and_export(case):
 def test_full_step(case):
     _, learner, metrics = case.train("full")
     assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and metrics["grad_norm"] > 0
-    fresh = families.policy(case.name, case.folder).modules
     changed = 0
     for component, module in learner.modules.items():
-        base = dict(fresh[component].named_parameters())
+        base = dict(case.policy.modules[component].named_parameters())  # never trained
         for name, parameter in module.named_parameters():
             same = torch.equal(parameter, base[name])
             assert same or parameter.grad is not None, f"{component}.{name}"

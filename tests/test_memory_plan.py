@@ -163,10 +163,10 @@ def stored_bytes(module: torch.nn.Module) -> int:
 
 def test_the_controller_is_planned_with_the_takes_it_writes():
     small = load_config(ROOT / "configs" / "quickstart.yaml", SMALL)
-    large = load_config(ROOT / "configs" / "quickstart.yaml", [*SMALL, "generator.height=480", "generator.width=832"])
+    large = load_config(ROOT / "configs" / "quickstart.yaml", [*SMALL, "generator.height=240", "generator.width=416"])
     assert memory.shown_takes(small) == 18
     one, other = (memory.base("controller", cfg, "WanPipeline") for cfg in (small, large))
-    assert other > one + memory.shown_takes(large) * 9 * 480 * 832 * 3
+    assert other > one + memory.shown_takes(large) * 9 * 240 * 416 * 3
 
 
 def test_the_command_prints_roles_and_json(monkeypatch, capsys):

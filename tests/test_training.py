@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from actors.training import Training
+from pipeline.errors import RunFailed
 from pipeline.types import PolicyVersion, PromptItem, RewardScores
 
 PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(5)]
@@ -25,11 +26,17 @@ class Flow:
         self.calls: list[list[int]] = []
         self.training: Training
         self._tasks: set[asyncio.Task] = set()
+        self.error: asyncio.Future | None = None  # the first one of a task, where a test asks for it
 
     def background(self, coroutine) -> None:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if self.error and not self.error.done() and not task.cancelled() and task.exception():
+            self.error.set_exception(task.exception())
 
     async def submit(self, *jobs) -> None:
         self.calls.append([job.group for job in jobs])
@@ -100,6 +107,23 @@ def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced
     trained = [group for batch in batches for group in batch]
     assert sorted(flow.submitted) == list(range(21)) and len(trained) == 18
     assert sorted(trained) == [group for group in range(21) if group not in (1, 2, 5)]
+
+
+def test_a_step_whose_groups_all_have_equal_rewards_is_given_up():
+    async def body():
+        flow = Flow(flat=range(999))
+        flow.error = asyncio.get_running_loop().create_future()
+        training = make(flow, groups_per_step=1, advantage={"zero_std": "filter"})
+        await training.published(version(0))
+        await training.pause(False)
+        pump = asyncio.ensure_future(training.pump())
+        try:
+            await asyncio.wait_for(flow.error, 10)
+        finally:
+            pump.cancel()
+
+    with pytest.raises(RunFailed, match="step 0: 20 groups had equal rewards in all takes"):
+        asyncio.run(body())
 
 
 @pytest.mark.parametrize("room", [1, 9])
