@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import diffusers as d
 import family_parts as p
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
 from family_parts import DIM, tokenizer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -234,9 +237,15 @@ def qwen_image():
 
 
 def qwen_image_edit(cls=d.QwenImageEditPipeline):
-    """Pictures to edit are always brought to 1 megapixel, so the VAE shrinks by 32 here."""
+    """Pictures to edit are always brought to 1 megapixel, here to a sixteenth of it; the VAE shrinks by 32."""
+    if cls is d.QwenImageEditPipeline and not hasattr(qwen_edit.calculate_dimensions, "func"):
+        qwen_edit.calculate_dimensions = partial(_smaller, qwen_edit.calculate_dimensions)
     parts = _qwen_parts(levels=6, width=2)
     return cls(**parts, tokenizer=p.tokenizer(1024), processor=p.qwen_processor())
+
+
+def _smaller(dimensions, area: int, ratio: float):
+    return dimensions(area / 16, ratio)
 
 
 def _qwen_parts(levels: int = 2, width: int = 4):
