@@ -454,6 +454,11 @@ class Config(Section):
                     "sampler.same_initial_noise: must be false with algorithm.objective awm, whose takes differ by "
                     "their initial noise alone"
                 )
+        if self.algorithm.kl_every > 1 and self.algorithm.kl_beta == 0:
+            raise ValueError(
+                f"algorithm.kl_every: {self.algorithm.kl_every} thins out a KL that has no weight; set "
+                "algorithm.kl_beta above 0, or leave kl_every out"
+            )
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("rewards: every weight is 0, so nothing can be learned; set one above 0")
         return self

@@ -214,8 +214,9 @@ def _kl_rows(cfg: Config, group: int, replayer: Replayer, j: int, takes: slice) 
     for number, step in enumerate(replayer.steps_of(j)):
         start, stop = max(takes.start, number * copies), min(takes.stop, (number + 1) * copies)
         if (trained.index(step.index) + group) % cfg.algorithm.kl_every == 0 and start < stop:
-            neighbour = found and found[-1].stop == start
-            found[-1:] = [slice(found[-1].start, stop)] if neighbour else [*found[-1:], slice(start, stop)]
+            if found and found[-1].stop == start:
+                start = found.pop().start
+            found.append(slice(start, stop))
     return found
 
 

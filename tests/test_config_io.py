@@ -99,6 +99,7 @@ def test_workers_and_resources(tmp_path):
         ("run.steps", ["key=value"]),
         ("run.steps=[1", ["not valid YAML"]),
         ("rewards.jpeg.weight=0", ["every weight is 0"]),
+        ("algorithm.kl_every=3", ["algorithm.kl_every: 3", "set algorithm.kl_beta above 0"]),
         ("rollout.workers=0", ["rollout.workers: found 0", "whole number >= 1, or {min: 1, max: 4}"]),
         ("rollout.workers=true", ["rollout.workers: found true"]),
         ("rollout.workers={mix: 1, max: 2}", ["rollout.workers: found {'mix': 1, 'max': 2}"]),
