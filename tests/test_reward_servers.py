@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import site
 import subprocess
 import sys
@@ -28,17 +29,13 @@ MORE = """
 import os, pathlib
 
 def crowded(frames, prompts):
-    time.sleep(0.05)
-    if any("green circle" in prompt for prompt in prompts):
-        raise ValueError("no green circles")
-    return {"score": brightness(frames, prompts), "together": np.full(len(prompts), len(prompts))}
-
-def mortal(frames, prompts):
     scar = pathlib.Path(__file__).with_suffix(".scar")
     if len(prompts) > 4 and not scar.exists():
         scar.touch()
         os._exit(3)
     time.sleep(0.05)
+    if any("green circle" in prompt for prompt in prompts):
+        raise ValueError("no green circles")
     return {"score": brightness(frames, prompts), "together": np.full(len(prompts), len(prompts))}
 
 def wears_out(frames, prompts):
@@ -48,7 +45,7 @@ def wears_out(frames, prompts):
     return brightness(frames, prompts)
 
 wears_out.left = 2
-for function in (crowded, mortal, wears_out):
+for function in (crowded, wears_out):
     function.batched = True
 """
 
@@ -74,27 +71,27 @@ def shared(cfg, **reward):
     return cfg.model_copy(update={"rewards": {"own": own}})
 
 
-def one_run(name, tiny_sd3, files, tmp_path, **faults):
-    cfg = make_config(tiny_sd3, files, tmp_path, name, prompts={"heldout": None}, algorithm={"groups_per_step": 3},
-                      faults=faults)  # fmt: skip
-    run = Run(shared(cfg), name)
-    return run, run.result()
-
-
-def test_waiting_groups_share_calls_and_poison_fails_only_its_own(cluster, tiny_sd3, files, tmp_path):
-    run, outcome = one_run("crowded", tiny_sd3, files, tmp_path, max_attempts=1)
-    assert outcome["status"] == "finished" and outcome["groups"]["trained"] == 6
-    assert outcome["groups"]["failed"] >= 1  # the one with the green circle
+def test_in_shared_calls_a_death_costs_no_attempt_and_poison_fails_only_its_own(cluster, tiny_sd3, files, tmp_path):
+    """The first shared call ends its server; in later ones a green circle raises. Nobody has a second attempt."""
+    cfg = make_config(
+        tiny_sd3,
+        files,
+        tmp_path,
+        "crowded",
+        run={"steps": 3},
+        prompts={"heldout": None},
+        algorithm={"groups_per_step": 3},
+        faults={"max_attempts": 1},
+    )
+    run = Run(shared(cfg), "crowded")
+    outcome = run.result()
+    assert outcome["status"] == "finished" and outcome["groups"]["trained"] == 9
+    log = run.dir.log.read_text()
+    assert "they are scored one by one" in log and log.count("replacing reward.own-0") == 1
+    failed = [line for line in log.splitlines() if re.search(r"group=\d+ rushes.flow: scoring failed", line)]
+    assert len(failed) == outcome["groups"]["failed"] >= 1
+    assert all("reward own: take 0: " in line and "no green circles" in line for line in failed)
     assert max(line.get("reward/own/together", 0) for line in run.metrics()) > 4  # a group has 4 takes
-    log = run.dir.log.read_text()
-    assert "reward own: take 0: " in log and "no green circles" in log and "replacing" not in log
-
-
-def test_a_server_that_dies_in_a_shared_call_costs_no_attempt(cluster, tiny_sd3, files, tmp_path):
-    run, outcome = one_run("mortal", tiny_sd3, files, tmp_path, max_attempts=1)
-    assert outcome["groups"] == {"admitted": 6, "trained": 6, "filtered": 0, "failed": 0}
-    log = run.dir.log.read_text()
-    assert "they are scored one by one" in log and "replacing reward.own-0" in log
 
 
 def server(cfg, tmp_path, name="own"):
