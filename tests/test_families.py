@@ -52,6 +52,7 @@ class Case:
         self.prompts = families.prompts(name, self.folder)
         self.policy = families.policy(name, self.folder)
         self.report = self.policy.probe(self.prompts)
+        self.before = self.evaluate(self.policy)
 
     def train(self, kind: str) -> tuple[Policy, Learner, dict[str, float]]:
         """One GRPO step; the policy then holds the new weights."""
@@ -147,7 +148,7 @@ def test_probe(case):
 
 
 def test_parity(case):
-    ours = case.evaluate(case.policy)
+    ours = case.before
     gap = float(np.abs(ours - case.untouched(families.plain(case.folder))).max())
     assert gap <= 1e-5
     assert float(np.ptp(ours)) > 0.01
@@ -170,8 +171,8 @@ def test_lora_step_and_export(case):
         assert moved or component not in case.report["denoisers"], component
     done(case, "LoRA step", f"{sum(p.numel() for p in learner.parameters.values()):,} weights")
 
-    ours, before = case.evaluate(policy), case.evaluate(case.policy)
-    assert float(np.abs(ours - before).max()) > 1e-4
+    ours = case.evaluate(policy)
+    assert float(np.abs(ours - case.before).max()) > 1e-4
     pipe = families.plain(case.folder)
     folder = export_lora(policy.cfg, learner.weights(), case.out / "lora")
     for line in re.findall(r"^    (pipe\.\w+[.( ].*)$", (folder / "README.md").read_text(), re.M):
