@@ -116,7 +116,7 @@ class Run:
         self.controller = ray.remote(Controller).options(num_cpus=0, **options).remote(ctx, start)
         self.ended = self.controller.run.remote()
 
-    def result(self, timeout: float = 120) -> dict:
+    def result(self, timeout: float = 300) -> dict:
         return ray.get(self.ended, timeout=timeout)
 
     def failure(self) -> RushesError:
@@ -124,7 +124,7 @@ class Run:
             self.result()
         return root(error.value)
 
-    def until(self, condition, timeout: float = 90) -> dict:
+    def until(self, condition, timeout: float = 240) -> dict:
         limit = time.monotonic() + timeout
         while time.monotonic() < limit:
             snapshot = ray.get(self.controller.progress.remote(0))
@@ -309,7 +309,7 @@ def test_a_killed_worker_learner_and_controller_change_nothing(cluster, undistur
         assert "replacing rollout-0" in log and "starting it again from" in log
         assert log.count("rollout-0 is process") == 2  # the second one stayed when the learner died
         os.kill(ray.get(controller.info.remote())["pid"], signal.SIGKILL)
-        outcome = ended.result(120)
+        outcome = ended.result(300)
     assert outcome["status"] == "finished" and outcome["groups"] == undisturbed.outcome["groups"]
     assert outcome["takes"] == 32
     assert "its process died" in said.getvalue() and "going on at step" in said.getvalue()
