@@ -1,10 +1,9 @@
-"""Shared fixtures: quiet libraries, one compute thread, small random-weight checkpoints made once per session."""
+"""Shared fixtures: quiet libraries, small random-weight checkpoints made once per session."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is tiny, and the cores are shared by several processes
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
