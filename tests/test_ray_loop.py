@@ -62,7 +62,10 @@ def slow(frames, prompts):
 def broken(frames, prompts):
     raise ZeroDivisionError("the scorer's own words")
 
-for function in (brightness, slow, broken):
+def flat(frames, prompts):
+    return np.zeros(len(prompts))
+
+for function in (brightness, slow, broken, flat):
     function.batched = True
 """
 
@@ -314,7 +317,7 @@ def test_a_killed_worker_learner_and_controller_change_nothing(cluster, undistur
     assert outcome["takes"] == 32
     assert "its process died" in said.getvalue() and "going on at step" in said.getvalue()
     rooms = [room for room in placement_group_table().values() if room["name"].startswith("killed/")]
-    assert {room["state"] for room in rooms} == {"REMOVED"} and len(rooms) >= 2, "a dead controller's resources stay"
+    assert [room["state"] for room in rooms] == ["REMOVED"] * 2, "a dead controller's learner still has its resources"
     same_results(run, undisturbed)
 
 
@@ -353,6 +356,13 @@ def test_a_reward_that_raises_ends_the_run_by_name(cluster, tiny_sd3, files, tmp
     assert "ZeroDivisionError: the scorer's own words" in text and "RayTaskError" not in text
     log = (tmp_path / "broken" / "run.log").read_text()
     assert "Traceback" in log and "role=reward worker=reward.own-0 group=0" in log
+
+
+def test_equal_rewards_are_filtered_and_a_hopeless_step_ends_the_run(cluster, tiny_sd3, files, tmp_path):
+    advantage = {"groups_per_step": 1, "group_size": 2, "advantage": {"zero_std": "filter"}}
+    cfg = make_config(tiny_sd3, files, tmp_path, "flat", prompts={"heldout": None}, algorithm=advantage)
+    error = Run(cfg, "flat").failure()
+    assert isinstance(error, RunFailed) and "20 groups had equal rewards" in str(error)
 
 
 def test_a_start_up_error_is_the_original_one(cluster, tiny_sd3, files, tmp_path):

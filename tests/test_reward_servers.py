@@ -90,6 +90,7 @@ def test_in_shared_calls_a_death_costs_no_attempt_and_poison_fails_only_its_own(
     assert "they are scored one by one" in log and log.count("replacing reward.own-0") == 1
     failed = [line for line in log.splitlines() if re.search(r"group=\d+ rushes.flow: scoring failed", line)]
     assert len(failed) == outcome["groups"]["failed"] >= 1
+    assert outcome["groups"]["admitted"] == 9 + len(failed) and outcome["groups"]["filtered"] == 0
     assert all("reward own: take 0: " in line and "no green circles" in line for line in failed)
     assert max(line.get("reward/own/together", 0) for line in run.metrics()) > 4  # a group has 4 takes
 
