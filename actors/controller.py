@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.common import RoleActor, RunContext
 from actors.loop import Loop, Stopped
-from pipeline.errors import RunFailed, RushesError
+from pipeline.core.errors import RunFailed, RushesError
 
 
 class Controller(RoleActor):

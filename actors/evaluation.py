@@ -16,10 +16,10 @@ from actors.common import RunContext
 from actors.failures import describe, is_lost
 from actors.flow import Flow, Job
 from pipeline.advantages import weighted_rewards
-from pipeline.errors import RunFailed
-from pipeline.files import atomic_write
+from pipeline.core.errors import RunFailed
+from pipeline.core.files import atomic_write
+from pipeline.core.types import Media, PolicyVersion, PromptItem
 from pipeline.plan import SHOWN_PROMPTS, eval_works
-from pipeline.types import Media, PolicyVersion, PromptItem
 
 log = logging.getLogger("rushes.evaluation")
 
@@ -139,7 +139,7 @@ class Evaluator:
 
     async def _keep(self, jobs: list[Job], shown: set[int], step: int) -> None:
         """A table row per take; media files of the shown prompts only."""
-        from pipeline.media import save_takes
+        from pipeline.core.media import save_takes
 
         kept_frames, fps = [], 1.0
         for job in jobs:

@@ -7,7 +7,7 @@ import re
 
 from ray import exceptions as rx
 
-from pipeline.errors import RushesError
+from pipeline.core.errors import RushesError
 
 _LOST = (
     rx.ObjectLostError,

@@ -25,8 +25,8 @@ from actors.reward import Asked, RewardServer
 from actors.rollout import RolloutWorker
 from actors.tender import Tender
 from actors.weights import Publisher
-from pipeline.errors import RewardError
-from pipeline.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.core.errors import RewardError
+from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 
 log = logging.getLogger("rushes.flow")
 

@@ -16,7 +16,7 @@ import ray
 from actors.common import RoleActor, cores, use_threads
 from actors.failures import is_lost
 from pipeline import checkpoint, mirror
-from pipeline.types import GroupBatch, Outline, WeightSet
+from pipeline.core.types import GroupBatch, Outline, WeightSet
 
 
 class LearnerActor(RoleActor):

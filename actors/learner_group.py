@@ -19,7 +19,7 @@ from actors.common import MAX_START_S, RunContext, actor_env, cores, ray_resourc
 from actors.failures import describe, is_deterministic, root
 from actors.learner import LearnerActor
 from actors.pool import STARTING, Slot
-from pipeline.errors import RunFailed
+from pipeline.core.errors import RunFailed
 
 MAX_WAIT_S = 1800.0  # for room in the cluster; an autoscaled GPU node takes minutes
 FIRST_SAID_S, SAY_EVERY_S = 2.0, 15.0  # while waiting

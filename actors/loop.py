@@ -27,8 +27,8 @@ from actors.recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
 from pipeline import checkpoint, plan
-from pipeline.errors import RunFailed, RushesError
-from pipeline.prompts import load_prompts
+from pipeline.core.errors import RunFailed, RushesError
+from pipeline.core.prompts import load_prompts
 from pipeline.tracking import metrics_after_resume
 
 log = logging.getLogger("rushes.loop")

@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from actors.autoscale import History
 from actors.common import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
 from actors.failures import describe, is_deterministic, root
-from pipeline.errors import RunFailed
+from pipeline.core.errors import RunFailed
 from pipeline.placement import Workers, in_words
 
 STARTING = "starting"

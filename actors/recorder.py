@@ -19,10 +19,10 @@ from actors.common import RunContext
 from actors.failures import describe, is_lost
 from actors.flow import Flow, Job
 from actors.telemetry import RunMetrics
-from pipeline.errors import RunFailed
+from pipeline.core.errors import RunFailed
+from pipeline.core.types import Media
 from pipeline.ledger import Ledger
 from pipeline.tracking import make_tracker
-from pipeline.types import Media
 
 ON_POLICY_TOLERANCE = 1e-5
 _KEPT = 1000  # steps whose metrics stay in memory, about 10 kB each; all are in metrics.jsonl
@@ -133,7 +133,7 @@ class Recorder:
         self._writer.shutdown()
 
     async def _keep_takes(self, kept: list[tuple[Job, ray.ObjectRef]], step: int) -> None:
-        from pipeline.media import save_takes
+        from pipeline.core.media import save_takes
 
         folder = self.ctx.run.train_takes(step)
         weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from actors.common import RoleActor, unpacked
-from pipeline.errors import RewardError, RewardUnavailable
-from pipeline.types import Media, PromptItem, RewardScores
+from pipeline.core.errors import RewardError, RewardUnavailable
+from pipeline.core.types import Media, PromptItem, RewardScores
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from actors.common import IDLE
 from actors.failures import describe
 from actors.pool import Pool, Slot
 from actors.queues import BoundedQueue
-from pipeline.errors import ConfigError
-from pipeline.files import did_you_mean
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import did_you_mean
 from pipeline.placement import Workers
 
 TICK_S = 1.0

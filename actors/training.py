@@ -14,11 +14,11 @@ from actors.flow import Flow, Job
 from pipeline.advantages import AdvantageResult
 from pipeline.combining import Combiner
 from pipeline.config import Config
-from pipeline.errors import RunFailed
+from pipeline.core.errors import RunFailed
+from pipeline.core.prompts import PromptCursor
+from pipeline.core.types import PolicyVersion, PromptItem
 from pipeline.ledger import FAILED, Ledger
 from pipeline.plan import company, train_work
-from pipeline.prompts import PromptCursor
-from pipeline.types import PolicyVersion, PromptItem
 
 _SCORING = 5  # random stream of the frame picks; pipeline.plan uses 1 to 4
 _MAX_REFILLS = 20  # a step that filters this many times its groups will never find enough of them

@@ -15,7 +15,7 @@ import ray
 
 from actors.learner_group import LearnerGroup
 from actors.pool import Slot
-from pipeline.types import PolicyVersion
+from pipeline.core.types import PolicyVersion
 
 
 class Publisher:

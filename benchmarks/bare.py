@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.plain_loop import PlainLoop
 from pipeline.config_io import load_config
+from pipeline.core.types import GroupWork
 from pipeline.plan import train_work
-from pipeline.types import GroupWork
 
 REPEATS = 3
 

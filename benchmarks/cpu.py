@@ -23,8 +23,8 @@ import numpy as np
 import psutil
 
 from benchmarks.standing import ROOT, Standing, python, together
-from pipeline.errors import RushesError
-from pipeline.files import atomic_write
+from pipeline.core.errors import RushesError
+from pipeline.core.files import atomic_write
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 CONFIGS = {"quickstart": "configs/quickstart.yaml", "quickstart_image": "configs/quickstart-image.yaml"}

@@ -41,14 +41,14 @@ from transformers import (
 
 from benchmarks.bare import seconds_of
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.files import atomic_write
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import atomic_write
+from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.plan import train_work
-from pipeline.types import GroupBatch, PromptItem
 
 PROMPT = PromptItem(index=0, text="a red cube on a wooden table")
 # Pixels, frames, takes of a group, sampler steps: those of configs/sd3.5-medium.yaml and configs/wan-1.3b.yaml.

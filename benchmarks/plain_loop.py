@@ -25,13 +25,13 @@ from actors.training import scoring_seed
 from pipeline.combining import Combiner
 from pipeline.config import Config
 from pipeline.config_io import load_config
+from pipeline.core.prompts import PromptCursor, load_prompts
+from pipeline.core.types import GroupWork, Media
 from pipeline.generators.compiling import compile_blocks
 from pipeline.generators.loading import channels_last
 from pipeline.lane import matching_noise
 from pipeline.plan import train_work
-from pipeline.prompts import PromptCursor, load_prompts
 from pipeline.rewards.loader import build_scorer
-from pipeline.types import GroupWork, Media
 
 
 class PlainLoop:

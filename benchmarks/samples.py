@@ -29,12 +29,12 @@ from pipeline.advantages import weighted_rewards
 from pipeline.combining import Combiner
 from pipeline.config import Config
 from pipeline.config_io import load_config
+from pipeline.core.prompts import PromptCursor, load_prompts
+from pipeline.core.types import GroupBatch, GroupWork, Media
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import eval_works, train_work
-from pipeline.prompts import PromptCursor, load_prompts
 from pipeline.rewards.loader import build_scorer
-from pipeline.types import GroupBatch, GroupWork, Media
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/samples.jsonl"

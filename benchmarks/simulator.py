@@ -31,8 +31,8 @@ from actors.learner_group import LearnerGroup
 from actors.loop import Loop
 from actors.pool import IDLE, Pool, Slot
 from pipeline.config import Config
+from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
 from pipeline.plan import portions
-from pipeline.types import Media, RewardScores, RolloutMeta, Trajectory
 
 WARM_STEPS = 2  # left out of the measurement: the pipeline fills
 LOCKSTEP = {"groups_per_worker": 1, "steps": 10}

@@ -18,9 +18,9 @@ from actors.common import RunContext, packed
 from actors.queues import BoundedQueue
 from actors.reward import Asked, RewardServer
 from pipeline.config import Config
-from pipeline.types import Media, PromptItem
+from pipeline.core.tensors import checksum, unpack
+from pipeline.core.types import Media, PromptItem
 from pipeline.weights import to_weight_set
-from pipeline.wire import checksum, unpack
 
 SCORER = "def one(frames, prompts):\n    return [1.0] * len(prompts)\none.batched = True\n"
 WEIGHTS = {"lora, 20 MB": (400, 12_500), "full, 400 MB": (400, 250_000)}  # tensors, float32 values each

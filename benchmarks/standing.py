@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.common import actor_env
-from pipeline.errors import RushesError
+from pipeline.core.errors import RushesError
 
 ROOT = Path(__file__).parents[1]
 

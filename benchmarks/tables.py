@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
-from pipeline.files import atomic_write
+from pipeline.core.errors import InputError
+from pipeline.core.files import atomic_write
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin (rushes bench --tables) -->", "<!-- tables: end -->"

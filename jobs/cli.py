@@ -20,8 +20,8 @@ from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
 from jobs.cluster_cli import add_cluster_commands
 from jobs.inspect_cli import inspect
 from jobs.serve_cli import serve_reward
-from pipeline.errors import ConfigError, RushesError
-from pipeline.files import describe_os_error
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.files import describe_os_error
 
 app = typer.Typer(
     name="rushes",

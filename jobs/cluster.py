@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 from jobs import live
 from jobs.local_ray import CLUSTER_FILE
-from pipeline import errors
-from pipeline.errors import ConfigError, RunFailed
+from pipeline.core import errors
+from pipeline.core.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

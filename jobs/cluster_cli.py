@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli_common import ConfigPath, Debug, Overrides, console
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 
 Address = Annotated[
     str | None,

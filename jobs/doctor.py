@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import RushesError
+from pipeline.core.errors import RushesError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,7 +164,7 @@ def check_ray() -> Iterator[Finding]:
 
 
 def check_codecs() -> Iterator[Finding]:
-    from pipeline.media import h264_round_trip
+    from pipeline.core.media import h264_round_trip
 
     try:
         error = h264_round_trip()

@@ -17,11 +17,11 @@ from jobs.statistics import Estimate, estimate, win_rate
 from jobs.trained import Trained, find_trained, load_policy
 from pipeline import preflight
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.files import atomic_write
-from pipeline.media import save_takes
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import atomic_write
+from pipeline.core.media import save_takes
+from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.plan import eval_works
-from pipeline.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.rewards.loader import RewardRunner, build_scorer
 from pipeline.rewards.routing import check_routing
 

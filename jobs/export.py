@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jobs.trained import find_trained, quiet_libraries, read_weights
 from pipeline import preflight
-from pipeline.errors import ConfigError, InputError
+from pipeline.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console

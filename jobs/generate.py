@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from jobs.trained import find_trained, load_policy
 from pipeline import preflight
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.media import save_takes
+from pipeline.core.errors import ConfigError
+from pipeline.core.media import save_takes
+from pipeline.core.prompts import check_prompt_lengths, load_prompts
+from pipeline.core.types import PromptItem
 from pipeline.plan import eval_works
-from pipeline.prompts import check_prompt_lengths, load_prompts
-from pipeline.types import PromptItem
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.cli_common import Debug
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 
 
 def inspect(

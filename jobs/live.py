@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from pipeline.errors import ConfigError, RunFailed, RushesError
+from pipeline.core.errors import ConfigError, RunFailed, RushesError
+from pipeline.core.storage import url_of
 from pipeline.run_dir import RunDir
-from pipeline.storage import url_of
 
 NAMESPACE = "rushes"
 CONTROLLER = "/controller"
@@ -74,7 +74,7 @@ def _controller(run: str) -> Any:
 
 
 def unknown_run(run: str, known: list[str]) -> ConfigError:
-    from pipeline.files import did_you_mean
+    from pipeline.core.files import did_you_mean
 
     there = f"going on: {', '.join(known)}" if known else "none is going on"
     return ConfigError(f"no run {run!r} is going on in this cluster ({there}){did_you_mean(run, known)}")

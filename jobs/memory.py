@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.config_io import load_config
-from pipeline.errors import RushesError
+from pipeline.core.errors import RushesError
 from pipeline.plan import SHOWN_PROMPTS
 
 # What a process of each role imports, and a little work, so that the libraries' own buffers are there too.
@@ -37,9 +37,9 @@ _IMPORTS = {
     "controller": """
 import tempfile, numpy, actors.controller, actors.loop, torch
 from pathlib import Path
-from pipeline.media import save_takes
+from pipeline.core.media import save_takes
 from pipeline.tracking import TensorBoardTracker
-from pipeline.types import Media, PromptItem
+from pipeline.core.types import Media, PromptItem
 shape = ({shown}, {frames}, {height}, {width}, 3)
 media = Media(frames=numpy.random.default_rng(0).integers(256, size=shape, dtype=numpy.uint8), fps=8.0)
 with tempfile.TemporaryDirectory() as folder:

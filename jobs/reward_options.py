@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 
 
 def reward_configs(names: list[str], options: list[str]) -> list[RewardConfig]:

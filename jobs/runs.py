@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import TERMINAL, Cluster, find_address, open_cluster, reachable
 from jobs.progress import LiveView, clock, eta_s, eval_line, health_line, make_view, step_line
-from pipeline.errors import ConfigError, RunFailed, RushesError
+from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.mirror import local_run
 from pipeline.run_dir import RunDir, writer_of
 

@@ -18,14 +18,14 @@ import numpy as np
 
 from pipeline import preflight
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, InputError, RewardError, RushesError
-from pipeline.files import atomic_write, describe_os_error
-from pipeline.media import list_media, read_media
-from pipeline.prompts import MAX_CHARACTERS
+from pipeline.core.errors import ConfigError, InputError, RewardError, RushesError
+from pipeline.core.files import atomic_write, describe_os_error
+from pipeline.core.media import list_media, read_media
+from pipeline.core.prompts import MAX_CHARACTERS
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.loader import RewardRunner, build_scorer
 from pipeline.rewards.routing import KEY as ROUTING_KEY
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from jobs.cli_common import Debug, console
-from pipeline.errors import ConfigError
-from pipeline.files import did_you_mean
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import did_you_mean
 
 
 def serve_reward(

@@ -28,7 +28,8 @@ from aiohttp import web
 
 from actors.queues import BoundedQueue
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, InputError, RewardError, RewardUnavailable
+from pipeline.core.errors import ConfigError, InputError, RewardError, RewardUnavailable
+from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards import routing
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.loader import RewardRunner, build_scorer
@@ -42,7 +43,6 @@ from pipeline.rewards.protocol import (
     schema,
     too_many_pixels,
 )
-from pipeline.types import Media, PromptItem, RewardScores
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ from jobs.live import controller_options, running
 from jobs.progress import View, make_view
 from pipeline import checkpoint
 from pipeline.config import Config
-from pipeline.errors import ConfigError, RunFailed, RushesError
+from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.run_dir import RunDir
 
 POLL_S = 0.5

@@ -19,10 +19,10 @@ from jobs.supervise import supervise
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.config_io import to_yaml
-from pipeline.errors import ConfigError, RunInterrupted
-from pipeline.files import atomic_write
+from pipeline.core.errors import ConfigError, RunInterrupted
+from pipeline.core.files import atomic_write
+from pipeline.core.storage import shown, url_of
 from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
-from pipeline.storage import shown, url_of
 
 PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "ray")
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
 from pipeline.config import Config
 from pipeline.config_io import load_config
-from pipeline.errors import CheckpointError, ConfigError, InputError
-from pipeline.files import nearest
+from pipeline.core.errors import CheckpointError, ConfigError, InputError
+from pipeline.core.files import nearest
 from pipeline.mirror import local_run
 
 if TYPE_CHECKING:
+    from pipeline.core.types import WeightSet
     from pipeline.generators.policy import Policy
-    from pipeline.types import WeightSet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import mirror
 from pipeline.config import Config
-from pipeline.errors import CheckpointError
-from pipeline.files import describe_os_error
+from pipeline.core.errors import CheckpointError
+from pipeline.core.files import describe_os_error
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ import numpy as np
 
 from pipeline.advantages import AdvantageResult, compute_advantages
 from pipeline.config import AdvantageConfig, RewardConfig
-from pipeline.errors import CheckpointError
-from pipeline.types import RewardScores
+from pipeline.core.errors import CheckpointError
+from pipeline.core.types import RewardScores
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,14 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.core.storage import local_folder, shown
 from pipeline.placement import HalfCpu, TenthCpu, WorkerCount, Workers
-from pipeline.storage import local_folder, shown
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
-# A URL becomes its scratch folder, which knows it (pipeline.storage), and is written back as the URL.
+# A URL becomes its scratch folder, which knows it (pipeline.core.storage), and is written back as the URL.
 RunsFolder = Annotated[
     Path,
     BeforeValidator(local_folder),

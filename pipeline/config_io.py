@@ -20,8 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.files import describe_os_error, did_you_mean, nearest
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import describe_os_error, did_you_mean, nearest
 from pipeline.placement import MEANT
 
 FREE = ("generator.call", "rewards.*.args")  # dicts whose keys the schema does not list

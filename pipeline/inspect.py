@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Config, TrainableConfig
-from pipeline.errors import CannotRun, RushesError, UnsupportedPolicyError
+from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
 from pipeline.generators.calling import FRAMES, parameters_of
 from pipeline.generators.loading import denoisers_of, load_pipeline, resolve_device
 from pipeline.generators.policy import Policy

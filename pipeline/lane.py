@@ -15,7 +15,8 @@ import torch
 
 from pipeline import weights as weights_lib
 from pipeline.config import Config
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.types import GroupBatch, Outline, Trajectory
 from pipeline.generators.live_text import LiveText, reference_inputs
 from pipeline.generators.merging import merged
 from pipeline.generators.replay import Replayer
@@ -23,7 +24,6 @@ from pipeline.generators.spec import PolicySpec
 from pipeline.objectives import OBJECTIVES, Terms, matching
 from pipeline.samplers import Transition, log_prob
 from pipeline.samplers.transition import gaussian_kl
-from pipeline.types import GroupBatch, Outline, Trajectory
 
 Modules = dict[str, torch.nn.Module]
 MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j

@@ -18,7 +18,8 @@ import torch
 
 from pipeline import weights as weights_lib
 from pipeline.config import Config
-from pipeline.errors import CheckpointError, RunFailed, UnsupportedPolicyError
+from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
+from pipeline.core.types import GroupBatch, WeightSet
 from pipeline.generators.compiling import compile_blocks
 from pipeline.generators.live_text import LiveText
 from pipeline.generators.loading import (
@@ -31,7 +32,6 @@ from pipeline.generators.loading import (
 )
 from pipeline.lane import Lane, MicroBatch, outline_of
 from pipeline.ranks import Ranks, copy_into, like, whole
-from pipeline.types import GroupBatch, WeightSet
 from pipeline.update import LOGGED, Update, pairs_of
 
 

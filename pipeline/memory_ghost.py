@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.checkpoint_files import DENOISERS, read_json
 from pipeline.config import GeneratorConfig
-from pipeline.errors import InputError, RushesError
+from pipeline.core.errors import InputError, RushesError
 from pipeline.generators.processors import processors_without_torchvision
 
 

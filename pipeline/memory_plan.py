@@ -16,13 +16,13 @@ import torch
 from pipeline import weights as weights_lib
 from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import Config
+from pipeline.core.prompts import load_prompts
+from pipeline.core.types import PromptItem
 from pipeline.generators.calling import call_arguments, condition_arguments, conditions_of, forms, parameters_of
 from pipeline.generators.loading import trained_modules
 from pipeline.generators.offload import decode_in_pieces
 from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
 from pipeline.plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
-from pipeline.prompts import load_prompts
-from pipeline.types import PromptItem
 
 _PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which inputs stay the same
 

@@ -1,6 +1,6 @@
 """A run's files in the store: checkpoints completely or not at all, the rest as it grows, and one writer at a time.
 
-Every function takes local paths and does nothing for a run that is not mirrored (`pipeline.storage.url_of`). A
+Every function takes local paths and does nothing for a run that is not mirrored (`pipeline.core.storage.url_of`). A
 checkpoint's manifest is uploaded last and deleted first, so one without it was cut off and does not count, like on
 disk.
 """
@@ -16,8 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.errors import CheckpointError, ConfigError, InputError, RushesError
-from pipeline.storage import Store, is_url, local_folder, shown, url_of
+from pipeline.core.errors import CheckpointError, ConfigError, InputError, RushesError
+from pipeline.core.storage import Store, is_url, local_folder, shown, url_of
 
 MANIFEST = "MANIFEST.json"
 LEASE = "WRITER.json"

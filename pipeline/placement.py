@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from pipeline.files import nearest
+from pipeline.core.files import nearest
 
 ROLES = ("rollout", "reward", "learner", "controller")
 ROLE_RESOURCES = tuple(f"rushes_{role}" for role in ROLES)  # what worker groups announce; see docs/kubernetes.md

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config import Config, SamplerConfig
-from pipeline.types import GroupWork, PromptItem, SamplingSpec
+from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
 _MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped

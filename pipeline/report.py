@@ -20,9 +20,9 @@ from markupsafe import Markup
 
 from pipeline.config import Config
 from pipeline.config_io import load_config
-from pipeline.errors import InputError, RushesError
-from pipeline.files import atomic_write
-from pipeline.media import encode_png, enlarge, read_media, read_takes
+from pipeline.core.errors import InputError, RushesError
+from pipeline.core.files import atomic_write
+from pipeline.core.media import encode_png, enlarge, read_media, read_takes
 from pipeline.plan import SHOWN_PROMPTS
 from pipeline.report_plots import Line, finite, plot, stacked
 from pipeline.report_rewards import RULES, combining_plots, combining_table

@@ -14,9 +14,9 @@ from typing import IO
 
 from pipeline import mirror
 from pipeline.config import Config
-from pipeline.errors import ConfigError, RushesError
-from pipeline.files import describe_os_error
-from pipeline.storage import shown, url_of
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.files import describe_os_error
+from pipeline.core.storage import shown, url_of
 
 _HANDLER = "rushes run.log"
 _SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credential)", re.IGNORECASE)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, RushesError
-from pipeline.files import atomic_write, describe_os_error
-from pipeline.media import enlarge, view_scale
-from pipeline.types import Media
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.files import atomic_write, describe_os_error
+from pipeline.core.media import enlarge, view_scale
+from pipeline.core.types import Media
 
 METRICS_FILE = "metrics.jsonl"
 MAX_STRIP_FRAMES = 8

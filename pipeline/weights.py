@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pipeline.config import TrainableConfig
-from pipeline.errors import ConfigError, RushesError
-from pipeline.types import WeightSet
-from pipeline.wire import Packed, checksum, pack, unpack
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.tensors import Packed, checksum, pack, unpack
+from pipeline.core.types import WeightSet
 
 ADAPTER = "default"
 Modules = dict[str, torch.nn.Module]

@@ -20,9 +20,9 @@ from diffusers import DiffusionPipeline
 from family_parts import liven
 
 from pipeline.config import Config
+from pipeline.core.types import PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.processors import processors_without_torchvision
-from pipeline.types import PromptItem
 
 TEXTS = ("a red circle", "b blue square", "c green circle")
 
@@ -247,7 +247,7 @@ def _picture(path: Path, size: int, mask: bool) -> None:
 def _clip(path: Path, size: int, frames: int) -> None:
     import numpy as np
 
-    from pipeline.media import encode_mp4
+    from pipeline.core.media import encode_mp4
 
     grey = np.linspace(60, 200, frames * size, dtype=np.uint8).reshape(frames, 1, size, 1)
     path.write_bytes(encode_mp4(np.broadcast_to(grey, (frames, size, size, 3)).copy(), 8.0))

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import RewardConfig
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.loader import build_scorer
-from pipeline.types import Media, PromptItem
 
 
 class Server:

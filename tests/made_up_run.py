@@ -8,9 +8,9 @@ import numpy as np
 from fake_checkpoint import fake_config
 
 from pipeline.config_io import to_yaml
-from pipeline.media import save_takes
+from pipeline.core.media import save_takes
+from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.segmental import log_weights, pick_frames
-from pipeline.types import Media, PromptItem, RewardScores
 
 
 def moving_square(good: bool, frames: int, seed: int) -> np.ndarray:

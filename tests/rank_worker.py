@@ -69,7 +69,7 @@ def _train(rank: int, world: int, context: int, cases: list[dict[str, Any]], por
 def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
     """Metrics of the steps and the EMA's weight set; a checkpoint in `save`. Also for a learner of one process."""
     from pipeline import checkpoint
-    from pipeline.errors import RushesError
+    from pipeline.core.errors import RushesError
     from pipeline.lane import outline_of
     from pipeline.learner import Learner
 

@@ -23,7 +23,7 @@ from jobs.preference_statistics import (
     hits_with_ties,
     proportion,
 )
-from pipeline.media import encode_mp4
+from pipeline.core.media import encode_mp4
 
 
 def made_pairs(rng, n=4000, slope=2.0, ties=0.0, per_prompt=4):

@@ -18,7 +18,7 @@ from PIL import Image
 from jobs import cli
 from pipeline import preflight
 from pipeline.config_io import to_yaml
-from pipeline.media import encode_mp4
+from pipeline.core.media import encode_mp4
 
 
 class Place:

@@ -17,13 +17,13 @@ from benchmarks import cpu, gpu, samples, standing, tables
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.simulator import Plan, ideal
 from pipeline.combining import Combiner
-from pipeline.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.prompts import PromptCursor, load_prompts
+from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import train_work
-from pipeline.prompts import PromptCursor, load_prompts
 from pipeline.rewards.loader import build_scorer
-from pipeline.types import GroupBatch, Trajectory
 
 SCORER = """
 def bright(frames, prompts):

@@ -11,7 +11,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.config import Config
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 
 
 def config(**changes) -> Config:

@@ -15,7 +15,7 @@ from jobs import cli, doctor
 from jobs.evaluate import summarise
 from jobs.statistics import estimate, t_quantile, win_rate
 from pipeline.config_io import to_yaml
-from pipeline.media import encode_mp4
+from pipeline.core.media import encode_mp4
 
 COMMANDS = [
     "train",

@@ -15,7 +15,7 @@ from jobs import cluster, live, runs
 from jobs import submit as submitting
 from jobs.cluster import RUN_KEY, find_address, refused, tail
 from pipeline.config_io import to_yaml
-from pipeline.errors import CheckpointError, ConfigError, RunFailed
+from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
 from pipeline.run_dir import RunDir, RunLock, writer_of
 
 NOWHERE = "http://127.0.0.1:1"  # nothing listens on port 1

@@ -12,12 +12,12 @@ import pytest
 from pipeline.advantages import compute_advantages, non_dominated, weighted_rewards
 from pipeline.combining import Combiner, Moments
 from pipeline.config import AdvantageConfig, RewardConfig
-from pipeline.errors import CheckpointError, ConfigError, InputError, RewardError
+from pipeline.core.errors import CheckpointError, ConfigError, InputError, RewardError
+from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scorer
 from pipeline.rewards.loader import RewardRunner
 from pipeline.rewards.repeats import shifted
 from pipeline.rewards.routing import check_routing
-from pipeline.types import Media, PromptItem, RewardScores
 
 RNG = np.random.default_rng
 
@@ -153,7 +153,7 @@ def test_evaluations_average_a_reward_over_the_takes_it_applies_to():
 
 
 def test_kept_takes_have_no_score_where_a_reward_does_not_apply(tmp_path):
-    from pipeline.media import read_takes, save_takes
+    from pipeline.core.media import read_takes, save_takes
 
     items = [PromptItem(index=0, text="a"), PromptItem(index=1, text="b")]
     save_takes(tmp_path, None, items, [1, 2], 0, scored(a=[1, 2], b=[np.nan, 5]), weights={"a": 1.0, "b": 2.0})

@@ -14,13 +14,13 @@ import torch
 from test_ranks import PROMPT, batches
 
 from pipeline.config import Config
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.tensors import unpack
 from pipeline.generators.compiling import blocks_of, compile_blocks, private_folder
 from pipeline.generators.loading import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import train_work
-from pipeline.wire import unpack
 
 ROOT = Path(__file__).parents[1]
 CASES = {

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.config_io import docs_markdown, leaves, load_config, to_yaml
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.placement import Workers
 
 ROOT = Path(__file__).parent.parent

@@ -13,11 +13,11 @@ import tiny
 import torch
 from pydantic import ValidationError
 
+from pipeline.core.types import PromptItem
 from pipeline.generators.embedding_cache import EmbeddingStore, model_key
 from pipeline.generators.loading import cache_prompts, forget_prompts
 from pipeline.generators.policy import Policy
 from pipeline.plan import train_work
-from pipeline.types import PromptItem
 
 RED, BLUE = (PromptItem(index=i, text=text) for i, text in enumerate(("a red circle", "b blue square")))
 
@@ -119,7 +119,7 @@ def test_not_with_trained_text_encoders(tiny_sd3, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tiny_sd3, tmp_path):
-    from pipeline.errors import InputError
+    from pipeline.core.errors import InputError
 
     (tmp_path / "file").write_text("")
     cfg = tiny.config(tiny_sd3, generator={"embedding_cache": str(tmp_path / "file")}).generator

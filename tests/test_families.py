@@ -25,13 +25,13 @@ from diffusers import (
 )
 from peft import PeftModel
 
+from pipeline.core.types import GroupBatch, GroupWork
 from pipeline.export import export_full, export_lora
 from pipeline.generators.calling import to_floats
 from pipeline.generators.loading import channels_last
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import ode_sampling, train_work
-from pipeline.types import GroupBatch, GroupWork
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 CHECKS = ("probe", "parity", "ratio", "LoRA step", "full step", "export")

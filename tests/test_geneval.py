@@ -9,11 +9,11 @@ from transformers import AutoModelForObjectDetection, CLIPModel
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 from pipeline.config import RewardConfig
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.geneval_rules import COLORS, Detection, check_metadata, iou, judge, keep, relations
 from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.loader import build_scorer
-from pipeline.types import Media, PromptItem
 
 
 def box(x, y, w=10.0, h=10.0):

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from pipeline.errors import CheckpointError, RunFailed, RushesError
+from pipeline.core.errors import CheckpointError, RunFailed, RushesError
+from pipeline.core.types import GroupBatch, GroupWork, PromptItem
 from pipeline.export import export_full, export_lora
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import ode_sampling, train_work
-from pipeline.types import GroupBatch, GroupWork, PromptItem
 
 PROMPT = PromptItem(index=0, text="a red circle")
 

@@ -16,7 +16,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from pipeline.config import TrainableConfig
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.types import GroupBatch, GroupWork, PromptItem
 from pipeline.export import export_full, export_lora, load_lora
 from pipeline.generators.calling import to_floats
 from pipeline.generators.loading import text_encoders_of
@@ -25,7 +26,6 @@ from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.plan import ode_sampling, train_work
-from pipeline.types import GroupBatch, GroupWork, PromptItem
 
 PROMPT = PromptItem(index=0, text="a red circle")
 

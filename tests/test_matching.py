@@ -14,7 +14,8 @@ from test_learning import GRID, Flow, ode_reward, reward
 
 from pipeline.advantages import compute_advantages
 from pipeline.config import AdvantageConfig
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.merging import merge_steps
 from pipeline.generators.policy import Policy
 from pipeline.generators.spec import PolicySpec
@@ -22,7 +23,6 @@ from pipeline.learner import Learner
 from pipeline.objectives import matching
 from pipeline.plan import train_work
 from pipeline.samplers import transition
-from pipeline.types import GroupBatch, PromptItem
 
 PROMPT = PromptItem(index=0, text="a red circle")
 

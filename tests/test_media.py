@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import InputError, RushesError
-from pipeline.files import atomic_write
-from pipeline.media import encode_mp4, h264_round_trip, list_media, read_media, read_takes, save_takes, write_media
-from pipeline.types import Media, PromptItem, RewardScores
+from pipeline.core.errors import InputError, RushesError
+from pipeline.core.files import atomic_write
+from pipeline.core.media import encode_mp4, h264_round_trip, list_media, read_media, read_takes, save_takes, write_media
+from pipeline.core.types import Media, PromptItem, RewardScores
 
 
 def clip(frames=9, height=48, width=40, seed=0):

@@ -12,6 +12,8 @@ import torch
 
 from jobs import cli, memory
 from pipeline.config_io import load_config
+from pipeline.core.tensors import tree_bytes
+from pipeline.core.types import PromptItem
 from pipeline.generators.loading import load_pipeline
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay import Replayer
@@ -19,8 +21,6 @@ from pipeline.learner import Learner
 from pipeline.memory_ghost import Ghost, weight_bytes_of
 from pipeline.memory_plan import _attach, _held, _run, plan_memory, training_bytes
 from pipeline.plan import train_work
-from pipeline.types import PromptItem
-from pipeline.wire import tree_bytes
 
 ROOT = Path(__file__).parent.parent
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)

@@ -10,12 +10,12 @@ import pytest
 import tiny
 import torch
 
+from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators import offload
 from pipeline.generators.offload import Offload
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import train_work
-from pipeline.types import GroupBatch, PromptItem
 
 RED = PromptItem(index=0, text="a red circle")
 FAKE = torch.device("cpu", 0)

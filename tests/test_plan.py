@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.config import Config
+from pipeline.core.types import PromptItem
 from pipeline.plan import eval_works, portions, stochastic_steps, train_work
-from pipeline.types import PromptItem
 
 PROMPT = PromptItem(index=3, text="a red circle")
 

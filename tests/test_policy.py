@@ -7,7 +7,9 @@ import pytest
 import tiny
 import torch
 
-from pipeline.errors import InputError, UnsupportedPolicyError
+from pipeline.core.errors import InputError, UnsupportedPolicyError
+from pipeline.core.tensors import SampleSlot, SharedSlot
+from pipeline.core.types import GroupWork, PromptItem
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
 from pipeline.generators.probe import conclusive, find_rule
@@ -16,8 +18,6 @@ from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import Layout
 from pipeline.plan import ode_sampling, train_work
 from pipeline.samplers import log_prob, transition
-from pipeline.types import GroupWork, PromptItem
-from pipeline.wire import SampleSlot, SharedSlot
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square", "c green circle"))]
 

@@ -20,7 +20,7 @@ from actors.queues import BoundedQueue
 from actors.tender import Tender
 from jobs.local_ray import RaySession
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.placement import Workers
 
 pytestmark = pytest.mark.ray

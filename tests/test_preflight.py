@@ -11,7 +11,7 @@ from fake_checkpoint import fake_config
 
 from pipeline import preflight
 from pipeline.checkpoint_files import check_safetensors, is_local
-from pipeline.errors import ConfigError, InputError, RushesError
+from pipeline.core.errors import ConfigError, InputError, RushesError
 
 
 def error_of(cfg):

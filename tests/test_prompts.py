@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import CheckpointError, InputError
-from pipeline.prompts import PromptCursor, check_prompt_lengths, load_prompts
+from pipeline.core.errors import CheckpointError, InputError
+from pipeline.core.prompts import PromptCursor, check_prompt_lengths, load_prompts
 
 
 def write(tmp_path, name, data):

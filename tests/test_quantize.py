@@ -10,14 +10,14 @@ import tiny
 import torch
 from pydantic import ValidationError
 
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
+from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.export import export_lora
 from pipeline.generators.loading import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.plan import train_work
 from pipeline.preflight import check_quantize
-from pipeline.types import GroupBatch, PromptItem
 
 HAVE_TORCHAO = importlib.util.find_spec("torchao") is not None
 RED = PromptItem(index=0, text="a red circle")

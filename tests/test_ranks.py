@@ -12,14 +12,14 @@ from rank_worker import one_case, run_ranks
 
 from pipeline import checkpoint
 from pipeline.config import Config
+from pipeline.core.tensors import unpack
+from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.lane import outline_of
 from pipeline.learner import Learner
 from pipeline.plan import train_work
 from pipeline.ranks import Ranks, share
-from pipeline.types import GroupBatch, PromptItem
 from pipeline.update import pairs_of
-from pipeline.wire import unpack
 
 PROMPT = PromptItem(index=0, text="a red circle")
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}

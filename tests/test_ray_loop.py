@@ -38,11 +38,11 @@ from jobs.supervise import supervise
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.config_io import to_yaml
-from pipeline.errors import RunFailed, RushesError, UnsupportedPolicyError
+from pipeline.core.errors import RunFailed, RushesError, UnsupportedPolicyError
+from pipeline.core.tensors import checksum, tree_bytes
+from pipeline.core.types import PolicyVersion, PromptItem
 from pipeline.plan import train_work
 from pipeline.run_dir import RunDir
-from pipeline.types import PolicyVersion, PromptItem
-from pipeline.wire import checksum, tree_bytes
 
 pytestmark = pytest.mark.ray
 
@@ -438,7 +438,7 @@ import sys
 from pathlib import Path
 from jobs.train import train
 from pipeline.config_io import load_config
-from pipeline.errors import RushesError
+from pipeline.core.errors import RushesError
 try:
     sys.exit(train(load_config(Path(sys.argv[1]), sys.argv[2:]), Path(sys.argv[1])))
 except RushesError as error:

@@ -11,7 +11,7 @@ from PIL import Image
 from jobs import cli
 from pipeline import preflight
 from pipeline.config_io import load_config
-from pipeline.prompts import load_prompts
+from pipeline.core.prompts import load_prompts
 from pipeline.rewards.ocr import target_text
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ from diffusers import (
 from diffusers.models import attention_processor
 
 from jobs.cli import main
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.generators import loading
 from pipeline.generators.policy import Policy
 from pipeline.plan import train_work

@@ -6,7 +6,7 @@ import re
 import pytest
 from made_up_run import make_run
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.report import build_report, duration
 
 

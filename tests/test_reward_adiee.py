@@ -23,9 +23,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from pipeline.errors import InputError, RewardError
+from pipeline.core.errors import InputError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards import adiee
-from pipeline.types import Media, PromptItem
 
 TEMPLATE = (
     "{% for message in messages %}<|user|>\n{% for c in message['content'] %}{% if c['type'] == 'image' %}<image>\n"

@@ -7,11 +7,11 @@ import pytest
 from http_server import items
 
 from pipeline.config import RewardConfig
-from pipeline.errors import RewardError, RewardUnavailable
+from pipeline.core.errors import RewardError, RewardUnavailable
+from pipeline.core.types import Media
 from pipeline.rewards.base import Scorer
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.loader import RewardRunner
-from pipeline.types import Media
 
 
 class Brightness(Scorer):
@@ -132,7 +132,7 @@ def test_segments_resize_each_chosen_frame_once_and_no_other(tmp_path, monkeypat
 
 def test_a_file_is_decoded_once_for_all_its_rewards(tmp_path, monkeypatch):
     from jobs import cli, score
-    from pipeline.media import encode_mp4
+    from pipeline.core.media import encode_mp4
 
     (tmp_path / "clip.mp4").write_bytes(encode_mp4(np.zeros((6, 32, 32, 3), np.uint8), 8.0))
     decoded, plain = [], score.read_media

@@ -15,10 +15,10 @@ from transformers import (
 from transformers.models.glpn.image_processing_pil_glpn import GLPNImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media
 from pipeline.rewards.canny import canny
 from pipeline.rewards.condition import f1, mean_iou, normalised_rmse
-from pipeline.types import Media
 
 
 def shapes(seed=0, height=60, width=80):

@@ -8,8 +8,8 @@ from PIL import Image
 from reward_math import run
 from tiny_rewards import items
 
-from pipeline.errors import ConfigError, InputError, RewardError
-from pipeline.types import Media
+from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.types import Media
 
 cv2 = pytest.importorskip("cv2")
 

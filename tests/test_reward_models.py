@@ -12,11 +12,11 @@ from reward_math import centred, cosine, letterboxed, normalised, pil, run, whol
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel
 
-from pipeline.errors import ConfigError, InputError, RewardError
+from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.types import Media
 from pipeline.rewards.image_reward import transformers_name
 from pipeline.rewards.images import CLIP_STD, Preprocess, place, preprocess
 from pipeline.rewards.pretrained import pick_device
-from pipeline.types import Media
 
 TEXTS = ("a red cat", "Eine Tür, 猫 und кот!", "", "a red cat")
 LONG = "a very long prompt " * 20

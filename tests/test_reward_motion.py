@@ -5,10 +5,10 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from pipeline.config import RewardConfig, SegmentsConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.flow import grey_frames, optical_flow, warp
 from pipeline.rewards.loader import build_scorer, check_scorer
-from pipeline.types import Media, PromptItem
 
 
 def texture(height=64, width=96, seed=0):

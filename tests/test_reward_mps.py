@@ -11,7 +11,7 @@ from reward_math import run
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 DIM, HEADS, HEAD, LAYERS = 24, 3, 8, 2
 CONDITION = "light, color, hands"

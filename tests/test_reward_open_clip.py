@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPConfig
 
 from pipeline.config import RewardConfig
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.rewards.images import Preprocess, preprocess
 from pipeline.rewards.loader import build_scorer
 

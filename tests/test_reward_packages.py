@@ -7,10 +7,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.loader import build_scorer
 from pipeline.rewards.ocr import accuracy, edit_distance, target_text
-from pipeline.types import Media, PromptItem
 
 
 def item(prompt, **metadata):

@@ -14,11 +14,11 @@ from tiny_rewards import items, pictures, spread
 from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.errors import InputError, RewardError
+from pipeline.core.errors import InputError, RewardError
+from pipeline.core.types import Media
 from pipeline.rewards import hpsv3, video_align
 from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.qwen_vl import fitted
-from pipeline.types import Media
 
 TEXTS = ("a red cat", "Eine Tür, 猫 {prompt}", "")
 

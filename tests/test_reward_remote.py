@@ -12,9 +12,9 @@ import pytest
 from http_server import items, levels, picture, run
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import PromptItem
 from pipeline.rewards.loader import build_scorer
-from pipeline.types import PromptItem
 
 
 def brightness(path, payload, number):

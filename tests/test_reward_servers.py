@@ -20,8 +20,8 @@ from actors.common import RunContext, merged_env, packed
 from actors.reward import Asked, RewardServer
 from jobs.local_ray import RaySession
 from pipeline.config import RewardConfig
-from pipeline.errors import RewardError
-from pipeline.types import Media, PromptItem
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 
 pytestmark = pytest.mark.ray
 

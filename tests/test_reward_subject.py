@@ -8,8 +8,8 @@ from PIL import Image
 from reward_math import centred, cosine, normalised, pil, run, whole_clip
 from transformers import ViTModel
 
-from pipeline.errors import RewardError
-from pipeline.types import PromptItem
+from pipeline.core.errors import RewardError
+from pipeline.core.types import PromptItem
 
 
 @pytest.fixture(scope="module")

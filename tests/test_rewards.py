@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from pipeline.config import RewardConfig, SegmentsConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
 from pipeline.rewards.jpeg import jpeg_kilobytes
 from pipeline.rewards.loader import RewardRunner, build_scorer, check_scorer, list_scorers
 from pipeline.rewards.segmental import combine, log_weights, pick_frames, segment_bounds
-from pipeline.types import Media, PromptItem
 
 
 class Brightness(Scorer):

@@ -12,7 +12,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.config import Config
-from pipeline.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError
 from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 
 NOW = datetime(2026, 11, 23, 15, 4, 5)

@@ -16,8 +16,8 @@ from actors.common import RunContext
 from actors.evaluation import Evaluator
 from actors.flow import Job
 from actors.recorder import Recent
-from pipeline.errors import RunFailed
-from pipeline.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.core.errors import RunFailed
+from pipeline.core.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 
 PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(4)]
 

@@ -7,10 +7,10 @@ import pytest
 from scipy import ndimage
 
 from pipeline import scenes
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.scene import MotionScorer, SceneScorer, check_image, check_motion, find_objects
 from pipeline.scenes import Scene, caption
-from pipeline.types import Media, PromptItem
 
 
 def mean(credits: dict[str, float]) -> float:

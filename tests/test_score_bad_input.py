@@ -14,8 +14,8 @@ import tiny_rewards as tiny
 from PIL import Image
 
 from jobs import cli, score
-from pipeline import media as media_files
-from pipeline.media import encode_mp4
+from pipeline.core import media as media_files
+from pipeline.core.media import encode_mp4
 
 GREY = np.full((48, 64, 3), 120, np.uint8)
 

@@ -21,11 +21,11 @@ from PIL import Image
 
 from jobs import cli, serve_reward
 from pipeline.config import RewardConfig
-from pipeline.errors import InputError, RewardError, RewardUnavailable
+from pipeline.core.errors import InputError, RewardError, RewardUnavailable
+from pipeline.core.types import Media
 from pipeline.rewards.loader import build_scorer
 from pipeline.rewards.protocol import ScoreAnswer, ScoreRequest, decode_item, encode_frames, parse_request
 from pipeline.rewards.web import png_base64
-from pipeline.types import Media
 
 TOKEN = "s3cret-token"
 OWN = """

@@ -17,10 +17,10 @@ from test_cli import run as command
 
 from pipeline import checkpoint, mirror, preflight
 from pipeline.config_io import load_config, to_yaml
-from pipeline.errors import CheckpointError, ConfigError, RushesError
+from pipeline.core.errors import CheckpointError, ConfigError, RushesError
+from pipeline.core.storage import Store, local_folder, shown, url_of
 from pipeline.mirror import LEASE, Mirror, local_run
 from pipeline.run_dir import RunDir, RunLock, create, find_resumable
-from pipeline.storage import Store, local_folder, shown, url_of
 
 
 @pytest.fixture(params=["memory", "file"])

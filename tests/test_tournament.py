@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
 from pipeline.rewards.loader import build_scorer
 from pipeline.rewards.tournament import PairwiseJudge
-from pipeline.types import Media, PromptItem
 
 
 def takes(*levels, frames=1):

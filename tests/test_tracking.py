@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.types import Media
 from pipeline.tracking import make_tracker, media_grid, metrics_after_resume, read_metrics
-from pipeline.types import Media
 
 
 def config(*backends):

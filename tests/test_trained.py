@@ -11,7 +11,7 @@ from jobs import cli
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.config_io import to_yaml
-from pipeline.media import read_media
+from pipeline.core.media import read_media
 
 
 def config_of(pretrained, root, kind="lora", frames=1):

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from actors.training import Training
-from pipeline.errors import RunFailed
-from pipeline.types import PolicyVersion, PromptItem, RewardScores
+from pipeline.core.errors import RunFailed
+from pipeline.core.types import PolicyVersion, PromptItem, RewardScores
 
 PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(5)]
 

@@ -7,11 +7,11 @@ from PIL import Image
 from test_vlm_judge import chat, images, text_of
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import PromptItem
 from pipeline.rewards.loader import build_scorer, check_scorer
 from pipeline.rewards.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
 from pipeline.rewards.unified_reward import VERSIONS, rubric_name
-from pipeline.types import PromptItem
 
 
 def tournament(media, prompts, **args):

@@ -13,11 +13,11 @@ from http_server import items, levels
 from tiny_qwen import qwen_tokenizer
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, InputError, RewardError
+from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.loader import build_scorer, check_scorer
 from pipeline.rewards.vllm_engine import ENVIRONMENT
-from pipeline.types import Media, PromptItem
 
 SPELLINGS = ["yes", "Yes", "no", "No", "yesterday"]
 

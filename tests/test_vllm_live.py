@@ -20,9 +20,9 @@ from actors.common import RunContext, merged_env, packed
 from actors.reward import Asked, RewardServer
 from jobs.local_ray import RaySession
 from pipeline.config import RewardConfig
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media
 from pipeline.rewards.rubric import load_rubric
-from pipeline.types import Media
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"

@@ -13,11 +13,11 @@ from PIL import Image
 
 from jobs import cli
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.loader import check_scorer
 from pipeline.rewards.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
 from pipeline.rewards.vlm_judge import matches
-from pipeline.types import Media, PromptItem
 
 
 def chat(text, finish="stop", top=None):

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-from pipeline.types import Media, PromptItem
+from pipeline.core.types import Media, PromptItem
 
 SIZE = 32  # pixels of the models' square input
 

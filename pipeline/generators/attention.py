@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.models import attention_processor
 
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
 
 _OWN: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()  # what `wear` has replaced
 

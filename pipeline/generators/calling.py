@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from pipeline.config import GeneratorConfig
-from pipeline.errors import InputError, RushesError
+from pipeline.core.errors import InputError, RushesError
+from pipeline.core.types import PromptItem, SamplingSpec
 from pipeline.generators.hints import hint_for
-from pipeline.types import PromptItem, SamplingSpec
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
 _OPTIONAL_CONDITIONS = (
@@ -130,7 +130,7 @@ def _load(name: str, value: Any) -> Any:
     try:
         if suffix in _IMAGE_SUFFIXES:
             return Image.open(path).convert("L" if "mask" in name else "RGB")
-        from pipeline.media import read_media
+        from pipeline.core.media import read_media
 
         return [Image.fromarray(frame) for frame in read_media(path).frames[0]]
     except OSError as error:

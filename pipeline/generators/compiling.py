@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
 
 log = logging.getLogger("rushes.generators")
 _SHAPES = 64  # compiled per class of blocks; further ones run without

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from pipeline.config import GeneratorConfig
-from pipeline.errors import InputError
-from pipeline.files import atomic_write, describe_os_error
+from pipeline.core.errors import InputError
+from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.generators.calling import Form
 from pipeline.generators.loading import load_component, model_index, resolve_dtype
 

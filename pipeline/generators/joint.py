@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.tensors import Packed, SharedSlot, pack, unpack
+from pipeline.core.types import GroupWork, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
 from pipeline.generators.spec import Layout, PolicySpec, descend
-from pipeline.types import GroupWork, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
-from pipeline.wire import Packed, SharedSlot, pack, unpack
 
 
 def joint_sampling(works: Sequence[GroupWork]) -> SamplingSpec | None:

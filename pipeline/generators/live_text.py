@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from pipeline.config import GeneratorConfig
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.tensors import map_leaves, unpack
+from pipeline.core.types import Asked, SamplingSpec
 from pipeline.generators.calling import Form, call_arguments
 from pipeline.generators.loading import denoisers_of, text_encoders_of
 from pipeline.generators.recorder import RawStep, record
 from pipeline.generators.replay import Replayer
 from pipeline.generators.schedule import first_order_scheduler
-from pipeline.types import Asked, SamplingSpec
-from pipeline.wire import map_leaves, unpack
 
 Key = tuple[int, str]  # (sampler step, "<calls>.<call>:<path>"), as in Replayer.live
 _INSTEAD = "use trainable.modules: denoiser"

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 
 from pipeline.checkpoint_files import DENOISERS
 from pipeline.config import GeneratorConfig, TrainableConfig
-from pipeline.errors import ConfigError, InputError, UnsupportedPolicyError
+from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
+from pipeline.core.tensors import map_leaves, tree_bytes
 from pipeline.generators.processors import processors_without_torchvision
-from pipeline.wire import map_leaves, tree_bytes
 
 # Bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB.
 _REMEMBERED = 256 * 2**20

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.tensors import Packed, SampleSlot, SharedSlot, map_leaves
+from pipeline.core.types import RecordedStep, TrajectoryPart
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import LIST, Layout, PolicySpec
-from pipeline.types import RecordedStep, TrajectoryPart
-from pipeline.wire import Packed, SampleSlot, SharedSlot, map_leaves
 
 
 class MergedReplayer(Replayer):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UnsupportedPolicyError
-from pipeline.wire import map_leaves
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.tensors import map_leaves
 
 
 def first_tensor(output: Any) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 
 from pipeline import weights as weights_lib
 from pipeline.config import Config
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 from pipeline.generators import probe as probing
 from pipeline.generators import trial
 from pipeline.generators.calling import (
@@ -45,7 +46,6 @@ from pipeline.generators.replay import branches_of, to_part
 from pipeline.generators.schedule import first_order_scheduler, kinds_for
 from pipeline.generators.spec import PolicySpec
 from pipeline.generators.twins import Twins
-from pipeline.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
 

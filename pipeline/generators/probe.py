@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, cut_for, evaluate
 from pipeline.generators.recorder import RawStep, Recording
 from pipeline.generators.replay import branches_of

@@ -21,15 +21,15 @@ import torch
 from diffusers import LCMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.tensors import map_leaves
+from pipeline.core.types import SamplingSpec
 from pipeline.generators.attention import changed, processors_of, put_back
 from pipeline.generators.outputs import first_tensor, is_first_alone, replace_first
 from pipeline.generators.schedule import step_times
 from pipeline.generators.twins import Twins
 from pipeline.samplers import log_prob, transition
 from pipeline.samplers.transition import Transition, clean_and_noise, consistency_function
-from pipeline.types import SamplingSpec
-from pipeline.wire import map_leaves
 
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, np.generic, slice)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pipeline.core.tensors import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
+from pipeline.core.types import Asked, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
 from pipeline.generators.attention import wear
 from pipeline.generators.guidance import CUTS, evaluate
 from pipeline.generators.outputs import first_tensor
@@ -19,8 +21,6 @@ from pipeline.generators.recorder import RawStep, Recording
 from pipeline.generators.spec import PolicySpec, descend
 from pipeline.samplers import transition
 from pipeline.samplers.transition import Transition
-from pipeline.types import Asked, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
-from pipeline.wire import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
 
 if TYPE_CHECKING:
     from pipeline.generators.live_text import LiveInputs

@@ -17,7 +17,7 @@ from diffusers import (
     LTXEulerAncestralRFScheduler,
 )
 
-from pipeline.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.samplers.transition import CONSISTENCY_KINDS, DIFFUSION_KINDS, FLOW_KINDS
 
 # Kept as they are: their grid is DDIM's, and some pipelines ask for the class.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.errors import CannotRun, RushesError, UnsupportedPolicyError
+from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
+from pipeline.core.types import PromptItem, SamplingSpec
 from pipeline.generators import probe as probing
 from pipeline.generators.attention import take_off
 from pipeline.generators.calling import condition_arguments, conditions_of, forms, parameters_of
@@ -21,7 +22,6 @@ from pipeline.generators.replay import Replayer, to_part
 from pipeline.generators.spec import PolicySpec
 from pipeline.plan import ode_sampling
 from pipeline.samplers import log_prob
-from pipeline.types import PromptItem, SamplingSpec
 
 if TYPE_CHECKING:
     from pipeline.generators.policy import Policy

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from pipeline.core.tensors import map_leaves
 from pipeline.generators.spec import PolicySpec, descend
-from pipeline.wire import map_leaves
 
 
 class Twins:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import InputError, RewardError
+from pipeline.core.errors import InputError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import (
     batches,
@@ -24,7 +25,6 @@ from pipeline.rewards.pretrained import (
     tokenizer,
 )
 from pipeline.rewards.subject import read_picture
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.clip import ClipEmbedder
 from pipeline.rewards.pretrained import read_safetensors, weight_file
-from pipeline.types import Media, PromptItem
 
 
 @register("aesthetic")

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import RewardError
-from pipeline.types import Media, PromptItem
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 
 
 class Scorer(ABC):

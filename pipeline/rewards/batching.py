@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import RewardError, RewardUnavailable
-from pipeline.types import Media, PromptItem, RewardScores
+from pipeline.core.errors import RewardError, RewardUnavailable
+from pipeline.core.types import Media, PromptItem, RewardScores
 
 if TYPE_CHECKING:
     from pipeline.rewards.loader import RewardRunner

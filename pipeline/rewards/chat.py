@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
 from pipeline.rewards.pretrained import check_batch
 from pipeline.rewards.web import JsonClient, png_base64
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.clip_layout import from_open_clip, is_open_clip
 from pipeline.rewards.images import Preprocess, preprocess
 from pipeline.rewards.pretrained import (
@@ -22,7 +23,6 @@ from pipeline.rewards.pretrained import (
     tokenizer,
     weight_file,
 )
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.clip import ClipEmbedder
 from pipeline.rewards.pretrained import check_number
-from pipeline.types import Media, PromptItem
 
 
 @register("clip_score")

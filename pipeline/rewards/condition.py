@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.canny import canny
 from pipeline.rewards.pretrained import (
@@ -21,7 +22,6 @@ from pipeline.rewards.pretrained import (
     pick_device,
     pretrained,
 )
-from pipeline.types import Media, PromptItem
 
 IGNORED = 255  # class number of pixels that do not count
 

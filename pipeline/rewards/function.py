@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError
-from pipeline.files import did_you_mean
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import did_you_mean
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer
-from pipeline.types import Media, PromptItem
 
 _EXTRAS = ("metadata", "fps")
 

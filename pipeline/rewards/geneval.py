@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.clip import ClipEmbedder
 from pipeline.rewards.geneval_rules import COLORS, Detection, check_metadata, judge, keep
@@ -20,7 +21,6 @@ from pipeline.rewards.pretrained import (
     pick_device,
     pretrained,
 )
-from pipeline.types import Media, PromptItem
 
 # GenEval's class names that COCO detectors spell otherwise
 ALIASES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.qwen_vl import QwenVlReader, Shown, fitted, shown
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.errors import ConfigError, InputError, RewardError
+from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import check_batch, check_number, weight_file
 from pipeline.rewards.subject import read_picture, references
-from pipeline.types import Media, PromptItem
 
 DETECT_SIDE = 640  # pixels of the long side while detecting: YuNet finds faces of 10 to 300 pixels
 _CACHED = 256  # reference embeddings kept

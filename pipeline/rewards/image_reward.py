@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.images import Preprocess, preprocess
 from pipeline.rewards.pretrained import batches, check_batch, pick_device, read_safetensors, tokenizer, weight_file
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch

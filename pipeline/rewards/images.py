@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
 
 if TYPE_CHECKING:
     import torch

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError, RewardError
-from pipeline.files import did_you_mean
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.files import did_you_mean
+from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import REGISTRY, Scorer, check_output
 from pipeline.rewards.batching import ScorerCall
 from pipeline.rewards.function import FunctionScorer, is_function_spec
 from pipeline.rewards.repeats import score_repeatedly
 from pipeline.rewards.routing import score_some
 from pipeline.rewards.segmental import score_segments
-from pipeline.types import Media, PromptItem, RewardScores
 
 
 @functools.cache

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.flow import grey_frames, optical_flow, warp
 from pipeline.rewards.pretrained import check_number
-from pipeline.types import Media, PromptItem
 
 
 class _ClipScorer(Scorer):

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.images import Preprocess, preprocess
 from pipeline.rewards.pretrained import (
@@ -30,7 +31,6 @@ from pipeline.rewards.pretrained import (
     tokenizer,
     weight_file,
 )
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch

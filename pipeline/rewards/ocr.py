@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import check_number
-from pipeline.types import Media, PromptItem
 
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]')
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError, InputError
-from pipeline.files import did_you_mean
+from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.files import did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.types import Media
 from pipeline.rewards.web import png_base64
-from pipeline.types import Media
 
 ENCODINGS = ("png", "mp4", "safetensors")
 MAX_ITEMS = 1024
@@ -90,7 +90,7 @@ def encode_frames(frames: np.ndarray, fps: float, encoding: str) -> dict[str, An
     if encoding == "png":
         return {"frames": [png_base64(frame) for frame in frames]}
     if encoding == "mp4":
-        from pipeline.media import encode_mp4
+        from pipeline.core.media import encode_mp4
 
         return {"video": base64.b64encode(encode_mp4(frames, fps, scale=1)).decode("ascii")}
     from safetensors.numpy import save
@@ -155,7 +155,7 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 
 def _decode_mp4(data: bytes) -> Media:
-    from pipeline.media import read_media
+    from pipeline.core.media import read_media
 
     with tempfile.TemporaryDirectory(prefix="rushes-") as folder:
         path = Path(folder) / "clip.mp4"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.errors import InputError, RewardError
+from pipeline.core.errors import InputError, RewardError
 from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.pretrained import (
     batches,

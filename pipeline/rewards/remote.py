@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import batches, check_batch, check_choice
 from pipeline.rewards.protocol import ENCODINGS, encode_frames
 from pipeline.rewards.subject import read_picture
 from pipeline.rewards.web import JsonClient, png_base64
-from pipeline.types import Media, PromptItem
 
 
 @register("http")

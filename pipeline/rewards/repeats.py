@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.types import Media, RewardScores
+from pipeline.core.types import Media, RewardScores
 
 SHIFT = 32  # a picture is shifted by up to its side / SHIFT pixels, and by one at least
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import InputError
-from pipeline.files import did_you_mean
-from pipeline.types import Media, PromptItem, RewardScores
+from pipeline.core.errors import InputError
+from pipeline.core.files import did_you_mean
+from pipeline.core.types import Media, PromptItem, RewardScores
 
 KEY = "rewards"  # of a prompt's metadata
 

@@ -28,9 +28,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, RewardError
-from pipeline.files import did_you_mean
-from pipeline.types import PromptItem
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.files import did_you_mean
+from pipeline.core.types import PromptItem
 
 MODES = ("likert", "rating", "yes_no", "pairwise")
 _KEYS = {

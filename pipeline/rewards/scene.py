@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from pipeline import scenes
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.types import Media, PromptItem
 
 CONTRAST = 88.0  # RGB distance from the background at which a pixel is object: about half of an edge's blend
 SPECK = 26 / scenes.SIZE**2  # components smaller than this fraction of the frame are ignored

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipeline.config import SegmentsConfig
-from pipeline.types import Media, PromptItem, RewardScores
+from pipeline.core.types import Media, PromptItem, RewardScores
 
 ScoreFrames = Callable[[Media, Sequence[PromptItem]], tuple[np.ndarray, dict[str, np.ndarray]]]
 REFERENCE_FRAMES = 16  # the clip length for which lambda is stated

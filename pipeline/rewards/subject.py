@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.clip import ClipEmbedder
 from pipeline.rewards.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, preprocess
 from pipeline.rewards.pretrained import batches, check_batch, check_number, pick_device, pick_dtype, pretrained
-from pipeline.types import Media, PromptItem
 
 if TYPE_CHECKING:
     import torch

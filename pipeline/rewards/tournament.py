@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.function import is_function_spec, load_function
 from pipeline.rewards.vlm_judge import matches
-from pipeline.types import Media, PromptItem
 
 
 class PairwiseJudge(ABC):

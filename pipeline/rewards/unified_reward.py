@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import register
 from pipeline.rewards.chat import check_where
 from pipeline.rewards.pretrained import check_choice
 from pipeline.rewards.rubric import load_rubric
 from pipeline.rewards.tournament import PairwiseJudge
 from pipeline.rewards.vlm_judge import VlmJudge
-from pipeline.types import Media, PromptItem
 
 VERSIONS = ("1", "2", "think")
 

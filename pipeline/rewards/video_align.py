@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import InputError, RewardError
+from pipeline.core.errors import InputError, RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import check_choice
 from pipeline.rewards.qwen_vl import QwenVlReader, Shown, fitted, shown
-from pipeline.types import Media, PromptItem
 
 TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 ASPECTS = ("visual", "motion", "text")  # in the order of the tokens

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, InputError, RewardError
-from pipeline.files import did_you_mean
+from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.files import did_you_mean
 from pipeline.rewards.chat import Answer, ChatModel, Question
 from pipeline.rewards.images import shrunk
 from pipeline.rewards.rubric import bare

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.errors import RewardError
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.chat import Answer, Question, chat_model, check_where
 from pipeline.rewards.pretrained import check_batch, check_number
 from pipeline.rewards.rubric import Rubric, Unparseable, load_rubric
-from pipeline.types import Media, PromptItem
 
 T = TypeVar("T")
 

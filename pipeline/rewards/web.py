@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RewardError, RewardUnavailable
+from pipeline.core.errors import ConfigError, RewardError, RewardUnavailable
 from pipeline.rewards.images import shrunk
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes

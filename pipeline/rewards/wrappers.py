@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
+from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.pretrained import check_number
-from pipeline.types import Media, PromptItem
 
 
 class _Wrapper(Scorer):

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import CheckpointError, InputError
-from pipeline.files import describe_os_error, did_you_mean
-from pipeline.types import PromptItem
+from pipeline.core.errors import CheckpointError, InputError
+from pipeline.core.files import describe_os_error, did_you_mean
+from pipeline.core.types import PromptItem
 
 MAX_CHARACTERS = 4000
 COLUMNS = ("prompt", "negative", "image", "metadata")

@@ -1,6 +1,6 @@
 """The records that cross a role boundary (controller, rollout, reward, learner).
 
-Large tensors travel as numpy arrays (`pipeline.wire`), so that Ray's object store shares them without copies.
+Large tensors travel as numpy arrays (`pipeline.core.tensors`), so that Ray's object store shares them without copies.
 Shape letters: K takes of a group, W trained sampler steps, F frames, H height, W_px width, S segments.
 """
 
@@ -170,7 +170,7 @@ class WeightSet:
     """What is trained, as float32 (or stored dtype) arrays. `checksum` covers names, shapes, dtypes, bytes."""
 
     kind: Literal["lora", "full"]
-    tensors: dict[str, Any]  # name -> packed array (pipeline.wire)
+    tensors: dict[str, Any]  # name -> packed array (pipeline.core.tensors)
     checksum: str
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import RushesError
+from pipeline.core.errors import RushesError
 
 _FIXES = {
     errno.ENOSPC: "the disk is full; free some space or write to another folder",

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.errors import InputError, RushesError
-from pipeline.files import atomic_write, describe_os_error
-from pipeline.types import Media, PromptItem, RewardScores
+from pipeline.core.errors import InputError, RushesError
+from pipeline.core.files import atomic_write, describe_os_error
+from pipeline.core.types import Media, PromptItem, RewardScores
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")

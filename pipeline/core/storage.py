@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _ARROW = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
