@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.placement import Workers
+from pipeline.config.resources import Workers
 
 PATIENCE_S = 5.0  # work that waits for less than this is no reason to load another model
 WINDOW_S = 60.0  # the shortest time after which a worker counts as spare

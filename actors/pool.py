@@ -18,8 +18,8 @@ from ray.actor import ActorHandle
 from actors.autoscale import History
 from actors.common import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
 from actors.failures import describe, is_deterministic, root
+from pipeline.config.resources import Workers, in_words
 from pipeline.core.errors import RunFailed
-from pipeline.placement import Workers, in_words
 
 STARTING = "starting"
 _MAX_PAUSE_S = 30.0  # between the tries of a worker that does not come up while others do

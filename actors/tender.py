@@ -17,9 +17,9 @@ from actors.common import IDLE
 from actors.failures import describe
 from actors.pool import Pool, Slot
 from actors.queues import BoundedQueue
+from pipeline.config.resources import Workers
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
-from pipeline.placement import Workers
 
 TICK_S = 1.0
 _ASK_EVERY_S = 3.0  # a worker that has been idle that long is asked for a sign of life

@@ -13,7 +13,7 @@ import numpy as np
 from actors.flow import Flow, Job
 from pipeline.advantages import AdvantageResult
 from pipeline.combining import Combiner
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import PolicyVersion, PromptItem

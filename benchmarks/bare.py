@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.plain_loop import PlainLoop
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
 from pipeline.core.types import GroupWork
 from pipeline.plan import train_work
 

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from benchmarks.bare import seconds_of
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
 from pipeline.core.types import GroupBatch, PromptItem

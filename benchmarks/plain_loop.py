@@ -23,8 +23,8 @@ from diffusers import DiffusionPipeline
 
 from actors.training import scoring_seed
 from pipeline.combining import Combiner
-from pipeline.config import Config
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupWork, Media
 from pipeline.generators.compiling import compile_blocks

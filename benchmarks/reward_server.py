@@ -34,7 +34,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E
 from actors.common import RunContext, merged_env, packed, use_threads  # noqa: E402
 from actors.reward import Asked, RewardServer  # noqa: E402
 from jobs.local_ray import RaySession  # noqa: E402
-from pipeline.config import RewardConfig  # noqa: E402
+from pipeline.config.schema import RewardConfig  # noqa: E402
 from pipeline.core.types import Media, PromptItem  # noqa: E402
 from pipeline.rewards.loader import build_scorer  # noqa: E402
 

@@ -27,8 +27,8 @@ from actors.evaluation import mean_and_error
 from actors.training import scoring_seed
 from pipeline.advantages import weighted_rewards
 from pipeline.combining import Combiner
-from pipeline.config import Config
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, GroupWork, Media
 from pipeline.generators.policy import Policy

@@ -30,7 +30,7 @@ from actors.controller import Controller
 from actors.learner_group import LearnerGroup
 from actors.loop import Loop
 from actors.pool import IDLE, Pool, Slot
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
 from pipeline.plan import portions
 

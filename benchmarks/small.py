@@ -17,7 +17,7 @@ import torch
 from actors.common import RunContext, packed
 from actors.queues import BoundedQueue
 from actors.reward import Asked, RewardServer
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem
 from pipeline.weights import to_weight_set

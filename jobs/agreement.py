@@ -21,7 +21,7 @@ from jobs.preference_statistics import Proportion, accuracy_with_ties, calibrati
 from jobs.score import Item, Rows, checked_item, read_scores, score_items
 from jobs.statistics import t_quantile
 from pipeline import preflight
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.core.files import atomic_write, did_you_mean
 from pipeline.rewards.loader import build_scorer

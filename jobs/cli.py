@@ -86,7 +86,7 @@ def train(
       rushes train my.yaml --resume-or-start run.name=try
       rushes train my.yaml rewards.mine.scorer=my_rewards.py:score rewards.mine.weight=0.5
     """
-    from pipeline.config_io import load_config
+    from pipeline.config.load import load_config
 
     cfg = load_config(config, overrides or [])
     if dry_run:
@@ -129,7 +129,7 @@ def generate(
       rushes generate configs/quickstart.yaml -p "two blue squares" -c runs/try/export generator.guidance_scale=3
     """
     from jobs.generate import generate as run
-    from pipeline.config_io import load_config
+    from pipeline.config.load import load_config
 
     cfg = load_config(config, overrides or [])
     raise typer.Exit(
@@ -238,7 +238,7 @@ def evaluate(
       rushes evaluate configs/quickstart.yaml -c runs/try/checkpoints/step-000050 --prompts mine.txt --out eval
     """
     from jobs.evaluate import evaluate as run
-    from pipeline.config_io import load_config
+    from pipeline.config.load import load_config
 
     cfg = load_config(config, overrides or [])
     raise typer.Exit(
@@ -331,7 +331,7 @@ def config(
       rushes config configs/quickstart.yaml run.steps=20 > my.yaml
       rushes config --docs
     """
-    from pipeline.config_io import docs_markdown, load_config, to_yaml
+    from pipeline.config.load import docs_markdown, load_config, to_yaml
 
     if docs:
         print(docs_markdown(), end="")

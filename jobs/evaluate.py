@@ -16,7 +16,7 @@ import numpy as np
 from jobs.statistics import Estimate, estimate, win_rate
 from jobs.trained import Trained, find_trained, load_policy
 from pipeline import preflight
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import save_takes

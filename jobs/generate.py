@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jobs.trained import find_trained, load_policy
 from pipeline import preflight
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.media import save_takes
 from pipeline.core.prompts import check_prompt_lengths, load_prompts

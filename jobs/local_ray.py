@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 
 import pipeline
-from pipeline.config import Config
+from pipeline.config.resources import ROLE_RESOURCES
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.files import describe_os_error
-from pipeline.placement import ROLE_RESOURCES
 
 CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`, not by a Ray that a program started
 NAMESPACE = "rushes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.checkpoint_files import DENOISERS
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.plan import stochastic_steps
 from pipeline.preflight import check_all
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError
 
 
 def reward_configs(names: list[str], options: list[str]) -> list[RewardConfig]:
     """RewardConfig of each --reward with its --set options; the config's own validation and wording."""
-    from pipeline.config_io import apply_overrides, validate
+    from pipeline.config.load import apply_overrides, validate
 
     entries: dict = {name: {"scorer": name} for name in dict.fromkeys(names)}
     by_length = sorted(entries, key=len, reverse=True)  # names of own files hold dots themselves

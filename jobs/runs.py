@@ -40,7 +40,7 @@ class FolderRun:
 
     def snapshot(self, since: int = -1) -> dict[str, Any]:
         """Like `Controller.progress`, as far as the files tell."""
-        from pipeline.config_io import load_config
+        from pipeline.config.load import load_config
         from pipeline.tracking import read_jsonl, read_metrics
 
         cfg = load_config(self.run.config)

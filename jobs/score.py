@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import preflight
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError, RushesError
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import list_media, read_media

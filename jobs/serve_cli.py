@@ -48,7 +48,7 @@ def serve_reward(
     from jobs.serve_reward import serve_reward as run
 
     if config is not None:
-        from pipeline.config_io import load_config
+        from pipeline.config.load import load_config
 
         if option:
             raise ConfigError("--set: does not go with --config; change the config instead")

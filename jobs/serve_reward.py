@@ -27,7 +27,7 @@ import numpy as np
 from aiohttp import web
 
 from actors.queues import BoundedQueue
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards import routing

@@ -6,21 +6,21 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.resources import Workers, total
 from pipeline.core.errors import ConfigError, InputError
-from pipeline.placement import Workers, total
 from pipeline.sizing import Sizing, Timings, choices, choose, measured
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
 _EXAMPLE = "such as --rollout 320 --score 40 --learn 90"
 
 
 def from_run(folder: Path) -> tuple[Timings, Config]:
     """Raises `InputError` when the folder is no run, or one without a finished step."""
-    from pipeline.config_io import load_config
+    from pipeline.config.load import load_config
     from pipeline.tracking import read_metrics
 
     if not (folder / "config.yaml").exists():

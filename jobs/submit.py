@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.cluster import RUN_KEY, TERMINAL, find_address, jobs_client, reachable, refused, tail
-from pipeline.config import Config
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError, RunInterrupted
 from pipeline.run_dir import check_name, default_name
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from jobs.live import controller_options, running
 from jobs.progress import View, make_view
 from pipeline import checkpoint
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.run_dir import RunDir
 

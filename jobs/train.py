@@ -17,8 +17,8 @@ from rich.console import Console
 from jobs.local_ray import MemorySampler, RaySession
 from jobs.supervise import supervise
 from pipeline import checkpoint
-from pipeline.config import Config
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunInterrupted
 from pipeline.core.files import atomic_write
 from pipeline.core.storage import shown, url_of

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
-from pipeline.config import Config
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError
 from pipeline.core.files import nearest
 from pipeline.mirror import local_run

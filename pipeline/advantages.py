@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.config import AdvantageConfig
+from pipeline.config.schema import AdvantageConfig
 
 Group = Mapping[str, np.ndarray]  # reward name -> float [K]
 

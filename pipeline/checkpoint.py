@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import mirror
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import describe_os_error
 

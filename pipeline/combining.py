@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.advantages import AdvantageResult, compute_advantages
-from pipeline.config import AdvantageConfig, RewardConfig
+from pipeline.config.schema import AdvantageConfig, RewardConfig
 from pipeline.core.errors import CheckpointError
 from pipeline.core.types import RewardScores
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pipeline import weights as weights_lib
 from pipeline.checkpoint_files import ADAPTER_FILE, LORA_FILE, lora_files
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import WeightSet
 from pipeline.generators.loading import load_pipeline, trained_modules

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Config, TrainableConfig
+from pipeline.config.schema import Config, TrainableConfig
 from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
 from pipeline.generators.calling import FRAMES, parameters_of
 from pipeline.generators.loading import denoisers_of, load_pipeline, resolve_device

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline import weights as weights_lib
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, Outline, Trajectory
 from pipeline.generators.live_text import LiveText, reference_inputs

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline import weights as weights_lib
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, WeightSet
 from pipeline.generators.compiling import compile_blocks

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.checkpoint_files import DENOISERS, read_json
-from pipeline.config import GeneratorConfig
+from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError, RushesError
 from pipeline.generators.processors import processors_without_torchvision
 

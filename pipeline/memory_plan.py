@@ -15,7 +15,7 @@ import torch
 
 from pipeline import weights as weights_lib
 from pipeline.checkpoint_files import DENOISERS
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.prompts import load_prompts
 from pipeline.core.types import PromptItem
 from pipeline.generators.calling import call_arguments, condition_arguments, conditions_of, forms, parameters_of

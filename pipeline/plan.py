@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.config import Config, SamplerConfig
+from pipeline.config.schema import Config, SamplerConfig
 from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after

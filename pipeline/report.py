@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.config import Config
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import encode_png, enlarge, read_media, read_takes

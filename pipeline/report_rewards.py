@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.config import Config, RewardConfig
+from pipeline.config.schema import Config, RewardConfig
 from pipeline.report_plots import Line, finite, plot
 
 _PLOTS: list[tuple[str, str]] = [

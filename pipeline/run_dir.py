@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline import mirror
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.files import describe_os_error
 from pipeline.core.storage import shown, url_of

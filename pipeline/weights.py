@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from pipeline.config import TrainableConfig
+from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.tensors import Packed, checksum, pack, unpack
 from pipeline.core.types import WeightSet

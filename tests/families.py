@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from family_parts import liven
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.types import PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.processors import processors_without_torchvision

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from fake_checkpoint import fake_config
 
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
 from pipeline.core.media import save_takes
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.segmental import log_weights, pick_frames

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 
 def run_ranks(world: int, cases: list[dict[str, Any]], context: int = 1) -> list[Any]:

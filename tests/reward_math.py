@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.loader import build_scorer
 

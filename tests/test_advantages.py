@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.advantages import compute_advantages, weighted_rewards
-from pipeline.config import AdvantageConfig
+from pipeline.config.schema import AdvantageConfig
 
 
 def run(groups, weights=None, **options):

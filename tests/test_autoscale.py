@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from actors.autoscale import WINDOW_S, History, Load, decide
-from pipeline.placement import Workers
+from pipeline.config.resources import Workers
 
 CALM = Load(
     size=2, starting=0, busy=2, depth=0, waited_s=0.0, item_s=4.0, peak=2, watched_s=0.0, window_s=WINDOW_S

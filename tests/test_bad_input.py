@@ -17,7 +17,7 @@ from PIL import Image
 
 from jobs import cli
 from pipeline import preflight
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
 
 
@@ -478,6 +478,6 @@ def test_other_exceptions_are_one_line_too(place, raised, status, text):
     def broken(*_args):
         raise raised
 
-    place.monkeypatch.setattr("pipeline.config_io.load_config", broken)
+    place.monkeypatch.setattr("pipeline.config.load.load_config", broken)
     found, line = place.error("config", place.config)
     assert found == status and text in line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError
 
 

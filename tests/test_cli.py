@@ -14,7 +14,7 @@ from PIL import Image
 from jobs import cli, doctor
 from jobs.evaluate import summarise
 from jobs.statistics import estimate, t_quantile, win_rate
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
 
 COMMANDS = [

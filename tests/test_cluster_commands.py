@@ -14,7 +14,7 @@ from test_cli import run
 from jobs import cluster, live, runs
 from jobs import submit as submitting
 from jobs.cluster import RUN_KEY, find_address, refused, tail
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
 from pipeline.run_dir import RunDir, RunLock, writer_of
 

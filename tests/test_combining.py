@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.advantages import compute_advantages, non_dominated, weighted_rewards
 from pipeline.combining import Combiner, Moments
-from pipeline.config import AdvantageConfig, RewardConfig
+from pipeline.config.schema import AdvantageConfig, RewardConfig
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RewardError
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scorer
@@ -435,7 +435,7 @@ def test_rewards_that_are_left_out_of_compute_advantages_keep_their_order():
 
 
 def test_config_errors_name_the_key(tmp_path):
-    from pipeline.config_io import load_config
+    from pipeline.config.load import load_config
 
     path = tmp_path / "run.yaml"
     path.write_text("generator: {pretrained: x}\nprompts: {train: t.txt}\nrewards: {a: {scorer: ocr}}\n")

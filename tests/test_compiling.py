@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_ranks import PROMPT, batches
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import unpack
 from pipeline.generators.compiling import blocks_of, compile_blocks, private_folder

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config
-from pipeline.config_io import docs_markdown, leaves, load_config, to_yaml
+from pipeline.config.load import docs_markdown, leaves, load_config, to_yaml
+from pipeline.config.resources import Workers
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
-from pipeline.placement import Workers
 
 ROOT = Path(__file__).parent.parent
 GOOD = """
@@ -179,7 +179,7 @@ def test_schema_is_small_and_described():
 
 def test_docs_are_current():
     assert (ROOT / "docs/config.md").read_text("utf-8") == docs_markdown(), (
-        "stale; run: python -m pipeline.config_io > docs/config.md"
+        "stale; run: python -m pipeline.config.load > docs/config.md"
     )
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModelForObjectDetection, CLIPModel
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.geneval_rules import COLORS, Detection, check_metadata, iou, judge, keep, relations

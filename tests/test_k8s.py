@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
 from pipeline.preflight import check_prompts, check_rewards, check_samplers
 
 ROOT = Path(__file__).parents[1]

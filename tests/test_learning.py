@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.advantages import compute_advantages
-from pipeline.config import AdvantageConfig
+from pipeline.config.schema import AdvantageConfig
 from pipeline.objectives import OBJECTIVES, Terms
 from pipeline.samplers import log_prob, transition
 from pipeline.samplers.transition import gaussian_kl

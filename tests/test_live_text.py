@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from pydantic import ValidationError
 
-from pipeline.config import TrainableConfig
+from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, GroupWork, PromptItem
 from pipeline.export import export_full, export_lora, load_lora

@@ -13,7 +13,7 @@ import torch
 from test_learning import GRID, Flow, ode_reward, reward
 
 from pipeline.advantages import compute_advantages
-from pipeline.config import AdvantageConfig
+from pipeline.config.schema import AdvantageConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.merging import merge_steps

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from jobs import cli, memory
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
 from pipeline.core.tensors import tree_bytes
 from pipeline.core.types import PromptItem
 from pipeline.generators.loading import load_pipeline

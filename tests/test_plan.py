@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.types import PromptItem
 from pipeline.plan import eval_works, portions, stochastic_steps, train_work
 

@@ -19,9 +19,9 @@ from actors.pool import Pool, Slot
 from actors.queues import BoundedQueue
 from actors.tender import Tender
 from jobs.local_ray import RaySession
-from pipeline.config import Config
+from pipeline.config.resources import Workers
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
-from pipeline.placement import Workers
 
 pytestmark = pytest.mark.ray
 

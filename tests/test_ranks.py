@@ -11,7 +11,7 @@ import tiny
 from rank_worker import one_case, run_ranks
 
 from pipeline import checkpoint
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
 from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy

@@ -36,8 +36,8 @@ from jobs.live import controller_options
 from jobs.local_ray import RaySession
 from jobs.supervise import supervise
 from pipeline import checkpoint
-from pipeline.config import Config
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
+from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed, RushesError, UnsupportedPolicyError
 from pipeline.core.tensors import checksum, tree_bytes
 from pipeline.core.types import PolicyVersion, PromptItem
@@ -437,7 +437,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from jobs.train import train
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
 from pipeline.core.errors import RushesError
 try:
     sys.exit(train(load_config(Path(sys.argv[1]), sys.argv[2:]), Path(sys.argv[1])))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from jobs import cli
 from pipeline import preflight
-from pipeline.config_io import load_config
+from pipeline.config.load import load_config
 from pipeline.core.prompts import load_prompts
 from pipeline.rewards.ocr import target_text
 

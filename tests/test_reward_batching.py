@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from http_server import items
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media
 from pipeline.rewards.base import Scorer

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPConfig
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError
 from pipeline.rewards.images import Preprocess, preprocess
 from pipeline.rewards.loader import build_scorer

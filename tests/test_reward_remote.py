@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from http_server import items, levels, picture, run
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import PromptItem
 from pipeline.rewards.loader import build_scorer

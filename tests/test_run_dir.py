@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 

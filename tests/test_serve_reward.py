@@ -20,7 +20,7 @@ from http_server import items
 from PIL import Image
 
 from jobs import cli, serve_reward
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media
 from pipeline.rewards.loader import build_scorer

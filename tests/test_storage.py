@@ -16,7 +16,7 @@ from made_up_run import make_run
 from test_cli import run as command
 
 from pipeline import checkpoint, mirror, preflight
-from pipeline.config_io import load_config, to_yaml
+from pipeline.config.load import load_config, to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RushesError
 from pipeline.core.storage import Store, local_folder, shown, url_of
 from pipeline.mirror import LEASE, Mirror, local_run

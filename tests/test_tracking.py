@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.types import Media
 from pipeline.tracking import make_tracker, media_grid, metrics_after_resume, read_metrics

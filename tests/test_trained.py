@@ -9,8 +9,8 @@ import torch
 
 from jobs import cli
 from pipeline import checkpoint
-from pipeline.config import Config
-from pipeline.config_io import to_yaml
+from pipeline.config.load import to_yaml
+from pipeline.config.schema import Config
 from pipeline.core.media import read_media
 
 

@@ -6,7 +6,7 @@ from http_server import items, levels, run
 from PIL import Image
 from test_vlm_judge import chat, images, text_of
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import PromptItem
 from pipeline.rewards.loader import build_scorer, check_scorer

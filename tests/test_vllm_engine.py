@@ -12,7 +12,7 @@ import pytest
 from http_server import items, levels
 from tiny_qwen import qwen_tokenizer
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups

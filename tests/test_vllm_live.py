@@ -19,7 +19,7 @@ from tiny_judge import tiny_judge
 from actors.common import RunContext, merged_env, packed
 from actors.reward import Asked, RewardServer
 from jobs.local_ray import RaySession
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.rubric import load_rubric

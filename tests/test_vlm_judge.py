@@ -12,7 +12,7 @@ from http_server import items, levels, picture, run
 from PIL import Image
 
 from jobs import cli
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.loader import check_scorer

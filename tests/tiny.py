@@ -25,7 +25,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "b", "c", "red", "blue", "green", "circle", "square"]
 

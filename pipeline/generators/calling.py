@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import GeneratorConfig
+from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.types import PromptItem, SamplingSpec
 from pipeline.generators.hints import hint_for

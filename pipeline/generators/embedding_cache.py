@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import GeneratorConfig
+from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.generators.calling import Form

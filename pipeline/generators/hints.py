@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import GeneratorConfig
+from pipeline.config.schema import GeneratorConfig
 
 
 def _nothing(_: GeneratorConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import GeneratorConfig
+from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, unpack
 from pipeline.core.types import Asked, SamplingSpec

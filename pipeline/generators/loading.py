@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeline.checkpoint_files import DENOISERS
-from pipeline.config import GeneratorConfig, TrainableConfig
+from pipeline.config.schema import GeneratorConfig, TrainableConfig
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, tree_bytes
 from pipeline.generators.processors import processors_without_torchvision

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.files import did_you_mean
 from pipeline.core.types import Media, PromptItem, RewardScores

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.config import SegmentsConfig
+from pipeline.config.schema import SegmentsConfig
 from pipeline.core.types import Media, PromptItem, RewardScores
 
 ScoreFrames = Callable[[Media, Sequence[PromptItem]], tuple[np.ndarray, dict[str, np.ndarray]]]

@@ -111,7 +111,7 @@ class Tournament(Scorer):
 
 
 def _build(judge: str, args: dict[str, Any] | None) -> PairwiseJudge:
-    from pipeline.config import RewardConfig
+    from pipeline.config.schema import RewardConfig
     from pipeline.rewards.loader import build_scorer
 
     if is_function_spec(judge):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.config import RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register

@@ -1,7 +1,7 @@
 """The one typed config: sections, defaults, and one sentence per key (also the source of docs/config.md).
 
 A config is a YAML file plus `key=value` overrides; unknown keys are refused with the nearest right one
-(`pipeline.config_io` loads, merges and words the errors).
+(`pipeline.config.load` loads, merges and words the errors).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.config.resources import HalfCpu, TenthCpu, WorkerCount, Workers
 from pipeline.core.storage import local_folder, shown
-from pipeline.placement import HalfCpu, TenthCpu, WorkerCount, Workers
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
