@@ -15,11 +15,11 @@ import numpy as np
 from actors.common import RunContext
 from actors.failures import describe, is_lost
 from actors.flow import Flow, Job
-from pipeline.advantages import weighted_rewards
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
 from pipeline.core.types import Media, PolicyVersion, PromptItem
-from pipeline.plan import SHOWN_PROMPTS, eval_works
+from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.group_plan import SHOWN_PROMPTS, eval_works
 
 log = logging.getLogger("rushes.evaluation")
 

@@ -26,9 +26,10 @@ from actors.pool import Slot, together
 from actors.recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
-from pipeline import checkpoint, plan
+from pipeline import checkpoint
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
+from pipeline.rl import group_plan
 from pipeline.tracking import metrics_after_resume
 
 log = logging.getLogger("rushes.loop")
@@ -203,7 +204,7 @@ class Loop:
         is lost, what it has added up is lost with it, and `_recover` begins the step again.
         """
         jobs: list[Job] = []
-        portions, busy = plan.portions(self.cfg), 0.0
+        portions, busy = group_plan.portions(self.cfg), 0.0
         while portions:
             places = portions[0]
             await self._guard(self._training.first(self._version, places.stop))
@@ -211,7 +212,10 @@ class Loop:
                 places = portions[0] = range(places.start, portions.pop(1).stop)  # these are scored too by now
             scored = await self._guard(self._training.first(self._version, places.stop))
             if [job.group for job in scored[: places.start]] != [job.group for job in jobs]:
-                jobs, portions = [], plan.portions(self.cfg)  # one has failed for good since: another has its place
+                jobs, portions = (
+                    [],
+                    group_plan.portions(self.cfg),
+                )  # one has failed for good since: another has its place
                 continue
             new = scored[places.start :]
             advantages = self._training.advantages(new).advantages

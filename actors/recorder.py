@@ -21,7 +21,7 @@ from actors.flow import Flow, Job
 from actors.telemetry import RunMetrics
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media
-from pipeline.ledger import Ledger
+from pipeline.rl.ledger import Ledger
 from pipeline.tracking import make_tracker
 
 ON_POLICY_TOLERANCE = 1e-5

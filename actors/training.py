@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from actors.flow import Flow, Job
-from pipeline.advantages import AdvantageResult
-from pipeline.combining import Combiner
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import PolicyVersion, PromptItem
-from pipeline.ledger import FAILED, Ledger
-from pipeline.plan import company, train_work
+from pipeline.rl.advantages import AdvantageResult
+from pipeline.rl.group_plan import company, train_work
+from pipeline.rl.ledger import FAILED, Ledger
+from pipeline.rl.reward_combiner import Combiner
 
-_SCORING = 5  # random stream of the frame picks; pipeline.plan uses 1 to 4
+_SCORING = 5  # random stream of the frame picks; pipeline.rl.group_plan uses 1 to 4
 _MAX_REFILLS = 20  # a step that filters this many times its groups will never find enough of them
 log = logging.getLogger("rushes.training")
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.plain_loop import PlainLoop
 from pipeline.config.load import load_config
 from pipeline.core.types import GroupWork
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 REPEATS = 3
 

@@ -48,7 +48,7 @@ from pipeline.generators.policy import Policy
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 PROMPT = PromptItem(index=0, text="a red cube on a wooden table")
 # Pixels, frames, takes of a group, sampler steps: those of configs/sd3.5-medium.yaml and configs/wan-1.3b.yaml.

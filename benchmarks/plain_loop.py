@@ -22,7 +22,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from actors.training import scoring_seed
-from pipeline.combining import Combiner
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
@@ -30,8 +29,9 @@ from pipeline.core.types import GroupWork, Media
 from pipeline.generators.compiling import compile_blocks
 from pipeline.generators.loading import channels_last
 from pipeline.lane import matching_noise
-from pipeline.plan import train_work
 from pipeline.rewards.loader import build_scorer
+from pipeline.rl.group_plan import train_work
+from pipeline.rl.reward_combiner import Combiner
 
 
 class PlainLoop:

@@ -25,16 +25,16 @@ import numpy as np
 
 from actors.evaluation import mean_and_error
 from actors.training import scoring_seed
-from pipeline.advantages import weighted_rewards
-from pipeline.combining import Combiner
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, GroupWork, Media
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
-from pipeline.plan import eval_works, train_work
 from pipeline.rewards.loader import build_scorer
+from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.group_plan import eval_works, train_work
+from pipeline.rl.reward_combiner import Combiner
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/samples.jsonl"

@@ -1,8 +1,8 @@
 """The controller without the arithmetic: workers sleep for drawn times, everything between them is the real code.
 
-`actors.controller`, `loop`, `training`, `flow`, `queues`, `weights`, `recorder` and `pipeline.ledger` run as in a real
-run, over real Ray calls and objects. Only the pool is another one: its slots are seats in a few processes that hold
-many sleeping workers each. Efficiency is the time of an ideal schedule of the same drawn times (`ideal`), in which
+`actors.controller`, `loop`, `training`, `flow`, `queues`, `weights`, `recorder` and `pipeline.rl.ledger` run as in a
+real run, over real Ray calls and objects. Only the pool is another one: its slots are seats in a few processes that
+hold many sleeping workers each. Efficiency is the time of an ideal schedule of the same drawn times (`ideal`), in which
 nothing but rollout, scoring and learning takes time, divided by the measured time.
 """
 
@@ -32,7 +32,7 @@ from actors.loop import Loop
 from actors.pool import IDLE, Pool, Slot
 from pipeline.config.schema import Config
 from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
-from pipeline.plan import portions
+from pipeline.rl.group_plan import portions
 
 WARM_STEPS = 2  # left out of the measurement: the pipeline fills
 LOCKSTEP = {"groups_per_worker": 1, "steps": 10}

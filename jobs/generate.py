@@ -12,7 +12,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.media import save_takes
 from pipeline.core.prompts import check_prompt_lengths, load_prompts
 from pipeline.core.types import PromptItem
-from pipeline.plan import eval_works
+from pipeline.rl.group_plan import eval_works
 
 if TYPE_CHECKING:
     from rich.console import Console

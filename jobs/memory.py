@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import RushesError
-from pipeline.plan import SHOWN_PROMPTS
+from pipeline.rl.group_plan import SHOWN_PROMPTS
 
 # What a process of each role imports, and a little work, so that the libraries' own buffers are there too.
 _TORCH = """

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.checkpoint_files import DENOISERS
 from pipeline.config.schema import Config
-from pipeline.plan import stochastic_steps
 from pipeline.preflight import check_all
+from pipeline.rl.group_plan import stochastic_steps
 
 if TYPE_CHECKING:
     from rich.console import Console

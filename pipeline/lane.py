@@ -21,9 +21,9 @@ from pipeline.generators.live_text import LiveText, reference_inputs
 from pipeline.generators.merging import merged
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
-from pipeline.objectives import OBJECTIVES, Terms, matching
-from pipeline.samplers import Transition, log_prob
-from pipeline.samplers.transition import gaussian_kl
+from pipeline.rl.objectives import OBJECTIVES, Terms, matching
+from pipeline.rl.samplers import Transition, log_prob
+from pipeline.rl.samplers.transition import gaussian_kl
 
 Modules = dict[str, torch.nn.Module]
 MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j

@@ -22,7 +22,7 @@ from pipeline.generators.calling import call_arguments, condition_arguments, con
 from pipeline.generators.loading import trained_modules
 from pipeline.generators.offload import decode_in_pieces
 from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
-from pipeline.plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
+from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
 
 _PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which inputs stay the same
 

@@ -23,9 +23,9 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import encode_png, enlarge, read_media, read_takes
-from pipeline.plan import SHOWN_PROMPTS
 from pipeline.report_plots import Line, finite, plot, stacked
 from pipeline.report_rewards import RULES, combining_plots, combining_table
+from pipeline.rl.group_plan import SHOWN_PROMPTS
 from pipeline.tracking import read_jsonl, read_metrics
 
 TEMPLATE = Path(__file__).parent / "templates"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.advantages import compute_advantages, weighted_rewards
 from pipeline.config.schema import AdvantageConfig
+from pipeline.rl.advantages import compute_advantages, weighted_rewards
 
 
 def run(groups, weights=None, **options):

@@ -16,14 +16,14 @@ from actors.training import scoring_seed
 from benchmarks import cpu, gpu, samples, standing, tables
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.simulator import Plan, ideal
-from pipeline.combining import Combiner
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
-from pipeline.plan import train_work
 from pipeline.rewards.loader import build_scorer
+from pipeline.rl.group_plan import train_work
+from pipeline.rl.reward_combiner import Combiner
 
 SCORER = """
 def bright(frames, prompts):

@@ -9,8 +9,6 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.advantages import compute_advantages, non_dominated, weighted_rewards
-from pipeline.combining import Combiner, Moments
 from pipeline.config.schema import AdvantageConfig, RewardConfig
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RewardError
 from pipeline.core.types import Media, PromptItem, RewardScores
@@ -18,6 +16,8 @@ from pipeline.rewards.base import Scorer
 from pipeline.rewards.loader import RewardRunner
 from pipeline.rewards.repeats import shifted
 from pipeline.rewards.routing import check_routing
+from pipeline.rl.advantages import compute_advantages, non_dominated, weighted_rewards
+from pipeline.rl.reward_combiner import Combiner, Moments
 
 RNG = np.random.default_rng
 

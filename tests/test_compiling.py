@@ -20,7 +20,7 @@ from pipeline.generators.compiling import blocks_of, compile_blocks, private_fol
 from pipeline.generators.loading import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 ROOT = Path(__file__).parents[1]
 CASES = {

@@ -17,7 +17,7 @@ from pipeline.core.types import PromptItem
 from pipeline.generators.embedding_cache import EmbeddingStore, model_key
 from pipeline.generators.loading import cache_prompts, forget_prompts
 from pipeline.generators.policy import Policy
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 RED, BLUE = (PromptItem(index=i, text=text) for i, text in enumerate(("a red circle", "b blue square")))
 

@@ -31,7 +31,7 @@ from pipeline.generators.calling import to_floats
 from pipeline.generators.loading import channels_last
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
-from pipeline.plan import ode_sampling, train_work
+from pipeline.rl.group_plan import ode_sampling, train_work
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 CHECKS = ("probe", "parity", "ratio", "LoRA step", "full step", "export")

@@ -14,7 +14,7 @@ from pipeline.core.types import GroupBatch, GroupWork, PromptItem
 from pipeline.export import export_full, export_lora
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
-from pipeline.plan import ode_sampling, train_work
+from pipeline.rl.group_plan import ode_sampling, train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.advantages import compute_advantages
 from pipeline.config.schema import AdvantageConfig
-from pipeline.objectives import OBJECTIVES, Terms
-from pipeline.samplers import log_prob, transition
-from pipeline.samplers.transition import gaussian_kl
+from pipeline.rl.advantages import compute_advantages
+from pipeline.rl.objectives import OBJECTIVES, Terms
+from pipeline.rl.samplers import log_prob, transition
+from pipeline.rl.samplers.transition import gaussian_kl
 
 GRID = [1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1, 0.0]
 TARGET = torch.tensor([1.5, -1.0])

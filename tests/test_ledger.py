@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pipeline.ledger import ACTIVE, ENDS, Ledger, LedgerError
+from pipeline.rl.ledger import ACTIVE, ENDS, Ledger, LedgerError
 
 
 def make(groups_per_step=2, max_staleness=0, max_attempts=3, max_failed_groups=3, steps=100, slots=None) -> Ledger:

@@ -25,7 +25,7 @@ from pipeline.generators.policy import Policy
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
-from pipeline.plan import ode_sampling, train_work
+from pipeline.rl.group_plan import ode_sampling, train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")
 

@@ -12,7 +12,6 @@ import tiny
 import torch
 from test_learning import GRID, Flow, ode_reward, reward
 
-from pipeline.advantages import compute_advantages
 from pipeline.config.schema import AdvantageConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, PromptItem
@@ -20,9 +19,10 @@ from pipeline.generators.merging import merge_steps
 from pipeline.generators.policy import Policy
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
-from pipeline.objectives import matching
-from pipeline.plan import train_work
-from pipeline.samplers import transition
+from pipeline.rl.advantages import compute_advantages
+from pipeline.rl.group_plan import train_work
+from pipeline.rl.objectives import matching
+from pipeline.rl.samplers import transition
 
 PROMPT = PromptItem(index=0, text="a red circle")
 

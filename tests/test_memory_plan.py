@@ -20,7 +20,7 @@ from pipeline.generators.replay import Replayer
 from pipeline.learner import Learner
 from pipeline.memory_ghost import Ghost, weight_bytes_of
 from pipeline.memory_plan import _attach, _held, _run, plan_memory, training_bytes
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 ROOT = Path(__file__).parent.parent
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.objectives import OBJECTIVES, Terms
-from pipeline.samplers import Transition, log_prob
-from pipeline.samplers.transition import flow_step
+from pipeline.rl.objectives import OBJECTIVES, Terms
+from pipeline.rl.samplers import Transition, log_prob
+from pipeline.rl.samplers.transition import flow_step
 
 D = 64
 

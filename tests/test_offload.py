@@ -15,7 +15,7 @@ from pipeline.generators import offload
 from pipeline.generators.offload import Offload
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 RED = PromptItem(index=0, text="a red circle")
 FAKE = torch.device("cpu", 0)

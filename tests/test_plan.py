@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import Config
 from pipeline.core.types import PromptItem
-from pipeline.plan import eval_works, portions, stochastic_steps, train_work
+from pipeline.rl.group_plan import eval_works, portions, stochastic_steps, train_work
 
 PROMPT = PromptItem(index=3, text="a red circle")
 

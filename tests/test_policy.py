@@ -16,8 +16,8 @@ from pipeline.generators.probe import conclusive, find_rule
 from pipeline.generators.recorder import RawCall, RawStep
 from pipeline.generators.replay import Replayer
 from pipeline.generators.spec import Layout
-from pipeline.plan import ode_sampling, train_work
-from pipeline.samplers import log_prob, transition
+from pipeline.rl.group_plan import ode_sampling, train_work
+from pipeline.rl.samplers import log_prob, transition
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square", "c green circle"))]
 

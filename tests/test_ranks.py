@@ -17,8 +17,8 @@ from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.lane import outline_of
 from pipeline.learner import Learner
-from pipeline.plan import train_work
 from pipeline.ranks import Ranks, share
+from pipeline.rl.group_plan import train_work
 from pipeline.update import pairs_of
 
 PROMPT = PromptItem(index=0, text="a red circle")

@@ -41,7 +41,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed, RushesError, UnsupportedPolicyError
 from pipeline.core.tensors import checksum, tree_bytes
 from pipeline.core.types import PolicyVersion, PromptItem
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 from pipeline.run_dir import RunDir
 
 pytestmark = pytest.mark.ray

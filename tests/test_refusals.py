@@ -31,7 +31,7 @@ from jobs.cli import main
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.generators import loading
 from pipeline.generators.policy import Policy
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 
 @pytest.fixture(scope="module")

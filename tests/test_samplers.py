@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from pipeline.samplers import log_prob, transition
-from pipeline.samplers.transition import cps_step, ddim_step, flow_sde_noise, flow_step, gaussian_kl
+from pipeline.rl.samplers import log_prob, transition
+from pipeline.rl.samplers.transition import cps_step, ddim_step, flow_sde_noise, flow_step, gaussian_kl
 
 M, S = 0.5, 0.6  # data N(M, S^2), for which the exact velocity is known
 

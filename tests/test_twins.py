@@ -12,7 +12,7 @@ import torch
 from pipeline.core.types import PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.twins import Twins
-from pipeline.plan import train_work
+from pipeline.rl.group_plan import train_work
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square"))]
 WINDOW = {"steps": 6, "same_initial_noise": True, "window": {"kind": "random", "size": 1, "start": 3, "stop": 4}}

@@ -28,8 +28,8 @@ from pipeline.generators.attention import changed, processors_of, put_back
 from pipeline.generators.outputs import first_tensor, is_first_alone, replace_first
 from pipeline.generators.schedule import step_times
 from pipeline.generators.twins import Twins
-from pipeline.samplers import log_prob, transition
-from pipeline.samplers.transition import Transition, clean_and_noise, consistency_function
+from pipeline.rl.samplers import log_prob, transition
+from pipeline.rl.samplers.transition import Transition, clean_and_noise, consistency_function
 
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, np.generic, slice)
 

@@ -19,8 +19,8 @@ from pipeline.generators.guidance import CUTS, evaluate
 from pipeline.generators.outputs import first_tensor
 from pipeline.generators.recorder import RawStep, Recording
 from pipeline.generators.spec import PolicySpec, descend
-from pipeline.samplers import transition
-from pipeline.samplers.transition import Transition
+from pipeline.rl.samplers import transition
+from pipeline.rl.samplers.transition import Transition
 
 if TYPE_CHECKING:
     from pipeline.generators.live_text import LiveInputs

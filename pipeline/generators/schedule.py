@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.samplers.transition import CONSISTENCY_KINDS, DIFFUSION_KINDS, FLOW_KINDS
+from pipeline.rl.samplers.transition import CONSISTENCY_KINDS, DIFFUSION_KINDS, FLOW_KINDS
 
 # Kept as they are: their grid is DDIM's, and some pipelines ask for the class.
 _KEPT = (DDIMScheduler, CogVideoXDDIMScheduler, LCMScheduler)

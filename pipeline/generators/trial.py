@@ -20,8 +20,8 @@ from pipeline.generators.loading import forget_prompts
 from pipeline.generators.recorder import RawStep, Recording
 from pipeline.generators.replay import Replayer, to_part
 from pipeline.generators.spec import PolicySpec
-from pipeline.plan import ode_sampling
-from pipeline.samplers import log_prob
+from pipeline.rl.group_plan import ode_sampling
+from pipeline.rl.samplers import log_prob
 
 if TYPE_CHECKING:
     from pipeline.generators.policy import Policy

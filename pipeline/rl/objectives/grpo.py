@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.samplers import Transition
-from pipeline.samplers.transition import gaussian_kl
+from pipeline.rl.samplers import Transition
+from pipeline.rl.samplers.transition import gaussian_kl
 
 
 @dataclass(frozen=True, slots=True)

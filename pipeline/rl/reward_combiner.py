@@ -1,6 +1,6 @@
 """From the scores of a step's groups to its advantages: routing, normalisation, clipping, uncertainty, combination.
 
-    scores that apply -> normalised (rewards.*.normalize) -> clipped (rewards.*.clip) -> `pipeline.advantages`
+    scores that apply -> normalised (rewards.*.normalize) -> clipped (rewards.*.clip) -> `pipeline.rl.advantages`
 
 Which rewards apply to a prompt is the prompt's to say (`pipeline.rewards.routing`). The running statistics change once
 a step, when the step has been trained, so that a resumed run has those of the uninterrupted one.
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.advantages import AdvantageResult, compute_advantages
 from pipeline.config.schema import AdvantageConfig, RewardConfig
 from pipeline.core.errors import CheckpointError
 from pipeline.core.types import RewardScores
+from pipeline.rl.advantages import AdvantageResult, compute_advantages
 
 
 @dataclass(frozen=True, slots=True)
