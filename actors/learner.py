@@ -37,7 +37,7 @@ class LearnerActor(RoleActor):
         """Loads the denoisers, and a checkpoint's state. `address`: where the ranks meet, if there are several;
         `on_node`: how many of them share this node's cores. Raises `RushesError` (bad generator or checkpoint).
         """
-        from pipeline.generators.loading import resolve_device
+        from pipeline.generators.load.pipeline import resolve_device
         from pipeline.learner import Learner
         from pipeline.ranks import Ranks, join
 
@@ -99,7 +99,7 @@ class LearnerActor(RoleActor):
 
     def export(self, out: str) -> str:
         """Writes the trained policy (its EMA, where kept) for plain diffusers; returns the path."""
-        from pipeline.export import export_full, export_lora
+        from pipeline.generators.export import export_full, export_lora
 
         with self.doing("exporting"):
             tag: Literal["train", "ema"] = "ema" if self.cfg.optimizer.ema_decay > 0 else "train"

@@ -45,7 +45,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
 from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
-from pipeline.generators.replay import Replayer
+from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.rl.group_plan import train_work

@@ -26,8 +26,8 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupWork, Media
-from pipeline.generators.compiling import compile_blocks
-from pipeline.generators.loading import channels_last
+from pipeline.generators.load.compiling import compile_blocks
+from pipeline.generators.load.pipeline import channels_last
 from pipeline.lane import matching_noise
 from pipeline.rewards.loader import build_scorer
 from pipeline.rl.group_plan import train_work

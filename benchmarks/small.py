@@ -20,7 +20,7 @@ from actors.reward import Asked, RewardServer
 from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem
-from pipeline.weights import to_weight_set
+from pipeline.generators.adapters import to_weight_set
 
 SCORER = "def one(frames, prompts):\n    return [1.0] * len(prompts)\none.batched = True\n"
 WEIGHTS = {"lora, 20 MB": (400, 12_500), "full, 400 MB": (400, 250_000)}  # tensors, float32 values each

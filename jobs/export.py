@@ -43,7 +43,7 @@ def export(
 
     with console.status("loading"):
         quiet_libraries()
-        from pipeline.export import export_full, export_lora
+        from pipeline.generators.export import export_full, export_lora
 
         weights = read_weights(trained, ema)
         (export_lora if format_ == "lora" else export_full)(cfg, weights, folder)

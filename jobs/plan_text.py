@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.checkpoint_files import DENOISERS
 from pipeline.config.schema import Config
+from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.preflight import check_all
 from pipeline.rl.group_plan import stochastic_steps
 

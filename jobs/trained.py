@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError
 from pipeline.core.files import nearest
+from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
 from pipeline.mirror import local_run
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
 
 def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
     """The weights of a checkpoint; the EMA where asked for and kept."""
-    from pipeline import checkpoint, weights
+    from pipeline import checkpoint
+    from pipeline.generators import adapters
 
     tensors, _ = checkpoint.load(trained.path)
     has_ema = any(name.startswith("ema/") for name in tensors)
@@ -115,7 +116,7 @@ def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
     chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not chosen:
         raise CheckpointError(f"checkpoint {trained.path}: holds no trained weights; use another one")
-    return weights.to_weight_set(trained.run_config.trainable.kind, chosen)
+    return adapters.to_weight_set(trained.run_config.trainable.kind, chosen)
 
 
 def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Policy:
@@ -144,7 +145,7 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
         policy.attach()
         policy.load_weights(read_weights(trained, ema))
     if trained and trained.kind == "lora":
-        from pipeline.export import load_lora
+        from pipeline.generators.export import load_lora
 
         try:
             load_lora(policy.pipe, trained.path)

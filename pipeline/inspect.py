@@ -15,11 +15,11 @@ import torch
 
 from pipeline.config.schema import Config, TrainableConfig
 from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
-from pipeline.generators.calling import FRAMES, parameters_of
-from pipeline.generators.loading import denoisers_of, load_pipeline, resolve_device
+from pipeline.generators.adapters import lora_targets
+from pipeline.generators.call.arguments import FRAMES, parameters_of
+from pipeline.generators.load.pipeline import denoisers_of, load_pipeline, resolve_device
 from pipeline.generators.policy import Policy
-from pipeline.generators.schedule import first_order_scheduler, kinds_for
-from pipeline.weights import lora_targets
+from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
 
 RANK = 16
 _LARGEST = 256  # pixels; a probe needs no more

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import weights as weights_lib
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, Outline, Trajectory
-from pipeline.generators.live_text import LiveText, reference_inputs
-from pipeline.generators.merging import merged
-from pipeline.generators.replay import Replayer
+from pipeline.generators import adapters as weights_lib
+from pipeline.generators.replay.merge_steps import merged
+from pipeline.generators.replay.replayer import Replayer
+from pipeline.generators.replay.text_inputs import LiveText, reference_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.objectives import OBJECTIVES, Terms, matching
 from pipeline.rl.samplers import Transition, log_prob

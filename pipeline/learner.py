@@ -16,13 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline import weights as weights_lib
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, WeightSet
-from pipeline.generators.compiling import compile_blocks
-from pipeline.generators.live_text import LiveText
-from pipeline.generators.loading import (
+from pipeline.generators import adapters as weights_lib
+from pipeline.generators.load.compiling import compile_blocks
+from pipeline.generators.load.pipeline import (
     denoisers_of,
     load_denoisers,
     load_pipeline,
@@ -30,6 +29,7 @@ from pipeline.generators.loading import (
     resolve_dtype,
     trained_modules,
 )
+from pipeline.generators.replay.text_inputs import LiveText
 from pipeline.lane import Lane, MicroBatch, outline_of
 from pipeline.ranks import Ranks, copy_into, like, whole
 from pipeline.update import LOGGED, Update, pairs_of

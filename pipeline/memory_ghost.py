@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pipeline.checkpoint_files import DENOISERS, read_json
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError, RushesError
-from pipeline.generators.processors import processors_without_torchvision
+from pipeline.generators.checkpoint_files import DENOISERS, read_json
+from pipeline.generators.load.processors import processors_without_torchvision
 
 
 class LiveBytes(TorchDispatchMode):

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from pipeline import weights as weights_lib
-from pipeline.checkpoint_files import DENOISERS
 from pipeline.config.schema import Config
 from pipeline.core.prompts import load_prompts
 from pipeline.core.types import PromptItem
-from pipeline.generators.calling import call_arguments, condition_arguments, conditions_of, forms, parameters_of
-from pipeline.generators.loading import trained_modules
-from pipeline.generators.offload import decode_in_pieces
+from pipeline.generators import adapters as weights_lib
+from pipeline.generators.call.arguments import call_arguments, condition_arguments, conditions_of, forms, parameters_of
+from pipeline.generators.checkpoint_files import DENOISERS
+from pipeline.generators.load.offload import decode_in_pieces
+from pipeline.generators.load.pipeline import trained_modules
 from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
 from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
 

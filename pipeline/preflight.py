@@ -15,7 +15,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint_files import DENOISERS, check_diffusers_folder, is_local, read_json, weight_bytes
 from pipeline.config.resources import ROLE_RESOURCES, Workers, total
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError
@@ -23,6 +22,7 @@ from pipeline.core.files import describe_os_error, did_you_mean
 from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
+from pipeline.generators.checkpoint_files import DENOISERS, check_diffusers_folder, is_local, read_json, weight_bytes
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.loader import check_scorer, scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY

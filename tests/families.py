@@ -21,8 +21,8 @@ from family_parts import liven
 
 from pipeline.config.schema import Config
 from pipeline.core.types import PromptItem
+from pipeline.generators.load.processors import processors_without_torchvision
 from pipeline.generators.policy import Policy
-from pipeline.generators.processors import processors_without_torchvision
 
 TEXTS = ("a red circle", "b blue square", "c green circle")
 

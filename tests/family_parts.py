@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import WORDS
 from tiny import tokenizer as plain_tokenizer
 
-from pipeline.generators.processors import VideoSettings, without_video
+from pipeline.generators.load.processors import VideoSettings, without_video
 
 MARKS = ["<image>", "<|image_pad|>", "<|vision_start|>", "<|video_pad|>", "<|end_header_id|>"]
 VOCAB = len(WORDS) + len(MARKS)

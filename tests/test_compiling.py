@@ -16,8 +16,8 @@ from test_ranks import PROMPT, batches
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import unpack
-from pipeline.generators.compiling import blocks_of, compile_blocks, private_folder
-from pipeline.generators.loading import load_denoisers
+from pipeline.generators.load.compiling import blocks_of, compile_blocks, private_folder
+from pipeline.generators.load.pipeline import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.rl.group_plan import train_work
@@ -76,7 +76,7 @@ def test_blocks_are_found_with_diffusers_naming_and_without(tiny_sd3, tiny_wan):
 def test_a_machine_without_a_compiler_goes_on_and_says_so(tmp_path):
     script = (
         "import logging, torch; logging.basicConfig();"
-        "from pipeline.generators.compiling import compile_blocks;"
+        "from pipeline.generators.load.compiling import compile_blocks;"
         "stack = torch.nn.ModuleDict({'blocks': torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])});"
         "assert compile_blocks({'transformer': stack}, torch.device('cpu')) == 0;"
         "print(stack['blocks'][0](torch.ones(1, 2)).shape)"

@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.core.types import PromptItem
-from pipeline.generators.embedding_cache import EmbeddingStore, model_key
-from pipeline.generators.loading import cache_prompts, forget_prompts
+from pipeline.generators.load.embedding_cache import EmbeddingStore, model_key
+from pipeline.generators.load.pipeline import cache_prompts, forget_prompts
 from pipeline.generators.policy import Policy
 from pipeline.rl.group_plan import train_work
 

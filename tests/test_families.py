@@ -26,9 +26,9 @@ from diffusers import (
 from peft import PeftModel
 
 from pipeline.core.types import GroupBatch, GroupWork
-from pipeline.export import export_full, export_lora
-from pipeline.generators.calling import to_floats
-from pipeline.generators.loading import channels_last
+from pipeline.generators.call.arguments import to_floats
+from pipeline.generators.export import export_full, export_lora
+from pipeline.generators.load.pipeline import channels_last
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.rl.group_plan import ode_sampling, train_work

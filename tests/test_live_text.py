@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, GroupWork, PromptItem
-from pipeline.export import export_full, export_lora, load_lora
-from pipeline.generators.calling import to_floats
-from pipeline.generators.loading import text_encoders_of
+from pipeline.generators.call.arguments import to_floats
+from pipeline.generators.export import export_full, export_lora, load_lora
+from pipeline.generators.load.pipeline import text_encoders_of
 from pipeline.generators.policy import Policy
-from pipeline.generators.replay import Replayer
+from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.rl.group_plan import ode_sampling, train_work

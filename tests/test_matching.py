@@ -15,8 +15,8 @@ from test_learning import GRID, Flow, ode_reward, reward
 from pipeline.config.schema import AdvantageConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, PromptItem
-from pipeline.generators.merging import merge_steps
 from pipeline.generators.policy import Policy
+from pipeline.generators.replay.merge_steps import merge_steps
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner import Learner
 from pipeline.rl.advantages import compute_advantages

@@ -14,9 +14,9 @@ from jobs import cli, memory
 from pipeline.config.load import load_config
 from pipeline.core.tensors import tree_bytes
 from pipeline.core.types import PromptItem
-from pipeline.generators.loading import load_pipeline
+from pipeline.generators.load.pipeline import load_pipeline
 from pipeline.generators.policy import Policy
-from pipeline.generators.replay import Replayer
+from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner import Learner
 from pipeline.memory_ghost import Ghost, weight_bytes_of
 from pipeline.memory_plan import _attach, _held, _run, plan_memory, training_bytes
@@ -143,7 +143,7 @@ def test_offloaded_and_int8_weights(tiny_sd3):
     parts = roles["group"]["rollout"]["parts"]
     assert parts["weights off the accelerator"] > 0 and on_device["group"] <= on_device["none"]
     if find_spec("torchao"):
-        from pipeline.generators.loading import load_denoisers
+        from pipeline.generators.load.pipeline import load_denoisers
 
         cfg = tiny.config(tiny_sd3, generator={"quantize": "int8"}, rollout={"resources": {"GPU": 0}})
         loaded = load_denoisers(cfg.generator, torch.device("cpu"), torch.float32)["transformer"]

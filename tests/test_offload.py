@@ -11,8 +11,8 @@ import tiny
 import torch
 
 from pipeline.core.types import GroupBatch, PromptItem
-from pipeline.generators import offload
-from pipeline.generators.offload import Offload
+from pipeline.generators.load import offload
+from pipeline.generators.load.offload import Offload
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.rl.group_plan import train_work

@@ -12,9 +12,9 @@ from pipeline.core.tensors import SampleSlot, SharedSlot
 from pipeline.core.types import GroupWork, PromptItem
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
-from pipeline.generators.probe import conclusive, find_rule
-from pipeline.generators.recorder import RawCall, RawStep
-from pipeline.generators.replay import Replayer
+from pipeline.generators.probe.fit import conclusive, find_rule
+from pipeline.generators.record.recorder import RawCall, RawStep
+from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import Layout
 from pipeline.rl.group_plan import ode_sampling, train_work
 from pipeline.rl.samplers import log_prob, transition

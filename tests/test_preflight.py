@@ -10,8 +10,8 @@ import pytest
 from fake_checkpoint import fake_config
 
 from pipeline import preflight
-from pipeline.checkpoint_files import check_safetensors, is_local
 from pipeline.core.errors import ConfigError, InputError, RushesError
+from pipeline.generators.checkpoint_files import check_safetensors, is_local
 
 
 def error_of(cfg):

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import GroupBatch, PromptItem
-from pipeline.export import export_lora
-from pipeline.generators.loading import load_denoisers
+from pipeline.generators.export import export_lora
+from pipeline.generators.load.pipeline import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner import Learner
 from pipeline.preflight import check_quantize

@@ -29,7 +29,7 @@ from diffusers.models import attention_processor
 
 from jobs.cli import main
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.generators import loading
+from pipeline.generators.load import pipeline
 from pipeline.generators.policy import Policy
 from pipeline.rl.group_plan import train_work
 
@@ -222,10 +222,10 @@ def test_inspect_makes_up_images(root, capsys):
     ],
 )
 def test_a_missing_package_is_named(error, package, monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    assert loading.missing_package(error) == package
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    assert pipeline.missing_package(error) == package
     config = tiny.config(Path("nowhere")).generator
-    told = str(loading._explain(config, error))
+    told = str(pipeline._explain(config, error))
     assert (f"pip install {package} (" in told) if package else ("needs model_index.json" in told)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.core.types import PromptItem
 from pipeline.generators.policy import Policy
-from pipeline.generators.twins import Twins
+from pipeline.generators.record.shared_prefix import Twins
 from pipeline.rl.group_plan import train_work
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square"))]

@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import weights as weights_lib
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
-from pipeline.generators import probe as probing
-from pipeline.generators import trial
-from pipeline.generators.calling import (
+from pipeline.generators import adapters as weights_lib
+from pipeline.generators.call.arguments import (
     Form,
     call_arguments,
     condition_key,
@@ -27,12 +25,11 @@ from pipeline.generators.calling import (
     to_floats,
     to_uint8,
 )
-from pipeline.generators.compiling import compile_blocks
-from pipeline.generators.embedding_cache import EmbeddingStore
-from pipeline.generators.hints import hint_for
-from pipeline.generators.joint import cut_part, joint_sampling
-from pipeline.generators.live_text import LiveText, asked_of
-from pipeline.generators.loading import (
+from pipeline.generators.call.quirks import hint_for
+from pipeline.generators.load.compiling import compile_blocks
+from pipeline.generators.load.embedding_cache import EmbeddingStore
+from pipeline.generators.load.offload import Offload
+from pipeline.generators.load.pipeline import (
     cache_prompts,
     denoisers_of,
     forget_prompts,
@@ -40,12 +37,15 @@ from pipeline.generators.loading import (
     resolve_device,
     trained_modules,
 )
-from pipeline.generators.offload import Offload
-from pipeline.generators.recorder import RawStep, Recording, record
-from pipeline.generators.replay import branches_of, to_part
-from pipeline.generators.schedule import first_order_scheduler, kinds_for
+from pipeline.generators.probe import fit as probing
+from pipeline.generators.probe import probe
+from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
+from pipeline.generators.record.recorder import RawStep, Recording, record
+from pipeline.generators.record.shared_prefix import Twins
+from pipeline.generators.replay.replayer import branches_of, to_part
+from pipeline.generators.replay.split_groups import cut_part, joint_sampling
+from pipeline.generators.replay.text_inputs import LiveText, asked_of
 from pipeline.generators.spec import PolicySpec
-from pipeline.generators.twins import Twins
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
 
@@ -299,7 +299,7 @@ class Policy:
 
     def probe(self, prompts: list[PromptItem] | None = None) -> dict[str, Any]:
         """Finds out how the pipeline works as a policy and keeps it (`trial.probe`). Call it before a rollout."""
-        return trial.probe(self, prompts)
+        return probe.probe(self, prompts)
 
 
 def _wrong_steps(name: str, took: int, wanted: int) -> str:

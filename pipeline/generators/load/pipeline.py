@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from pipeline.checkpoint_files import DENOISERS
 from pipeline.config.schema import GeneratorConfig, TrainableConfig
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, tree_bytes
-from pipeline.generators.processors import processors_without_torchvision
+from pipeline.generators.checkpoint_files import DENOISERS
+from pipeline.generators.load.processors import processors_without_torchvision
 
 # Bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB.
 _REMEMBERED = 256 * 2**20

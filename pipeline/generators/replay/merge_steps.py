@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.core.tensors import Packed, SampleSlot, SharedSlot, map_leaves
 from pipeline.core.types import RecordedStep, TrajectoryPart
-from pipeline.generators.replay import Replayer
+from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import LIST, Layout, PolicySpec
 
 

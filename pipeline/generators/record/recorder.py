@@ -24,10 +24,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves
 from pipeline.core.types import SamplingSpec
-from pipeline.generators.attention import changed, processors_of, put_back
-from pipeline.generators.outputs import first_tensor, is_first_alone, replace_first
-from pipeline.generators.schedule import step_times
-from pipeline.generators.twins import Twins
+from pipeline.generators.record.attention import changed, processors_of, put_back
+from pipeline.generators.record.first_order import step_times
+from pipeline.generators.record.outputs import first_tensor, is_first_alone, replace_first
+from pipeline.generators.record.shared_prefix import Twins
 from pipeline.rl.samplers import log_prob, transition
 from pipeline.rl.samplers.transition import Transition, clean_and_noise, consistency_function
 

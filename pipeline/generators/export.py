@@ -13,12 +13,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from pipeline import weights as weights_lib
-from pipeline.checkpoint_files import ADAPTER_FILE, LORA_FILE, lora_files
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import WeightSet
-from pipeline.generators.loading import load_pipeline, trained_modules
+from pipeline.generators import adapters as weights_lib
+from pipeline.generators.checkpoint_files import ADAPTER_FILE, LORA_FILE, lora_files
+from pipeline.generators.load.pipeline import load_pipeline, trained_modules
 
 
 def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:

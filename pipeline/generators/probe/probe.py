@@ -12,13 +12,13 @@ import torch
 
 from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
 from pipeline.core.types import PromptItem, SamplingSpec
-from pipeline.generators import probe as probing
-from pipeline.generators.attention import take_off
-from pipeline.generators.calling import condition_arguments, conditions_of, forms, parameters_of
-from pipeline.generators.live_text import asked_of, same_inputs
-from pipeline.generators.loading import forget_prompts
-from pipeline.generators.recorder import RawStep, Recording
-from pipeline.generators.replay import Replayer, to_part
+from pipeline.generators.call.arguments import condition_arguments, conditions_of, forms, parameters_of
+from pipeline.generators.load.pipeline import forget_prompts
+from pipeline.generators.probe import fit as probing
+from pipeline.generators.record.attention import take_off
+from pipeline.generators.record.recorder import RawStep, Recording
+from pipeline.generators.replay.replayer import Replayer, to_part
+from pipeline.generators.replay.text_inputs import asked_of, same_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.group_plan import ode_sampling
 from pipeline.rl.samplers import log_prob

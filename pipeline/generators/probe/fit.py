@@ -15,8 +15,8 @@ import torch
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, cut_for, evaluate
-from pipeline.generators.recorder import RawStep, Recording
-from pipeline.generators.replay import branches_of
+from pipeline.generators.record.recorder import RawStep, Recording
+from pipeline.generators.replay.replayer import branches_of
 from pipeline.generators.spec import LIST, Layout, PolicySpec
 
 RULE_TOLERANCE = 1e-5  # relative to the largest value handed to the scheduler; float32 rules come out at <= 1e-6

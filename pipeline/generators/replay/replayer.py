@@ -14,16 +14,16 @@ import torch
 
 from pipeline.core.tensors import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
 from pipeline.core.types import Asked, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
-from pipeline.generators.attention import wear
 from pipeline.generators.guidance import CUTS, evaluate
-from pipeline.generators.outputs import first_tensor
-from pipeline.generators.recorder import RawStep, Recording
+from pipeline.generators.record.attention import wear
+from pipeline.generators.record.outputs import first_tensor
+from pipeline.generators.record.recorder import RawStep, Recording
 from pipeline.generators.spec import PolicySpec, descend
 from pipeline.rl.samplers import transition
 from pipeline.rl.samplers.transition import Transition
 
 if TYPE_CHECKING:
-    from pipeline.generators.live_text import LiveInputs
+    from pipeline.generators.replay.text_inputs import LiveInputs
 
 
 def to_part(recording: Recording, start: int, stop: int, keep_mean: bool, asked: Asked | None = None) -> TrajectoryPart:
@@ -112,7 +112,7 @@ class Replayer:
 
     @property
     def plain(self) -> Replayer:
-        """The replayer of the part as it was recorded; `pipeline.generators.merging` has another kind."""
+        """The replayer of the part as it was recorded; `pipeline.generators.replay.merge_steps` has another kind."""
         return self
 
     def steps_of(self, j: int) -> list[RecordedStep]:

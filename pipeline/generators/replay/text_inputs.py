@@ -22,11 +22,11 @@ from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, unpack
 from pipeline.core.types import Asked, SamplingSpec
-from pipeline.generators.calling import Form, call_arguments
-from pipeline.generators.loading import denoisers_of, text_encoders_of
-from pipeline.generators.recorder import RawStep, record
-from pipeline.generators.replay import Replayer
-from pipeline.generators.schedule import first_order_scheduler
+from pipeline.generators.call.arguments import Form, call_arguments
+from pipeline.generators.load.pipeline import denoisers_of, text_encoders_of
+from pipeline.generators.record.first_order import first_order_scheduler
+from pipeline.generators.record.recorder import RawStep, record
+from pipeline.generators.replay.replayer import Replayer
 
 Key = tuple[int, str]  # (sampler step, "<calls>.<call>:<path>"), as in Replayer.live
 _INSTEAD = "use trainable.modules: denoiser"

@@ -27,8 +27,8 @@ import torch
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write, describe_os_error
-from pipeline.generators.calling import Form
-from pipeline.generators.loading import load_component, model_index, resolve_dtype
+from pipeline.generators.call.arguments import Form
+from pipeline.generators.load.pipeline import load_component, model_index, resolve_dtype
 
 log = logging.getLogger("rushes.generators")
 

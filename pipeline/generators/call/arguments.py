@@ -18,7 +18,7 @@ import torch
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.types import PromptItem, SamplingSpec
-from pipeline.generators.hints import hint_for
+from pipeline.generators.call.quirks import hint_for
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
 _OPTIONAL_CONDITIONS = (

@@ -1,0 +1,1 @@
+"""How a pipeline is called: argument names, conditions, and what is special about single classes."""

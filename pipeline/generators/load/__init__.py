@@ -1,0 +1,1 @@
+"""Loads a diffusers checkpoint: pipeline, denoisers, caches, compilation, offload."""

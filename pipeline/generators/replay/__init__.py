@@ -1,0 +1,1 @@
+"""Replays recorded denoiser calls in the learner."""
