@@ -1,4 +1,4 @@
-"""A learner rank as an actor. Thin; the work is in `pipeline.learner` and `pipeline.ranks`.
+"""A learner rank as an actor. Thin; the work is in `pipeline.learner.learner` and `pipeline.learner.distributed`.
 
 Every rank gets every call, in the same order (`actors.learner_group`); what comes back counts from rank 0 only.
 """
@@ -25,7 +25,7 @@ class LearnerActor(RoleActor):
 
     def open_meeting(self) -> tuple[str, int]:
         """Rank 0: the node's address and a free port of it, where the ranks meet."""
-        from pipeline.ranks import listen
+        from pipeline.learner.distributed import listen
 
         host = ray.util.get_node_ip_address()
         self._listening = listen(host)
@@ -38,8 +38,8 @@ class LearnerActor(RoleActor):
         `on_node`: how many of them share this node's cores. Raises `RushesError` (bad generator or checkpoint).
         """
         from pipeline.generators.load.pipeline import resolve_device
-        from pipeline.learner import Learner
-        from pipeline.ranks import Ranks, join
+        from pipeline.learner.distributed import Ranks, join
+        from pipeline.learner.learner import Learner
 
         settings = self.cfg.learner
         with self.doing("starting"):

@@ -80,7 +80,7 @@ class RolloutWorker(RoleActor):
     def _outline(self, trajectory: Trajectory | None) -> Outline | None:
         if trajectory is None or self.cfg.learner.ranks == 1:
             return None
-        from pipeline.lane import outline_of
+        from pipeline.learner.replica import outline_of
 
         return outline_of(self.cfg, trajectory)
 

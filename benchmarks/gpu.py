@@ -47,7 +47,7 @@ from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import PolicySpec
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
 
 PROMPT = PromptItem(index=0, text="a red cube on a wooden table")

@@ -29,7 +29,7 @@ torch.nn.functional.scaled_dot_product_attention(*[y.reshape(2, 1, 8, 8)] * 3).s
 _IMPORTS = {
     "rollout": "import actors.rollout, pipeline.generators.policy, diffusers, transformers\n"
     "from diffusers import {pipeline}" + _TORCH,
-    "learner": "import actors.learner, pipeline.learner, pipeline.generators.export, diffusers\n"
+    "learner": "import actors.learner, pipeline.learner.learner, pipeline.generators.export, diffusers\n"
     "from diffusers import {pipeline}" + _TORCH,
     "reward": "import actors.reward\nfrom pipeline.rewards.loader import scorer_class\n"
     "for name in {scorers}: scorer_class(name)",

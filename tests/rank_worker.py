@@ -18,7 +18,7 @@ def run_ranks(world: int, cases: list[dict[str, Any]], context: int = 1) -> list
     A case: {"config": plain config, "steps": [batches], "resume": folder or None, "save": folder}.
     """
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(["pipeline.learner", "pipeline.generators.policy"])
+    ctx.set_forkserver_preload(["pipeline.learner.learner", "pipeline.generators.policy"])
     answers: Any = ctx.Queue()
     port: Any = ctx.Queue()
     ranks = [
@@ -54,7 +54,7 @@ def _rank(rank: int, world: int, context: int, cases: list[dict[str, Any]], port
 def _train(rank: int, world: int, context: int, cases: list[dict[str, Any]], port: Any) -> list[Any]:
     import torch
 
-    from pipeline.ranks import join, listen
+    from pipeline.learner.distributed import join, listen
 
     torch.set_num_threads(1)
     opened = listen("127.0.0.1") if rank == 0 else None
@@ -70,8 +70,8 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
     """Metrics of the steps and the EMA's weight set; a checkpoint in `save`. Also for a learner of one process."""
     from pipeline import checkpoint
     from pipeline.core.errors import RushesError
-    from pipeline.lane import outline_of
-    from pipeline.learner import Learner
+    from pipeline.learner.learner import Learner
+    from pipeline.learner.replica import outline_of
 
     cfg = Config.model_validate(case["config"])
     try:

@@ -19,7 +19,7 @@ from pipeline.core.tensors import unpack
 from pipeline.generators.load.compiling import blocks_of, compile_blocks, private_folder
 from pipeline.generators.load.pipeline import load_denoisers
 from pipeline.generators.policy import Policy
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
 
 ROOT = Path(__file__).parents[1]

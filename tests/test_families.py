@@ -30,7 +30,7 @@ from pipeline.generators.call.arguments import to_floats
 from pipeline.generators.export import export_full, export_lora
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.generators.policy import Policy
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import ode_sampling, train_work
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"

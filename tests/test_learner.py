@@ -13,7 +13,7 @@ from pipeline.core.errors import CheckpointError, RunFailed, RushesError
 from pipeline.core.types import GroupBatch, GroupWork, PromptItem
 from pipeline.generators.export import export_full, export_lora
 from pipeline.generators.policy import Policy
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import ode_sampling, train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")

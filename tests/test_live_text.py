@@ -24,7 +24,7 @@ from pipeline.generators.load.pipeline import text_encoders_of
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import PolicySpec
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import ode_sampling, train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")

@@ -18,7 +18,7 @@ from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.merge_steps import merge_steps
 from pipeline.generators.spec import PolicySpec
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.advantages import compute_advantages
 from pipeline.rl.group_plan import train_work
 from pipeline.rl.objectives import matching

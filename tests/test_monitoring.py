@@ -23,7 +23,7 @@ def exported() -> list[re.Pattern]:
     from actors.telemetry import metric_name
 
     patterns = [f"ray_{metric_name('queue')}_.+_{key}" for key in BoundedQueue("any", 1).drain_stats()]
-    for file in ("actors/recorder.py", "actors/loop.py", "pipeline/learner.py", "pipeline/rl/advantages.py"):
+    for file in ("actors/recorder.py", "actors/loop.py", "pipeline/learner/learner.py", "pipeline/rl/advantages.py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value if isinstance(part, ast.Constant) else "*" for part in parts]

@@ -14,7 +14,7 @@ from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.load import offload
 from pipeline.generators.load.offload import Offload
 from pipeline.generators.policy import Policy
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
 
 RED = PromptItem(index=0, text="a red circle")

@@ -15,7 +15,7 @@ from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.export import export_lora
 from pipeline.generators.load.pipeline import load_denoisers
 from pipeline.generators.policy import Policy
-from pipeline.learner import Learner
+from pipeline.learner.learner import Learner
 from pipeline.preflight import check_quantize
 from pipeline.rl.group_plan import train_work
 

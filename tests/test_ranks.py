@@ -15,11 +15,11 @@ from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
 from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
-from pipeline.lane import outline_of
-from pipeline.learner import Learner
-from pipeline.ranks import Ranks, share
+from pipeline.learner.accumulator import pairs_of
+from pipeline.learner.distributed import Ranks, share
+from pipeline.learner.learner import Learner
+from pipeline.learner.replica import outline_of
 from pipeline.rl.group_plan import train_work
-from pipeline.update import pairs_of
 
 PROMPT = PromptItem(index=0, text="a red circle")
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}

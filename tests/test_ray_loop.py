@@ -428,7 +428,7 @@ def test_results_outlive_the_worker_that_made_them_and_a_full_object_store(clust
 
 
 def _weights(cfg: Config):
-    from pipeline.learner import Learner
+    from pipeline.learner.learner import Learner
 
     return Learner(cfg, "cpu").weights("train")
 

@@ -36,7 +36,7 @@ def config_of(pretrained, root, kind="lora", frames=1):
 
 def make_trained_run(cfg, name="try"):
     """A run with one checkpoint whose weights are far from the start, and an EMA that is again different."""
-    from pipeline.learner import Learner
+    from pipeline.learner.learner import Learner
 
     tensors, meta = Learner(cfg, "cpu").state()
     generator = torch.Generator().manual_seed(1)

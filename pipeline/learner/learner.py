@@ -1,8 +1,8 @@
 """The GRPO learner: replays trajectories with gradients on, and takes optimiser steps. Plain torch, no Ray.
 
-One optimisation step = `updates_per_step` optimiser updates, each over whole groups, which lanes (`pipeline.lane`)
-replay micro-batch by micro-batch. With several ranks (`pipeline.ranks`) each replays its share of the micro-batches,
-and every call belongs to all ranks together.
+One optimisation step = `updates_per_step` optimiser updates, each over whole groups, which lanes
+(`pipeline.learner.replica`) replay micro-batch by micro-batch. With several ranks (`pipeline.learner.distributed`)
+each replays its share of the micro-batches, and every call belongs to all ranks together.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pipeline.generators.load.pipeline import (
     trained_modules,
 )
 from pipeline.generators.replay.text_inputs import LiveText
-from pipeline.lane import Lane, MicroBatch, outline_of
-from pipeline.ranks import Ranks, copy_into, like, whole
-from pipeline.update import LOGGED, Update, pairs_of
+from pipeline.learner.accumulator import LOGGED, Update, pairs_of
+from pipeline.learner.distributed import Ranks, copy_into, like, whole
+from pipeline.learner.replica import Lane, MicroBatch, outline_of
 
 
 class Learner:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.types import GroupBatch
-from pipeline.ranks import Ranks
+from pipeline.learner.distributed import Ranks
 
 LOGGED = ("policy_loss", "kl", "clipped_low", "clipped_high")  # summed over a micro-batch
 

@@ -1,0 +1,1 @@
+"""The learner: replays groups with gradients on, accumulates, and takes optimiser steps."""
