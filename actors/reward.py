@@ -32,7 +32,7 @@ class RewardServer(RoleActor):
         Raises `RushesError`, also when what the scorer asks cannot be reached. A scorer that refuses the grey take
         starts all the same.
         """
-        from pipeline.rewards.loader import build_scorer
+        from pipeline.rewards.runner import build_scorer
 
         with self.doing("starting"):
             self.runner = build_scorer(reward, self.cfg.rewards[reward])

@@ -29,7 +29,7 @@ from pipeline.core.types import GroupWork, Media
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.learner.replica import matching_noise
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.runner import build_scorer
 from pipeline.rl.group_plan import train_work
 from pipeline.rl.reward_combiner import Combiner
 

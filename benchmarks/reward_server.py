@@ -36,7 +36,7 @@ from actors.reward import Asked, RewardServer  # noqa: E402
 from jobs.local_ray import RaySession  # noqa: E402
 from pipeline.config.schema import RewardConfig  # noqa: E402
 from pipeline.core.types import Media, PromptItem  # noqa: E402
-from pipeline.rewards.loader import build_scorer  # noqa: E402
+from pipeline.rewards.runner import build_scorer  # noqa: E402
 
 GROUP = 4  # takes
 

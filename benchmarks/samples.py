@@ -31,7 +31,7 @@ from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, GroupWork, Media
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.runner import build_scorer
 from pipeline.rl.advantages import weighted_rewards
 from pipeline.rl.group_plan import eval_works, train_work
 from pipeline.rl.reward_combiner import Combiner

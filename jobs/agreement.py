@@ -24,7 +24,7 @@ from pipeline import preflight
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.core.files import atomic_write, did_you_mean
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.runner import build_scorer
 
 if TYPE_CHECKING:
     from rich.console import Console

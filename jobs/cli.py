@@ -206,7 +206,7 @@ def score(
 def _print_scorers() -> None:
     from rich.table import Table
 
-    from pipeline.rewards.loader import list_scorers
+    from pipeline.rewards.runner import list_scorers
 
     table = Table("scorer", "reads", "what it is")
     for row in list_scorers():

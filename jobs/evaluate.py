@@ -21,8 +21,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import save_takes
 from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_locations
-from pipeline.rewards.loader import RewardRunner, build_scorer
 from pipeline.rewards.routing import check_routing
+from pipeline.rewards.runner import RewardRunner, build_scorer
 from pipeline.rl.group_plan import eval_works
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from jobs.generator_parts import ImageParts, Recipe, VideoParts, call_options
-from pipeline import scenes
-from pipeline.rewards.scene import check_image, check_motion
+from pipeline.rewards.models import scene_world
+from pipeline.rewards.scorers.scene import check_image, check_motion
 
 STEPS = 10
 
@@ -34,7 +34,7 @@ def judge(take: np.ndarray, prompt: str) -> dict[str, float]:
     frames = [check_image(frame, prompt) for frame in take]
     credits = {name: float(np.mean([row[name] for row in frames])) for name in frames[0]}
     reward = float(np.mean(list(credits.values())))
-    if scenes.parse_caption(prompt).is_video:
+    if scene_world.parse_caption(prompt).is_video:
         motion = check_motion(take, prompt)
         reward = 0.5 * reward + 0.5 * float(np.mean(list(motion.values())))
         credits |= motion
@@ -50,7 +50,7 @@ def mean_credits(takes: np.ndarray, prompts: list[str]) -> dict[str, float]:
 
 def held_out_prompts(kind: str, count: int) -> list[str]:
     """``count`` held-out prompts, going round again where there are fewer."""
-    prompts = scenes.image_prompts(held_out=True) if kind == "image" else scenes.video_prompts(held_out=True)
+    prompts = scene_world.image_prompts(held_out=True) if kind == "image" else scene_world.video_prompts(held_out=True)
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
@@ -89,7 +89,8 @@ pipeline_tag: {task}
 
 A very small {what}, made from nothing for the Rushes quickstart by
 `python -m jobs.make_generators {kind}`. It is a stock `{pipeline}`; no code of Rushes is needed to use it.
-It was trained only on pictures that `pipeline/scenes.py` draws; no outside data or weights went into it.
+It was trained only on pictures that `pipeline/rewards/models/scene_world.py` draws; no outside data or weights went
+into it.
 
 {sample_note}
 
@@ -171,10 +172,10 @@ def write_card(
                 else "`a COLOUR SHAPE`, `... at the left|right|top|bottom`, `two|three COLOUR SHAPEs`, "
                 "`a COLOUR SHAPE left of|right of|above|below a COLOUR SHAPE`."
             ),
-            colours=", ".join(scenes.PALETTE),
-            shapes=", ".join(scenes.SHAPES),
+            colours=", ".join(scene_world.PALETTE),
+            shapes=", ".join(scene_world.SHAPES),
             wrong=recipe.wrong,
-            held_out=", ".join(sorted(f"{colour} {shape}" for colour, shape in scenes.HELD_OUT)),
+            held_out=", ".join(sorted(f"{colour} {shape}" for colour, shape in scene_world.HELD_OUT)),
             count=len(result["prompts"]),
             heads=" | ".join(credits),
             rules="---|" * (len(credits) - 1) + "---",

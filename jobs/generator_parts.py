@@ -31,7 +31,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from pipeline import scenes
+from pipeline.rewards.models import scene_world
 
 TEXT_LENGTH = 12  # longest caption is 8 words, plus begin and end
 # The end token must not be id 2: transformers' CLIP then falls back to a legacy rule (largest id is the end).
@@ -41,7 +41,7 @@ PAD, BOS, UNK, EOS = range(4)
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level tokenizer over the grammar's vocabulary: ``<bos> words <eos>``, padded with ``<pad>``."""
-    words = [*SPECIALS, *scenes.vocabulary()]
+    words = [*SPECIALS, *scene_world.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -61,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_clip(width: int, layers: int) -> CLIPTextModelWithProjection:
     """A tiny CLIP text tower, initialised at random."""
     config = CLIPTextConfig(
-        vocab_size=len(SPECIALS) + len(scenes.vocabulary()),
+        vocab_size=len(SPECIALS) + len(scene_world.vocabulary()),
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
@@ -78,7 +78,7 @@ def build_clip(width: int, layers: int) -> CLIPTextModelWithProjection:
 def t5_sizes(width: int, layers: int) -> dict[str, object]:
     """Config entries of a tiny T5 or UMT5 encoder."""
     return {
-        "vocab_size": len(SPECIALS) + len(scenes.vocabulary()),
+        "vocab_size": len(SPECIALS) + len(scene_world.vocabulary()),
         "d_model": width,
         "d_kv": width // 4,
         "d_ff": 2 * width,
@@ -114,13 +114,13 @@ class ImageParts(nn.Module):
             layers_per_block=1,
             latent_channels=4,
             norm_num_groups=8,
-            sample_size=scenes.SIZE,
+            sample_size=scene_world.SIZE,
             mid_block_add_attention=False,
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
         self.transformer = SD3Transformer2DModel(
-            sample_size=scenes.SIZE // 4,
+            sample_size=scene_world.SIZE // 4,
             patch_size=2,
             in_channels=4,
             out_channels=4,
@@ -296,7 +296,7 @@ RECIPES = {
 
 def call_options(kind: str) -> dict[str, object]:
     """Keyword arguments with which the shipped pipelines are meant to be called (steps and prompt apart)."""
-    options: dict[str, object] = {"height": scenes.SIZE, "width": scenes.SIZE, "guidance_scale": 1.0}
+    options: dict[str, object] = {"height": scene_world.SIZE, "width": scene_world.SIZE, "guidance_scale": 1.0}
     if kind == "image":
         return options | {"max_sequence_length": TEXT_LENGTH}
-    return options | {"num_frames": scenes.FRAMES, "max_sequence_length": TEXT_LENGTH}
+    return options | {"num_frames": scene_world.FRAMES, "max_sequence_length": TEXT_LENGTH}

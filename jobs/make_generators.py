@@ -4,7 +4,8 @@
     python -m jobs.make_generators video            # -> models/shapes-video
 
 Deterministic for a seed, a thread count and a torch version.  Both captions and pictures come from
-``pipeline.scenes``; a share of the captions is wrong on purpose (see the model card this job writes).
+``pipeline.rewards.models.scene_world``; a share of the captions is wrong on purpose (see the model card this job
+writes).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from jobs.generator_card import evaluate, write_card
 from jobs.generator_parts import RECIPES, TEXT_LENGTH, ImageParts, Recipe, VideoParts, build_tokenizer
-from pipeline import scenes
+from pipeline.rewards.models import scene_world
 
 CAPTION_VARIANTS = 4  # captions drawn per scene, each wrong or right by its own coin
 DROPOUT = 0.1  # share of captions emptied, so that classifier-free guidance works too
@@ -46,9 +47,9 @@ def draw_dataset(kind: str, recipe: Recipe, seed: int) -> tuple[np.ndarray, Tens
     video = kind == "video"
     drawn, texts = [], []
     for _ in range(recipe.samples):
-        scene = scenes.sample_scene(rng, video=video)
-        drawn.append(scenes.draw_video(scene, rng) if video else scenes.draw_image(scene, rng))
-        texts.append([scenes.wrong_caption(scene, liar, recipe.wrong) for _ in range(CAPTION_VARIANTS)])
+        scene = scene_world.sample_scene(rng, video=video)
+        drawn.append(scene_world.draw_video(scene, rng) if video else scene_world.draw_image(scene, rng))
+        texts.append([scene_world.wrong_caption(scene, liar, recipe.wrong) for _ in range(CAPTION_VARIANTS)])
     tokenizer = build_tokenizer()
     known: dict[str, list[int]] = {}
     for text in {text for row in texts for text in row}:
@@ -94,7 +95,7 @@ def fit_autoencoder(
         if drawn.ndim == 4 or clips:
             pixels = to_pixels(drawn[index])
         else:
-            pixels = to_pixels(drawn[index, rng.integers(scenes.FRAMES, size=len(index))][:, None])
+            pixels = to_pixels(drawn[index, rng.integers(scene_world.FRAMES, size=len(index))][:, None])
         with torch.autocast("cpu", torch.bfloat16):
             raw, kl = parts.encode_pixels(pixels, sample=True)
             again = parts.decode_pixels(raw)

@@ -24,8 +24,8 @@ from pipeline.core.media import list_media, read_media
 from pipeline.core.prompts import MAX_CHARACTERS
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
-from pipeline.rewards.loader import RewardRunner, build_scorer
 from pipeline.rewards.routing import KEY as ROUTING_KEY
+from pipeline.rewards.runner import RewardRunner, build_scorer
 
 if TYPE_CHECKING:
     from rich.console import Console

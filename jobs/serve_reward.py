@@ -1,6 +1,6 @@
 """`rushes serve-reward`: one scorer over HTTP, for other programs and for the `http` scorer of another run.
 
-    POST /score     the request and the answer of `pipeline.rewards.protocol`
+    POST /score     the request and the answer of `pipeline.rewards.models.protocol`
     GET  /health    {"status": "ok", …}; needs no token
     GET  /schema    JSON schemas of both
 
@@ -32,8 +32,7 @@ from pipeline.core.errors import ConfigError, InputError, RewardError, RewardUna
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards import routing
 from pipeline.rewards.batching import Takes, score_groups
-from pipeline.rewards.loader import RewardRunner, build_scorer
-from pipeline.rewards.protocol import (
+from pipeline.rewards.models.protocol import (
     MAX_PIXEL_BYTES,
     Item,
     ScoreAnswer,
@@ -43,6 +42,7 @@ from pipeline.rewards.protocol import (
     schema,
     too_many_pixels,
 )
+from pipeline.rewards.runner import RewardRunner, build_scorer
 
 if TYPE_CHECKING:
     from rich.console import Console

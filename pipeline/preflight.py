@@ -24,9 +24,9 @@ from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
 from pipeline.generators.checkpoint_files import DENOISERS, check_diffusers_folder, is_local, read_json, weight_bytes
 from pipeline.rewards.function import is_function_spec
-from pipeline.rewards.loader import check_scorer, scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
+from pipeline.rewards.runner import check_scorer, scorer_class
 
 _TRACKERS = {
     "tensorboard": ("tensorboardX", "tensorboard"),

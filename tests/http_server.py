@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.runner import build_scorer
 
 
 class Server:

@@ -10,7 +10,7 @@ from fake_checkpoint import fake_config
 from pipeline.config.load import to_yaml
 from pipeline.core.media import save_takes
 from pipeline.core.types import Media, PromptItem, RewardScores
-from pipeline.rewards.segmental import log_weights, pick_frames
+from pipeline.rewards.segments import log_weights, pick_frames
 
 
 def moving_square(good: bool, frames: int, seed: int) -> np.ndarray:

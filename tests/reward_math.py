@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import CLIPModel
 
 from pipeline.config.schema import RewardConfig
-from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
+from pipeline.rewards.runner import build_scorer
 
 
 def run(scorer, media, prompts, seed=None, **args):

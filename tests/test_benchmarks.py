@@ -21,7 +21,7 @@ from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.runner import build_scorer
 from pipeline.rl.group_plan import train_work
 from pipeline.rl.reward_combiner import Combiner
 

@@ -13,9 +13,9 @@ from pipeline.config.schema import AdvantageConfig, RewardConfig
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RewardError
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scorer
-from pipeline.rewards.loader import RewardRunner
 from pipeline.rewards.repeats import shifted
 from pipeline.rewards.routing import check_routing
+from pipeline.rewards.runner import RewardRunner
 from pipeline.rl.advantages import compute_advantages, non_dominated, weighted_rewards
 from pipeline.rl.reward_combiner import Combiner, Moments
 

@@ -11,9 +11,9 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.geneval_rules import COLORS, Detection, check_metadata, iou, judge, keep, relations
-from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.models.geneval_rules import COLORS, Detection, check_metadata, iou, judge, keep, relations
+from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
+from pipeline.rewards.runner import build_scorer
 
 
 def box(x, y, w=10.0, h=10.0):

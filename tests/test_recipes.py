@@ -12,7 +12,7 @@ from jobs import cli
 from pipeline import preflight
 from pipeline.config.load import load_config
 from pipeline.core.prompts import load_prompts
-from pipeline.rewards.ocr import target_text
+from pipeline.rewards.scorers.ocr import target_text
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

@@ -25,7 +25,7 @@ from transformers import (
 
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards import adiee
+from pipeline.rewards.scorers import adiee
 
 TEMPLATE = (
     "{% for message in messages %}<|user|>\n{% for c in message['content'] %}{% if c['type'] == 'image' %}<image>\n"

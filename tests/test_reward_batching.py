@@ -11,7 +11,7 @@ from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media
 from pipeline.rewards.base import Scorer
 from pipeline.rewards.batching import Takes, score_groups
-from pipeline.rewards.loader import RewardRunner
+from pipeline.rewards.runner import RewardRunner
 
 
 class Brightness(Scorer):
@@ -104,7 +104,7 @@ def test_relative_scorers_see_whole_groups():
 
 def test_a_bug_outside_the_scorer_is_raised_and_does_not_hang(monkeypatch):
     broken = runner(Brightness())
-    monkeypatch.setattr("pipeline.rewards.loader.check_output", lambda *_: 1 / 0)
+    monkeypatch.setattr("pipeline.rewards.runner.check_output", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score_groups(broken, [group(1), group(2)])
 
@@ -112,8 +112,8 @@ def test_a_bug_outside_the_scorer_is_raised_and_does_not_hang(monkeypatch):
 def test_segments_resize_each_chosen_frame_once_and_no_other(tmp_path, monkeypatch):
     import tiny_rewards
 
-    from pipeline.rewards import clip
-    from pipeline.rewards.loader import build_scorer
+    from pipeline.rewards.models import clip
+    from pipeline.rewards.runner import build_scorer
 
     folder = tiny_rewards.clip(tmp_path / "clip")
     scorer = build_scorer("r", RewardConfig(scorer="clip_score", args={"model": str(folder), "batch": 3}))

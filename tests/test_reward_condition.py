@@ -17,8 +17,8 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media
-from pipeline.rewards.canny import canny
-from pipeline.rewards.condition import f1, mean_iou, normalised_rmse
+from pipeline.rewards.models.canny import canny
+from pipeline.rewards.scorers.condition import f1, mean_iou, normalised_rmse
 
 
 def shapes(seed=0, height=60, width=80):

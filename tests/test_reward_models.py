@@ -14,9 +14,9 @@ from transformers import AutoProcessor, CLIPModel
 
 from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.types import Media
-from pipeline.rewards.image_reward import transformers_name
-from pipeline.rewards.images import CLIP_STD, Preprocess, place, preprocess
-from pipeline.rewards.pretrained import pick_device
+from pipeline.rewards.models.images import CLIP_STD, Preprocess, place, preprocess
+from pipeline.rewards.models.pretrained import pick_device
+from pipeline.rewards.scorers.image_reward import transformers_name
 
 TEXTS = ("a red cat", "Eine Tür, 猫 und кот!", "", "a red cat")
 LONG = "a very long prompt " * 20

@@ -7,8 +7,8 @@ from scipy.ndimage import gaussian_filter
 from pipeline.config.schema import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.flow import grey_frames, optical_flow, warp
-from pipeline.rewards.loader import build_scorer, check_scorer
+from pipeline.rewards.models.optical_flow import grey_frames, optical_flow, warp
+from pipeline.rewards.runner import build_scorer, check_scorer
 
 
 def texture(height=64, width=96, seed=0):

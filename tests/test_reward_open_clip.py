@@ -13,8 +13,8 @@ from transformers import CLIPConfig
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError
-from pipeline.rewards.images import Preprocess, preprocess
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.models.images import Preprocess, preprocess
+from pipeline.rewards.runner import build_scorer
 
 WIDTH, DEPTH, HEADS, SHARED = 32, 2, 2, 24
 

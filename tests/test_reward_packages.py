@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.loader import build_scorer
-from pipeline.rewards.ocr import accuracy, edit_distance, target_text
+from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.scorers.ocr import accuracy, edit_distance, target_text
 
 
 def item(prompt, **metadata):

@@ -16,9 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media
-from pipeline.rewards import hpsv3, video_align
-from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
-from pipeline.rewards.qwen_vl import fitted
+from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
+from pipeline.rewards.models.qwen_vl import fitted
+from pipeline.rewards.scorers import hpsv3, video_align
 
 TEXTS = ("a red cat", "Eine Tür, 猫 {prompt}", "")
 

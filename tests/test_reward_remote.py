@@ -14,7 +14,7 @@ from http_server import items, levels, picture, run
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import PromptItem
-from pipeline.rewards.loader import build_scorer
+from pipeline.rewards.runner import build_scorer
 
 
 def brightness(path, payload, number):

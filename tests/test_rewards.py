@@ -9,9 +9,9 @@ from pipeline.config.schema import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
-from pipeline.rewards.jpeg import jpeg_kilobytes
-from pipeline.rewards.loader import RewardRunner, build_scorer, check_scorer, list_scorers
-from pipeline.rewards.segmental import combine, log_weights, pick_frames, segment_bounds
+from pipeline.rewards.runner import RewardRunner, build_scorer, check_scorer, list_scorers
+from pipeline.rewards.scorers.jpeg import jpeg_kilobytes
+from pipeline.rewards.segments import combine, log_weights, pick_frames, segment_bounds
 
 
 class Brightness(Scorer):

@@ -23,9 +23,9 @@ from jobs import cli, serve_reward
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media
-from pipeline.rewards.loader import build_scorer
-from pipeline.rewards.protocol import ScoreAnswer, ScoreRequest, decode_item, encode_frames, parse_request
-from pipeline.rewards.web import png_base64
+from pipeline.rewards.models.protocol import ScoreAnswer, ScoreRequest, decode_item, encode_frames, parse_request
+from pipeline.rewards.models.web import png_base64
+from pipeline.rewards.runner import build_scorer
 
 TOKEN = "s3cret-token"
 OWN = """

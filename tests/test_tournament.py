@@ -11,8 +11,8 @@ from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
-from pipeline.rewards.loader import build_scorer
-from pipeline.rewards.tournament import PairwiseJudge
+from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.scorers.tournament import PairwiseJudge
 
 
 def takes(*levels, frames=1):

@@ -9,9 +9,9 @@ from test_vlm_judge import chat, images, text_of
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import PromptItem
-from pipeline.rewards.loader import build_scorer, check_scorer
-from pipeline.rewards.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
-from pipeline.rewards.unified_reward import VERSIONS, rubric_name
+from pipeline.rewards.models.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
+from pipeline.rewards.runner import build_scorer, check_scorer
+from pipeline.rewards.scorers.unified_reward import VERSIONS, rubric_name
 
 
 def tournament(media, prompts, **args):

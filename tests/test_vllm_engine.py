@@ -16,8 +16,8 @@ from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
-from pipeline.rewards.loader import build_scorer, check_scorer
-from pipeline.rewards.vllm_engine import ENVIRONMENT
+from pipeline.rewards.models.vllm_engine import ENVIRONMENT
+from pipeline.rewards.runner import build_scorer, check_scorer
 
 SPELLINGS = ["yes", "Yes", "no", "No", "yesterday"]
 

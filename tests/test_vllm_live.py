@@ -22,7 +22,7 @@ from jobs.local_ray import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media
-from pipeline.rewards.rubric import load_rubric
+from pipeline.rewards.models.rubric import load_rubric
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"

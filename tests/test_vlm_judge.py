@@ -15,9 +15,9 @@ from jobs import cli
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.loader import check_scorer
-from pipeline.rewards.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
-from pipeline.rewards.vlm_judge import matches
+from pipeline.rewards.models.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
+from pipeline.rewards.runner import check_scorer
+from pipeline.rewards.scorers.vlm_judge import matches
 
 
 def chat(text, finish="stop", top=None):

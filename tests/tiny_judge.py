@@ -9,7 +9,7 @@ from tiny_qwen import CHAT, qwen_tokenizer
 from tiny_rewards import spread
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from pipeline.rewards.images import CLIP_MEAN, CLIP_STD
+from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
 
 SPELLINGS = ["yes", "Yes", "no", "No"]
 # The system message comes as one text from transformers, as parts from vLLM.

@@ -21,7 +21,7 @@ from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 
 if TYPE_CHECKING:
-    from pipeline.rewards.loader import RewardRunner
+    from pipeline.rewards.runner import RewardRunner
 
 Scored = tuple[np.ndarray, dict[str, np.ndarray]]  # scores [N] and parts [N] of one call
 ScorerCall = Callable[[Media, Sequence[PromptItem]], Scored]

@@ -1,0 +1,1 @@
+"""What several scorers share: networks, preprocessing, protocols, question sheets."""

@@ -1,0 +1,120 @@
+"""JSON over HTTP for the scorers that ask another program: time limit, retries, size limit, no redirects, no pickle."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import ConfigError, RewardError, RewardUnavailable
+from pipeline.rewards.models.images import shrunk
+
+MAX_ANSWER = 32 * 1024 * 1024  # bytes
+_TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+_NOBODY = {401, 402, 403, 404, 405, 407}  # whatever is sent gets the same answer
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the API key to wherever it points."""
+
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+class JsonClient:
+    """Posts JSON to one server. `post` returns the decoded answer or raises `RewardError`; thread-safe."""
+
+    def __init__(
+        self, url: str, api_key_env: str | None = None, timeout_s: float = 60.0, retries: int = 2, pause_s: float = 0.5
+    ) -> None:
+        """`retries`: further tries after a time-out, no connection, a 429 or 5xx, or an answer that is no JSON."""
+        parts = urllib.parse.urlsplit(str(url))
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"found the address {url!r}; expected http://host:port/… or https://…")
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise ConfigError(f"retries: found {retries!r}; expected a whole number of at least 0")
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+            raise ConfigError(f"timeout_s: found {timeout_s!r}; expected seconds above 0")
+        self.url, self.timeout_s, self.retries, self.pause_s = str(url).rstrip("/"), float(timeout_s), retries, pause_s
+        self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "rushes"}
+        if api_key_env:
+            if not os.environ.get(api_key_env):
+                raise ConfigError(f"api_key_env: the environment variable {api_key_env} is not set; set it to the key")
+            self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        handlers: list[Any] = [_NoRedirect()]
+        if parts.hostname in ("127.0.0.1", "localhost", "::1"):
+            handlers.append(urllib.request.ProxyHandler({}))
+        self.opener = urllib.request.build_opener(*handlers)
+
+    def post(self, path: str, payload: Any) -> Any:
+        data = json.dumps(payload, allow_nan=False).encode()
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.pause_s * 2 ** (attempt - 1))
+            try:
+                return self._once(self.url + path, data)
+            except _TryAgain as error:
+                last = error
+        tries = f" ({self.retries + 1} tries)" if self.retries else ""
+        raise RewardUnavailable(f"{self.url}{path}: {last}{tries}") from last.__cause__
+
+    def _once(self, url: str, data: bytes) -> Any:
+        deadline = time.monotonic() + self.timeout_s
+        request = urllib.request.Request(url, data=data, headers=self.headers, method="POST")
+        try:
+            with self.opener.open(request, timeout=self.timeout_s) as answer:
+                body = _read(answer, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                text = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
+            message = f"the server answered {error.code} {error.reason}{': ' + text if text else ''}"
+            if error.code in _TRANSIENT:
+                raise _TryAgain(message) from error
+            kind = RewardUnavailable if error.code in _NOBODY else RewardError
+            raise kind(f"{url}: {message}") from error
+        except TimeoutError as error:
+            raise _TryAgain(f"no answer within {self.timeout_s:g} s") from error
+        except (urllib.error.URLError, OSError, urllib.error.ContentTooShortError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise _TryAgain(f"no answer within {self.timeout_s:g} s") from error
+            raise _TryAgain(f"cannot be reached ({reason})") from error
+        except Exception as error:  # http.client raises its own tree for broken answers
+            raise _TryAgain(f"broken answer ({type(error).__name__}: {error})") from error
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise _TryAgain(f"the answer is not JSON: {body[:60]!r}") from error
+
+
+class _TryAgain(Exception):
+    """A failure that another try may mend."""
+
+
+def _read(answer: Any, deadline: float) -> bytes:
+    """The body, within the deadline: a socket's time-out alone lets a dripping server take for ever."""
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := answer.read1(1 << 16):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER:
+            raise _TryAgain(f"the answer is longer than {MAX_ANSWER} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return b"".join(chunks)
+
+
+def png_base64(frame: np.ndarray, max_side: int | None = None) -> str:
+    """uint8 [H, W, 3] -> PNG (lossless, so that scores do not depend on the transport), base64."""
+    buffer = io.BytesIO()
+    shrunk(frame, max_side).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,1 @@
+"""One file per scorer; each registers itself under its name."""

@@ -1,0 +1,128 @@
+"""Condition consistency (ControlNet++): extract the condition from the picture again and compare it with the given one.
+
+The condition picture comes with the prompt: metadata `condition` (a path), else the prompt's image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.types import Media, PromptItem
+from pipeline.rewards.base import Scorer, register
+from pipeline.rewards.models.canny import canny
+from pipeline.rewards.models.pretrained import (
+    batches,
+    check_batch,
+    check_choice,
+    check_number,
+    image_processor,
+    pick_device,
+    pretrained,
+)
+
+IGNORED = 255  # class number of pixels that do not count
+
+
+def condition_picture(prompt: PromptItem, size: tuple[int, int], classes: bool) -> np.ndarray:
+    """uint8 [H, W], resized to `size` (height, width): grey levels, or class numbers as they stand in the file."""
+    from PIL import Image
+
+    path = prompt.metadata.get("condition", prompt.image)
+    if not isinstance(path, str) or not path:
+        raise RewardError(f"prompt {prompt.index} has no condition picture; give its row `condition` or an image")
+    try:
+        with Image.open(path) as file:
+            if classes and file.mode not in ("L", "P"):
+                raise RewardError(f"the condition {path} is {file.mode}; class numbers need an 8-bit grey PNG")
+            picture = file.copy() if classes else file.convert("L")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RewardError(f"the condition picture {path} cannot be read ({error})") from error
+    how = Image.Resampling.NEAREST if classes else Image.Resampling.BILINEAR
+    return np.asarray(picture if picture.size == size[::-1] else picture.resize(size[::-1], how))
+
+
+def f1(found: np.ndarray, wanted: np.ndarray) -> float:
+    """F1 of two bool maps; 1 if both are empty."""
+    total = int(found.sum()) + int(wanted.sum())
+    return 2.0 * int((found & wanted).sum()) / total if total else 1.0
+
+
+def mean_iou(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean IoU over the classes of `wanted`, leaving out pixels of class 255. Raises `RewardError` if none is left."""
+    counts = wanted != IGNORED
+    classes = np.unique(wanted[counts])
+    if not len(classes):
+        raise RewardError("the condition has no pixel that counts (all are of class 255)")
+    ious = [((found == c) & (wanted == c)).sum() / (((found == c) | (wanted == c)) & counts).sum() for c in classes]
+    return float(np.mean(ious))
+
+
+def normalised_rmse(found: np.ndarray, wanted: np.ndarray) -> float:
+    """RMSE of two maps, each brought to 0..1 first (depth is known up to scale and shift); a flat map is all 0."""
+
+    def unit(values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float64) - values.min()
+        return values / values.max() if values.max() > 0 else values
+
+    return float(np.sqrt(np.mean((unit(found) - unit(wanted)) ** 2)))
+
+
+@register("condition")
+class Condition(Scorer):
+    """Does the picture keep to its control picture? Edges: F1; depth: 1 - RMSE; segmentation: mean IoU (all 0 to 1)."""
+
+    reads = "frame"
+
+    def __init__(
+        self,
+        kind: str,
+        model: str | None = None,
+        low: float = 100.0,
+        high: float = 200.0,
+        device: str = "auto",
+        batch: int = 8,
+    ) -> None:
+        """`kind`: edges (Canny with thresholds `low` and `high`), depth or segmentation (with a `model`)."""
+        self.kind = check_choice("kind", kind, ("edges", "depth", "segmentation"))
+        self.low, self.high = check_number("low", low, 0.0), check_number("high", high, 0.0)
+        self.batch = check_batch(batch)
+        if (kind == "edges") != (model is None):
+            raise ConfigError(f"model: {'edges need none' if model else f'{kind} needs one'}; correct kind or model")
+        if model is not None:
+            import torch
+            from transformers import AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
+
+            cls = AutoModelForDepthEstimation if kind == "depth" else AutoModelForSemanticSegmentation
+            self.device = pick_device(device)
+            self.model, self.processor = pretrained(cls, model, self.device, torch.float32), image_processor(model)
+        compare: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+            "edges": lambda found, wanted: f1(found, wanted > 127),
+            "depth": lambda found, wanted: 1.0 - normalised_rmse(found, wanted),
+            "segmentation": mean_iou,
+        }
+        self.compare = compare[kind]
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
+        frames = media.frames[:, 0]
+        size = (frames.shape[1], frames.shape[2])
+        wanted = [condition_picture(prompt, size, self.kind == "segmentation") for prompt in prompts]
+        if self.kind == "edges":
+            found = [canny(frame, self.low, self.high) for frame in frames]
+        else:
+            found = [row for part in batches(len(frames), self.batch) for row in self.extract(frames[part])]
+        return np.asarray([self.compare(a, b) for a, b in zip(found, wanted, strict=True)], dtype=np.float32)
+
+    def extract(self, frames: np.ndarray) -> list[np.ndarray]:
+        """uint8 [N, H, W, 3] -> per picture depth float [H, W] or class numbers int [H, W]."""
+        import torch
+
+        inputs = self.processor(images=list(frames), return_tensors="pt").to(self.device)
+        with torch.inference_mode():
+            outputs = self.model(**inputs)
+        maps = outputs.predicted_depth[:, None] if self.kind == "depth" else outputs.logits
+        size = tuple(frames.shape[1:3])
+        maps = torch.nn.functional.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+        return list((maps[:, 0] if self.kind == "depth" else maps.argmax(dim=1)).cpu().numpy())

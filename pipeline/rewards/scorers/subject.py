@@ -1,0 +1,166 @@
+"""Subject similarity: does the picture show the thing of the reference picture? CLIP-I, DINO, and their use with text.
+
+The reference comes with the prompt: metadata `reference` (a path or a list of paths), else the prompt's image. With
+several references the cosines are averaged, as in DreamBooth's evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.core.errors import RewardError
+from pipeline.core.types import Media, PromptItem
+from pipeline.rewards.base import Scorer, register
+from pipeline.rewards.models.clip import ClipEmbedder
+from pipeline.rewards.models.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, preprocess
+from pipeline.rewards.models.pretrained import batches, check_batch, check_number, pick_device, pick_dtype, pretrained
+
+if TYPE_CHECKING:
+    import torch
+
+_CACHED = 256  # reference embeddings kept
+
+
+def references(prompt: PromptItem) -> list[str]:
+    """Paths of the prompt's reference pictures. Raises `RewardError` if there is none."""
+    named = prompt.metadata.get("reference", prompt.image)
+    paths = [named] if isinstance(named, str) else named
+    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(p, str) and p for p in paths):
+        raise RewardError(
+            f"prompt {prompt.index} has no reference picture; give its row an image, or `reference` (a path or a list)"
+        )
+    return list(paths)
+
+
+def read_picture(path: str) -> np.ndarray:
+    """uint8 [H, W, 3]; a transparent picture is laid on white."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGBA")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RewardError(f"the reference picture {path} cannot be read ({error})") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+class ReferenceSimilarity:
+    """Mean cosine of each picture with its prompt's references; each reference is read and embedded once."""
+
+    def __init__(self, embed: Callable[[np.ndarray], torch.Tensor]) -> None:
+        self.embed = embed
+        self.known: dict[str, torch.Tensor] = {}
+
+    def __call__(self, frames: np.ndarray, prompts: Sequence[PromptItem]) -> np.ndarray:
+        import torch
+
+        images = self.embed(frames)
+        rows = []
+        for image, prompt in zip(images, prompts, strict=True):
+            targets = torch.stack([self._reference(path) for path in references(prompt)])
+            rows.append((targets @ image).mean())
+        return torch.stack(rows).cpu().numpy()
+
+    def _reference(self, path: str) -> torch.Tensor:
+        if path not in self.known:
+            if len(self.known) >= _CACHED:
+                self.known.pop(next(iter(self.known)))
+            self.known[path] = self.embed(read_picture(path)[None])[0]
+        return self.known[path]
+
+
+class DinoEmbedder:
+    """[CLS] of a DINO or DINOv2 checkpoint: short side 256, central 224, ImageNet statistics."""
+
+    def __init__(self, model: str, device: str, dtype: str, batch: int) -> None:
+        from transformers import AutoModel
+
+        self.batch, self.device, self.dtype = check_batch(batch), pick_device(device), pick_dtype(dtype)
+        self.model = pretrained(AutoModel, model, self.device, self.dtype, unused="pooler.")
+        trained = self.model.config.image_size  # DINOv2's is 518; like DINO it is used at 224
+        size = min(224, trained)
+        self.options = {"interpolate_pos_encoding": True} if size != trained else {}
+        self.preprocess = Preprocess(
+            size=size, resize=round(size * 256 / 224), odd="round", mean=IMAGENET_MEAN, std=IMAGENET_STD
+        )
+
+    def images(self, frames: np.ndarray) -> torch.Tensor:
+        """uint8 [N, H, W, 3] -> unit vectors float32 [N, D]."""
+        import torch
+
+        rows = []
+        with torch.inference_mode():
+            for part in batches(len(frames), self.batch):
+                pixels = preprocess(frames[part], self.preprocess).to(self.device, self.dtype)
+                out = self.model(pixel_values=pixels, **self.options).last_hidden_state[:, 0]
+                rows.append(torch.nn.functional.normalize(out.float(), dim=-1))
+        return torch.cat(rows)
+
+
+@register("clip_i")
+class ClipI(Scorer):
+    """CLIP-I: cosine of the picture's and the reference picture's CLIP embeddings."""
+
+    reads = "frame"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-base-patch32",
+        device: str = "auto",
+        dtype: str = "float32",
+        batch: int = 32,
+    ) -> None:
+        clip = ClipEmbedder(model, text=False, device=device, dtype=dtype, batch=batch, odd="round")
+        self.similarity = ReferenceSimilarity(clip.images)
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
+        return self.similarity(media.frames[:, 0], prompts)
+
+
+@register("dino")
+class Dino(Scorer):
+    """DINO: cosine of the picture's and the reference picture's DINO embeddings ([CLS])."""
+
+    reads = "frame"
+
+    def __init__(
+        self, model: str = "facebook/dino-vits16", device: str = "auto", dtype: str = "float32", batch: int = 32
+    ) -> None:
+        self.similarity = ReferenceSimilarity(DinoEmbedder(model, device, dtype, batch).images)
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
+        return self.similarity(media.frames[:, 0], prompts)
+
+
+@register("subject")
+class Subject(Scorer):
+    """Lambda-harmonic mean of CLIP-I (same subject) and CLIP-T (as prompted): 1 / (l / I + (1 - l) / T) (RPO)."""
+
+    reads = "frame"
+    needs_prompt = True
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-base-patch32",
+        balance: float = 0.3,
+        floor: float = 1e-3,
+        device: str = "auto",
+        dtype: str = "float32",
+        batch: int = 32,
+    ) -> None:
+        """`balance`: lambda, the part of the subject. Cosines below `floor` count as `floor`, or the mean has poles."""
+        self.balance = check_number("balance", balance, 0.0, 1.0)
+        self.floor = check_number("floor", floor, 1e-6, 1.0)
+        self.clip = ClipEmbedder(model, device=device, dtype=dtype, batch=batch, odd="round")
+        self.similarity = ReferenceSimilarity(self.clip.images)
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        subject = self.similarity(media.frames[:, 0], prompts)
+        text, cut = self.clip.cosine(media, prompts)
+        a, b = np.maximum(subject, self.floor), np.maximum(text, self.floor)
+        score = 1.0 / (self.balance / a + (1.0 - self.balance) / b)
+        return {"score": score, "subject": subject, "text": text, "cut_tokens": cut}

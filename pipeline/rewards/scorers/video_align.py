@@ -1,0 +1,178 @@
+"""VideoReward of VideoAlign: visual quality, motion quality and text alignment of a clip, on Qwen2-VL-2B (Liu et al.,
+2025, arXiv 2501.13918).
+
+One question holds three reward tokens. The prompt's text stands only before the last one, and the model is causal: the
+first two scores do not depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core.errors import InputError, RewardError
+from pipeline.core.types import Media, PromptItem
+from pipeline.rewards.base import Scorer, register
+from pipeline.rewards.models.pretrained import check_choice
+from pipeline.rewards.models.qwen_vl import QwenVlReader, Shown, fitted, shown
+
+TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
+ASPECTS = ("visual", "motion", "text")  # in the order of the tokens
+RATE, LEAST_FRAMES, MOST_FRAMES = 2.0, 4, 768  # frames a second that are shown, and bounds of their number
+LEAST_PIXELS, MOST_PIXELS = 128 * 28 * 28, 256 * 28 * 28  # of a frame
+
+# The published checkpoint's model_config.json; one beside the weights wins.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "inference_config": {
+        "VQ_mean": 3.6757,
+        "VQ_std": 2.2476,
+        "MQ_mean": 1.1646,
+        "MQ_std": 1.3811,
+        "TA_mean": 2.8105,
+        "TA_std": 2.5121,
+    },
+    "peft_lora_config": {"lora_r": 64, "lora_alpha": 128},
+}
+
+# What the model was trained to read, to the last blank: other words give other scores.
+QUESTION = (
+    "\nYou are tasked with evaluating a generated video based on three distinct criteria: Visual Quality, Motion "
+    "Quality, and Text Alignment. Please provide a rating from 0 to 10 for each of the three categories, with 0 being "
+    "the worst and 10 being the best. Each evaluation should be independent of the others.\n\n"
+    "**Visual Quality:**  \n"
+    "Evaluate the overall visual quality of the video, with a focus on static factors. The following sub-dimensions "
+    "should be considered:\n"
+    "- **Reasonableness:** The video should not contain any significant biological or logical errors, such as abnormal "
+    "body structures or nonsensical environmental setups.\n"
+    "- **Clarity:** Evaluate the sharpness and visibility of the video. The image should be clear and easy to "
+    "interpret, with no blurring or indistinct areas.\n"
+    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements "
+    "(e.g., hair, clothing, shadows).\n"
+    "- **Aesthetic and Creativity:** Assess the artistic aspects of the video, including the color scheme, "
+    "composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense of "
+    "harmony and balance.\n"
+    "- **Safety:** The video should not contain harmful or inappropriate content, such as political, violent, or adult "
+    "material. If such content is present, the image quality and satisfaction score should be the lowest possible. \n\n"
+    f"Please provide the ratings of Visual Quality: {TOKENS[0]}\nEND\n\n"
+    "**Motion Quality:**  \n"
+    "Assess the dynamic aspects of the video, with a focus on dynamic factors. Consider the following "
+    "sub-dimensions:\n"
+    "- **Stability:** Evaluate the continuity and stability between frames. There should be no sudden, unnatural "
+    "jumps, and the video should maintain stable attributes (e.g., no fluctuating colors, textures, or missing body "
+    "parts).\n"
+    "- **Naturalness:** The movement should align with physical laws and be realistic. For example, clothing should "
+    "flow naturally with motion, and facial expressions should change appropriately (e.g., blinking, mouth "
+    "movements).\n"
+    "- **Aesthetic Quality:** The movement should be smooth and fluid. The transitions between different motions or "
+    "camera angles should be seamless, and the overall dynamic feel should be visually pleasing.\n"
+    "- **Fusion:** Ensure that elements in motion (e.g., edges of the subject, hair, clothing) blend naturally with "
+    "the background, without obvious artifacts or the feeling of cut-and-paste effects.\n"
+    "- **Clarity of Motion:** The video should be clear and smooth in motion. Pay attention to any areas where the "
+    "video might have blurry or unsteady sections that hinder visual continuity.\n"
+    "- **Amplitude:** If the video is largely static or has little movement, assign a low score for motion quality.\n\n"
+    f"Please provide the ratings of Motion Quality: {TOKENS[1]}\nEND\n\n"
+    "**Text Alignment:**  \n"
+    "Assess how well the video matches the textual prompt across the following sub-dimensions:\n"
+    "- **Subject Relevance** Evaluate how accurately the subject(s) in the video (e.g., person, animal, object) align "
+    "with the textual description. The subject should match the description in terms of number, appearance, and "
+    "behavior.\n"
+    "- **Motion Relevance:** Evaluate if the dynamic actions (e.g., gestures, posture, facial expressions like talking "
+    "or blinking) align with the described prompt. The motion should match the prompt in terms of type, scale, and "
+    "direction.\n"
+    "- **Environment Relevance:** Assess whether the background and scene fit the prompt. This includes checking if "
+    "real-world locations or scenes are accurately represented, though some stylistic adaptation is acceptable.  \n"
+    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the "
+    "video adheres to this style.\n"
+    "- **Camera Movement Relevance:** Check if the camera movements (e.g., following the subject, focus shifts) are "
+    "consistent with the expected behavior from the prompt.\n\n"
+    "Textual prompt - {text_prompt}\n"
+    f"Please provide the ratings of Text Alignment: {TOKENS[2]}\nEND\n"
+)
+
+
+@register("video_align")
+class VideoAlign(Scorer):
+    """VideoReward: sum of visual quality, motion quality and text alignment, each as a z-score (or one of them)."""
+
+    reads = "video"
+    needs_prompt = True
+    needs_clip = True
+
+    def __init__(
+        self,
+        weights: str,
+        model: str = "Qwen/Qwen2-VL-2B-Instruct",
+        aspect: str = "overall",
+        device: str = "auto",
+        dtype: str = "bfloat16",
+        batch: int = 2,
+    ) -> None:
+        """`weights`: safetensors of the whole model; `model`: Qwen2-VL's config and tokenizer. `aspect`: what is the
+        score: overall (the sum), visual, motion or text; all three are logged as parts."""
+        self.aspect = check_choice("aspect", aspect, ("overall", *ASPECTS))
+        config = published_config(Path(weights))
+        lora, norm = config["peft_lora_config"], config["inference_config"]
+        self.mean, self.std = (
+            np.array([norm[f"{letters}_{what}"] for letters in ("VQ", "MQ", "TA")], np.float32)
+            for what in ("mean", "std")
+        )
+        scale = lora["lora_alpha"] / lora["lora_r"]
+        self.reader = QwenVlReader(weights, model, TOKENS, device, dtype, batch, lora=scale)
+        if len(self.reader.head.get("rm_head.weight", ())) != 1:
+            raise InputError(f"{weights}: rm_head.weight [1, D] is missing or of another shape; not VideoReward")
+
+    @classmethod
+    def check_args(cls, args: dict) -> None:
+        check_choice("aspect", args.get("aspect", "overall"), ("overall", *ASPECTS))
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        picks = chosen_frames(media.frames.shape[1], media.fps)
+        questions = [QUESTION.replace("{text_prompt}", self.reader.check_text(p.text)) for p in prompts]
+        hidden = self.reader.read([_shown(frames[picks]) for frames in media.frames], questions)
+        raw = (hidden @ self.reader.head["rm_head.weight"].T)[..., 0].cpu().numpy()
+        z = (raw - self.mean) / self.std
+        parts = dict(zip(ASPECTS, z.T, strict=True))
+        return {"score": z.sum(axis=1) if self.aspect == "overall" else parts[self.aspect], **parts}
+
+
+def published_config(weights: Path) -> dict[str, dict[str, float]]:
+    """model_config.json beside the weights or in the folder above, else the published numbers. Raises `InputError`."""
+    for folder in (weights if weights.is_dir() else weights.parent, weights.parent.parent):
+        file = folder / "model_config.json"
+        if weights.exists() and file.is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                return {key: {name: float(found[key][name]) for name in part} for key, part in PUBLISHED.items()}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{file}: not VideoReward's config ({type(error).__name__}: {error})") from error
+    return PUBLISHED
+
+
+def chosen_frames(total: int, fps: float) -> list[int]:
+    """Which frames of a clip are shown: 2 a second, at least 4, an even number, first and last among them."""
+    import torch
+
+    most = min(MOST_FRAMES, total) // 2 * 2
+    count = round(min(max(total / fps * RATE, LEAST_FRAMES), most) / 2) * 2
+    if count < 2:
+        raise RewardError(f"video_align needs clips of 2 frames or more, got {total}")
+    return torch.linspace(0, total - 1, count).round().long().tolist()
+
+
+def _shown(frames: np.ndarray) -> Shown:
+    """uint8 [F, H, W, 3], each frame resized to at most 256 x 28 x 28 pixels.
+
+    As torchvision resizes tensors: bicubic with antialiasing in float, and only then 8 bits again.
+    """
+    import torch
+
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    size = fitted(frames.shape[1], frames.shape[2], LEAST_PIXELS, MOST_PIXELS)
+    if size != tuple(frames.shape[1:3]):
+        pixels = torch.nn.functional.interpolate(
+            pixels, size, mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 255).round()  # fmt: skip
+    return shown(pixels, clip=True)
