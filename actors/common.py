@@ -22,7 +22,7 @@ import ray
 from actors.failures import Going
 from actors.telemetry import RoleMetrics
 from pipeline.config.schema import Config
-from pipeline.run_dir import RunDir, setup_logging
+from pipeline.runs.paths import RunDir, setup_logging
 
 PROJECT = Path(__file__).resolve().parents[1]
 IDLE = "idle"

@@ -15,8 +15,8 @@ import ray
 
 from actors.common import RoleActor, cores, use_threads
 from actors.failures import is_lost
-from pipeline import checkpoint, mirror
 from pipeline.core.types import GroupBatch, Outline, WeightSet
+from pipeline.runs import checkpoint, remote_sync
 
 
 class LearnerActor(RoleActor):
@@ -107,5 +107,5 @@ class LearnerActor(RoleActor):
             if self.learner.ranks.main:
                 write = export_lora if self.cfg.trainable.kind == "lora" else export_full
                 write(self.cfg, weights, Path(out))
-                mirror.push_tree(Path(out), self.ctx.run.path)
+                remote_sync.push_tree(Path(out), self.ctx.run.path)
         return out

@@ -26,11 +26,11 @@ from actors.pool import Slot, together
 from actors.recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
 from actors.training import Training
 from actors.weights import Publisher
-from pipeline import checkpoint
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
 from pipeline.rl import group_plan
-from pipeline.tracking import metrics_after_resume
+from pipeline.runs import checkpoint
+from pipeline.runs.tracking import metrics_after_resume
 
 log = logging.getLogger("rushes.loop")
 

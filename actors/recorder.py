@@ -22,7 +22,7 @@ from actors.telemetry import RunMetrics
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger
-from pipeline.tracking import make_tracker
+from pipeline.runs.tracking import make_tracker
 
 ON_POLICY_TOLERANCE = 1e-5
 _KEPT = 1000  # steps whose metrics stay in memory, about 10 kB each; all are in metrics.jsonl

@@ -208,7 +208,7 @@ def plan(
 
     if run is not None and (rollout is not None or learn is not None or score):
         raise ConfigError("plan: give either a run or --rollout, --score and --learn, not both")
-    from pipeline.mirror import local_run
+    from pipeline.runs.remote_sync import local_run
 
     times, cfg = (
         from_run(local_run(run)) if run is not None else (from_options(rollout, score or [], learn, sync, groups), None)

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.core.storage import url_of
-from pipeline.run_dir import RunDir
+from pipeline.runs.paths import RunDir
 
 NAMESPACE = "rushes"
 CONTROLLER = "/controller"

@@ -38,7 +38,7 @@ _IMPORTS = {
 import tempfile, numpy, actors.controller, actors.loop, torch
 from pathlib import Path
 from pipeline.core.media import save_takes
-from pipeline.tracking import TensorBoardTracker
+from pipeline.runs.tracking import TensorBoardTracker
 from pipeline.core.types import Media, PromptItem
 shape = ({shown}, {frames}, {height}, {width}, 3)
 media = Media(frames=numpy.random.default_rng(0).integers(256, size=shape, dtype=numpy.uint8), fps=8.0)

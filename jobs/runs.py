@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster import TERMINAL, Cluster, find_address, open_cluster, reachable
 from jobs.progress import LiveView, clock, eta_s, eval_line, health_line, make_view, step_line
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
-from pipeline.mirror import local_run
-from pipeline.run_dir import RunDir, writer_of
+from pipeline.runs.paths import RunDir, writer_of
+from pipeline.runs.remote_sync import local_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ class FolderRun:
     def snapshot(self, since: int = -1) -> dict[str, Any]:
         """Like `Controller.progress`, as far as the files tell."""
         from pipeline.config.load import load_config
-        from pipeline.tracking import read_jsonl, read_metrics
+        from pipeline.runs.tracking import read_jsonl, read_metrics
 
         cfg = load_config(self.run.config)
         records = [row for row in read_metrics(self.run.path) if "reward/mean" in row]

@@ -21,7 +21,7 @@ _EXAMPLE = "such as --rollout 320 --score 40 --learn 90"
 def from_run(folder: Path) -> tuple[Timings, Config]:
     """Raises `InputError` when the folder is no run, or one without a finished step."""
     from pipeline.config.load import load_config
-    from pipeline.tracking import read_metrics
+    from pipeline.runs.tracking import read_metrics
 
     if not (folder / "config.yaml").exists():
         raise InputError(f"{folder}: is not a run folder (it has no config.yaml); give one, or timings {_EXAMPLE}")

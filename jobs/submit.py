@@ -13,7 +13,7 @@ from jobs.cluster import RUN_KEY, TERMINAL, find_address, jobs_client, reachable
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError, RunInterrupted
-from pipeline.run_dir import check_name, default_name
+from pipeline.runs.paths import check_name, default_name
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

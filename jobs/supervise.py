@@ -14,10 +14,10 @@ from rich.console import Console
 
 from jobs.live import controller_options, running
 from jobs.progress import View, make_view
-from pipeline import checkpoint
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
-from pipeline.run_dir import RunDir
+from pipeline.runs import checkpoint
+from pipeline.runs.paths import RunDir
 
 POLL_S = 0.5
 GONE_S = 60.0  # a dead controller's actors end with it; those that have not by then are ended

@@ -16,13 +16,13 @@ from rich.console import Console
 
 from jobs.local_ray import MemorySampler, RaySession
 from jobs.supervise import supervise
-from pipeline import checkpoint
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunInterrupted
 from pipeline.core.files import atomic_write
 from pipeline.core.storage import shown, url_of
-from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
+from pipeline.runs import checkpoint
+from pipeline.runs.paths import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 
 PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "ray")
 

@@ -20,7 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError
 from pipeline.core.files import nearest
 from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
-from pipeline.mirror import local_run
+from pipeline.runs.remote_sync import local_run
 
 if TYPE_CHECKING:
     from pipeline.core.types import WeightSet
@@ -47,7 +47,7 @@ class Trained:
 
 def find_trained(path: Path, step: int | None = None) -> Trained:
     """Looks at files only, loads nothing. Raises `InputError` or `CheckpointError`."""
-    from pipeline import checkpoint
+    from pipeline.runs import checkpoint
 
     path = local_run(path)
     if not path.is_dir():
@@ -90,7 +90,7 @@ def find_trained(path: Path, step: int | None = None) -> Trained:
 
 
 def _checkpoint_of(run: Path, step: int | None) -> Path:
-    from pipeline import checkpoint
+    from pipeline.runs import checkpoint
 
     folders = checkpoint.complete(run / "checkpoints")
     if not folders:
@@ -107,8 +107,8 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
 
 def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
     """The weights of a checkpoint; the EMA where asked for and kept."""
-    from pipeline import checkpoint
     from pipeline.generators import adapters
+    from pipeline.runs import checkpoint
 
     tensors, _ = checkpoint.load(trained.path)
     has_ema = any(name.startswith("ema/") for name in tensors)

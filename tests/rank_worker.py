@@ -68,10 +68,10 @@ def _train(rank: int, world: int, context: int, cases: list[dict[str, Any]], por
 
 def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
     """Metrics of the steps and the EMA's weight set; a checkpoint in `save`. Also for a learner of one process."""
-    from pipeline import checkpoint
     from pipeline.core.errors import RushesError
     from pipeline.learner.learner import Learner
     from pipeline.learner.replica import outline_of
+    from pipeline.runs import checkpoint
 
     cfg = Config.model_validate(case["config"])
     try:

@@ -300,7 +300,7 @@ def checkpoint_folder(p, spoil):
     save_file({"weights/transformer.x": np.zeros(8, np.float32)}, folder / "tensors.safetensors")
     (folder / "state.json").write_text("{}")
     (folder / "identity.json").write_text("{}")
-    from pipeline.checkpoint import _fingerprint
+    from pipeline.runs.checkpoint import _fingerprint
 
     files = {path.name: _fingerprint(path) for path in folder.iterdir()}
     (folder / "MANIFEST.json").write_text(json.dumps({"format": 1, "step": 40, "files": files}))

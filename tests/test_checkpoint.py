@@ -9,9 +9,9 @@ import resource
 import pytest
 import torch
 
-from pipeline import checkpoint
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError
+from pipeline.runs import checkpoint
 
 
 def config(**changes) -> Config:

@@ -16,7 +16,7 @@ from jobs import submit as submitting
 from jobs.cluster import RUN_KEY, find_address, refused, tail
 from pipeline.config.load import to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
-from pipeline.run_dir import RunDir, RunLock, writer_of
+from pipeline.runs.paths import RunDir, RunLock, writer_of
 
 NOWHERE = "http://127.0.0.1:1"  # nothing listens on port 1
 
@@ -311,7 +311,7 @@ def test_a_run_that_has_no_controller_yet(capsys, live_cluster, monkeypatch):
 HOLD = """
 import signal, sys, time
 from pathlib import Path
-from pipeline.run_dir import RunDir, RunLock
+from pipeline.runs.paths import RunDir, RunLock
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 with RunLock(RunDir(Path(sys.argv[1]))):

@@ -10,7 +10,6 @@ import pytest
 import tiny
 from rank_worker import one_case, run_ranks
 
-from pipeline import checkpoint
 from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
 from pipeline.core.types import GroupBatch, PromptItem
@@ -20,6 +19,7 @@ from pipeline.learner.distributed import Ranks, share
 from pipeline.learner.learner import Learner
 from pipeline.learner.replica import outline_of
 from pipeline.rl.group_plan import train_work
+from pipeline.runs import checkpoint
 
 PROMPT = PromptItem(index=0, text="a red circle")
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}

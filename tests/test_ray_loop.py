@@ -35,14 +35,14 @@ from actors.rollout import RolloutWorker
 from jobs.live import controller_options
 from jobs.local_ray import RaySession
 from jobs.supervise import supervise
-from pipeline import checkpoint
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed, RushesError, UnsupportedPolicyError
 from pipeline.core.tensors import checksum, tree_bytes
 from pipeline.core.types import PolicyVersion, PromptItem
 from pipeline.rl.group_plan import train_work
-from pipeline.run_dir import RunDir
+from pipeline.runs import checkpoint
+from pipeline.runs.paths import RunDir
 
 pytestmark = pytest.mark.ray
 

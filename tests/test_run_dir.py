@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
-from pipeline.run_dir import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
+from pipeline.runs import checkpoint
+from pipeline.runs.paths import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 
 NOW = datetime(2026, 11, 23, 15, 4, 5)
 

@@ -15,12 +15,13 @@ from fake_checkpoint import fake_config
 from made_up_run import make_run
 from test_cli import run as command
 
-from pipeline import checkpoint, mirror, preflight
+from pipeline import preflight
 from pipeline.config.load import load_config, to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RushesError
 from pipeline.core.storage import Store, local_folder, shown, url_of
-from pipeline.mirror import LEASE, Mirror, local_run
-from pipeline.run_dir import RunDir, RunLock, create, find_resumable
+from pipeline.runs import checkpoint, remote_sync
+from pipeline.runs.paths import RunDir, RunLock, create, find_resumable
+from pipeline.runs.remote_sync import LEASE, Mirror, local_run
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -59,7 +60,7 @@ def save(cfg, run: RunDir, step: int, keep: int = 2) -> Path:
 
 
 def names(run: RunDir) -> list[str]:
-    return sorted(mirror.store_of(run.path).files())
+    return sorted(remote_sync.store_of(run.path).files())
 
 
 # ------------------------------------------------------------------------------------------------------ names
@@ -177,8 +178,8 @@ def test_a_learner_on_another_node_gets_the_checkpoint_it_is_told(machine, tmp_p
 
 
 def test_two_machines_cannot_write_one_run(machine, tmp_path, url, monkeypatch):
-    monkeypatch.setattr(mirror, "INTERVAL_S", 0.05)
-    monkeypatch.setattr(mirror, "STALE_S", 0.6)
+    monkeypatch.setattr(remote_sync, "INTERVAL_S", 0.05)
+    monkeypatch.setattr(remote_sync, "STALE_S", 0.6)
     run = create(config(tmp_path, url), Path("c.yaml"))
     with RunLock(run):
         machine("b")
@@ -187,16 +188,16 @@ def test_two_machines_cannot_write_one_run(machine, tmp_path, url, monkeypatch):
         with pytest.raises(RushesError, match=f"written by process {os.getpid()} on a"):
             RunLock(other).acquire()
         machine("a")
-    store = mirror.store_of(run.path)
+    store = remote_sync.store_of(run.path)
     store.write(LEASE, json.dumps({"writer": "process 1 on gone", "time": time.time()}).encode())
     with RunLock(run):  # a writer that gives no sign is taken for dead
         assert json.loads(store.read(LEASE))["writer"].endswith("on a")
 
 
 def test_what_grows_is_uploaded_while_the_run_goes_on(machine, tmp_path, url, monkeypatch):
-    monkeypatch.setattr(mirror, "INTERVAL_S", 0.05)
+    monkeypatch.setattr(remote_sync, "INTERVAL_S", 0.05)
     run = create(config(tmp_path, url), Path("c.yaml"))
-    store = mirror.store_of(run.path)
+    store = remote_sync.store_of(run.path)
     with RunLock(run):
         run.metrics.write_text("1\n")
         limit = time.monotonic() + 20

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from jobs import cli
-from pipeline import checkpoint
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.core.media import read_media
+from pipeline.runs import checkpoint
 
 
 def config_of(pretrained, root, kind="lora", frames=1):

@@ -1,8 +1,8 @@
 """Files under a URL: object stores and whatever else pyarrow or fsspec can reach.
 
 A run whose `run.dir` is a URL is written to a scratch folder of the node first and mirrored from there
-(`pipeline.mirror`). The scratch folder's name is the quoted URL, so every process that knows a run's path also knows
-where it is mirrored to, on whatever node it runs:
+(`pipeline.runs.remote_sync`). The scratch folder's name is the quoted URL, so every process that knows a run's path
+also knows where it is mirrored to, on whatever node it runs:
 
     s3://bucket/runs  ->  $RUSHES_SCRATCH/s3%3A%2F%2Fbucket%2Fruns     (default: rushes-scratch in the temporary folder)
 

@@ -6,7 +6,7 @@
         identity.json         the config values that a resume must share
         MANIFEST.json         sizes and sha256 of the files above; without it a folder does not count
 
-Under a `run.dir` that is a URL, a checkpoint counts as saved once it is in the store too (`pipeline.mirror`).
+Under a `run.dir` that is a URL, a checkpoint counts as saved once it is in the store too (`pipeline.runs.remote_sync`).
 
 A folder without a manifest was interrupted while being written or deleted and is skipped; one with a manifest that
 its files contradict is corrupt and refused, naming the previous good one. No pickle anywhere.
@@ -24,16 +24,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import mirror
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import describe_os_error
+from pipeline.runs import remote_sync
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-MANIFEST, TENSORS, STATE, IDENTITY = mirror.MANIFEST, "tensors.safetensors", "state.json", "identity.json"
+MANIFEST, TENSORS, STATE, IDENTITY = remote_sync.MANIFEST, "tensors.safetensors", "state.json", "identity.json"
 _NAME = re.compile(r"step-(\d{6,})$")
 log = logging.getLogger("rushes.checkpoint")
 
@@ -110,7 +110,7 @@ def save(
         kept = f"the previous checkpoint {last} is intact" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"cannot write checkpoint {describe_os_error(cause, final)} ({kept})") from error
     _prune(root, keep)
-    mirror.push_checkpoint(final, complete(root))
+    remote_sync.push_checkpoint(final, complete(root))
     return final
 
 
@@ -212,7 +212,7 @@ def _problem(folder: Path) -> str | None:
 
 def latest(root: Path) -> Path | None:
     """The newest complete checkpoint, verified; None when there is none. Raises `CheckpointError` if corrupt."""
-    mirror.fetch_newest_checkpoint(root)
+    remote_sync.fetch_newest_checkpoint(root)
     folders = complete(root)
     if not folders:
         return None
@@ -222,7 +222,7 @@ def latest(root: Path) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """{"learner": ..., "controller": ...} without reading any tensor."""
-    mirror.fetch_checkpoint(folder)
+    remote_sync.fetch_checkpoint(folder)
     try:
         return json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
@@ -263,7 +263,7 @@ def load(folder: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], di
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    mirror.fetch_checkpoint(folder)
+    remote_sync.fetch_checkpoint(folder)
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} does not exist; check the path")
     verify(folder)

@@ -12,11 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from pipeline import mirror
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.files import describe_os_error
 from pipeline.core.storage import shown, url_of
+from pipeline.runs import remote_sync
 
 _HANDLER = "rushes run.log"
 _SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credential)", re.IGNORECASE)
@@ -103,7 +103,7 @@ def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDi
     name = cfg.run.name or default_name(config_path, now or datetime.now(), cfg.run.dir)
     check_name(name)
     run = RunDir(cfg.run.dir / name)
-    if run.path.exists() or mirror.exists(run.path):
+    if run.path.exists() or remote_sync.exists(run.path):
         raise ConfigError(
             f"run.name: a run {name!r} exists in {shown(cfg.run.dir)}; continue it with --resume or choose another name"
         )
@@ -121,7 +121,7 @@ def find_resumable(cfg: Config, config_path: Path) -> RunDir:
     """The run that --resume means: run.name, or the newest unfinished run of this config. Raises `ConfigError`."""
     if cfg.run.name:
         run = RunDir(cfg.run.dir / cfg.run.name)
-        if mirror.exists(run.path):
+        if remote_sync.exists(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         if not run.path.is_dir():
             raise ConfigError(
@@ -155,7 +155,7 @@ def resume_or_create(cfg: Config, config_path: Path) -> tuple[RunDir, bool]:
     if not cfg.run.name:
         raise ConfigError("--resume-or-start: run.name is not set; give one, so that every try means the same run")
     run = RunDir(cfg.run.dir / cfg.run.name)
-    if run.path.is_dir() or mirror.exists(run.path):
+    if run.path.is_dir() or remote_sync.exists(run.path):
         return find_resumable(cfg, config_path), True
     return create(cfg, config_path), False
 
@@ -167,7 +167,7 @@ class RunLock:
     def __init__(self, run: RunDir) -> None:
         self.path = run.path / ".lock"
         self._handle: IO[str] | None = None
-        self._mirror: mirror.Mirror | None = None
+        self._mirror: remote_sync.Mirror | None = None
 
     def acquire(self) -> RunLock:
         """Raises `RushesError` naming the process that holds it."""
@@ -191,7 +191,7 @@ class RunLock:
         handle.flush()
         self._handle = handle
         try:
-            self._mirror = mirror.Mirror(self.path.parent, writer).open()
+            self._mirror = remote_sync.Mirror(self.path.parent, writer).open()
         except RushesError:
             self.release()
             raise

@@ -122,7 +122,7 @@ def fetch_files(run: Path) -> None:
 def local_run(given: str | Path) -> Path:
     """A run, checkpoint or export for reading: a path as it is, a URL's local copy (the newest checkpoint of a run
     included). What a process of this node is writing is not touched. Raises `RushesError`."""
-    from pipeline.run_dir import RunDir, writer_of
+    from pipeline.runs.paths import RunDir, writer_of
 
     text = re.sub(r"^([a-z][a-z0-9+.-]+):/+", r"\1://", str(given))  # Path has made one slash of two
     text = re.sub(r"^file://(?!/)", "file:///", text)
