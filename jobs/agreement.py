@@ -20,11 +20,11 @@ import numpy as np
 from jobs.preference_statistics import Proportion, accuracy_with_ties, calibration, clustered_variance, hits, proportion
 from jobs.score import Item, Rows, checked_item, read_scores, score_items
 from jobs.statistics import t_quantile
-from pipeline import preflight
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.core.files import atomic_write, did_you_mean
 from pipeline.rewards.runner import build_scorer
+from pipeline.tools import preflight
 
 if TYPE_CHECKING:
     from rich.console import Console

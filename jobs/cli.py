@@ -291,8 +291,8 @@ def report(
     Example:
       rushes report runs/try
     """
-    from pipeline.report import build_report
     from pipeline.runs.remote_sync import local_run
+    from pipeline.tools.report.report import build_report
 
     console().print(str(build_report(local_run(run))), highlight=False, soft_wrap=True)
 

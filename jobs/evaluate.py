@@ -15,7 +15,6 @@ import numpy as np
 
 from jobs.statistics import Estimate, estimate, win_rate
 from jobs.trained import Trained, find_trained, load_policy
-from pipeline import preflight
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
@@ -24,6 +23,7 @@ from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_loc
 from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import RewardRunner, build_scorer
 from pipeline.rl.group_plan import eval_works
+from pipeline.tools import preflight
 
 if TYPE_CHECKING:
     from rich.console import Console

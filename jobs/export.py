@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.trained import find_trained, quiet_libraries, read_weights
-from pipeline import preflight
 from pipeline.core.errors import ConfigError, InputError
+from pipeline.tools import preflight
 
 if TYPE_CHECKING:
     from rich.console import Console

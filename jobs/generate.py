@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.trained import find_trained, load_policy
-from pipeline import preflight
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.media import save_takes
 from pipeline.core.prompts import check_prompt_lengths, load_prompts
 from pipeline.core.types import PromptItem
 from pipeline.rl.group_plan import eval_works
+from pipeline.tools import preflight
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -28,7 +28,7 @@ def inspect(
     warnings.simplefilter("ignore")
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    from pipeline.inspect import inspect_checkpoint
+    from pipeline.tools.inspect_checkpoint import inspect_checkpoint
 
     report = inspect_checkpoint(
         checkpoint,

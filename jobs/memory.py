@@ -1,5 +1,5 @@
 """`rushes inspect --plan CONFIG`: memory of every role, from configs alone. Measures what the libraries take, estimates
-the rest (`pipeline.memory_plan`), and prints it."""
+the rest (`pipeline.tools.memory.estimate`), and prints it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def plan(config: Path, overrides: list[str], *, json_out: bool) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     given = [entry if "=" in entry else f"generator.pretrained={entry}" for entry in overrides]
     cfg = load_config(config, given)
-    from pipeline.memory_ghost import pipeline_name
-    from pipeline.memory_plan import plan_memory
+    from pipeline.tools.memory.estimate import plan_memory
+    from pipeline.tools.memory.meta_pipeline import pipeline_name
 
     found = plan_memory(cfg, bases(cfg, pipeline_name(cfg.generator)))
     print(json.dumps(found, indent=2) if json_out else as_text(found))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
-from pipeline.preflight import check_all
 from pipeline.rl.group_plan import stochastic_steps
+from pipeline.tools.preflight import check_all
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import preflight
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError, RushesError
 from pipeline.core.files import atomic_write, describe_os_error
@@ -26,6 +25,7 @@ from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.runner import RewardRunner, build_scorer
+from pipeline.tools import preflight
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.resources import Workers, total
 from pipeline.core.errors import ConfigError, InputError
-from pipeline.sizing import Sizing, Timings, choices, choose, measured
+from pipeline.tools.sizing import Sizing, Timings, choices, choose, measured
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -40,7 +40,7 @@ def train(
     `resume`: goes on with an existing run, which must be there. `or_start`: with the run `run.name`, which is started
     if it is not there, and left alone if it has finished.
     """
-    from pipeline.preflight import check_all
+    from pipeline.tools.preflight import check_all
 
     console = console or Console()
     check_all(cfg)
@@ -145,7 +145,7 @@ def _versions() -> dict[str, str]:
 
 def _summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, console: Console) -> None:
     """summary.json and the report, whose path is the last line shown."""
-    from pipeline.report import build_report
+    from pipeline.tools.report.report import build_report
 
     evals = result["evals"]
     heldout = None

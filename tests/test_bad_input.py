@@ -16,9 +16,9 @@ from made_up_run import make_run, moving_square
 from PIL import Image
 
 from jobs import cli
-from pipeline import preflight
 from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
+from pipeline.tools import preflight
 
 
 class Place:

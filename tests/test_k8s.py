@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from pipeline.config.load import load_config
-from pipeline.preflight import check_prompts, check_rewards, check_samplers
+from pipeline.tools.preflight import check_prompts, check_rewards, check_samplers
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"

@@ -18,9 +18,9 @@ from pipeline.generators.load.pipeline import load_pipeline
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
-from pipeline.memory_ghost import Ghost, weight_bytes_of
-from pipeline.memory_plan import _attach, _held, _run, plan_memory, training_bytes
 from pipeline.rl.group_plan import train_work
+from pipeline.tools.memory.estimate import _attach, _held, _run, plan_memory, training_bytes
+from pipeline.tools.memory.meta_pipeline import Ghost, weight_bytes_of
 
 ROOT = Path(__file__).parent.parent
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)

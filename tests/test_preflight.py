@@ -9,9 +9,9 @@ import sys
 import pytest
 from fake_checkpoint import fake_config
 
-from pipeline import preflight
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.generators.checkpoint_files import check_safetensors, is_local
+from pipeline.tools import preflight
 
 
 def error_of(cfg):
@@ -31,7 +31,7 @@ def test_a_good_config_passes_and_reports(tmp_path):
 def test_no_torch_is_imported(tmp_path):
     code = (
         "import sys, pathlib; sys.path[:0] = ['.', 'tests']; from fake_checkpoint import fake_config;"
-        "from pipeline.preflight import check_all; check_all(fake_config(pathlib.Path(sys.argv[1])));"
+        "from pipeline.tools.preflight import check_all; check_all(fake_config(pathlib.Path(sys.argv[1])));"
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60).returncode == 0

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from pipeline import preflight
 from pipeline.config.load import load_config
 from pipeline.core.prompts import load_prompts
 from pipeline.rewards.scorers.ocr import target_text
+from pipeline.tools import preflight
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

@@ -7,7 +7,7 @@ import pytest
 from made_up_run import make_run
 
 from pipeline.core.errors import InputError
-from pipeline.report import build_report, duration
+from pipeline.tools.report.report import build_report, duration
 
 
 def text_of(run):

@@ -70,7 +70,7 @@ def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatc
 
     from rich.console import Console
 
-    import pipeline.preflight
+    import pipeline.tools.preflight
     from jobs import train
 
     first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
@@ -78,7 +78,7 @@ def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="run.name is not set"):
         resume_or_create(config(tmp_path), Path("c.yaml"))
     # one try too many: the run has finished, and nothing is started (which here would fail)
-    monkeypatch.setattr(pipeline.preflight, "check_all", lambda cfg: None)
+    monkeypatch.setattr(pipeline.tools.preflight, "check_all", lambda cfg: None)
     first[0].summary.write_text(json.dumps({"status": "finished"}))
     checkpoint.save(first[0].checkpoints, 100, {"weights/x": torch.zeros(1)}, {}, {}, config(tmp_path, "mine"), 1)
     said = io.StringIO()

@@ -6,7 +6,7 @@ import pytest
 from made_up_run import make_run
 from test_cli import run
 
-from pipeline.sizing import Timings, choices, choose, measured, size, step_seconds
+from pipeline.tools.sizing import Timings, choices, choose, measured, size, step_seconds
 
 GUIDE = Timings(groups=8, rollout=320, score={"clip": 40}, learn=90)  # the example of docs/operations.md
 

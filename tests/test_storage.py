@@ -15,13 +15,13 @@ from fake_checkpoint import fake_config
 from made_up_run import make_run
 from test_cli import run as command
 
-from pipeline import preflight
 from pipeline.config.load import load_config, to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RushesError
 from pipeline.core.storage import Store, local_folder, shown, url_of
 from pipeline.runs import checkpoint, remote_sync
 from pipeline.runs.paths import RunDir, RunLock, create, find_resumable
 from pipeline.runs.remote_sync import LEASE, Mirror, local_run
+from pipeline.tools import preflight
 
 
 @pytest.fixture(params=["memory", "file"])

@@ -23,10 +23,10 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import encode_png, enlarge, read_media, read_takes
-from pipeline.report_plots import Line, finite, plot, stacked
-from pipeline.report_rewards import RULES, combining_plots, combining_table
 from pipeline.rl.group_plan import SHOWN_PROMPTS
 from pipeline.runs.tracking import read_jsonl, read_metrics
+from pipeline.tools.report.plots import Line, finite, plot, stacked
+from pipeline.tools.report.rewards import RULES, combining_plots, combining_table
 
 TEMPLATE = Path(__file__).parent / "templates"
 MAX_EMBEDDED = 40 * 2**20  # bytes of media inside the file; beyond it they are linked

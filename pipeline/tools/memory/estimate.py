@@ -1,7 +1,7 @@
 """Memory of every role for a config, estimated before any weights are loaded: `rushes inspect --plan CONFIG`.
 
-Networks are built from their configs without data (`pipeline.memory_ghost`), so weights are counted and not guessed,
-and activations are what the networks' own code would hold. Returns plain data; all numbers are bytes.
+Networks are built from their configs without data (`pipeline.tools.memory.meta_pipeline`), so weights are counted and
+not guessed, and activations are what the networks' own code would hold. Returns plain data; all numbers are bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipeline.generators.call.arguments import call_arguments, condition_argumen
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
-from pipeline.memory_ghost import Call, CannotPlan, Ghost, weight_bytes_of
 from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
+from pipeline.tools.memory.meta_pipeline import Call, CannotPlan, Ghost, weight_bytes_of
 
 _PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which inputs stay the same
 

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.config.schema import Config, RewardConfig
-from pipeline.report_plots import Line, finite, plot
+from pipeline.tools.report.plots import Line, finite, plot
 
 _PLOTS: list[tuple[str, str]] = [
     ("combine/share/", "Share of each reward in the advantages"),

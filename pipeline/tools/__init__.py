@@ -1,0 +1,1 @@
+"""What looks at configs, checkpoints and runs from outside. Never imported by actors."""

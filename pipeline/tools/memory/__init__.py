@@ -1,0 +1,1 @@
+"""Memory of every role, estimated before any weights are loaded."""
