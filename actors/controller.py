@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from actors.common import RoleActor, RunContext
-from actors.loop import Loop, Stopped
+from actors.role_actor import RoleActor, RunContext
+from actors.train_loop import Loop, Stopped
 from pipeline.core.errors import RunFailed, RushesError
 
 

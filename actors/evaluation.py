@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.common import RunContext
-from actors.failures import describe, is_lost
-from actors.flow import Flow, Job
+from actors.dispatcher import Flow, Job
+from actors.ray_errors import describe, is_lost
+from actors.role_actor import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
 from pipeline.core.types import Media, PolicyVersion, PromptItem

@@ -15,10 +15,10 @@ from ray import exceptions as rx
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.common import MAX_START_S, RunContext, actor_env, cores, ray_resources
-from actors.failures import describe, is_deterministic, root
-from actors.learner import LearnerActor
-from actors.pool import STARTING, Slot
+from actors.learner_rank import LearnerActor
+from actors.ray_errors import describe, is_deterministic, root
+from actors.role_actor import MAX_START_S, RunContext, actor_env, cores, ray_resources
+from actors.worker_pool import STARTING, Slot
 from pipeline.core.errors import RunFailed
 
 MAX_WAIT_S = 1800.0  # for room in the cluster; an autoscaled GPU node takes minutes

@@ -13,10 +13,10 @@ from ray import exceptions as rx
 from ray._private.state import state as cluster
 
 from actors.autoscale import decide
-from actors.common import IDLE
-from actors.failures import describe
-from actors.pool import Pool, Slot
 from actors.queues import BoundedQueue
+from actors.ray_errors import describe
+from actors.role_actor import IDLE
+from actors.worker_pool import Pool, Slot
 from pipeline.config.resources import Workers
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean

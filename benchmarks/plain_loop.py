@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from actors.training import scoring_seed
+from actors.batch_builder import scoring_seed
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts

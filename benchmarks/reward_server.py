@@ -31,8 +31,8 @@ import tiny_rewards  # noqa: E402
 import torch  # noqa: E402
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E402
 
-from actors.common import RunContext, merged_env, packed, use_threads  # noqa: E402
-from actors.reward import Asked, RewardServer  # noqa: E402
+from actors.reward_server import Asked, RewardServer  # noqa: E402
+from actors.role_actor import RunContext, merged_env, packed, use_threads  # noqa: E402
 from jobs.local_ray import RaySession  # noqa: E402
 from pipeline.config.schema import RewardConfig  # noqa: E402
 from pipeline.core.types import Media, PromptItem  # noqa: E402

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from actors.batch_builder import scoring_seed
 from actors.evaluation import mean_and_error
-from actors.training import scoring_seed
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts

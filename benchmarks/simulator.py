@@ -23,13 +23,13 @@ import numpy as np
 import ray
 
 from actors import controller as controller_module
-from actors import flow as flow_module
-from actors import loop as loop_module
-from actors.common import RunContext, unpacked
+from actors import dispatcher as flow_module
+from actors import train_loop as loop_module
 from actors.controller import Controller
 from actors.learner_group import LearnerGroup
-from actors.loop import Loop
-from actors.pool import IDLE, Pool, Slot
+from actors.role_actor import RunContext, unpacked
+from actors.train_loop import Loop
+from actors.worker_pool import IDLE, Pool, Slot
 from pipeline.config.schema import Config
 from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
 from pipeline.rl.group_plan import portions

@@ -14,9 +14,9 @@ import numpy as np
 import ray
 import torch
 
-from actors.common import RunContext, packed
 from actors.queues import BoundedQueue
-from actors.reward import Asked, RewardServer
+from actors.reward_server import Asked, RewardServer
+from actors.role_actor import RunContext, packed
 from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.common import actor_env
+from actors.role_actor import actor_env
 from pipeline.core.errors import RushesError
 
 ROOT = Path(__file__).parents[1]

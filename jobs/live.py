@@ -85,7 +85,7 @@ def ask(run: str, method: str, *args: Any) -> Any:
     `RushesError`, or `RunFailed` when it does not answer."""
     import ray
 
-    from actors.failures import describe, root
+    from actors.ray_errors import describe, root
 
     controller = _controller(run)
     try:

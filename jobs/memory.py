@@ -27,15 +27,15 @@ y = torch.nn.functional.conv2d(x, torch.randn(8, 8, 3, 3)).flatten(1) @ torch.ra
 torch.nn.functional.scaled_dot_product_attention(*[y.reshape(2, 1, 8, 8)] * 3).sum().backward()
 """
 _IMPORTS = {
-    "rollout": "import actors.rollout, pipeline.generators.policy, diffusers, transformers\n"
+    "rollout": "import actors.rollout_worker, pipeline.generators.policy, diffusers, transformers\n"
     "from diffusers import {pipeline}" + _TORCH,
-    "learner": "import actors.learner, pipeline.learner.learner, pipeline.generators.export, diffusers\n"
+    "learner": "import actors.learner_rank, pipeline.learner.learner, pipeline.generators.export, diffusers\n"
     "from diffusers import {pipeline}" + _TORCH,
-    "reward": "import actors.reward\nfrom pipeline.rewards.runner import scorer_class\n"
+    "reward": "import actors.reward_server\nfrom pipeline.rewards.runner import scorer_class\n"
     "for name in {scorers}: scorer_class(name)",
     # It writes the takes that are shown, whose size decides what that takes.
     "controller": """
-import tempfile, numpy, actors.controller, actors.loop, torch
+import tempfile, numpy, actors.controller, actors.train_loop, torch
 from pathlib import Path
 from pipeline.core.media import save_takes
 from pipeline.runs.tracking import TensorBoardTracker

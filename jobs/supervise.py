@@ -36,7 +36,7 @@ def supervise(
     new step. Raises what ended the run."""
     import ray
 
-    from actors.failures import describe, root
+    from actors.ray_errors import describe, root
 
     if run.name in running():
         raise ConfigError(
@@ -98,8 +98,8 @@ class _Watch:
     def __init__(self, cfg: Config, run: RunDir, resume_from: Path | None, life: int) -> None:
         import ray
 
-        from actors.common import RunContext, actor_env
         from actors.controller import Controller
+        from actors.role_actor import RunContext, actor_env
 
         ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
         self.host, self.step = os.uname().nodename, -1  # the driver's host, until the controller has told its own

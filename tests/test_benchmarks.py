@@ -12,7 +12,7 @@ import pytest
 import tiny
 from diffusers import StableDiffusion3Pipeline
 
-from actors.training import scoring_seed
+from actors.batch_builder import scoring_seed
 from benchmarks import cpu, gpu, samples, standing, tables
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.simulator import Plan, ideal

@@ -19,18 +19,23 @@ MONITORING = ROOT / "k8s" / "components" / "monitoring"
 @functools.cache
 def exported() -> list[re.Pattern]:
     """Names on the metrics port, from the source of what sets them: `reward/{name}` -> ray_rushes_reward_.+"""
+    from actors.prometheus import metric_name
     from actors.queues import BoundedQueue
-    from actors.telemetry import metric_name
 
     patterns = [f"ray_{metric_name('queue')}_.+_{key}" for key in BoundedQueue("any", 1).drain_stats()]
-    for file in ("actors/recorder.py", "actors/loop.py", "pipeline/learner/learner.py", "pipeline/rl/advantages.py"):
+    for file in (
+        "actors/step_recorder.py",
+        "actors/train_loop.py",
+        "pipeline/learner/learner.py",
+        "pipeline/rl/advantages.py",
+    ):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value if isinstance(part, ast.Constant) else "*" for part in parts]
             name = "".join(texts) if all(isinstance(text, str) for text in texts) else ""
             if re.fullmatch(r"[a-z][a-z0-9_/*]+", name) and not name.startswith("queue/"):
                 patterns.append("ray_" + metric_name(name.replace("*", "ANY")).replace("ANY", ".+"))
-    tree = ast.parse((ROOT / "actors/telemetry.py").read_text())
+    tree = ast.parse((ROOT / "actors/prometheus.py").read_text())
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         if call.func.id in ("Gauge", "Counter") and isinstance(call.args[0], ast.Constant):
             patterns.append(f"ray_{call.args[0].value}" + ("_total" if call.func.id == "Counter" else ""))
@@ -92,7 +97,7 @@ def test_the_dashboard_covers_what_to_watch():
 
 
 def test_gauges_are_set_again_before_ray_forgets_them(monkeypatch):
-    from actors import telemetry
+    from actors import prometheus
 
     seen = []
 
@@ -106,9 +111,9 @@ def test_gauges_are_set_again_before_ray_forgets_them(monkeypatch):
         def set(self, value):
             seen.append((self.name, value))
 
-    monkeypatch.setattr(telemetry, "Gauge", Gauge)
-    monkeypatch.setattr(telemetry, "BEAT_S", 0.01)
-    metrics = telemetry.RunMetrics("try")
+    monkeypatch.setattr(prometheus, "Gauge", Gauge)
+    monkeypatch.setattr(prometheus, "BEAT_S", 0.01)
+    metrics = prometheus.RunMetrics("try")
     metrics.set({"heldout/mean": 0.5, "step": 1})
     metrics.set({"step": 2})
     limit = time.monotonic() + 20

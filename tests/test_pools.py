@@ -13,11 +13,11 @@ import pytest
 from ray import cloudpickle
 
 from actors import autoscale, tender
-from actors.common import IDLE, RoleActor, RunContext
-from actors.failures import describe, is_going
-from actors.pool import Pool, Slot
 from actors.queues import BoundedQueue
+from actors.ray_errors import describe, is_going
+from actors.role_actor import IDLE, RoleActor, RunContext
 from actors.tender import Tender
+from actors.worker_pool import Pool, Slot
 from jobs.local_ray import RaySession
 from pipeline.config.resources import Workers
 from pipeline.config.schema import Config

@@ -28,10 +28,10 @@ from ray.util import placement_group_table
 from rich.console import Console
 
 from actors import learner_group
-from actors.common import RunContext, packed
 from actors.controller import Controller
-from actors.failures import root
-from actors.rollout import RolloutWorker
+from actors.ray_errors import root
+from actors.role_actor import RunContext, packed
+from actors.rollout_worker import RolloutWorker
 from jobs.live import controller_options
 from jobs.local_ray import RaySession
 from jobs.supervise import supervise

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
-from actors.common import RunContext
+from actors.dispatcher import Job
 from actors.evaluation import Evaluator
-from actors.flow import Job
-from actors.recorder import Recent
+from actors.role_actor import RunContext
+from actors.step_recorder import Recent
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from actors.training import Training
+from actors.batch_builder import Training
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import PolicyVersion, PromptItem, RewardScores
 

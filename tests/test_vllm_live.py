@@ -16,8 +16,8 @@ from http_server import items
 from PIL import Image
 from tiny_judge import tiny_judge
 
-from actors.common import RunContext, merged_env, packed
-from actors.reward import Asked, RewardServer
+from actors.reward_server import Asked, RewardServer
+from actors.role_actor import RunContext, merged_env, packed
 from jobs.local_ray import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.common import RoleActor, unpacked
+from actors.role_actor import RoleActor, unpacked
 from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 

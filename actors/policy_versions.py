@@ -2,7 +2,7 @@
 
 The controller asks the learner for the weights and so owns the reference: a version outlives any worker. Workers pull
 it (one object, shared by all workers of a node) with the first work they get for it, recompute the checksum from what
-they hold, and draw only then: `actors.rollout`. A call of its own for that would cost the controller as much as
+they hold, and draw only then: `actors.rollout_worker`. A call of its own for that would cost the controller as much as
 a group does.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 import ray
 
 from actors.learner_group import LearnerGroup
-from actors.pool import Slot
+from actors.worker_pool import Slot
 from pipeline.core.types import PolicyVersion
 
 

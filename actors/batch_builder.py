@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.flow import Flow, Job
+from actors.dispatcher import Flow, Job
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor

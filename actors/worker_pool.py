@@ -16,8 +16,8 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.autoscale import History
-from actors.common import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
-from actors.failures import describe, is_deterministic, root
+from actors.ray_errors import describe, is_deterministic, root
+from actors.role_actor import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
 from pipeline.config.resources import Workers, in_words
 from pipeline.core.errors import RunFailed
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
-from actors.common import RoleActor, cores, use_threads
-from actors.failures import is_lost
+from actors.ray_errors import is_lost
+from actors.role_actor import RoleActor, cores, use_threads
 from pipeline.core.types import GroupBatch, Outline, WeightSet
 from pipeline.runs import checkpoint, remote_sync
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import ray
 
-from actors.common import RunContext
-from actors.failures import describe, is_lost
-from actors.flow import Flow, Job
-from actors.telemetry import RunMetrics
+from actors.dispatcher import Flow, Job
+from actors.prometheus import RunMetrics
+from actors.ray_errors import describe, is_lost
+from actors.role_actor import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger

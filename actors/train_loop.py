@@ -17,15 +17,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from actors.common import RunContext
+from actors.batch_builder import Training
+from actors.dispatcher import Flow, Job
 from actors.evaluation import Evaluator
-from actors.failures import describe
-from actors.flow import Flow, Job
 from actors.learner_group import LearnerGroup, LearnerLost
-from actors.pool import Slot, together
-from actors.recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
-from actors.training import Training
-from actors.weights import Publisher
+from actors.policy_versions import Publisher
+from actors.ray_errors import describe
+from actors.role_actor import RunContext
+from actors.step_recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
+from actors.worker_pool import Slot, together
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
 from pipeline.rl import group_plan

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import ray
 
-from actors.failures import Going
-from actors.telemetry import RoleMetrics
+from actors.prometheus import RoleMetrics
+from actors.ray_errors import Going
 from pipeline.config.schema import Config
 from pipeline.runs.paths import RunDir, setup_logging
 

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 
 import ray
 
-from actors.common import RunContext, packed
-from actors.failures import describe, is_deterministic, is_going, is_lost
-from actors.pool import IDLE, Pool, Slot, together
+from actors.policy_versions import Publisher
 from actors.queues import BoundedQueue
-from actors.reward import Asked, RewardServer
-from actors.rollout import RolloutWorker
+from actors.ray_errors import describe, is_deterministic, is_going, is_lost
+from actors.reward_server import Asked, RewardServer
+from actors.role_actor import RunContext, packed
+from actors.rollout_worker import RolloutWorker
 from actors.tender import Tender
-from actors.weights import Publisher
+from actors.worker_pool import IDLE, Pool, Slot, together
 from pipeline.core.errors import RewardError
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 

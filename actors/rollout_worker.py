@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from actors.common import RoleActor, cores, unpacked, use_threads
+from actors.role_actor import RoleActor, cores, unpacked, use_threads
 from pipeline.core.types import GroupWork, Media, Outline, PromptItem, RolloutMeta, Trajectory, WeightSet
 
 _NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
