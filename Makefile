@@ -51,8 +51,8 @@ format: setup ## rewrite files in the project's style
 	$(BIN)/ruff format .
 
 generators: setup ## make the two shipped generators again (about 45 minutes each)
-	$(BIN)/python -m jobs.make_generators image
-	$(BIN)/python -m jobs.make_generators video
+	$(BIN)/python -m jobs.shapes.make image
+	$(BIN)/python -m jobs.shapes.make video
 
 docs: setup ## regenerate docs/config.md from the schema
 	$(BIN)/rushes config --docs > docs/config.md

@@ -33,7 +33,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E
 
 from actors.reward_server import Asked, RewardServer  # noqa: E402
 from actors.role_actor import RunContext, merged_env, packed, use_threads  # noqa: E402
-from jobs.local_ray import RaySession  # noqa: E402
+from jobs.cluster.ray_session import RaySession  # noqa: E402
 from pipeline.config.schema import RewardConfig  # noqa: E402
 from pipeline.core.types import Media, PromptItem  # noqa: E402
 from pipeline.rewards.runner import build_scorer  # noqa: E402

@@ -310,7 +310,7 @@ def simulate(plan: Plan) -> dict[str, float]:
 def simulate_all(sizes: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
     """Simulations at several numbers of workers, on a Ray of its own; `efficiency_<largest>` is the headline. And of
     the largest number in lockstep: one group per worker and step, so that all begin and end at nearly the same time."""
-    from jobs.local_ray import RaySession
+    from jobs.cluster.ray_session import RaySession
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, RaySession(_config(Plan(workers=1), Path(folder))):

@@ -129,7 +129,7 @@ def weight_sync(tensors: int, values: int) -> dict[str, float]:
 
 def small_costs(say: Callable[[str], None]) -> dict[str, Any]:
     """All of them; starts a Ray of its own."""
-    from jobs.local_ray import RaySession
+    from jobs.cluster.ray_session import RaySession
 
     say("queues")
     found: dict[str, Any] = {f"queue_round_trip_s_{n}_consumers": queue_round_trip(n) for n in (1, 256)}

@@ -14,12 +14,12 @@ from typing import Annotated
 
 import typer
 
-from jobs.agree_cli import agree
-from jobs.bench_cli import bench
-from jobs.cli_common import ConfigPath, Debug, Ema, Overrides, console
-from jobs.cluster_cli import add_cluster_commands
-from jobs.inspect_cli import inspect
-from jobs.serve_cli import serve_reward
+from jobs.commands.agree_cli import agree
+from jobs.commands.bench import bench
+from jobs.commands.cluster_cli import add_cluster_commands
+from jobs.commands.inspect_cli import inspect
+from jobs.commands.serve_cli import serve_reward
+from jobs.common.options import ConfigPath, Debug, Ema, Overrides, console
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.files import describe_os_error
 
@@ -90,11 +90,11 @@ def train(
 
     cfg = load_config(config, overrides or [])
     if dry_run:
-        from jobs.plan_text import print_plan
+        from jobs.common.dry_run import print_plan
 
         print_plan(cfg, console())
         return
-    from jobs.train import train as run
+    from jobs.commands.train import train as run
 
     raise typer.Exit(run(cfg, config, resume=resume, or_start=resume_or_start, debug=debug, console=console()))
 
@@ -128,7 +128,7 @@ def generate(
       rushes generate configs/quickstart.yaml --prompts my_prompts.txt --checkpoint runs/try --out after
       rushes generate configs/quickstart.yaml -p "two blue squares" -c runs/try/export generator.guidance_scale=3
     """
-    from jobs.generate import generate as run
+    from jobs.commands.generate import generate as run
     from pipeline.config.load import load_config
 
     cfg = load_config(config, overrides or [])
@@ -189,8 +189,8 @@ def score(
         raise ConfigError(
             "score: give a folder, a file or a parquet to score, such as: rushes score generated/ -r scene"
         )
-    from jobs.reward_options import reward_configs
-    from jobs.score import score as run
+    from jobs.commands.score import score as run
+    from jobs.common.reward_options import reward_configs
 
     raise typer.Exit(
         run(
@@ -237,7 +237,7 @@ def evaluate(
       rushes evaluate configs/quickstart.yaml -c runs/a -c runs/b/export evaluation.takes_per_prompt=4
       rushes evaluate configs/quickstart.yaml -c runs/try/checkpoints/step-000050 --prompts mine.txt --out eval
     """
-    from jobs.evaluate import evaluate as run
+    from jobs.commands.evaluate import evaluate as run
     from pipeline.config.load import load_config
 
     cfg = load_config(config, overrides or [])
@@ -275,7 +275,7 @@ def export(
       rushes export runs/try
       rushes export runs/try --step 50 --format full --out my-generator
     """
-    from jobs.export import export as run_export
+    from jobs.commands.export import export as run_export
 
     raise typer.Exit(run_export(run, out=out, step=step, format_=format_, ema=ema, force=force, console=console()))
 
@@ -311,7 +311,7 @@ def doctor(
     Example:
       rushes doctor
     """
-    from jobs.doctor import doctor as run
+    from jobs.commands.doctor import doctor as run
 
     raise typer.Exit(run(console(), run_dir))
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from jobs.agreement import compared, one_reward
-from jobs.preference_statistics import (
+from jobs.commands.agree import compared, one_reward
+from jobs.common.preference_statistics import (
     accuracy_with_ties,
     calibration,
     fit_slope,

@@ -11,9 +11,10 @@ from fake_checkpoint import fake_config
 from made_up_run import make_run, moving_square
 from PIL import Image
 
-from jobs import cli, doctor
-from jobs.evaluate import summarise
-from jobs.statistics import estimate, t_quantile, win_rate
+from jobs import cli
+from jobs.commands import doctor
+from jobs.commands.evaluate import summarise
+from jobs.common.estimates import estimate, t_quantile, win_rate
 from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
 

@@ -11,9 +11,10 @@ from fake_checkpoint import fake_config
 from made_up_run import make_run
 from test_cli import run
 
-from jobs import cluster, live, runs
-from jobs import submit as submitting
-from jobs.cluster import RUN_KEY, find_address, refused, tail
+from jobs.cluster import client, run_api
+from jobs.cluster.client import RUN_KEY, find_address, refused, tail
+from jobs.commands import runs
+from jobs.commands import submit as submitting
 from pipeline.config.load import to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
 from pipeline.runs.paths import RunDir, RunLock, writer_of
@@ -25,7 +26,7 @@ NOWHERE = "http://127.0.0.1:1"  # nothing listens on port 1
 def no_cluster(monkeypatch, tmp_path):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cluster, "CLUSTER_FILE", tmp_path / "none")
+    monkeypatch.setattr(client, "CLUSTER_FILE", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
 
 
@@ -184,7 +185,7 @@ def test_addresses(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "h:6379")
     assert find_address(None) == "h:6379" and find_address("http://g:1") == "http://g:1"
     with pytest.raises(ConfigError, match="nonsense"):
-        cluster.reachable("http://nonsense:port")
+        client.reachable("http://nonsense:port")
 
 
 def test_a_refused_token_is_named():
@@ -193,24 +194,24 @@ def test_a_refused_token_is_named():
 
 
 def test_a_log_is_taken_up_where_its_connection_broke(monkeypatch):
-    monkeypatch.setattr(cluster, "POLL_S", 0.0)
+    monkeypatch.setattr(client, "POLL_S", 0.0)
     lost = RuntimeError("closed unexpectedly")
-    client = Jobs(pieces=[["one\n", "two", lost], ["one\ntwo\nth", lost], ["one\ntwo\nthree\n"]])
-    assert "".join(tail(client, "id")) == "one\ntwo\nthree\n"
+    broken = Jobs(pieces=[["one\n", "two", lost], ["one\ntwo\nth", lost], ["one\ntwo\nthree\n"]])
+    assert "".join(tail(broken, "id")) == "one\ntwo\nthree\n"
     with pytest.raises(RunFailed, match="closed unexpectedly"):
         list(tail(Jobs(pieces=[[lost]] * 9), "id"))
 
 
 def test_answers_of_the_cluster_come_back_as_they_were():
-    assert cluster._value({"value": [1]}) == [1]
+    assert client._value({"value": [1]}) == [1]
     with pytest.raises(CheckpointError, match="the disk"):
-        cluster._value({"error": "the disk", "kind": "CheckpointError"})
+        client._value({"error": "the disk", "kind": "CheckpointError"})
     with pytest.raises(RunFailed):
-        cluster._value({"error": "?", "kind": "Unheard"})
+        client._value({"error": "?", "kind": "Unheard"})
 
 
 def test_an_unknown_run_is_answered_with_the_known_ones():
-    error = live.unknown_run("quik", ["quick", "other"])
+    error = run_api.unknown_run("quik", ["quick", "other"])
     assert "quick, other" in str(error) and "did you mean quick?" in str(error)
 
 

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from jobs import cli, memory
+from jobs import cli
+from jobs.common import memory_report
 from pipeline.config.load import load_config
 from pipeline.core.tensors import tree_bytes
 from pipeline.core.types import PromptItem
@@ -164,13 +165,13 @@ def stored_bytes(module: torch.nn.Module) -> int:
 def test_the_controller_is_planned_with_the_takes_it_writes():
     small = load_config(ROOT / "configs" / "quickstart.yaml", SMALL)
     large = load_config(ROOT / "configs" / "quickstart.yaml", [*SMALL, "generator.height=240", "generator.width=416"])
-    assert memory.shown_takes(small) == 18
-    one, other = (memory.base("controller", cfg, "WanPipeline") for cfg in (small, large))
-    assert other > one + memory.shown_takes(large) * 9 * 240 * 416 * 3
+    assert memory_report.shown_takes(small) == 18
+    one, other = (memory_report.base("controller", cfg, "WanPipeline") for cfg in (small, large))
+    assert other > one + memory_report.shown_takes(large) * 9 * 240 * 416 * 3
 
 
 def test_the_command_prints_roles_and_json(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "bases", lambda cfg, name: dict.fromkeys(NONE, 2**29))
+    monkeypatch.setattr(memory_report, "bases", lambda cfg, name: dict.fromkeys(NONE, 2**29))
     assert cli.main(["inspect", "--plan", "configs/quickstart-image.yaml", *SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     learner = found["roles"]["learner"]

@@ -18,7 +18,7 @@ from actors.ray_errors import describe, is_going
 from actors.role_actor import IDLE, RoleActor, RunContext
 from actors.tender import Tender
 from actors.worker_pool import Pool, Slot
-from jobs.local_ray import RaySession
+from jobs.cluster.ray_session import RaySession
 from pipeline.config.resources import Workers
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError

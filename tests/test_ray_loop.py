@@ -32,9 +32,9 @@ from actors.controller import Controller
 from actors.ray_errors import root
 from actors.role_actor import RunContext, packed
 from actors.rollout_worker import RolloutWorker
-from jobs.live import controller_options
-from jobs.local_ray import RaySession
-from jobs.supervise import supervise
+from jobs.cluster.ray_session import RaySession
+from jobs.cluster.run_api import controller_options
+from jobs.launch.supervise import supervise
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed, RushesError, UnsupportedPolicyError
@@ -436,7 +436,7 @@ def _weights(cfg: Config):
 DRIVER = """
 import sys
 from pathlib import Path
-from jobs.train import train
+from jobs.commands.train import train
 from pipeline.config.load import load_config
 from pipeline.core.errors import RushesError
 try:

@@ -131,7 +131,8 @@ def test_segments_resize_each_chosen_frame_once_and_no_other(tmp_path, monkeypat
 
 
 def test_a_file_is_decoded_once_for_all_its_rewards(tmp_path, monkeypatch):
-    from jobs import cli, score
+    from jobs import cli
+    from jobs.commands import score
     from pipeline.core.media import encode_mp4
 
     (tmp_path / "clip.mp4").write_bytes(encode_mp4(np.zeros((6, 32, 32, 3), np.uint8), 8.0))

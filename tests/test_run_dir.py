@@ -71,7 +71,7 @@ def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatc
     from rich.console import Console
 
     import pipeline.tools.preflight
-    from jobs import train
+    from jobs.commands import train
 
     first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
     assert (first[1], again[1]) == (False, True) and first[0] == again[0] == RunDir(tmp_path / "mine")

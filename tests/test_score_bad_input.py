@@ -13,7 +13,8 @@ import pytest
 import tiny_rewards as tiny
 from PIL import Image
 
-from jobs import cli, score
+from jobs import cli
+from jobs.commands import score
 from pipeline.core import media as media_files
 from pipeline.core.media import encode_mp4
 

@@ -19,7 +19,8 @@ import pytest
 from http_server import items
 from PIL import Image
 
-from jobs import cli, serve_reward
+from jobs import cli
+from jobs.commands import serve_reward
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media

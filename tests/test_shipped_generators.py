@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.generator_card import held_out_prompts, mean_credits, sample
-from jobs.generator_parts import TEXT_LENGTH
+from jobs.shapes.card import held_out_prompts, mean_credits, sample
+from jobs.shapes.parts import TEXT_LENGTH
 
 MODELS = Path(__file__).parent.parent / "models"
 KINDS = ("image", "video")

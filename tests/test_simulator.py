@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.simulator import Plan, _config, simulate
-from jobs.local_ray import RaySession
+from jobs.cluster.ray_session import RaySession
 
 pytestmark = pytest.mark.ray
 

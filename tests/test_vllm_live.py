@@ -18,7 +18,7 @@ from tiny_judge import tiny_judge
 
 from actors.reward_server import Asked, RewardServer
 from actors.role_actor import RunContext, merged_env, packed
-from jobs.local_ray import RaySession
+from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media

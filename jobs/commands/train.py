@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from jobs.local_ray import MemorySampler, RaySession
-from jobs.supervise import supervise
+from jobs.cluster.ray_session import MemorySampler, RaySession
+from jobs.launch.supervise import supervise
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunInterrupted

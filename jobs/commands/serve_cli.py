@@ -1,4 +1,4 @@
-"""The command that offers a scorer over HTTP; the work is in `jobs.serve_reward`."""
+"""The command that offers a scorer over HTTP; the work is in `jobs.commands.serve_reward`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_common import Debug, console
+from jobs.common.options import Debug, console
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
 
@@ -45,7 +45,7 @@ def serve_reward(
       rushes serve-reward preference --config my.yaml --port 9000
       REWARD_TOKEN=… rushes serve-reward my_rewards.py:score --host 0.0.0.0 --token-env REWARD_TOKEN
     """
-    from jobs.serve_reward import serve_reward as run
+    from jobs.commands.serve_reward import serve_reward as run
 
     if config is not None:
         from pipeline.config.load import load_config
@@ -58,7 +58,7 @@ def serve_reward(
             raise ConfigError(f"{config}: has no reward {reward!r}{known}")
         cfg = rewards[reward]
     else:
-        from jobs.reward_options import reward_configs
+        from jobs.common.reward_options import reward_configs
 
         cfg = reward_configs([reward], option or [])[0]
     raise typer.Exit(run(reward, cfg, host=host, port=port, token_env=token_env, max_mb=max_mb, console=console()))

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.cluster import RUN_KEY, TERMINAL, find_address, jobs_client, reachable, refused, tail
+from jobs.cluster.client import RUN_KEY, TERMINAL, find_address, jobs_client, reachable, refused, tail
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError, RunInterrupted

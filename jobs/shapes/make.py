@@ -1,7 +1,7 @@
 """Make the two shipped generators from nothing: draw scenes, train an autoencoder, then a flow model.
 
-    python -m jobs.make_generators image            # -> models/shapes-image
-    python -m jobs.make_generators video            # -> models/shapes-video
+    python -m jobs.shapes.make image            # -> models/shapes-image
+    python -m jobs.shapes.make video            # -> models/shapes-video
 
 Deterministic for a seed, a thread count and a torch version.  Both captions and pictures come from
 ``pipeline.rewards.models.scene_world``; a share of the captions is wrong on purpose (see the model card this job
@@ -25,8 +25,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from jobs.generator_card import evaluate, write_card
-from jobs.generator_parts import RECIPES, TEXT_LENGTH, ImageParts, Recipe, VideoParts, build_tokenizer
+from jobs.shapes.card import evaluate, write_card
+from jobs.shapes.parts import RECIPES, TEXT_LENGTH, ImageParts, Recipe, VideoParts, build_tokenizer
 from pipeline.rewards.models import scene_world
 
 CAPTION_VARIANTS = 4  # captions drawn per scene, each wrong or right by its own coin

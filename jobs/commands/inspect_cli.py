@@ -1,4 +1,5 @@
-"""`rushes inspect`: its options. The work is in `jobs.inspect` (a checkpoint) and `jobs.memory` (a config's memory)."""
+"""`rushes inspect`: its options. The work is in `jobs.commands.inspect` (a checkpoint) and `jobs.common.memory_report`
+(a config's memory)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli_common import Debug
+from jobs.common.options import Debug
 from pipeline.core.errors import ConfigError
 
 
@@ -45,12 +46,12 @@ def inspect(
       rushes inspect --plan configs/quickstart.yaml rollout.batch=4
     """
     if plan is not None:
-        from jobs.memory import plan as estimate
+        from jobs.common.memory_report import plan as estimate
 
         raise typer.Exit(estimate(plan, what or [], json_out=json_out))
     if not what or len(what) > 1:
         raise ConfigError("inspect: give one checkpoint (a diffusers folder or hub id), or --plan CONFIG")
-    from jobs.inspect import inspect as run
+    from jobs.commands.inspect import inspect as run
 
     raise typer.Exit(
         run(

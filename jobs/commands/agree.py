@@ -1,7 +1,7 @@
 """`rushes agree`: how well rewards agree with people's judgements of pairs, so that one knows which reward to trust.
 
 The files are scored as by `rushes score` (`scores.parquet` in the output folder, resumable); the statistics are in
-`jobs.preference_statistics`.
+`jobs.common.preference_statistics`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.preference_statistics import Proportion, accuracy_with_ties, calibration, clustered_variance, hits, proportion
-from jobs.score import Item, Rows, checked_item, read_scores, score_items
-from jobs.statistics import t_quantile
+from jobs.commands.score import Item, Rows, checked_item, read_scores, score_items
+from jobs.common.estimates import t_quantile
+from jobs.common.preference_statistics import (
+    Proportion,
+    accuracy_with_ties,
+    calibration,
+    clustered_variance,
+    hits,
+    proportion,
+)
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.core.files import atomic_write, did_you_mean

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_common import ConfigPath, Debug, Overrides, console
+from jobs.common.options import ConfigPath, Debug, Overrides, console
 from pipeline.core.errors import ConfigError
 
 Address = Annotated[
@@ -51,7 +51,7 @@ def submit(
       rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --resume
       rushes submit my.yaml run.name=try run.dir=/data/runs -a http://127.0.0.1:8265 --resume-or-start
     """
-    from jobs.submit import submit as run
+    from jobs.commands.submit import submit as run
 
     raise typer.Exit(
         run(
@@ -83,7 +83,7 @@ def status(
       rushes status try --address http://127.0.0.1:8265
       rushes status runs/try --json
     """
-    from jobs.runs import status as show
+    from jobs.commands.runs import status as show
 
     raise typer.Exit(show(run, address, dir_, json_out, console()))
 
@@ -95,7 +95,7 @@ def watch(run: RunName, address: Address = None, dir_: Folder = Path("runs"), de
     Example:
       rushes watch try --address http://127.0.0.1:8265
     """
-    from jobs.runs import watch as show
+    from jobs.commands.runs import watch as show
 
     raise typer.Exit(show(run, address, dir_, console()))
 
@@ -108,7 +108,7 @@ def list_(address: Address = None, dir_: Folder = Path("runs"), debug: Debug = F
       rushes list
       rushes list --address http://127.0.0.1:8265
     """
-    from jobs.runs import list_runs
+    from jobs.commands.runs import list_runs
 
     raise typer.Exit(list_runs(address, dir_, console()))
 
@@ -130,7 +130,7 @@ def logs(
       rushes logs try -f --address http://127.0.0.1:8265
       rushes logs try --detail
     """
-    from jobs.runs import logs as show
+    from jobs.commands.runs import logs as show
 
     raise typer.Exit(show(run, address, dir_, follow, detail, console()))
 
@@ -150,7 +150,7 @@ def stop(
       rushes stop try --address http://127.0.0.1:8265
       rushes stop runs/try
     """
-    from jobs.runs import stop as run_stop
+    from jobs.commands.runs import stop as run_stop
 
     raise typer.Exit(run_stop(run, address, dir_, now, wait, console()))
 
@@ -168,7 +168,7 @@ def scale(
       rushes scale try rollout=8
       rushes scale try rollout=8 reward.clip=2 --address http://127.0.0.1:8265
     """
-    from jobs.runs import scale as run_scale
+    from jobs.commands.runs import scale as run_scale
 
     raise typer.Exit(run_scale(run, targets, address, console()))
 
@@ -204,7 +204,7 @@ def plan(
       rushes plan runs/try --staleness 1 --max 8
       rushes plan --rollout 320 --score clip=40 --learn 90 --groups 8
     """
-    from jobs.sizing import from_options, from_run, show
+    from jobs.commands.size import from_options, from_run, show
 
     if run is not None and (rollout is not None or learn is not None or score):
         raise ConfigError("plan: give either a run or --rollout, --score and --learn, not both")

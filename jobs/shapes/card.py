@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from jobs.generator_parts import ImageParts, Recipe, VideoParts, call_options
+from jobs.shapes.parts import ImageParts, Recipe, VideoParts, call_options
 from pipeline.rewards.models import scene_world
 from pipeline.rewards.scorers.scene import check_image, check_motion
 
@@ -88,7 +88,7 @@ pipeline_tag: {task}
 # {name}
 
 A very small {what}, made from nothing for the Rushes quickstart by
-`python -m jobs.make_generators {kind}`. It is a stock `{pipeline}`; no code of Rushes is needed to use it.
+`python -m jobs.shapes.make {kind}`. It is a stock `{pipeline}`; no code of Rushes is needed to use it.
 It was trained only on pictures that `pipeline/rewards/models/scene_world.py` draws; no outside data or weights went
 into it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.trained import find_trained, load_policy
+from jobs.common.load_trained import find_trained, load_policy
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.media import save_takes

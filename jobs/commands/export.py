@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.trained import find_trained, quiet_libraries, read_weights
+from jobs.common.load_trained import find_trained, quiet_libraries, read_weights
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.tools import preflight
 

@@ -1,4 +1,4 @@
-"""`rushes agree`: its options; the work is in `jobs.agreement`."""
+"""`rushes agree`: its options; the work is in `jobs.commands.agree`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_common import Debug, console
+from jobs.common.options import Debug, console
 
 
 def agree(
@@ -37,7 +37,7 @@ def agree(
       rushes agree pairs.parquet -r pickscore -r my_rewards.py:score --out agreement
       rushes agree pairs.parquet -r clip_score --set clip_score.args.model=openai/clip-vit-base-patch32
     """
-    from jobs.agreement import agreement
-    from jobs.reward_options import reward_configs
+    from jobs.commands.agree import agreement
+    from jobs.common.reward_options import reward_configs
 
     raise typer.Exit(agreement(pairs, rewards=reward_configs(reward or [], option or []), out=out, console=console()))

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import TERMINAL, Cluster, find_address, open_cluster, reachable
-from jobs.progress import LiveView, clock, eta_s, eval_line, health_line, make_view, step_line
+from jobs.cluster.client import TERMINAL, Cluster, find_address, open_cluster, reachable
+from jobs.common.progress import LiveView, clock, eta_s, eval_line, health_line, make_view, step_line
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.runs.paths import RunDir, writer_of
 from pipeline.runs.remote_sync import local_run
@@ -135,7 +135,7 @@ def find(name: str, address: str | None, folder: Path) -> ClusterRun | FolderRun
             raise NoController(cluster, name, job)
         raise ConfigError(f"run {name!r} has ended ({job.status}, job {job.submission_id}); see rushes logs {name}")
     if name not in known:
-        from jobs.live import unknown_run
+        from jobs.cluster.run_api import unknown_run
 
         raise unknown_run(name, known)
     return ClusterRun(cluster, name)
@@ -275,7 +275,7 @@ def _step(row: dict[str, Any] | None) -> str:
 
 def logs(name: str, address: str | None, folder: Path, follow: bool, detail: bool, console: Console) -> int:
     """What `rushes train` printed, or (detail) run.log with the lines of all roles."""
-    from jobs.cluster import tail
+    from jobs.cluster.client import tail
 
     if find_address(address) is not None:
         cluster = open_cluster(address)

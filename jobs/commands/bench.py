@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_common import Debug
+from jobs.common.options import Debug
 from pipeline.core.errors import ConfigError
 
 

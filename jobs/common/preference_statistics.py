@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.statistics import t_quantile
+from jobs.common.estimates import t_quantile
 
 FOLDS = 5
 BINS = 5  # of confidence, from 0.5 to 1

@@ -18,8 +18,8 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from jobs import live
-from jobs.local_ray import CLUSTER_FILE
+from jobs.cluster import run_api
+from jobs.cluster.ray_session import CLUSTER_FILE
 from pipeline.core import errors
 from pipeline.core.errors import ConfigError, RunFailed
 
@@ -109,21 +109,21 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             if not ray.is_initialized():
-                ray.init(address=address, namespace=live.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(address=address, namespace=run_api.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             raise refused(address, error) from error
 
     def running(self) -> list[str]:
         """Names of the runs that go on."""
-        return live.running()
+        return run_api.running()
 
     def call(self, operation: str, run: str | None = None, **arguments: Any) -> Any:
-        """`jobs.live.OPERATION(run=..., **arguments)`."""
-        return live.OPERATIONS[operation](**({"run": run} if run else {}), **arguments)
+        """`jobs.cluster.run_api.OPERATION(run=..., **arguments)`."""
+        return run_api.OPERATIONS[operation](**({"run": run} if run else {}), **arguments)
 
     def follow(self, operation: str, run: str) -> Iterator[Any]:
-        """The values of a generator in `jobs.live`."""
-        return live.OPERATIONS[operation](run=run)
+        """The values of a generator in `jobs.cluster.run_api`."""
+        return run_api.OPERATIONS[operation](run=run)
 
     @property
     def jobs(self) -> JobSubmissionClient | None:
@@ -159,7 +159,9 @@ class JobsCluster(Cluster):
             actors = list_actors(self.address, filters=[("state", "=", "ALIVE")], limit=10_000)
         except Exception as error:  # Ray's state API raises kinds of its own, which differ between versions
             raise refused(self.address, error) from error
-        return list(live.controllers(actor.name or "" for actor in actors if actor.ray_namespace == live.NAMESPACE))
+        return list(
+            run_api.controllers(actor.name or "" for actor in actors if actor.ray_namespace == run_api.NAMESPACE)
+        )
 
     def call(self, operation: str, run: str | None = None, **arguments: Any) -> Any:
         return next(self._answers(operation, run, arguments))
@@ -171,13 +173,13 @@ class JobsCluster(Cluster):
         assert self._jobs is not None
         known = self.running()
         if run is not None and run not in known:
-            raise live.unknown_run(run, known)
+            raise run_api.unknown_run(run, known)
         if not known and operation == "overview":
             yield []
             return
         text = json.dumps(({"run": run} if run else {}) | arguments)
         job = self._jobs.submit_job(
-            entrypoint=shlex.join(["python", "-m", "jobs.live", operation, text]),
+            entrypoint=shlex.join(["python", "-m", "jobs.cluster.run_api", operation, text]),
             submission_id=f"rushes-{operation}-{uuid.uuid4().hex[:12]}",
             metadata={CALL_KEY: operation},
             runtime_env=self._environment(run),
@@ -188,15 +190,15 @@ class JobsCluster(Cluster):
             for piece in tail(self._jobs, job):
                 *lines, rest = (rest + piece).split("\n")
                 for line in lines:
-                    if line.startswith(live.ANSWER):
+                    if line.startswith(run_api.ANSWER):
                         answered = True
-                        yield _value(json.loads(line.removeprefix(live.ANSWER)))
+                        yield _value(json.loads(line.removeprefix(run_api.ANSWER)))
             if not answered:
                 last = " ".join(self._jobs.get_job_logs(job).split())[-300:]
                 message = " ".join((self._jobs.get_job_info(job).message or "").split())[:200]
                 raise RunFailed(f"{self.address}: asking the cluster failed: {message} {last}")
         finally:
-            self._clean_up(job, stop=operation in live.STREAMS)
+            self._clean_up(job, stop=operation in run_api.STREAMS)
 
     def _environment(self, run: str | None) -> dict[str, Any]:
         """The working directory of the run's own job, so that the same sources answer; else of another that goes on

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jobs.statistics import Estimate, estimate, win_rate
-from jobs.trained import Trained, find_trained, load_policy
+from jobs.common.estimates import Estimate, estimate, win_rate
+from jobs.common.load_trained import Trained, find_trained, load_policy
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write

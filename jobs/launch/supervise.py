@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from jobs.live import controller_options, running
-from jobs.progress import View, make_view
+from jobs.cluster.run_api import controller_options, running
+from jobs.common.progress import View, make_view
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.runs import checkpoint

@@ -1,8 +1,8 @@
 """Questions to the runs of a Ray cluster, asked where Ray itself is reachable.
 
 A run is found by its controller, the actor `RUN/controller` of the namespace `rushes`. On a node of the cluster the
-functions are called directly; from outside, `jobs.cluster` submits `python -m jobs.live OPERATION ARGUMENTS` as a small
-Ray job and reads its answer, so that one open port, the dashboard's, is enough.
+functions are called directly; from outside, `jobs.cluster.client` submits `python -m jobs.cluster.run_api OPERATION
+ARGUMENTS` as a small Ray job and reads its answer, so that one open port, the dashboard's, is enough.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    """`python -m jobs.live OPERATION JSON`: prints a line `RUSHES-ANSWER {"value": ...}`, several for a generator."""
+    """`python -m jobs.cluster.run_api OPERATION JSON`: prints a line `RUSHES-ANSWER {"value": ...}`, several for a
+    generator."""
     import ray
 
     def say(answer: dict[str, Any]) -> None:

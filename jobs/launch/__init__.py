@@ -1,0 +1,1 @@
+"""Starts the controller and keeps it running."""

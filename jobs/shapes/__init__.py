@@ -1,0 +1,1 @@
+"""Makes the two generators that ship with the repository."""
