@@ -39,7 +39,7 @@ test-vllm: setup-vllm ## the tests that run vLLM (about 3 minutes)
 	$(BIN)/python -m pytest tests/test_vllm_live.py
 
 chaos: setup ## a run whose actors and nodes are killed all the time, against the same run undisturbed (about 8 minutes)
-	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python -m benchmarks.resilience.chaos
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

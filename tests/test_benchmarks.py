@@ -13,14 +13,15 @@ import tiny
 from diffusers import StableDiffusion3Pipeline
 
 from actors.batch_builder import scoring_seed
-from benchmarks import cpu, gpu, samples, standing, tables
-from benchmarks.plain_loop import PlainLoop
-from benchmarks.simulator import Plan, ideal
+from benchmarks.learning import samples
+from benchmarks.speed import cpu, gpu, standing, tables
+from benchmarks.speed.simulator import Plan, ideal
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
+from pipeline.plain_loop import PlainLoop
 from pipeline.rewards.runner import build_scorer
 from pipeline.rl.group_plan import train_work
 from pipeline.rl.reward_combiner import Combiner
@@ -133,7 +134,7 @@ class MadeUp:
         pass
 
     def measure(self):
-        if "benchmarks.bare" in self.args:
+        if "benchmarks.speed.bare" in self.args:
             return BARE
         return {**PLAIN, "time/step": 10.0 - self.threads - ("--fast" in self.args)}
 

@@ -221,8 +221,8 @@ With the weights that the classes start with and nothing but defaults, `rushes i
 one GRPO step is taken, but for two: HunyuanVideoImageToVideo needs a `prompt_template` that fits its vision model
 (`--call`), LTX2 is told to leave its rescaling out (below).
 
-No GPU was at hand: nothing here has run at a real size, in bf16 or on published weights. `benchmarks/gpu.py` makes
-SD3.5-medium- and Wan-1.3B-shaped random weights and takes that step where there is one.
+No GPU was at hand: nothing here has run at a real size, in bf16 or on published weights. `benchmarks/speed/gpu.py`
+makes SD3.5-medium- and Wan-1.3B-shaped random weights and takes that step where there is one.
 
 ## Schedulers
 

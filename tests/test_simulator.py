@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.simulator import Plan, _config, simulate
+from benchmarks.speed.simulator import Plan, _config, simulate
 from jobs.cluster.ray_session import RaySession
 
 pytestmark = pytest.mark.ray

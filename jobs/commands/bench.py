@@ -38,8 +38,8 @@ def bench(
       rushes bench --gpu sd3.5-medium --out gpu.json
     """
     try:
-        from benchmarks import cpu
-        from benchmarks import tables as table_writer
+        from benchmarks.speed import cpu
+        from benchmarks.speed import tables as table_writer
     except ImportError as error:
         raise ConfigError("bench: benchmarks/ is not here; run it in a checkout of the repository") from error
 
@@ -47,7 +47,7 @@ def bench(
         typer.echo(text)
 
     if gpu:
-        from benchmarks.gpu import measure_gpu
+        from benchmarks.speed.gpu import measure_gpu
 
         typer.echo(str(measure_gpu(gpu, say, out or Path("benchmarks/results/gpu.json"))))
         return

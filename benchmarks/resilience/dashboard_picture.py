@@ -1,7 +1,7 @@
 """Draws the Grafana dashboard's panels from a Prometheus that scrapes a run, for the docs: its layout, titles, queries
 and legends, but matplotlib's lines. Every query is a real one, so it also shows which panels have data.
 
-    python benchmarks/dashboard_picture.py --prometheus http://127.0.0.1:9090 --minutes 10
+    python benchmarks/resilience/dashboard_picture.py --prometheus http://127.0.0.1:9090 --minutes 10
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-DASHBOARD = Path(__file__).parents[1] / "k8s/components/monitoring/dashboard.json"
+DASHBOARD = Path(__file__).parents[2] / "k8s/components/monitoring/dashboard.json"
 UNIT = 0.5  # inches a grid column is wide; rows are a third of it
 
 

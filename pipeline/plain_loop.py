@@ -4,7 +4,7 @@ Written against diffusers: it knows the two shipped generators' denoiser calls a
 It draws the takes that a run draws and trains with the same noise, so its metrics are a run's to rounding
 (`tests/test_benchmarks.py`), and the two may be compared by the clock.
 
-    python -m benchmarks.plain_loop configs/quickstart.yaml --steps 5 --threads 1
+    python -m pipeline.plain_loop configs/quickstart.yaml --steps 5 --threads 1
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A long run, watched for memory that grows: the object store of every node and the resident memory of every actor.
 
-    python -m benchmarks.soak --minutes 20 [--report FILE]
+    python -m benchmarks.resilience.soak --minutes 20 [--report FILE]
 
 Samples every five seconds. The first quarter is warm-up; over the rest a straight line is fitted to each actor's memory
 (of one process: a replaced one begins anew) and to the object stores. An actor's resident memory counts what it has
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.cluster import Nodes, Training, actors, conclude, image_config, say
+from benchmarks.resilience.cluster import Nodes, Training, actors, conclude, image_config, say
 
 SAMPLE_S = 5.0
 MIB = 2**20

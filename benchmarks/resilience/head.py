@@ -1,6 +1,6 @@
 """The head of the cluster dies with everything on it in the middle of a run; a new cluster resumes the run.
 
-    python -m benchmarks.head [--steps 8]
+    python -m benchmarks.resilience.head [--steps 8]
 
 What a RayJob's retry does on Kubernetes. The last line of stdout is one JSON object; the exit code is 0 when the
 resumed run finished with every step and group exactly once.
@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.chaos import accounts
-from benchmarks.cluster import Nodes, Training, conclude, image_config, say
+from benchmarks.resilience.chaos import accounts
+from benchmarks.resilience.cluster import Nodes, Training, conclude, image_config, say
 
 LIMIT_S = 900.0
 

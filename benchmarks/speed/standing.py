@@ -14,7 +14,7 @@ from typing import Any
 from actors.role_actor import actor_env
 from pipeline.core.errors import RushesError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(args: list[str], threads: int = 1, **streams: Any) -> subprocess.Popen:
@@ -24,7 +24,8 @@ def python(args: list[str], threads: int = 1, **streams: Any) -> subprocess.Pope
 
 
 class Standing:
-    """A module that reads lines and answers each with a line of JSON (`benchmarks.bare`, `benchmarks.plain_loop`)."""
+    """A module that reads lines and answers each with a line of JSON (`benchmarks.speed.bare`,
+    `pipeline.plain_loop`)."""
 
     def __init__(self, args: list[str], threads: int = 1) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115

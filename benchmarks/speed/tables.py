@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin (rushes bench --tables) -->", "<!-- tables: end -->"
 
 

@@ -1,6 +1,6 @@
 """A run on a cluster that has no worker node: Ray's autoscaler adds them, and takes one back when a pool shrinks.
 
-    python -m benchmarks.autoscaler [--steps 12] [--report FILE]
+    python -m benchmarks.resilience.autoscaler [--steps 12] [--report FILE]
 
 With Ray's own fake node provider: its nodes are real raylets on this machine. Each has room for one rollout worker.
 The run asks for two (0 -> 2 nodes), is then scaled to one (the drained worker's node must become idle and go: 2 -> 1),
@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos import accounts
-from benchmarks.cluster import (
+from benchmarks.resilience.chaos import accounts
+from benchmarks.resilience.cluster import (
     ENVIRONMENT,
     NAMESPACE,
     STORE,

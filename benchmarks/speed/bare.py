@@ -3,7 +3,7 @@
 Run once per core at the same time, as the workers of a run are: cores share caches and memory. Measures once for each
 line that it reads.
 
-    echo | python -m benchmarks.bare configs/quickstart.yaml
+    echo | python -m benchmarks.speed.bare configs/quickstart.yaml
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.plain_loop import PlainLoop
 from pipeline.config.load import load_config
 from pipeline.core.types import GroupWork
+from pipeline.plain_loop import PlainLoop
 from pipeline.rl.group_plan import train_work
 
 REPEATS = 3

@@ -1,6 +1,6 @@
 """A run that is scaled from one rollout worker to four and back to one while it goes on.
 
-    python -m benchmarks.scale [--steps 14] [--report FILE]
+    python -m benchmarks.resilience.scale [--steps 14] [--report FILE]
 
 The cluster begins with one worker node that has room for two workers; another node joins after four are asked for. What
 is measured: seconds from asking to the first group drawn by a new worker, from the node's joining to the first group
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos import accounts
-from benchmarks.cluster import NAMESPACE, Nodes, Training, conclude, image_config, say
+from benchmarks.resilience.chaos import accounts
+from benchmarks.resilience.cluster import NAMESPACE, Nodes, Training, conclude, image_config, say
 
 LIMIT_S = 900.0
 

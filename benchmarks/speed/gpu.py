@@ -39,7 +39,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from benchmarks.bare import seconds_of
+from benchmarks.speed.bare import seconds_of
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write

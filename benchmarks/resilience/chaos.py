@@ -1,6 +1,7 @@
 """A training run whose actors and nodes are killed all the time, against the same run left in peace.
 
-    make chaos        or        python -m benchmarks.chaos [--steps 24] [--every 12] [--seed 0] [--report FILE]
+    make chaos        or        python -m benchmarks.resilience.chaos [--steps 24] [--every 12] [--seed 0] [--report
+    FILE]
 
 Both runs train the shipped image generator on a cluster of three raylets on this machine. In the second one, every few
 seconds, a random rollout worker, reward server, learner or controller process gets SIGKILL, or a worker node's raylet
@@ -25,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cluster import Actor, Nodes, Training, actors, conclude, image_config, kill_process, say
+from benchmarks.resilience.cluster import Actor, Nodes, Training, actors, conclude, image_config, kill_process, say
 
 LIMIT_S = 1500.0
 # How often what is hit. A controller or learner costs the run a restart from its checkpoint, so they are hit less often

@@ -1,8 +1,10 @@
 """Reward after N takes: samplers and windows against each other, on both shipped generators and several seeds.
 
-    python -m benchmarks.samples [--steps 16] [--seeds 0 1 2] [--generators image video] [--arms …]
-    python -m benchmarks.samples --plot        # benchmarks/results/samples.jsonl -> docs/images/samples.png and a table
-    python -m benchmarks.samples --steps 30 --every 10 --generators video --out benchmarks/results/less_work.jsonl \
+    python -m benchmarks.learning.samples [--steps 16] [--seeds 0 1 2] [--generators image video] [--arms …]
+    python -m benchmarks.learning.samples --plot        # benchmarks/results/samples.jsonl -> docs/images/samples.png
+    and a table
+    python -m benchmarks.learning.samples --steps 30 --every 10 --generators video --out
+    benchmarks/results/less_work.jsonl \
         --arms awm awm_6_steps awm_6_steps_0.6 awm_5_steps_0.75         # work-saving recipes, as long as a quickstart
 
 Runs a recipe's rollout, scoring and update in this one process, with the library that the actors call: what is learned
@@ -36,7 +38,7 @@ from pipeline.rl.advantages import weighted_rewards
 from pipeline.rl.group_plan import eval_works, train_work
 from pipeline.rl.reward_combiner import Combiner
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/samples.jsonl"
 PICTURE = ROOT / "docs/images/samples.png"
 CONFIGS = {"image": "configs/quickstart-image.yaml", "video": "configs/quickstart.yaml"}

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMESPACE = "rushes"
 SYSTEM = {  # a lost node is noticed in four seconds, not in thirteen
     "health_check_initial_delay_ms": 0,

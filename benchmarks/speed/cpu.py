@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.standing import ROOT, Standing, python, together
+from benchmarks.speed.standing import ROOT, Standing, python, together
 from pipeline.core.errors import RushesError
 from pipeline.core.files import atomic_write
 
@@ -65,10 +65,10 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
     with the plain loop right after these, and what counts is the median of the rounds' ratios.
     """
     cores, config = len(os.sched_getaffinity(0)), CONFIGS[name]
-    plain = ["benchmarks.plain_loop", config, "--steps", "0", "--threads"]
+    plain = ["pipeline.plain_loop", config, "--steps", "0", "--threads"]
     with ExitStack() as stack:
         say(f"{config}: getting ready")
-        copies = [stack.enter_context(Standing(["benchmarks.bare", config])) for _ in range(cores)]
+        copies = [stack.enter_context(Standing(["benchmarks.speed.bare", config])) for _ in range(cores)]
         loops = {n: stack.enter_context(Standing([*plain, str(n)], n)) for n in sorted({1, cores})}
         tried = {n: [loop.measure() for _ in range(2)][1]["time/step"] for n, loop in loops.items()}
         threads = min(tried, key=lambda n: tried[n])
@@ -177,13 +177,13 @@ def measure(sections: list[str], say: Say, out: Path = RESULTS, rounds: int = RO
 
 
 def _simulated(say: Say, _rounds: int) -> dict[str, Any]:
-    from benchmarks.simulator import simulate_all
+    from benchmarks.speed.simulator import simulate_all
 
     return simulate_all(SIZES, say)
 
 
 def _small(say: Say, _rounds: int) -> dict[str, Any]:
-    from benchmarks.small import small_costs
+    from benchmarks.speed.small import small_costs
 
     return small_costs(say)
 

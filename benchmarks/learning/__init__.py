@@ -1,0 +1,1 @@
+"""What is learned: reward after N takes, over seeds."""

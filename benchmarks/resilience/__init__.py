@@ -1,0 +1,1 @@
+"""What survives: killed actors, nodes and heads, scaling, long runs."""

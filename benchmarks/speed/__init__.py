@@ -1,0 +1,1 @@
+"""How fast: against the bare arithmetic and a plain loop."""
