@@ -36,7 +36,7 @@ test: setup ## the test suite (no GPU, no network)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-vllm: setup-vllm ## the tests that run vLLM (about 3 minutes)
-	$(BIN)/python -m pytest tests/test_vllm_live.py
+	$(BIN)/python -m pytest tests/rewards/test_vllm_live.py
 
 chaos: setup ## a run whose actors and nodes are killed all the time, against the same run undisturbed (about 8 minutes)
 	$(BIN)/python -m benchmarks.resilience.chaos

@@ -2,7 +2,7 @@
 
 Written against diffusers: it knows the two shipped generators' denoiser calls and records and sends nothing.
 It draws the takes that a run draws and trains with the same noise, so its metrics are a run's to rounding
-(`tests/test_benchmarks.py`), and the two may be compared by the clock.
+(`tests/benchmarks/test_benchmarks.py`), and the two may be compared by the clock.
 
     python -m pipeline.plain_loop configs/quickstart.yaml --steps 5 --threads 1
 """

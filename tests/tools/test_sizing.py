@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from command import run
 from made_up_run import make_run
-from test_cli import run
 
 from pipeline.tools.sizing import Timings, choices, choose, measured, size, step_seconds
 

@@ -1,6 +1,5 @@
 """VLM judges against real HTTP servers that speak the OpenAI protocol; rubrics; tournaments."""
 
-import math
 import re
 from collections import Counter
 
@@ -8,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from http_server import items, levels, picture, run
+from chat_replies import chat, images, text_of
+from http_server import items, levels, run
 from PIL import Image
 
 from jobs import cli
@@ -18,25 +18,6 @@ from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.models.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
 from pipeline.rewards.runner import check_scorer
 from pipeline.rewards.scorers.vlm_judge import matches
-
-
-def chat(text, finish="stop", top=None):
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    if top is not None:
-        entries = [{"token": token, "logprob": math.log(p)} for token, p in top]
-        choice["logprobs"] = {"content": [{"token": text, "logprob": -0.1, "top_logprobs": entries}]}
-    return 200, {"id": "x", "object": "chat.completion", "choices": [choice]}
-
-
-def images(payload):
-    """The pictures of a request, in order."""
-    parts = payload["messages"][-1]["content"]
-    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-    return [picture(url.removeprefix("data:image/png;base64,")) for url in urls]
-
-
-def text_of(payload):
-    return "\n".join(part["text"] for part in payload["messages"][-1]["content"] if part["type"] == "text")
 
 
 def judge(server, media, prompts, **args):

@@ -14,7 +14,7 @@ from pipeline.core.prompts import load_prompts
 from pipeline.rewards.scorers.ocr import target_text
 from pipeline.tools import preflight
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 ASKED_FOR = (
     "sd1.5 sdxl sd3.5-medium sd3.5-medium-ocr sd1.5-safety flux.1-dev qwen-image wan-1.3b wan-14b wan2.2-a14b "

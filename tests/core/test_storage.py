@@ -11,9 +11,9 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from command import run as command
 from fake_checkpoint import fake_config
 from made_up_run import make_run
-from test_cli import run as command
 
 from pipeline.config.load import load_config, to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RushesError

@@ -7,9 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from command import run
 from fake_checkpoint import fake_config
 from made_up_run import make_run
-from test_cli import run
 
 from jobs.cluster import client, run_api
 from jobs.cluster.client import RUN_KEY, find_address, refused, tail

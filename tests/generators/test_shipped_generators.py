@@ -13,7 +13,7 @@ import torch
 from jobs.shapes.card import held_out_prompts, mean_credits, sample
 from jobs.shapes.parts import TEXT_LENGTH
 
-MODELS = Path(__file__).parent.parent / "models"
+MODELS = Path(__file__).parents[2] / "models"
 KINDS = ("image", "video")
 # Mean checker credit of 24 held-out prompts.  Wide: the point is that there is something to learn and
 # something to learn from, whatever torch build draws the noise.

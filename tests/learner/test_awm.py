@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_learning import GRID, Flow, ode_reward, reward
+from toy_flow import GRID, Flow, ode_reward, reward
 
 from pipeline.config.schema import AdvantageConfig
 from pipeline.core.errors import UnsupportedPolicyError

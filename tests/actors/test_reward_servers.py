@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 import tiny
-from test_ray_loop import REWARDS, Run, make_config
+from ray_run import REWARDS, Run, make_config
 
 from actors import role_actor
 from actors.reward_server import Asked, RewardServer
@@ -157,6 +157,6 @@ def test_variables_of_a_runtime_environment_win_over_ours(monkeypatch):
     assert env["env_vars"]["OMP_NUM_THREADS"] == "7" and env["env_vars"]["MKL_NUM_THREADS"] == "2"
     assert "PYTHONPATH" not in env["env_vars"]
     assert merged_env({"py_executable": "envs/a/bin/python"}, 1)["py_executable"] == f"{os.getcwd()}/envs/a/bin/python"
-    assert merged_env({"py_executable": "/a/python"}, 1)["env_vars"]["PYTHONPATH"] == str(Path(__file__).parents[1])
+    assert merged_env({"py_executable": "/a/python"}, 1)["env_vars"]["PYTHONPATH"] == str(Path(__file__).parents[2])
     monkeypatch.setattr(role_actor, "PROJECT", Path("/env/lib/python3.11/site-packages"))  # installed, not editable
     assert "PYTHONPATH" not in merged_env({"py_executable": "/a/python"}, 1)["env_vars"]

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from chat_replies import chat, images, text_of
 from http_server import items, levels, run
 from PIL import Image
-from test_vlm_judge import chat, images, text_of
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError

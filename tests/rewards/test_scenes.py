@@ -10,7 +10,7 @@ import pytest
 from pipeline.rewards.models import scene_world
 from pipeline.rewards.models.scene_world import Scene, caption, parse_caption
 
-PROMPTS = Path(__file__).parent.parent / "configs" / "prompts"
+PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
 
 
 def test_every_scene_survives_the_round_trip_through_its_caption():

@@ -30,7 +30,7 @@ def test_a_good_config_passes_and_reports(tmp_path):
 
 def test_no_torch_is_imported(tmp_path):
     code = (
-        "import sys, pathlib; sys.path[:0] = ['.', 'tests']; from fake_checkpoint import fake_config;"
+        "import sys, pathlib; sys.path[:0] = ['.', 'tests/support']; from fake_checkpoint import fake_config;"
         "from pipeline.tools.preflight import check_all; check_all(fake_config(pathlib.Path(sys.argv[1])));"
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )

@@ -23,7 +23,7 @@ from pipeline.rl.group_plan import train_work
 from pipeline.tools.memory.estimate import _attach, _held, _run, plan_memory, training_bytes
 from pipeline.tools.memory.meta_pipeline import Ghost, weight_bytes_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)
 SMALL = ["algorithm.group_size=2", "evaluation.batch=2"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_ranks import PROMPT, batches
+from rank_batches import PROMPT, batches
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
@@ -22,7 +22,7 @@ from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CASES = {
     "full": {
         "trainable": {"kind": "full"},

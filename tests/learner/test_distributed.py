@@ -8,20 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from rank_batches import batches
 from rank_worker import one_case, run_ranks
 
 from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
-from pipeline.core.types import GroupBatch, PromptItem
-from pipeline.generators.policy import Policy
 from pipeline.learner.accumulator import pairs_of
 from pipeline.learner.distributed import Ranks, share
 from pipeline.learner.learner import Learner
 from pipeline.learner.replica import outline_of
-from pipeline.rl.group_plan import train_work
 from pipeline.runs import checkpoint
 
-PROMPT = PromptItem(index=0, text="a red circle")
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}
 CASES = {
     "lora": {"algorithm": {"kl_beta": 0.1, "groups_per_step": 3, "updates_per_step": 2}, "learner": {"micro_batch": 3}},
@@ -31,24 +28,6 @@ CASES = {
         "learner": {"micro_batch": 8},  # two steps at once, and one
     },
 }
-
-
-def batches(cfg, steps: int) -> list[list[GroupBatch]]:
-    """Of the starting policy: every later step is off-policy, which is all the same to the comparison."""
-    policy = Policy.load(cfg, "cpu", threads=1)
-    policy.probe()
-    policy.attach()
-    made = []
-    for step in range(steps):
-        groups = []
-        for i in range(cfg.algorithm.groups_per_step):
-            work = train_work(cfg, step * cfg.algorithm.groups_per_step + i, step, PROMPT)
-            media, trajectory, _ = policy.rollout(work)
-            brightness = media.frames.reshape(len(media.frames), -1).mean(1)
-            advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
-            groups.append(GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32)))
-        made.append(groups)
-    return made
 
 
 def same_tensors(mine: Path, theirs: Path) -> None:

@@ -53,7 +53,7 @@ class Served:
         command = [sys.executable, "-m", "jobs.cli", "serve-reward", *map(str, args), "--port", "0"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
         self.line = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", self.line)

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command import run
 from fake_checkpoint import fake_config
 from made_up_run import make_run, moving_square
 from PIL import Image
 
-from jobs import cli
 from jobs.commands import doctor
 from jobs.commands.evaluate import summarise
 from jobs.common.estimates import estimate, t_quantile, win_rate
@@ -38,13 +38,6 @@ COMMANDS = [
     "list",
     "serve-reward",
 ]
-
-
-def run(capsys, *args):
-    """(exit status, stdout, stderr) of `rushes ARGS`."""
-    status = cli.main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.fixture

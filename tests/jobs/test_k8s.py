@@ -23,7 +23,7 @@ import yaml
 from pipeline.config.load import load_config
 from pipeline.tools.preflight import check_prompts, check_rewards, check_samplers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
 JOBS = ["overlays/kind-cpu", "overlays/one-gpu", "overlays/multi-gpu-spot"]
 ALL = ["base", *JOBS, "overlays/shared-cluster"]

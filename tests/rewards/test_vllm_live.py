@@ -24,7 +24,7 @@ from pipeline.core.errors import RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.models.rubric import load_rubric
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 pytestmark = [
     pytest.mark.ray,
@@ -96,7 +96,7 @@ def test_the_server_gives_transformers_probabilities_and_computes_the_rubric_onc
         "another take's prompt": {"texts": TEXTS[1:] + TEXTS[:1]},
     }
     asked = {"model": str(model), "jobs": [job(media, tmp_path / f"{i}.npy", **o) for i, o in enumerate(jobs.values())]}
-    done = in_its_environment(["tests/judge_reference.py"], json.dumps(asked))
+    done = in_its_environment(["tests/support/judge_reference.py"], json.dumps(asked))
     assert done.returncode == 0, done.stderr
     expected, *wrong = np.array(json.loads(done.stdout))
     np.testing.assert_allclose(result.values, expected, atol=1e-5)

@@ -10,7 +10,7 @@ from pipeline.config.resources import Workers
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = """
 generator:
   pretrained: models/x

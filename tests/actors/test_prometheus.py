@@ -10,10 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-
-ROOT = Path(__file__).parents[1]
-MONITORING = ROOT / "k8s" / "components" / "monitoring"
+from dashboard_queries import MONITORING, ROOT, expressions
 
 
 @functools.cache
@@ -40,14 +37,6 @@ def exported() -> list[re.Pattern]:
         if call.func.id in ("Gauge", "Counter") and isinstance(call.args[0], ast.Constant):
             patterns.append(f"ray_{call.args[0].value}" + ("_total" if call.func.id == "Counter" else ""))
     return [re.compile(pattern) for pattern in patterns]
-
-
-def expressions() -> list[str]:
-    board = json.loads((MONITORING / "dashboard.json").read_text())
-    rules = yaml.safe_load((MONITORING / "rules.yaml").read_text())
-    found = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
-    found += [board["templating"]["list"][1]["definition"]]
-    return found + [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
 
 
 def unknown(expr: str) -> list[str]:

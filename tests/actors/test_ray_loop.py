@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
 import os
 import random
 import re
@@ -25,19 +24,17 @@ import pytest
 import ray
 import tiny
 from ray.util import placement_group_table
+from ray_run import REWARDS, Run, make_config
 from rich.console import Console
 
 from actors import learner_group
-from actors.controller import Controller
-from actors.ray_errors import root
 from actors.role_actor import RunContext, packed
 from actors.rollout_worker import RolloutWorker
 from jobs.cluster.ray_session import RaySession
-from jobs.cluster.run_api import controller_options
 from jobs.launch.supervise import supervise
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
-from pipeline.core.errors import RunFailed, RushesError, UnsupportedPolicyError
+from pipeline.core.errors import RunFailed, UnsupportedPolicyError
 from pipeline.core.tensors import checksum, tree_bytes
 from pipeline.core.types import PolicyVersion, PromptItem
 from pipeline.rl.group_plan import train_work
@@ -45,29 +42,6 @@ from pipeline.runs import checkpoint
 from pipeline.runs.paths import RunDir
 
 pytestmark = pytest.mark.ray
-
-TIMED = ("time", "queue/", "workers/", "takes_per_s", "retries")
-
-REWARDS = """
-import time
-import numpy as np
-
-def brightness(frames, prompts):
-    return frames.reshape(len(prompts), -1).mean(1) / 255
-
-def slow(frames, prompts):
-    time.sleep(0.2)
-    return brightness(frames, prompts)
-
-def broken(frames, prompts):
-    raise ZeroDivisionError("the scorer's own words")
-
-def flat(frames, prompts):
-    return np.zeros(len(prompts))
-
-for function in (brightness, slow, broken, flat):
-    function.batched = True
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,65 +60,6 @@ def files(tmp_path_factory):
     (folder / "heldout.txt").write_text("c red square\na green square\nb green circle\nc blue circle\n")
     (folder / "rewards.py").write_text(REWARDS)
     return folder
-
-
-def make_config(sd3: Path, files: Path, runs: Path, reward: str = "brightness", **sections) -> Config:
-    base = {
-        "run": {"dir": str(runs), "steps": 2},
-        "prompts": {"train": str(files / "train.txt"), "heldout": str(files / "heldout.txt")},
-        # running statistics are in every checkpoint: a resumed run must go on with them
-        "rewards": {"own": {"scorer": f"{files / 'rewards.py'}:{reward}", "normalize": "running"}},
-        "evaluation": {"prompts": 4, "steps": 3, "batch": 2},
-        "optimizer": {"lr": 1e-2, "ema_decay": 0.9},
-        "checkpoint": {"every": 1, "keep": 9},
-        "tracking": {"backends": []},
-        "ray": {"address": "local", "num_cpus": 8, "object_store_mb": 200},
-    }
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
-    cfg = tiny.config(sd3, **base)
-    return cfg.model_copy(update={"rewards": {"own": cfg.rewards.pop("own")}})
-
-
-class Run:
-    """A controller and its run folder."""
-
-    def __init__(self, cfg: Config, name: str, resume_from: Path | None = None) -> None:
-        self.dir = RunDir(cfg.run.dir / name)
-        self.dir.path.mkdir(parents=True, exist_ok=True)
-        self.cfg = cfg
-        ctx = RunContext(cfg=cfg, run_path=str(self.dir.path), cwd=os.getcwd())
-        start = str(resume_from) if resume_from else None
-        options = controller_options(self.dir, life=2 if start else 1)
-        self.controller = ray.remote(Controller).options(num_cpus=0, **options).remote(ctx, start)
-        self.ended = self.controller.run.remote()
-
-    def result(self, timeout: float = 300) -> dict:
-        return ray.get(self.ended, timeout=timeout)
-
-    def failure(self) -> RushesError:
-        with pytest.raises(ray.exceptions.RayError) as error:
-            self.result()
-        return root(error.value)
-
-    def until(self, condition, timeout: float = 240) -> dict:
-        limit = time.monotonic() + timeout
-        while time.monotonic() < limit:
-            snapshot = ray.get(self.controller.progress.remote(0))
-            if condition(snapshot):
-                return snapshot
-            time.sleep(0.01)
-        raise AssertionError(f"never came true; last: {snapshot}")
-
-    def metrics(self) -> list[dict]:
-        lines = [json.loads(line) for line in self.dir.metrics.read_text().splitlines()]
-        return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
-
-    def evals(self) -> list[dict]:
-        return [json.loads(line) for line in self.dir.evals.read_text().splitlines()]
-
-    def tensors(self, step: int):
-        return checkpoint.load(checkpoint.folder_of(self.dir.checkpoints, step))[0]
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +101,8 @@ def test_a_run_is_scaled_seen_in_the_metrics_and_loses_a_stuck_worker(cluster, t
     """`rushes scale` reaches the controller, a second worker comes and works. Every metric of ours in the Grafana
     dashboard, the pool's new size among them, is in the Prometheus endpoint that Ray itself serves. Then the second
     worker stands still, alive: its group goes to the other one, and it is replaced."""
-    from test_cli import run as rushes
-    from test_monitoring import expressions
+    from command import run as rushes
+    from dashboard_queries import expressions
 
     absent = {"ray_rushes_gpu_bytes", "ray_rushes_onpolicy_max_abs_gap"}  # no GPU here; of objective awm
     wanted = set(re.findall(r"\bray_rushes_\w+", re.sub(r"__name__=[^,}]+", "", " ".join(expressions())))) - absent
@@ -455,7 +370,7 @@ def start_driver(cfg: Config, folder: Path) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
 
 

@@ -1,0 +1,29 @@
+"""Batches of groups for learners of one and of several ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.generators.policy import Policy
+from pipeline.rl.group_plan import train_work
+
+PROMPT = PromptItem(index=0, text="a red circle")
+
+
+def batches(cfg, steps: int) -> list[list[GroupBatch]]:
+    """Of the starting policy: every later step is off-policy, which is all the same to the comparison."""
+    policy = Policy.load(cfg, "cpu", threads=1)
+    policy.probe()
+    policy.attach()
+    made = []
+    for step in range(steps):
+        groups = []
+        for i in range(cfg.algorithm.groups_per_step):
+            work = train_work(cfg, step * cfg.algorithm.groups_per_step + i, step, PROMPT)
+            media, trajectory, _ = policy.rollout(work)
+            brightness = media.frames.reshape(len(media.frames), -1).mean(1)
+            advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
+            groups.append(GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32)))
+        made.append(groups)
+    return made
