@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.config.resources import Workers
+from pipeline.config.resources import WorkerRange
 
 PATIENCE_S = 5.0  # work that waits for less than this is no reason to load another model
 WINDOW_S = 60.0  # the shortest time after which a worker counts as spare
@@ -38,7 +38,7 @@ class Decision:
     reason: str  # for the log; empty when nothing changes
 
 
-def decide(load: Load, limits: Workers) -> Decision:
+def decide(load: Load, limits: WorkerRange) -> Decision:
     """The size the pool should have now, and why."""
     if load.size < limits.min:
         return Decision(limits.min, f"at least {limits.min} are wanted")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.dispatcher import Flow, Job
+from actors.dispatcher import Dispatcher, Job
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
@@ -30,10 +30,10 @@ def scoring_seed(cfg: Config, group: int) -> int:
     return int(np.random.SeedSequence([cfg.run.seed, _SCORING, group]).generate_state(1)[0])
 
 
-class Training:
+class BatchBuilder:
     """The `Sink` of training groups."""
 
-    def __init__(self, cfg: Config, flow: Flow, prompts: Sequence[PromptItem]) -> None:
+    def __init__(self, cfg: Config, flow: Dispatcher, prompts: Sequence[PromptItem]) -> None:
         self.cfg, self._flow, self._prompts = cfg, flow, prompts
         self._version: PolicyVersion | None = None
         self._cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)

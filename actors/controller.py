@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from actors.role_actor import RoleActor, RunContext
-from actors.train_loop import Loop, Stopped
+from actors.train_loop import Stopped, TrainLoop
 from pipeline.core.errors import RunFailed, RushesError
 
 
@@ -22,12 +22,12 @@ class Controller(RoleActor):
     def __init__(self, ctx: RunContext, resume_from: str | None) -> None:
         super().__init__(ctx, "controller")
         self._resume_from = resume_from
-        self._loop: Loop | None = None
+        self._loop: TrainLoop | None = None
         self._stop_asked = asyncio.Event()
 
     async def run(self) -> dict[str, Any]:
         """Runs to the end, or until stopped. Returns what the summary needs; raises `RushesError`."""
-        loop = self._loop = Loop(self.ctx, self._resume_from, self._stop_asked)
+        loop = self._loop = TrainLoop(self.ctx, self._resume_from, self._stop_asked)
         try:
             try:
                 await loop.start()

@@ -19,12 +19,12 @@ import ray
 
 from actors.policy_versions import Publisher
 from actors.queues import BoundedQueue
-from actors.ray_errors import describe, is_deterministic, is_going, is_lost
-from actors.reward_server import Asked, RewardServer
-from actors.role_actor import RunContext, packed
+from actors.ray_errors import describe, is_deterministic, is_lost, is_preempted
+from actors.reward_server import RewardServer, ScoreRequest
+from actors.role_actor import RunContext, to_bytes
 from actors.rollout_worker import RolloutWorker
 from actors.tender import Tender
-from actors.worker_pool import IDLE, Pool, Slot, together
+from actors.worker_pool import IDLE, WorkerPool, WorkerSlot, together
 from pipeline.core.errors import RewardError
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 
@@ -89,7 +89,7 @@ class Sink(Protocol):
     async def scored(self, job: Job) -> None: ...
 
 
-class Flow:
+class Dispatcher:
     """Queues, pools and worker loops of one run. `fatal` receives the exception that ends the run."""
 
     def __init__(
@@ -101,7 +101,7 @@ class Flow:
         self.queue: BoundedQueue[Draw] = BoundedQueue("rollout", capacity)
         self.score_queues = {name: BoundedQueue[ScoreTask](f"reward.{name}", capacity) for name in cfg.rewards}
         rollout = cfg.rollout
-        self.rollouts = Pool(
+        self.rollouts = WorkerPool(
             ctx,
             RolloutWorker,
             "rollout",
@@ -111,7 +111,7 @@ class Flow:
             start_args=(probe_prompts,),
         )
         self.rewards = {
-            name: Pool(
+            name: WorkerPool(
                 ctx,
                 RewardServer,
                 f"reward.{name}",
@@ -131,7 +131,7 @@ class Flow:
         return [self.queue, *self.score_queues.values()]
 
     @property
-    def pools(self) -> list[Pool]:
+    def pools(self) -> list[WorkerPool]:
         return [self.rollouts, *self.rewards.values()]
 
     async def start(self) -> None:
@@ -176,7 +176,7 @@ class Flow:
 
     # ------------------------------------------------------------------------------------------- rollout
 
-    async def _rollout_loop(self, slot: Slot) -> None:
+    async def _rollout_loop(self, slot: WorkerSlot) -> None:
         """Draws groups with the slot's worker until the slot rests."""
         pool = self.rollouts
         while True:
@@ -196,7 +196,7 @@ class Flow:
             started = time.monotonic()
             try:
                 slot.doing = f"{jobs[0].work.purpose} group {', '.join(str(job.group) for job in jobs)}"
-                order = packed(([job.work for job in jobs], version.key))
+                order = to_bytes(([job.work for job in jobs], version.key))
                 metas, *drawn = slot.actor.generate.options(num_returns=1 + 2 * len(jobs)).remote(
                     order, self.publisher.missing(slot, version)
                 )
@@ -233,10 +233,10 @@ class Flow:
         except TimeoutError:
             raise TimeoutError(f"not {what} within {limit:g} s (rollout.timeout_s)") from None
 
-    async def _rollout_failed(self, slot: Slot, jobs: list[Job], error: Exception) -> None:
+    async def _rollout_failed(self, slot: WorkerSlot, jobs: list[Job], error: Exception) -> None:
         """A group's own failure; or that of a call for several, whose groups are then drawn one by one, uncounted."""
         reason = f"{slot.place}: {describe(error)}"
-        going, alone = is_going(error), len(jobs) == 1
+        going, alone = is_preempted(error), len(jobs) == 1
         healthy = is_deterministic(error) or is_lost(error)
         if going:
             slot.doing, slot.moving = IDLE, describe(error)
@@ -268,7 +268,7 @@ class Flow:
         job.sink.scoring(job)
         await asyncio.gather(*(queue.put(ScoreTask(job, name)) for name, queue in self.score_queues.items()))
 
-    async def _score_loop(self, reward: str, pool: Pool, slot: Slot) -> None:
+    async def _score_loop(self, reward: str, pool: WorkerPool, slot: WorkerSlot) -> None:
         """Scores groups with the slot's server until the slot rests."""
         queue = self.score_queues[reward]
         while True:
@@ -288,8 +288,8 @@ class Flow:
             slot.doing = f"{job.work.purpose} group {', '.join(str(one.job.group) for one in tasks)}"
             started = time.monotonic()
             try:
-                asked = [Asked(one.job.group, one.job.work.prompts, one.job.score_seed) for one in tasks]
-                reference = slot.actor.score.remote(packed(asked), *(one.job.media for one in tasks))
+                asked = [ScoreRequest(one.job.group, one.job.work.prompts, one.job.score_seed) for one in tasks]
+                reference = slot.actor.score.remote(to_bytes(asked), *(one.job.media for one in tasks))
                 outcomes = await self._timed(reference, "scored")
             except Exception as error:
                 await self._score_failed(pool, slot, tasks, error)
@@ -304,7 +304,7 @@ class Flow:
                 del one
             del task, tasks, job
 
-    async def _company(self, task: ScoreTask, slot: Slot, pool: Pool) -> list[ScoreTask]:
+    async def _company(self, task: ScoreTask, slot: WorkerSlot, pool: WorkerPool) -> list[ScoreTask]:
         """Further groups for the call that will score `task`, as far as `batch_items` and `batch_ms` allow."""
         reward = self.ctx.cfg.rewards[task.reward]
         if task.alone:
@@ -327,11 +327,11 @@ class Flow:
             job.scores = {name: job.scores[name] for name in self.score_queues}  # config order, not arrival
             await job.sink.scored(job)
 
-    async def _score_failed(self, pool: Pool, slot: Slot, tasks: list[ScoreTask], error: Exception) -> None:
+    async def _score_failed(self, pool: WorkerPool, slot: WorkerSlot, tasks: list[ScoreTask], error: Exception) -> None:
         """A group's own failure; or that of a whole call, whose groups are then scored one by one, uncounted."""
         task = tasks[0]
         job, reason = task.job, f"{slot.place}: {describe(error)}"
-        if is_going(error):
+        if is_preempted(error):
             slot.doing, slot.moving = IDLE, describe(error)
             for one in reversed(tasks):
                 await self.score_queues[one.reward].put_back(replace(one, avoid=slot.name))

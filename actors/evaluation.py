@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.dispatcher import Flow, Job
+from actors.dispatcher import Dispatcher, Job
 from actors.ray_errors import describe, is_lost
 from actors.role_actor import RunContext
 from pipeline.core.errors import RunFailed
@@ -87,7 +87,7 @@ class _Sink:
 class Evaluator:
     """Runs evaluations and keeps their records, which are also evals.jsonl."""
 
-    def __init__(self, ctx: RunContext, flow: Flow, prompts: Sequence[PromptItem]) -> None:
+    def __init__(self, ctx: RunContext, flow: Dispatcher, prompts: Sequence[PromptItem]) -> None:
         self.ctx, self.cfg, self._flow, self._prompts = ctx, ctx.cfg, flow, prompts
         self.records: list[dict[str, Any]] = []
         self._sink: _Sink | None = None

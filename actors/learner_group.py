@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.learner_rank import LearnerActor
 from actors.ray_errors import describe, is_deterministic, root
 from actors.role_actor import MAX_START_S, RunContext, actor_env, cores, ray_resources
-from actors.worker_pool import STARTING, Slot
+from actors.worker_pool import STARTING, WorkerSlot
 from pipeline.core.errors import RunFailed
 
 MAX_WAIT_S = 1800.0  # for room in the cluster; an autoscaled GPU node takes minutes
@@ -37,12 +37,12 @@ class LearnerGroup:
     def __init__(self, ctx: RunContext) -> None:
         self.ctx, self.cfg = ctx, ctx.cfg.learner
         ranks = self.cfg.ranks
-        self.slots = [Slot("learner" if ranks == 1 else f"learner-{rank}") for rank in range(ranks)]
+        self.slots = [WorkerSlot("learner" if ranks == 1 else f"learner-{rank}") for rank in range(ranks)]
         self._room: PlacementGroup | None = None
         self._needs = {name: amount for name, amount in self.cfg.resources.items() if amount > 0}
 
     @property
-    def main(self) -> Slot:
+    def main(self) -> WorkerSlot:
         return self.slots[0]
 
     @property
@@ -132,7 +132,7 @@ class LearnerGroup:
         on_node = Counter(info["node"] for info in infos)
         address = None
         if len(self.slots) > 1:
-            address = (await self._all("starting", [self.main.actor.open_meeting.remote()]))[0]
+            address = (await self._all("starting", [self.main.actor.open_rendezvous.remote()]))[0]
         calls = [
             slot.actor.start.remote(resume_from, rank, address, on_node[info["node"]])
             for rank, (slot, info) in enumerate(zip(self.slots, infos, strict=True))

@@ -15,7 +15,7 @@ import ray
 
 from actors.ray_errors import is_lost
 from actors.role_actor import RoleActor, cores, use_threads
-from pipeline.core.types import GroupBatch, Outline, WeightSet
+from pipeline.core.types import GroupBatch, MicroBatchSpecs, WeightSet
 from pipeline.runs import checkpoint, remote_sync
 
 
@@ -23,7 +23,7 @@ class LearnerActor(RoleActor):
     role = "learner"
     _listening: socket.socket | None = None
 
-    def open_meeting(self) -> tuple[str, int]:
+    def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: the node's address and a free port of it, where the ranks meet."""
         from pipeline.learner.distributed import listen
 
@@ -38,13 +38,13 @@ class LearnerActor(RoleActor):
         `on_node`: how many of them share this node's cores. Raises `RushesError` (bad generator or checkpoint).
         """
         from pipeline.generators.load.pipeline import resolve_device
-        from pipeline.learner.distributed import Ranks, join
+        from pipeline.learner.distributed import DistributedContext, join
         from pipeline.learner.learner import Learner
 
         settings = self.cfg.learner
         with self.doing("starting"):
             use_threads(settings.threads or cores() // on_node)
-            device, ranks = resolve_device(settings.device), Ranks()
+            device, ranks = resolve_device(settings.device), DistributedContext()
             if address is not None:
                 ranks = join(rank, settings.ranks, address, device, settings.context_parallel, self._listening)
             self.learner = Learner(self.cfg, settings.device, ranks)
@@ -54,7 +54,7 @@ class LearnerActor(RoleActor):
         return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
 
     def train_step(
-        self, groups: list[tuple[int, ray.ObjectRef, np.ndarray, Outline | None]], first: int, last: bool
+        self, groups: list[tuple[int, ray.ObjectRef, np.ndarray, MicroBatchSpecs | None]], first: int, last: bool
     ) -> dict[str, Any]:
         """`groups`: (id, trajectory reference, advantages [K], outline) in id order, at the places from `first` on of
         the step, which ends with them if `last`. Of several ranks, each reads the trajectories that it replays.
@@ -74,7 +74,7 @@ class LearnerActor(RoleActor):
                         raise
                     self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": group})
                     lost.append(group)
-            lost = self.learner.ranks.any_of(lost, [group for group, *_ in groups])
+            lost = self.learner.ranks.union(lost, [group for group, *_ in groups])
             if lost:
                 return {"lost": lost}
             metrics = self.learner.train_step(batch, first, last)

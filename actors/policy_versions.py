@@ -14,7 +14,7 @@ from typing import Literal
 import ray
 
 from actors.learner_group import LearnerGroup
-from actors.worker_pool import Slot
+from actors.worker_pool import WorkerSlot
 from pipeline.core.types import PolicyVersion
 
 
@@ -34,12 +34,12 @@ class Publisher:
         return version
 
     @staticmethod
-    def missing(slot: Slot, version: PolicyVersion) -> ray.ObjectRef | None:
+    def missing(slot: WorkerSlot, version: PolicyVersion) -> ray.ObjectRef | None:
         """The weights that the slot's worker must load before it can draw with `version`. None: it holds them already.
         Given to a call as they are, Ray brings them to the worker's node while it still does something else."""
         return None if slot.confirmed == version.key else version.weights
 
-    def confirmed(self, slot: Slot, version: PolicyVersion, seconds: float) -> None:
+    def confirmed(self, slot: WorkerSlot, version: PolicyVersion, seconds: float) -> None:
         """The slot's worker holds `version`; it took `seconds` to load and check it."""
         slot.confirmed = version.key
         self.sync_s = max(self.sync_s, seconds)

@@ -36,18 +36,18 @@ def is_deterministic(error: BaseException) -> bool:
     return isinstance(root(error), RushesError)
 
 
-class Going(RuntimeError):
+class WorkerPreempted(RuntimeError):
     """A worker was asked to end (SIGTERM) and hands back the group that it was given."""
 
 
-def is_going(error: BaseException) -> bool:
-    return isinstance(root(error), Going)
+def is_preempted(error: BaseException) -> bool:
+    return isinstance(root(error), WorkerPreempted)
 
 
 def describe(error: BaseException) -> str:
     """One line, without a traceback or Ray's own wording."""
     error = root(error)
-    if isinstance(error, RushesError | Going):
+    if isinstance(error, RushesError | WorkerPreempted):
         return _line(str(error))
     if isinstance(error, asyncio.TimeoutError | TimeoutError):
         return _line(str(error)) or "timed out"

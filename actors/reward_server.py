@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from actors.role_actor import RoleActor, unpacked
+from actors.role_actor import RoleActor, from_bytes
 from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ScoreRequest:
     """What is to be scored of one group, but for its media."""
 
     group: int
@@ -56,7 +56,7 @@ class RewardServer(RoleActor):
         """
         from pipeline.rewards.batching import Takes, score_groups
 
-        asked: list[Asked] = unpacked(order)
+        asked: list[ScoreRequest] = from_bytes(order)
         first = asked[0].group
         names = f"group {first}" if len(asked) == 1 else f"groups {', '.join(str(one.group) for one in asked)}"
         with self.doing(f"scoring {names}", first):

@@ -20,7 +20,7 @@ import psutil
 import ray
 
 from actors.prometheus import RoleMetrics
-from actors.ray_errors import Going
+from actors.ray_errors import WorkerPreempted
 from pipeline.config.schema import Config
 from pipeline.runs.paths import RunDir, setup_logging
 
@@ -89,7 +89,7 @@ class RoleActor:
     def doing(self, phase: str, group: int | None = None) -> Iterator[None]:
         """Marks what the actor does; an exception is written to run.log with its traceback and goes on."""
         if self.going:
-            raise Going("it was asked to end (SIGTERM), and finished what it had in hand")
+            raise WorkerPreempted("it was asked to end (SIGTERM), and finished what it had in hand")
         self.phase, self.since = phase, time.time()
         started = time.perf_counter()
         try:
@@ -102,14 +102,14 @@ class RoleActor:
             self.phase, self.since = IDLE, time.time()
 
 
-def packed(value: Any) -> bytes:
+def to_bytes(value: Any) -> bytes:
     """Small things for a call of an actor, as one bytes object, without references. Ray's own way of sending what is no
     plain number or text costs the caller as much again as the whole call: it makes a pickler for each argument."""
     return pickle.dumps(value, protocol=5)
 
 
-def unpacked(data: bytes) -> Any:
-    """What `packed` was given. It comes from the controller, through Ray, which unpickles all else that it sends."""
+def from_bytes(data: bytes) -> Any:
+    """What `to_bytes` was given. It comes from the controller, through Ray, which unpickles all else that it sends."""
     return pickle.loads(data)
 
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from actors.role_actor import RoleActor, cores, unpacked, use_threads
-from pipeline.core.types import GroupWork, Media, Outline, PromptItem, RolloutMeta, Trajectory, WeightSet
+from actors.role_actor import RoleActor, cores, from_bytes, use_threads
+from pipeline.core.types import GroupWork, Media, MicroBatchSpecs, PromptItem, RolloutMeta, Trajectory, WeightSet
 
 _NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
 
@@ -48,7 +48,7 @@ class RolloutWorker(RoleActor):
         owns them. Raises `ChecksumMismatch` when other weights arrived than were published.
         """
         works: list[GroupWork]
-        works, key = unpacked(order)
+        works, key = from_bytes(order)
         loaded_s = self._load(key, missing) if missing is not None and self.held != key else 0.0
         groups = ", ".join(str(work.group) for work in works)
         with self.doing(f"generating {works[0].purpose} group {groups}", works[0].group):
@@ -77,12 +77,12 @@ class RolloutWorker(RoleActor):
         metas[0].seconds["load"] = loaded_s
         return metas, *objects
 
-    def _outline(self, trajectory: Trajectory | None) -> Outline | None:
+    def _outline(self, trajectory: Trajectory | None) -> MicroBatchSpecs | None:
         if trajectory is None or self.cfg.learner.ranks == 1:
             return None
-        from pipeline.learner.replica import outline_of
+        from pipeline.learner.replica import micro_batch_specs
 
-        return outline_of(self.cfg, trajectory)
+        return micro_batch_specs(self.cfg, trajectory)
 
     def _load(self, key: tuple[int, str, str], weights: WeightSet) -> float:
         """Applies a version, and recomputes the checksum from what the policy then holds. Returns the seconds."""

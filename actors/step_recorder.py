@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from actors.dispatcher import Flow, Job
+from actors.dispatcher import Dispatcher, Job
 from actors.prometheus import RunMetrics
 from actors.ray_errors import describe, is_lost
 from actors.role_actor import RunContext
@@ -49,7 +49,7 @@ class Recent:
 class Recorder:
     """`fatal` gets the exception of a file that could not be written. Raises `ConfigError` when a tracker fails."""
 
-    def __init__(self, ctx: RunContext, flow: Flow, fatal: asyncio.Future) -> None:
+    def __init__(self, ctx: RunContext, flow: Dispatcher, fatal: asyncio.Future) -> None:
         self.ctx, self.cfg, self._flow, self._fatal = ctx, ctx.cfg, flow, fatal
         self.recent = Recent()
         self._tracker = make_tracker(self.cfg, ctx.run.path)

@@ -16,8 +16,8 @@ from actors.autoscale import decide
 from actors.queues import BoundedQueue
 from actors.ray_errors import describe
 from actors.role_actor import IDLE
-from actors.worker_pool import Pool, Slot
-from pipeline.config.resources import Workers
+from actors.worker_pool import WorkerPool, WorkerSlot
+from pipeline.config.resources import WorkerRange
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
 
@@ -30,11 +30,11 @@ log = logging.getLogger("rushes.pool")
 class Tender:
     """`pairs`: the queue of each pool, and the pool, by the pool's name."""
 
-    def __init__(self, pairs: Mapping[str, tuple[BoundedQueue, Pool]]) -> None:
+    def __init__(self, pairs: Mapping[str, tuple[BoundedQueue, WorkerPool]]) -> None:
         self._pairs = pairs
         self._own = {name: pool.limits for name, (_, pool) in pairs.items()}  # of the config
-        self._asked: dict[Slot, asyncio.Task] = {}
-        self._idle: WeakKeyDictionary[Slot, int] = WeakKeyDictionary()  # ticks in a row at which it was seen idle
+        self._asked: dict[WorkerSlot, asyncio.Task] = {}
+        self._idle: WeakKeyDictionary[WorkerSlot, int] = WeakKeyDictionary()  # ticks in a row at which it was seen idle
 
     # ------------------------------------------------------------------------------------------- sizes
 
@@ -54,7 +54,7 @@ class Tender:
         for name, size in targets.items():
             pool, own = self._pairs[name][1], self._own[name]
             before = len(pool.staying)
-            pool.limits = Workers(size, size) if size else own
+            pool.limits = WorkerRange(size, size) if size else own
             after = min(max(before, pool.limits.min), pool.limits.max)
             if after != before:
                 await pool.resize(after, "asked for by hand" if size else f"back to the config's limits, {own}")
@@ -75,7 +75,7 @@ class Tender:
             for queue, pool in self._pairs.values():
                 await self._tend(queue, pool, going)
 
-    async def _tend(self, queue: BoundedQueue, pool: Pool, going: set[str]) -> None:
+    async def _tend(self, queue: BoundedQueue, pool: WorkerPool, going: set[str]) -> None:
         staying = pool.staying
         load = pool.history.load(
             time.monotonic(),
@@ -103,7 +103,7 @@ class Tender:
 
     # ------------------------------------------------------------------------------------------- signs of life
 
-    async def _alive(self, queue: BoundedQueue, slot: Slot) -> None:
+    async def _alive(self, queue: BoundedQueue, slot: WorkerSlot) -> None:
         """A worker that is lost while it has nothing to do is found before a group is given to it."""
         generation = slot.generation
         try:

@@ -17,15 +17,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from actors.batch_builder import Training
-from actors.dispatcher import Flow, Job
+from actors.batch_builder import BatchBuilder
+from actors.dispatcher import Dispatcher, Job
 from actors.evaluation import Evaluator
 from actors.learner_group import LearnerGroup, LearnerLost
 from actors.policy_versions import Publisher
 from actors.ray_errors import describe
 from actors.role_actor import RunContext
 from actors.step_recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
-from actors.worker_pool import Slot, together
+from actors.worker_pool import WorkerSlot, together
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
 from pipeline.rl import group_plan
@@ -39,7 +39,7 @@ class Stopped(Exception):
     """The run was asked to stop; ends the loop between steps."""
 
 
-class Loop:
+class TrainLoop:
     """One run, from the start of its actors to the export. Lives in the controller's event loop."""
 
     def __init__(self, ctx: RunContext, resume_from: str | None, stop_asked: asyncio.Event) -> None:
@@ -52,14 +52,14 @@ class Loop:
         heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout is not None else []
         self._learner = LearnerGroup(ctx)
         self._publisher = Publisher(self._learner)
-        self._flow = Flow(ctx, self._publisher, self._fatal, self._prompts[:3])
-        self._training = Training(cfg, self._flow, self._prompts)
+        self._flow = Dispatcher(ctx, self._publisher, self._fatal, self._prompts[:3])
+        self._training = BatchBuilder(cfg, self._flow, self._prompts)
         self._pump: asyncio.Task | None = None
         self._evaluator = Evaluator(ctx, self._flow, heldout)
         self._furthest, self._losses = -1, 0  # of the learner: version at the last loss, and losses since it rose
 
     @property
-    def _slots(self) -> list[Slot]:
+    def _slots(self) -> list[WorkerSlot]:
         return [slot for pool in self._flow.pools for slot in pool.slots] + self._learner.slots
 
     def snapshot(self, since: int) -> dict[str, Any]:
@@ -325,7 +325,7 @@ class Loop:
         metrics_after_resume(self.ctx.run.path, back_to + 1)
         self._evaluator.records = [record for record in self._evaluator.records if record["step"] <= back_to]
         self._evaluator.write()
-        self._training = Training(self.cfg, self._flow, self._prompts)
+        self._training = BatchBuilder(self.cfg, self._flow, self._prompts)
         if saved is not None:
             self._training.load_state(saved["training"])
         if self._pump is not None:  # else the workers have gone already

@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from actors.autoscale import History
 from actors.ray_errors import describe, is_deterministic, root
 from actors.role_actor import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
-from pipeline.config.resources import Workers, in_words
+from pipeline.config.resources import WorkerRange, in_words
 from pipeline.core.errors import RunFailed
 
 STARTING = "starting"
@@ -38,7 +38,7 @@ async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
 
 
 @dataclass(eq=False)
-class Slot:
+class WorkerSlot:
     """A place in a pool. Its actor may be replaced; the place and its name stay."""
 
     name: str  # rollout-0, reward.clip-1, learner
@@ -77,7 +77,7 @@ class Slot:
         return self.leaving or bool(self.moving)
 
 
-class Pool:
+class WorkerPool:
     """`start_args` are the arguments of each actor's `start` method. `limits` may be changed at any time."""
 
     def __init__(
@@ -85,7 +85,7 @@ class Pool:
         ctx: RunContext,
         cls: type[RoleActor],
         name: str,
-        limits: Workers,
+        limits: WorkerRange,
         *,
         resources: Mapping[str, float],
         threads: int,
@@ -94,7 +94,7 @@ class Pool:
     ) -> None:
         self.ctx, self.cls, self.name, self.resources = ctx, cls, name, resources
         self.limits = limits
-        self.slots: list[Slot] = []
+        self.slots: list[WorkerSlot] = []
         self.history = History()
         self.reason = ""  # of the last change of size
         self.options = {
@@ -112,7 +112,7 @@ class Pool:
 
     async def start(
         self,
-        work: Callable[[Slot], Awaitable[None]],
+        work: Callable[[WorkerSlot], Awaitable[None]],
         changed: Callable[[], Awaitable[None]],
         background: Callable[[Coroutine[Any, Any, None]], asyncio.Task],
     ) -> None:
@@ -126,12 +126,12 @@ class Pool:
         await self._one_ready.wait()
 
     @property
-    def staying(self) -> list[Slot]:
+    def staying(self) -> list[WorkerSlot]:
         """All slots but those that leave."""
         return [slot for slot in self.slots if not slot.leaving]
 
     @property
-    def ready(self) -> list[Slot]:
+    def ready(self) -> list[WorkerSlot]:
         return [slot for slot in self.slots if slot.ready]
 
     async def resize(self, size: int, reason: str) -> None:
@@ -144,7 +144,7 @@ class Pool:
         taken = {slot.name for slot in self.slots}
         free = (name for i in range(len(taken) + size + 1) if (name := f"{self.name}-{i}") not in taken)
         for _ in range(size - len(staying)):
-            slot = Slot(name := next(free), generation=self._generations.get(name, 0))
+            slot = WorkerSlot(name := next(free), generation=self._generations.get(name, 0))
             self.slots.append(slot)
             slot.task = self._background(self._live(slot))
         order = sorted(staying, key=lambda slot: (slot.ready, slot.busy, -staying.index(slot)))
@@ -154,7 +154,7 @@ class Pool:
                 slot.task.cancel()  # it waits for a node or still loads
         await self._changed()
 
-    async def _live(self, slot: Slot) -> None:
+    async def _live(self, slot: WorkerSlot) -> None:
         try:
             await self.spawn(slot)
             while not slot.leaving:
@@ -173,7 +173,7 @@ class Pool:
 
     # ------------------------------------------------------------------------------------------- actors
 
-    async def spawn(self, slot: Slot) -> None:
+    async def spawn(self, slot: WorkerSlot) -> None:
         """Starts the slot's actor, trying again when its process dies. A `RushesError` from it is raised as it is:
         trying again would not help. `RunFailed` is raised when the tries are used up and no other actor is ready."""
         attempts, attempt = self.ctx.cfg.faults.max_attempts, 0
@@ -209,7 +209,7 @@ class Pool:
                 await self._changed()
                 return
 
-    async def replace(self, slot: Slot, reason: str) -> None:
+    async def replace(self, slot: WorkerSlot, reason: str) -> None:
         """A new actor in the slot, unless the slot is leaving."""
         log.warning("replacing %s: %s", slot.place, reason)
         self.kill(slot)
@@ -218,7 +218,7 @@ class Pool:
             self.replaced += 1
             await self.spawn(slot)
 
-    def kill(self, slot: Slot) -> None:
+    def kill(self, slot: WorkerSlot) -> None:
         if slot.handle is not None:
             ray.kill(slot.handle, no_restart=True)
         slot.handle, slot.confirmed, slot.info, slot.doing = None, None, {}, STARTING
@@ -228,7 +228,7 @@ class Pool:
             self.kill(slot)
             slot.doing = "stopped"
 
-    def others_alive(self, slot: Slot) -> bool:
+    def others_alive(self, slot: WorkerSlot) -> bool:
         return any(other is not slot and other.ready and not other.resting for other in self.slots)
 
     def state(self) -> dict[str, Any]:

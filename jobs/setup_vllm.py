@@ -58,11 +58,11 @@ def main() -> None:
     subprocess.run([*pip, "install", "--quiet", *(GPU if gpu else CPU), *own_requirements()], check=True)
     if not gpu:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED], check=True)
-        if "torchvision::nms does not exist" in complaint(python, "import torchvision"):
+        if "torchvision::nms does not exist" in import_error(python, "import torchvision"):
             add_hook(python)
     if PROJECT.name == "site-packages":  # else servers are started with the project's folder on their path
         (packages_of(python) / "main.pth").write_text(f"{PROJECT}\n")
-    found = complaint(python, "import ray, torchvision, transformers, vllm; from vllm import LLM")
+    found = import_error(python, "import ray, torchvision, transformers, vllm; from vllm import LLM")
     if found:
         sys.exit(f"{folder} was made, but vLLM cannot be imported in it:\n{found}")
     print(f"vLLM is ready: runtime_env: {{py_executable: {python.absolute()}}}")
@@ -91,7 +91,7 @@ def add_hook(python: Path) -> None:
     (packages / "rushes_before_torchvision.pth").write_text("import rushes_before_torchvision\n")
 
 
-def complaint(python: Path, code: str) -> str:
+def import_error(python: Path, code: str) -> str:
     """What the code dies of in that environment, in its last words; empty if it runs."""
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stderr[-2000:]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.speed.standing import ROOT, Standing, python, together
+from benchmarks.speed.standing import ROOT, MeasurementServer, python, together
 from pipeline.core.errors import RushesError
 from pipeline.core.files import atomic_write
 
@@ -68,13 +68,13 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
     plain = ["pipeline.plain_loop", config, "--steps", "0", "--threads"]
     with ExitStack() as stack:
         say(f"{config}: getting ready")
-        copies = [stack.enter_context(Standing(["benchmarks.speed.bare", config])) for _ in range(cores)]
-        loops = {n: stack.enter_context(Standing([*plain, str(n)], n)) for n in sorted({1, cores})}
+        copies = [stack.enter_context(MeasurementServer(["benchmarks.speed.bare", config])) for _ in range(cores)]
+        loops = {n: stack.enter_context(MeasurementServer([*plain, str(n)], n)) for n in sorted({1, cores})}
         tried = {n: [loop.measure() for _ in range(2)][1]["time/step"] for n, loop in loops.items()}
         threads = min(tried, key=lambda n: tried[n])
         found = [_round(name, copies, loops[threads]) for _ in _said(rounds, config, say)]
         less_s = _median(run_steps(config, LESS_WORK[name], RUN_STEPS - 1), "time/step")
-        fast = stack.enter_context(Standing([*plain, str(threads), "--fast"], threads))
+        fast = stack.enter_context(MeasurementServer([*plain, str(threads), "--fast"], threads))
         fast.measure()  # warms up
         compiled_plain_s = _plain_step(fast)["time/step"]
     ours = [row for each in found for row in each["run"]]
@@ -117,7 +117,7 @@ def _said(rounds: int, config: str, say: Say) -> Iterator[int]:
         yield number
 
 
-def _round(name: str, copies: list[Standing], loop: Standing) -> dict[str, Any]:
+def _round(name: str, copies: list[MeasurementServer], loop: MeasurementServer) -> dict[str, Any]:
     """A run and what it is compared with, within a minute or two."""
     before = together(copies)
     run = run_steps(CONFIGS[name], [])
@@ -132,7 +132,7 @@ def _round(name: str, copies: list[Standing], loop: Standing) -> dict[str, Any]:
     }
 
 
-def _plain_step(loop: Standing) -> dict[str, float]:
+def _plain_step(loop: MeasurementServer) -> dict[str, float]:
     """Mean of `PLAIN_STEPS` steps of the plain loop."""
     rows = [loop.measure() for _ in range(PLAIN_STEPS)]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}

@@ -31,8 +31,8 @@ import tiny_rewards  # noqa: E402
 import torch  # noqa: E402
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E402
 
-from actors.reward_server import Asked, RewardServer  # noqa: E402
-from actors.role_actor import RunContext, merged_env, packed, use_threads  # noqa: E402
+from actors.reward_server import RewardServer, ScoreRequest  # noqa: E402
+from actors.role_actor import RunContext, merged_env, to_bytes, use_threads  # noqa: E402
 from jobs.cluster.ray_session import RaySession  # noqa: E402
 from pipeline.config.schema import RewardConfig  # noqa: E402
 from pipeline.core.types import Media, PromptItem  # noqa: E402
@@ -118,7 +118,7 @@ def one_round(plain, server, prompts: list[PromptItem], number: int) -> tuple[fl
     joined = Media(frames=np.concatenate([one.frames for one in media]), fps=1.0)
     repeated = [prompt for prompt in prompts for _ in range(GROUP)]
     references = [ray.put(one) for one in media]
-    asked = [Asked(i, (prompt,) * GROUP, None) for i, prompt in enumerate(prompts)]
+    asked = [ScoreRequest(i, (prompt,) * GROUP, None) for i, prompt in enumerate(prompts)]
 
     def run_plain() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
@@ -127,7 +127,7 @@ def one_round(plain, server, prompts: list[PromptItem], number: int) -> tuple[fl
 
     def run_served() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
-        outcomes = ray.get(server.score.remote(packed(asked), *references))
+        outcomes = ray.get(server.score.remote(to_bytes(asked), *references))
         return time.perf_counter() - began, np.concatenate([outcome.values for outcome in outcomes])
 
     if number % 2:

@@ -27,9 +27,9 @@ from actors import dispatcher as flow_module
 from actors import train_loop as loop_module
 from actors.controller import Controller
 from actors.learner_group import LearnerGroup
-from actors.role_actor import RunContext, unpacked
-from actors.train_loop import Loop
-from actors.worker_pool import IDLE, Pool, Slot
+from actors.role_actor import RunContext, from_bytes
+from actors.train_loop import TrainLoop
+from actors.worker_pool import IDLE, WorkerPool, WorkerSlot
 from pipeline.config.schema import Config
 from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
 from pipeline.rl.group_plan import portions
@@ -131,7 +131,7 @@ class Sleepers:
         return {**self.info(seat), "device": "cpu", "version": 0, "probe": {}}
 
     async def generate(self, seat: str, order: bytes, missing: np.ndarray | None) -> tuple[Any, Any, Any]:
-        (work,), (number, *_) = unpacked(order)
+        (work,), (number, *_) = from_bytes(order)
         seconds = self.plan.rollout(work.group)
         await asyncio.sleep(seconds)
         size = self.plan.message_bytes
@@ -150,7 +150,7 @@ class Sleepers:
 
     async def score(self, seat: str, order: bytes, *media: Media) -> list[RewardScores]:
         found = []
-        for one in unpacked(order):
+        for one in from_bytes(order):
             seconds = self.plan.score(one.group)
             await asyncio.sleep(seconds)
             found.append(RewardScores(values=np.array([one.group % 7, 1.0], np.float32), seconds=seconds))
@@ -195,12 +195,12 @@ class Seat:
         return _Call(getattr(self._actor, method), self._name)
 
 
-class SeatPool(Pool):
+class SeatPool(WorkerPool):
     """A pool whose slots share processes."""
 
     plan: Plan  # set before the loop is made
 
-    async def spawn(self, slot: Slot, *_: Any) -> None:
+    async def spawn(self, slot: WorkerSlot, *_: Any) -> None:
         if not hasattr(self, "processes"):
             self.processes: dict[int, Any] = {}
         number = int(slot.name.rpartition("-")[2]) if "-" in slot.name else 0
@@ -213,7 +213,7 @@ class SeatPool(Pool):
         self._one_ready.set()
         await self._changed()
 
-    def kill(self, slot: Slot) -> None:
+    def kill(self, slot: WorkerSlot) -> None:
         slot.handle, slot.confirmed, slot.info = None, None, {}
 
 
@@ -232,7 +232,7 @@ class SeatLearner(LearnerGroup):
         self.slots[0].handle, self.slots[0].info = None, {}
 
 
-class MarkedLoop(Loop):
+class MarkedLoop(TrainLoop):
     """Notes the time and this process's CPU time at the end of each step."""
 
     marks: list[tuple[float, float]] = []
@@ -246,9 +246,9 @@ class SimulatedController(Controller):
     def __init__(self, ctx: RunContext, plan: Plan) -> None:
         super().__init__(ctx, None)
         SeatPool.plan = SeatLearner.plan = plan
-        flow_module.Pool = SeatPool  # type: ignore[misc]
+        flow_module.WorkerPool = SeatPool  # type: ignore[misc]
         loop_module.LearnerGroup = SeatLearner  # type: ignore[misc]
-        controller_module.Loop = MarkedLoop  # type: ignore[misc]
+        controller_module.TrainLoop = MarkedLoop  # type: ignore[misc]
 
     async def run(self) -> dict[str, Any]:
         MarkedLoop.marks = [(time.monotonic(), time.process_time())]

@@ -15,8 +15,8 @@ import ray
 import torch
 
 from actors.queues import BoundedQueue
-from actors.reward_server import Asked, RewardServer
-from actors.role_actor import RunContext, packed
+from actors.reward_server import RewardServer, ScoreRequest
+from actors.role_actor import RunContext, to_bytes
 from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem
@@ -73,7 +73,7 @@ def reward_server(cfg: Config, folder: Path) -> float:
     found = []
     for group in range(40):
         started = time.perf_counter()
-        (scores,) = ray.get(server.score.remote(packed([Asked(group, prompts, 1)]), media))
+        (scores,) = ray.get(server.score.remote(to_bytes([ScoreRequest(group, prompts, 1)]), media))
         found.append(time.perf_counter() - started - scores.seconds)
     ray.kill(server)
     return float(np.median(found[5:]))

@@ -23,7 +23,7 @@ def python(args: list[str], threads: int = 1, **streams: Any) -> subprocess.Pope
     return subprocess.Popen([sys.executable, "-m", *args], cwd=ROOT, env=env, text=True, **streams)
 
 
-class Standing:
+class MeasurementServer:
     """A module that reads lines and answers each with a line of JSON (`benchmarks.speed.bare`,
     `pipeline.plain_loop`)."""
 
@@ -31,7 +31,7 @@ class Standing:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = python(args, threads, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
 
-    def __enter__(self) -> Standing:
+    def __enter__(self) -> MeasurementServer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,12 +44,12 @@ class Standing:
         return together([self])[0]
 
 
-def together(processes: Sequence[Standing]) -> list[dict[str, float]]:
-    """Measurements that are taken at the same time. Raises as `Standing.measure` does."""
+def together(processes: Sequence[MeasurementServer]) -> list[dict[str, float]]:
+    """Measurements that are taken at the same time. Raises as `MeasurementServer.measure` does."""
     return [_answer(process) for process in [_asked(process) for process in processes]]
 
 
-def _asked(standing: Standing) -> Standing:
+def _asked(standing: MeasurementServer) -> MeasurementServer:
     try:
         standing._process.stdin.write("\n")  # type: ignore[union-attr]
         standing._process.stdin.flush()  # type: ignore[union-attr]
@@ -58,7 +58,7 @@ def _asked(standing: Standing) -> Standing:
     return standing
 
 
-def _answer(standing: Standing) -> dict[str, float]:
+def _answer(standing: MeasurementServer) -> dict[str, float]:
     line = standing._process.stdout.readline()  # type: ignore[union-attr]
     if not line:
         standing._errors.seek(0)

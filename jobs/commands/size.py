@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.resources import Workers, total
+from pipeline.config.resources import WorkerRange, total
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.tools.sizing import Sizing, Timings, choices, choose, measured
 
@@ -88,9 +88,9 @@ def show(
     if cfg is not None:
         needs = total(
             [
-                (Workers(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
-                (Workers(best.rollout, best.rollout), cfg.rollout.resources),
-                *((Workers(n, n), cfg.rewards[name].resources) for name, n in best.reward.items()),
+                (WorkerRange(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
+                (WorkerRange(best.rollout, best.rollout), cfg.rollout.resources),
+                *((WorkerRange(n, n), cfg.rewards[name].resources) for name, n in best.reward.items()),
             ]
         )
         cpus, gpus = needs.get("CPU", 0.0), needs.get("GPU", 0.0)

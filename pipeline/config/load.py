@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.resources import MEANT
+from pipeline.config.resources import RESOURCE_ALIASES
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import describe_os_error, did_you_mean, nearest
@@ -370,8 +370,8 @@ def _get(data: Any, parts: list[str], fallback: Any) -> Any:
 def _suggest(path: str) -> str:
     head, _, name = path.rpartition(".")
     siblings = _children(head)
-    if name in MEANT and "resources" in siblings:
-        return f"; did you mean {head}.resources.{MEANT[name]}?"
+    if name in RESOURCE_ALIASES and "resources" in siblings:
+        return f"; did you mean {head}.resources.{RESOURCE_ALIASES[name]}?"
     hit = nearest(name, siblings)
     if hit:
         return f"; did you mean {f'{head}.{hit}' if head else hit}?"

@@ -18,12 +18,12 @@ from pipeline.core.files import nearest
 
 ROLES = ("rollout", "reward", "learner", "controller")
 ROLE_RESOURCES = tuple(f"rushes_{role}" for role in ROLES)  # what worker groups announce; see docs/kubernetes.md
-MEANT = {"cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU", "gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU"}
-MEANT["memory"] = "memory"
+RESOURCE_ALIASES = {"cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU", "gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU"}
+RESOURCE_ALIASES["memory"] = "memory"
 
 
 @dataclass(frozen=True, slots=True)
-class Workers:
+class WorkerRange:
     """Size of a pool: at least `min` actors, at most `max`."""
 
     min: int
@@ -37,11 +37,11 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _read_workers(value: Any) -> Workers:
-    if isinstance(value, Workers):
+def _read_workers(value: Any) -> WorkerRange:
+    if isinstance(value, WorkerRange):
         return value
     if _whole(value):
-        return Workers(value, value)
+        return WorkerRange(value, value)
     wanted = "expected a whole number >= 1, or {min: 1, max: 4} for a pool that grows and shrinks"
     if not isinstance(value, dict) or not set(value) <= {"min", "max"} or "max" not in value:
         raise ValueError(f"found {value!r}; {wanted}")
@@ -50,14 +50,16 @@ def _read_workers(value: Any) -> Workers:
         raise ValueError(f"found {value!r}; {wanted}")
     if low > high:
         raise ValueError(f"min {low} is above max {high}; swap them, or write one number for a fixed size")
-    return Workers(low, high)
+    return WorkerRange(low, high)
 
 
 def _read_resources(default: dict[str, float], value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"found {value!r}; expected a mapping of Ray resources, such as {{CPU: 1, GPU: 0.5}}")
     for name, amount in value.items():
-        meant = MEANT.get(str(name).lower(), name)  # any other name may be one that the user's nodes announce
+        meant = RESOURCE_ALIASES.get(
+            str(name).lower(), name
+        )  # any other name may be one that the user's nodes announce
         if str(name).startswith("rushes_") and name not in ROLE_RESOURCES:
             meant = nearest(name, ROLE_RESOURCES) or ROLE_RESOURCES[0]
         if meant != name:
@@ -72,7 +74,7 @@ def _read_resources(default: dict[str, float], value: Any) -> dict[str, float]:
 
 
 WorkerCount = Annotated[
-    Workers,
+    WorkerRange,
     PlainValidator(_read_workers),
     PlainSerializer(lambda w: w.min if w.min == w.max else {"min": w.min, "max": w.max}),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "{min: …, max: …}"}]}),
@@ -83,7 +85,7 @@ HalfCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"
 TenthCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.1})), _SCHEMA]
 
 
-def total(parts: Iterable[tuple[Workers, Mapping[str, float]]]) -> dict[str, float]:
+def total(parts: Iterable[tuple[WorkerRange, Mapping[str, float]]]) -> dict[str, float]:
     """What pools of these sizes (at their largest) reserve in all, by resource."""
     found: dict[str, float] = {}
     for workers, resources in parts:

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.resources import HalfCpu, TenthCpu, WorkerCount, Workers
+from pipeline.config.resources import HalfCpu, TenthCpu, WorkerCount, WorkerRange
 from pipeline.core.storage import local_folder, shown
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -174,7 +174,7 @@ class RewardConfig(Section):
         default_factory=SegmentsConfig, description="How a frame scorer is applied to videos."
     )
     workers: WorkerCount = Field(
-        Workers(1, 1),
+        WorkerRange(1, 1),
         json_schema_extra={"default": 1},
         description="Reward servers for this reward: a number, or a range.",
     )
@@ -301,7 +301,7 @@ class LearnerConfig(Section):
 class RolloutConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     workers: WorkerCount = Field(
-        Workers(1, 1),
+        WorkerRange(1, 1),
         json_schema_extra={"default": 1},
         description="Rollout workers: a number, or a range within which the pool follows its queue.",
     )

@@ -18,7 +18,7 @@ _BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.uint8, "float8_e5m2": t
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedTensor:
     """A tensor of any shape as a numpy array (`bits` for dtypes that numpy lacks) and its torch dtype's name."""
 
     data: np.ndarray
@@ -40,16 +40,16 @@ class SampleSlot:
     copies: int
 
 
-def pack(tensor: torch.Tensor) -> Packed:
+def pack(tensor: torch.Tensor) -> PackedTensor:
     """Copies a tensor (any device) into a packed array."""
     name = str(tensor.dtype).removeprefix("torch.")
     host = tensor.detach().to("cpu").contiguous()
     if name in _BITS:
         host = host.view(_BITS[name])
-    return Packed(np.array(host.numpy(), copy=True), name)
+    return PackedTensor(np.array(host.numpy(), copy=True), name)
 
 
-def unpack(packed: Packed, device: str | torch.device = "cpu") -> torch.Tensor:
+def unpack(packed: PackedTensor, device: str | torch.device = "cpu") -> torch.Tensor:
     """The tensor back, as a writable copy on `device`."""
     host = torch.from_numpy(np.array(packed.data, copy=True))
     if packed.dtype in _BITS:
@@ -69,7 +69,7 @@ def map_leaves(fn: Callable[[str, Any], Any], tree: Any, path: str = "") -> Any:
     return fn(path, tree)
 
 
-def checksum(tensors: Mapping[str, Packed]) -> str:
+def checksum(tensors: Mapping[str, PackedTensor]) -> str:
     """Digest over names, dtypes, shapes and bytes, in name order: two holders of equal weights agree on it.
 
     It guards against mistakes, not against an attacker, and lies on the way of every version: xxh3 reads memory at its
@@ -89,7 +89,7 @@ def tree_bytes(tree: Any) -> int:
 
     def count(_: str, leaf: Any) -> Any:
         nonlocal total
-        if isinstance(leaf, Packed):
+        if isinstance(leaf, PackedTensor):
             total += leaf.data.nbytes
         elif isinstance(leaf, (np.ndarray, torch.Tensor)):
             total += leaf.nbytes

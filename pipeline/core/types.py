@@ -60,8 +60,9 @@ class GroupWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedCall:
-    """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are `wire.Packed`,
-    `wire.SharedSlot` (stored once in `Trajectory.shared`) or `wire.SampleSlot` (the step's own sample)."""
+    """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are
+    `tensors.PackedTensor`, `wire.SharedSlot` (stored once in `Trajectory.shared`) or `wire.SampleSlot` (the step's own
+    sample)."""
 
     module: str  # component name, such as transformer, transformer_2, unet
     args: Any
@@ -89,7 +90,7 @@ class RecordedStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class CallInputs:
     """What a pipeline call was asked for, so that the learner can run its text encoders again."""
 
     prompts: tuple[PromptItem, ...]  # [K]
@@ -107,7 +108,7 @@ class TrajectoryPart:
     steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
     shared: tuple[Any, ...]  # wire.Packed: step-invariant denoiser inputs, stored once
     final: Any  # wire.Packed [K, ...], the finished latents (x0)
-    asked: Asked | None = None  # only where text encoders are trained
+    asked: CallInputs | None = None  # only where text encoders are trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +124,7 @@ class Trajectory:
 
 # A group's micro-batches, the same on every learner rank: (part, place in the part, takes, (modules that are called, in
 # order; whether its replay can be compared with the rollout's)).
-Outline = tuple[tuple[int, int, int, tuple[tuple[str, ...], bool]], ...]
+MicroBatchSpecs = tuple[tuple[int, int, int, tuple[tuple[str, ...], bool]], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +163,9 @@ class RolloutMeta:
     seconds: dict[str, float]  # per phase: encode, denoise, decode, total; load: of new weights before the first group
     trajectory_bytes: int
     media_bytes: int
-    outline: Outline | None = None  # where the learner has several ranks, which thus need not read every trajectory
+    outline: MicroBatchSpecs | None = (
+        None  # where the learner has several ranks, which thus need not read every trajectory
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +197,7 @@ class GroupBatch:
 
     trajectory: Trajectory | None  # None: of several learner ranks, this one replays no part of it
     advantages: np.ndarray  # float32 [K]
-    outline: Outline | None = None  # None: read from the trajectory
+    outline: MicroBatchSpecs | None = None  # None: read from the trajectory
 
     @property
     def held(self) -> Trajectory:

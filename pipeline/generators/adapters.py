@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import ConfigError, RushesError
-from pipeline.core.tensors import Packed, checksum, pack, unpack
+from pipeline.core.tensors import PackedTensor, checksum, pack, unpack
 from pipeline.core.types import WeightSet
 
 ADAPTER = "default"
@@ -132,11 +132,11 @@ def apply(modules: Modules, weights: WeightSet) -> str:
                     f"weights do not fit: {name} is {list(value.shape)}, expected {list(parameter.shape)}"
                 )
             parameter.copy_(value)
-    held: dict[str, Packed] = {name: pack(parameter) for name, parameter in parameters.items()}
+    held: dict[str, PackedTensor] = {name: pack(parameter) for name, parameter in parameters.items()}
     return checksum(held)
 
 
-def bake_in(modules: Modules) -> None:
+def merge_and_unload(modules: Modules) -> None:
     """Merges the LoRA into the weights and takes its layers away: plain modules remain."""
     for module in modules.values():
         for name, layer in list(module.named_modules()):

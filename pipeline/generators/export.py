@@ -109,7 +109,7 @@ def export_full(cfg: Config, weights: WeightSet, out: Path) -> Path:
     """Writes a whole diffusers folder for `DiffusionPipeline.from_pretrained(out)`; a LoRA is merged in."""
     pipe = _loaded(cfg, weights)
     if weights.kind == "lora":
-        weights_lib.bake_in(trained_modules(pipe, cfg.trainable))
+        weights_lib.merge_and_unload(trained_modules(pipe, cfg.trainable))
     scratch = _fresh(out)
     pipe.save_pretrained(scratch, safe_serialization=True)
     return _finish(scratch, out)

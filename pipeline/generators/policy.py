@@ -18,7 +18,7 @@ from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 from pipeline.generators import adapters as weights_lib
 from pipeline.generators.call.arguments import (
-    Form,
+    CallMode,
     call_arguments,
     condition_key,
     parameters_of,
@@ -41,10 +41,10 @@ from pipeline.generators.probe import fit as probing
 from pipeline.generators.probe import probe
 from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
 from pipeline.generators.record.recorder import RawStep, Recording, record
-from pipeline.generators.record.shared_prefix import Twins
+from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.generators.replay.replayer import branches_of, to_part
 from pipeline.generators.replay.split_groups import cut_part, joint_sampling
-from pipeline.generators.replay.text_inputs import LiveText, asked_of
+from pipeline.generators.replay.text_inputs import TextReencoder, call_inputs
 from pipeline.generators.spec import PolicySpec
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
@@ -71,12 +71,12 @@ class Policy:
                 f"({type(pipe.scheduler).__name__}); use {' or '.join(kinds)}"
             )
         self.version = 0
-        self.start_over(Form(), [])
+        self.reset(CallMode(), [])
         self.scales = self._known_scales()
         self._merged: weights_lib.MergedLora | None = None
         self.embeddings: EmbeddingStore | None = None
         self.offload: Offload | None = None
-        self.text = LiveText(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
+        self.text = TextReencoder(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
         self._keep_mean = cfg.algorithm.objective in ("grpo_guard", "flow_dppo")
         cache_prompts(pipe)
 
@@ -110,7 +110,7 @@ class Policy:
                 found.append(float(value))
         return list(dict.fromkeys([*found, 1.0]))
 
-    def start_over(self, form: Form, fill: list[str]) -> None:
+    def reset(self, form: CallMode, fill: list[str]) -> None:
         """Forgets what a probe found. `form`, `fill`: how the pipeline is called, and the conditions that are made up
         where a prompt lacks them."""
         self.form, self.fill = form, fill
@@ -172,7 +172,7 @@ class Policy:
             if work.sampling.trained_steps:
                 asked = None
                 if self.text is not None:
-                    asked = asked_of(work.prompts[start:stop], work.noise_seeds[start:stop], self.form, self.fill)
+                    asked = call_inputs(work.prompts[start:stop], work.noise_seeds[start:stop], self.form, self.fill)
                 parts.append(to_part(recording, start, stop, self._keep_mean, asked))
         trajectory = None
         if parts:
@@ -248,7 +248,7 @@ class Policy:
             options.setdefault("on_step", self.fit_step)
             if (until := min(sampling.stochastic_steps, default=0)) > 0:
                 origins = [(condition_key(p), s) for p, s in zip(prompts, noise_seeds or seeds, strict=True)]
-                options.setdefault("twins", Twins(origins, until, self.spec))
+                options.setdefault("twins", SharedPrefix(origins, until, self.spec))
         output = None
         with record(
             self.pipe, self.modules, self.prediction, sampling, noise, keep_steps=keep_steps, **options

@@ -54,17 +54,18 @@ class Layout:
         return list(split.unbind(0))
 
 
-def descend(
+def map_call_inputs(
     node: Any, path: str, layouts: dict[str, Layout], key: str, takes: slice | list[int], total: int, leaf: Any
 ) -> Any:
     """Rebuilds the input tree of call `key` with leaves `leaf(path, leaf)`; lists with an entry per take are cut to the
     takes."""
     if isinstance(node, dict):
         return {
-            k: descend(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf) for k, v in node.items()
+            k: map_call_inputs(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf)
+            for k, v in node.items()
         }
     if isinstance(node, (list, tuple)):
-        built = [descend(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
+        built = [map_call_inputs(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
         layout = layouts.get(f"{key}:{path}")
         if layout is not None and layout.axis == LIST:
             built = layout.pick(built, takes, total)

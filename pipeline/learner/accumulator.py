@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.types import GroupBatch
-from pipeline.learner.distributed import Ranks
+from pipeline.learner.distributed import DistributedContext
 
 LOGGED = ("policy_loss", "kl", "clipped_low", "clipped_high")  # summed over a micro-batch
 
@@ -29,13 +29,13 @@ def pairs_of(groups: Sequence[GroupBatch]) -> int:
 
 
 @dataclass
-class Update:
+class GradientAccumulator:
     """`divisor`: the pairs that the gradients of its micro-batches are divided by; foretold from the first groups, as
-    all groups have equally many. `looked_at`: places of groups whose replay is compared with the rollout's."""
+    all groups have equally many. `checked`: places of groups whose replay is compared with the rollout's."""
 
     groups: int  # that it will have
     divisor: int
-    looked_at: frozenset[int]
+    checked: frozenset[int]
     done: int = 0  # groups replayed
     pairs: int = 0  # in them
     found: dict[Any, np.ndarray] = field(default_factory=dict)  # micro-batch -> [gap, LOGGED sums, ratios], this rank's
@@ -46,7 +46,7 @@ class Update:
         """What the gradients are still to be multiplied by: 1 unless a group had more or fewer pairs than foretold."""
         return self.divisor / self.pairs
 
-    def rows(self, ranks: Ranks) -> list[np.ndarray]:
+    def rows(self, ranks: DistributedContext) -> list[np.ndarray]:
         """Those of all ranks' micro-batches, in order."""
         return ranks.collect(self.found, self.sizes if ranks.world > 1 else None)
 

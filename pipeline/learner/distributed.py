@@ -70,7 +70,7 @@ def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """The ranks of one learner, seen from one of them. The default is a learner of one process."""
 
     rank: int = 0
@@ -99,7 +99,7 @@ class Ranks:
         """Whether this rank adds to the rows that `collect` sums: one of each context group does."""
         return self.rank % self.context == 0
 
-    def gradient_part(self, counts: bool) -> float:
+    def loss_scale(self, counts: bool) -> float:
         """What a rank's part of the loss is scaled by. FSDP2 averages gradients over the ranks, and here they shall be
         summed. Each rank of a context group holds the gradient of its part of the sequence, so all of them count."""
         return float(self.world) if counts else 0.0
@@ -116,7 +116,7 @@ class Ranks:
         dist.all_reduce(summed)
         return summed.cpu().numpy()
 
-    def any_of(self, found: Sequence[int], known: Sequence[int]) -> list[int]:
+    def union(self, found: Sequence[int], known: Sequence[int]) -> list[int]:
         """Those of `known` (the same on every rank) that any rank has found."""
         if self.world == 1:
             return list(found)
@@ -203,7 +203,7 @@ def join(
     device: torch.device,
     context: int = 1,
     listening: socket.socket | None = None,
-) -> Ranks:
+) -> DistributedContext:
     """Meets the other ranks at rank 0's `address` (its socket is `listening`); returns once all are there."""
     host, port = address
     _use_interface(host if rank == 0 else _own_address(host, port))
@@ -227,7 +227,7 @@ def join(
         split = init_device_mesh(
             device.type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses")
         )
-    return Ranks(rank, world, context, device, mesh, split)
+    return DistributedContext(rank, world, context, device, mesh, split)
 
 
 def _own_address(host: str, port: int) -> str:

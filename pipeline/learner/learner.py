@@ -29,23 +29,23 @@ from pipeline.generators.load.pipeline import (
     resolve_dtype,
     trained_modules,
 )
-from pipeline.generators.replay.text_inputs import LiveText
-from pipeline.learner.accumulator import LOGGED, Update, pairs_of
-from pipeline.learner.distributed import Ranks, copy_into, like, whole
-from pipeline.learner.replica import Lane, MicroBatch, outline_of
+from pipeline.generators.replay.text_inputs import TextReencoder
+from pipeline.learner.accumulator import LOGGED, GradientAccumulator, pairs_of
+from pipeline.learner.distributed import DistributedContext, copy_into, like, whole
+from pipeline.learner.replica import MicroBatch, Replica, micro_batch_specs
 
 
 class Learner:
     """Holds the denoisers (and text encoders, where these are trained), the optimiser and the EMA. `version` counts
     finished optimisation steps."""
 
-    def __init__(self, cfg: Config, device: str = "auto", ranks: Ranks | None = None) -> None:
+    def __init__(self, cfg: Config, device: str = "auto", ranks: DistributedContext | None = None) -> None:
         self.cfg = cfg
         self.device = resolve_device(device)
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or DistributedContext()
         self.version = 0
         self.updates = 0
-        self._update = Update(0, 1, frozenset())
+        self._update = GradientAccumulator(0, 1, frozenset())
         wire = resolve_dtype(cfg.generator.dtype, self.device)
         full = cfg.trainable.kind == "full"
         # Full weights are mastered in float32; under a LoRA the frozen base may stay in the sampling dtype.
@@ -53,7 +53,7 @@ class Learner:
         if cfg.generator.quantize != "none":
             base = wire  # rounded from the same weights as the rollouts'
         self._wire_dtype = wire if full else torch.float32
-        text: LiveText | None = None
+        text: TextReencoder | None = None
         if cfg.trainable.modules == "denoiser":
             # Shards go to the device block by block: the whole model need not fit there.
             at_first = self.device if self.ranks.world == 1 else torch.device("cpu")
@@ -65,7 +65,7 @@ class Learner:
                 for module in self.modules.values():
                     module.to(base)
             self.trained = trained_modules(pipe, cfg.trainable)
-            text = LiveText(pipe, cfg.generator)
+            text = TextReencoder(pipe, cfg.generator)
         needs_reference = cfg.algorithm.kl_beta > 0
         reference = copy.deepcopy(self.modules) if full and needs_reference else None
         weights_lib.attach(self.trained, cfg.trainable, cfg.run.seed)
@@ -85,7 +85,7 @@ class Learner:
                 f"learner.lanes: {cfg.learner.lanes} lanes are threads of a CPU, and the learner is on {self.device}; "
                 "set learner.lanes=1 (learner.micro_batch makes larger calls, learner.ranks uses several GPUs)"
             )
-        self.lanes = [Lane(cfg, self.device, self.modules, self.trained, reference, text)]
+        self.lanes = [Replica(cfg, self.device, self.modules, self.trained, reference, text)]
         self.lanes += [self.lanes[0].twin() for _ in range(cfg.learner.lanes - 1)]
         if cfg.generator.compile:
             for lane in self.lanes[1:]:  # a copy of a compiled module is not compiled
@@ -152,9 +152,9 @@ class Learner:
             return set(range(len(batch)))
         found: set[int] = set()
         for chunk in np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step):
-            looked_at = self._looked_at(self._total(len(chunk), last))
+            checked = self._looked_at(self._total(len(chunk), last))
             for at_once in self._at_once(len(chunk)):
-                plan = self._plan([batch[chunk[i]] for i in at_once], [first + i in looked_at for i in at_once])
+                plan = self._plan([batch[chunk[i]] for i in at_once], [first + i in checked for i in at_once])
                 mine = self.ranks.share([kind for *_, kind in plan])
                 found |= {int(chunk[at_once[plan[index][0]]]) for index, _ in mine}
         return found
@@ -177,7 +177,7 @@ class Learner:
         """A new update, of which `groups` are the first, and all if `last`."""
         total = self._total(len(groups), last)
         divisor = pairs_of(groups) * total // len(groups)
-        self._update = Update(total, divisor=divisor, looked_at=self._looked_at(total))
+        self._update = GradientAccumulator(total, divisor=divisor, checked=self._looked_at(total))
         for lane in self.lanes:
             for parameter in weights_lib.trainable(lane.trained).values():
                 parameter.grad = None
@@ -185,7 +185,7 @@ class Learner:
     def _replay(self, groups: list[GroupBatch]) -> None:
         """Adds the gradients of the update's next groups, of the loss averaged over all (take, trained step) pairs."""
         update = self._update
-        looks = [update.done + i in update.looked_at for i in range(len(groups))]
+        looks = [update.done + i in update.checked for i in range(len(groups))]
         if self.ranks.world == 1:
             work: list[list[tuple[int, GroupBatch, bool]]] = [[] for _ in self.lanes]
             for i, (group, look) in enumerate(zip(groups, looks, strict=True)):
@@ -199,7 +199,7 @@ class Learner:
         update.done += len(groups)
         update.pairs += pairs_of(groups)
 
-    def _follow(self, lane: Lane, work: Sequence[tuple[int, GroupBatch, bool]]) -> dict[tuple[int, int], np.ndarray]:
+    def _follow(self, lane: Replica, work: Sequence[tuple[int, GroupBatch, bool]]) -> dict[tuple[int, int], np.ndarray]:
         """One lane's groups (place in the update, group, whether its replay is looked at). Returns the micro-batches'
         rows by (place, number)."""
         found: dict[tuple[int, int], np.ndarray] = {}
@@ -214,7 +214,7 @@ class Learner:
                     live.backward()  # through the text encoders once, with the gradients of all micro-batches
         return found
 
-    def _backward(self, lane: Lane, group: GroupBatch, micro: MicroBatch, look: bool, scale: float) -> np.ndarray:
+    def _backward(self, lane: Replica, group: GroupBatch, micro: MicroBatch, look: bool, scale: float) -> np.ndarray:
         """Adds the gradients of a micro-batch, times `scale`. Returns its row: [gap, LOGGED sums, ratios]."""
         loss, logs = lane.losses(group, micro, look)
         (loss.sum() / self._update.divisor * scale).backward()
@@ -232,7 +232,7 @@ class Learner:
             group = groups[group_at]
             if place != (group_at, part):
                 micros, place = lane.micro_batches(group.held, part), (group_at, part)
-            row = self._backward(lane, group, micros[at], looks[group_at], self.ranks.gradient_part(counts))
+            row = self._backward(lane, group, micros[at], looks[group_at], self.ranks.loss_scale(counts))
             if counts and self.ranks.records:
                 update.found[before + index] = row
         update.sizes += [1 + len(LOGGED) + size for *_, size, _ in plan]
@@ -289,7 +289,7 @@ class Learner:
         return [
             (group_at, part, at, takes, (calls, look and looks[group_at]))
             for group_at, group in enumerate(groups)
-            for part, at, takes, (calls, look) in group.outline or outline_of(self.cfg, group.held)
+            for part, at, takes, (calls, look) in group.outline or micro_batch_specs(self.cfg, group.held)
         ]
 
     def _learning_rate(self) -> float:

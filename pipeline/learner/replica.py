@@ -15,11 +15,11 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.types import GroupBatch, Outline, Trajectory
+from pipeline.core.types import GroupBatch, MicroBatchSpecs, Trajectory
 from pipeline.generators import adapters as weights_lib
 from pipeline.generators.replay.merge_steps import merged
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.generators.replay.text_inputs import LiveText, reference_inputs
+from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.objectives import OBJECTIVES, Terms, matching
 from pipeline.rl.samplers import Transition, log_prob
@@ -29,7 +29,7 @@ Modules = dict[str, torch.nn.Module]
 MicroBatch = tuple[Replayer, int, slice]  # the replayed takes of its trained step j
 
 
-class Lane:
+class Replica:
     """`modules`: the denoisers; `trained`: what has trainable weights; `reference`: frozen copies of the denoisers
     (full weights with a KL term, else None); `text`: where text encoders are trained."""
 
@@ -40,12 +40,12 @@ class Lane:
         modules: Modules,
         trained: Modules,
         reference: Modules | None,
-        text: LiveText | None = None,
+        text: TextReencoder | None = None,
     ) -> None:
         self.cfg, self.device, self.text = cfg, device, text
         self.modules, self.trained, self.reference = modules, trained, reference
 
-    def twin(self) -> Lane:
+    def twin(self) -> Replica:
         """Another lane over the same weights, with gradients of its own."""
         everything = [self.modules, self.trained, self.reference or {}]
         tensors = [t for modules in everything for m in modules.values() for t in (*m.parameters(), *m.buffers())]
@@ -54,7 +54,7 @@ class Lane:
             parameter = isinstance(tensor, torch.nn.Parameter)
             same[id(tensor)] = torch.nn.Parameter(tensor.data, tensor.requires_grad) if parameter else tensor
         modules, trained, reference = copy.deepcopy((self.modules, self.trained, self.reference), same)
-        return Lane(self.cfg, self.device, modules, trained, reference)
+        return Replica(self.cfg, self.device, modules, trained, reference)
 
     # ------------------------------------------------------------------------------------------- micro-batches
 
@@ -178,7 +178,7 @@ class Lane:
         return self._output(other, j, takes, x)
 
 
-def outline_of(cfg: Config, trajectory: Trajectory) -> Outline:
+def micro_batch_specs(cfg: Config, trajectory: Trajectory) -> MicroBatchSpecs:
     """What the learner's ranks must know of a trajectory to divide it among themselves."""
     found = []
     for number, part in enumerate(trajectory.parts):

@@ -167,7 +167,7 @@ class RunLock:
     def __init__(self, run: RunDir) -> None:
         self.path = run.path / ".lock"
         self._handle: IO[str] | None = None
-        self._mirror: remote_sync.Mirror | None = None
+        self._mirror: remote_sync.RemoteSync | None = None
 
     def acquire(self) -> RunLock:
         """Raises `RushesError` naming the process that holds it."""
@@ -191,7 +191,7 @@ class RunLock:
         handle.flush()
         self._handle = handle
         try:
-            self._mirror = remote_sync.Mirror(self.path.parent, writer).open()
+            self._mirror = remote_sync.RemoteSync(self.path.parent, writer).open()
         except RushesError:
             self.release()
             raise

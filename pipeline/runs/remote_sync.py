@@ -153,7 +153,7 @@ def local_run(given: str | Path) -> Path:
     return path
 
 
-class Mirror:
+class RemoteSync:
     """Holds the run's lease in the store and uploads what has changed, in a thread. `close` uploads the rest."""
 
     def __init__(self, run: Path, writer: str) -> None:
@@ -163,7 +163,7 @@ class Mirror:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="mirror", daemon=True)
 
-    def open(self) -> Mirror:
+    def open(self) -> RemoteSync:
         """Takes the lease; waits for one whose owner may be gone. Raises `RushesError` naming an owner who is not."""
         if self._store is None:
             return self

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from actors.autoscale import WINDOW_S, History, Load, decide
-from pipeline.config.resources import Workers
+from pipeline.config.resources import WorkerRange
 
 CALM = Load(
     size=2, starting=0, busy=2, depth=0, waited_s=0.0, item_s=4.0, peak=2, watched_s=0.0, window_s=WINDOW_S
@@ -35,7 +35,7 @@ CALM = Load(
     ],
 )
 def test_policy(change, limits, size, words):
-    decision = decide(replace(CALM, **change), Workers(*limits))
+    decision = decide(replace(CALM, **change), WorkerRange(*limits))
     assert decision.size == size
     assert words in decision.reason and bool(decision.reason) == (size != replace(CALM, **change).size)
 
@@ -46,10 +46,10 @@ def test_a_window_spans_two_steps_so_that_the_learners_turn_frees_nobody():
     for second in range(0, 200, 5):  # 20 s of rollout with three at work, then 80 s of learning, twice
         busy = 3 if second % 100 < 20 else 0
         load = history.load(float(second), size=3, starting=0, busy=busy, depth=0, waited_s=0.0)
-        assert decide(load, Workers(1, 4)).size == 3
+        assert decide(load, WorkerRange(1, 4)).size == 3
     for second in range(200, 600, 5):  # nobody needs them any more
         load = history.load(float(second), size=3, starting=0, busy=0, depth=0, waited_s=0.0)
-        if decide(load, Workers(1, 4)).size == 1:
+        if decide(load, WorkerRange(1, 4)).size == 1:
             break
     assert 300 <= second <= 330
 

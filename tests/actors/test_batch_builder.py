@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import tiny
 
-from actors.batch_builder import Training
+from actors.batch_builder import BatchBuilder
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import PolicyVersion, PromptItem, RewardScores
 
 PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(5)]
 
 
-class Flow:
+class Dispatcher:
     """Rolls out and scores at once, unless told that a group fails for good or has equal rewards."""
 
     def __init__(self, failing=(), flat=(), room=3) -> None:
         self.failing, self.flat, self.room = set(failing), set(flat), asyncio.Semaphore(room)
         self.submitted: list[int] = []
         self.calls: list[list[int]] = []
-        self.training: Training
+        self.training: BatchBuilder
         self._tasks: set[asyncio.Task] = set()
         self.error: asyncio.Future | None = None  # the first one of a task, where a test asks for it
 
@@ -61,7 +61,7 @@ class Flow:
         await self.training.scored(job)
 
 
-def make(flow: Flow, batch: int = 0, **algorithm) -> Training:
+def make(flow: Dispatcher, batch: int = 0, **algorithm) -> BatchBuilder:
     cfg = tiny.config(
         tiny.Path("unused"),
         run={"steps": 6},
@@ -69,7 +69,7 @@ def make(flow: Flow, batch: int = 0, **algorithm) -> Training:
         algorithm={"group_size": 4, "groups_per_step": 3, **algorithm},
         faults={"max_attempts": 1},
     )
-    training = flow.training = Training(cfg, flow, PROMPTS)
+    training = flow.training = BatchBuilder(cfg, flow, PROMPTS)
     return training
 
 
@@ -77,7 +77,7 @@ def version(number: int) -> PolicyVersion:
     return PolicyVersion(number=number, tag="train", checksum="", weights=None)
 
 
-async def steps(training: Training, count: int) -> list[list[int]]:
+async def steps(training: BatchBuilder, count: int) -> list[list[int]]:
     batches = []
     begun = training.ledger.step
     await training.published(version(begun))
@@ -96,7 +96,7 @@ async def steps(training: Training, count: int) -> list[list[int]]:
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced(staleness):
     async def body():
-        flow = Flow(failing=[1], flat=[2, 5])
+        flow = Dispatcher(failing=[1], flat=[2, 5])
         training = make(flow, max_staleness=staleness, advantage={"zero_std": "filter"})
         pump = asyncio.ensure_future(training.pump())
         batches = await steps(training, 6)
@@ -111,7 +111,7 @@ def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced
 
 def test_a_step_whose_groups_all_have_equal_rewards_is_given_up():
     async def body():
-        flow = Flow(flat=range(999))
+        flow = Dispatcher(flat=range(999))
         flow.error = asyncio.get_running_loop().create_future()
         training = make(flow, groups_per_step=1, advantage={"zero_std": "filter"})
         await training.published(version(0))
@@ -131,13 +131,13 @@ def test_neighbours_in_a_step_are_drawn_together_and_replacements_alone(room):
     """Whoever is faster, and however much room there is; of a resumed run too."""
 
     async def body():
-        flow = Flow(flat=[3, 4], room=room)
+        flow = Dispatcher(flat=[3, 4], room=room)
         training = make(flow, batch=11, groups_per_step=3, advantage={"zero_std": "filter"})
         pump = asyncio.ensure_future(training.pump())
         await steps(training, 3)
         state = training.state()
         pump.cancel()
-        second = Flow(room=room)
+        second = Dispatcher(room=room)
         resumed = make(second, batch=11, groups_per_step=3, advantage={"zero_std": "filter"})
         resumed.load_state(state)
         pump = asyncio.ensure_future(resumed.pump())
@@ -152,13 +152,13 @@ def test_neighbours_in_a_step_are_drawn_together_and_replacements_alone(room):
 
 def test_a_resumed_run_submits_again_what_was_admitted():
     async def body():
-        first = Flow()
+        first = Dispatcher()
         training = make(first, max_staleness=1)
         pump = asyncio.ensure_future(training.pump())
         await steps(training, 2)
         state = training.state()
         pump.cancel()
-        second = Flow()
+        second = Dispatcher()
         resumed = make(second, max_staleness=1)
         resumed.load_state(state)
         pump = asyncio.ensure_future(resumed.pump())
@@ -174,7 +174,7 @@ def test_a_worker_never_asks_for_a_version_that_the_ledger_does_not_know_yet():
     """Nor afterwards for an older one: between the two a group would be drawn that may not be."""
 
     async def body():
-        training = make(Flow(), max_staleness=1)
+        training = make(Dispatcher(), max_staleness=1)
         await training.published(version(0))
         for number in (1, 2):
             training.ledger.step = number  # as if the learner had taken a step

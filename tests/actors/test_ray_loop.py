@@ -28,7 +28,7 @@ from ray_run import REWARDS, Run, make_config
 from rich.console import Console
 
 from actors import learner_group
-from actors.role_actor import RunContext, packed
+from actors.role_actor import RunContext, to_bytes
 from actors.rollout_worker import RolloutWorker
 from jobs.cluster.ray_session import RaySession
 from jobs.launch.supervise import supervise
@@ -319,7 +319,7 @@ def test_results_outlive_the_worker_that_made_them_and_a_full_object_store(clust
     prompt = PromptItem(index=0, text="a red circle")
     pid = ray.get(worker.start.remote([prompt]))["pid"]
     with pytest.raises(ray.exceptions.RayTaskError, match="holding None"):
-        order = packed(([train_work(cfg, 0, 0, prompt)], (0, "", "")))
+        order = to_bytes(([train_work(cfg, 0, 0, prompt)], (0, "", "")))
         ray.get(worker.generate.options(num_returns=3).remote(order, None)[0])
     weights = _weights(cfg)
     version = PolicyVersion(number=0, tag="train", checksum=weights.checksum, weights=ray.put(weights))
@@ -327,12 +327,12 @@ def test_results_outlive_the_worker_that_made_them_and_a_full_object_store(clust
     works = [train_work(cfg, i, 0, prompt) for i in range(2)]
     other = replace(version, checksum="0")
     with pytest.raises(ray.exceptions.RayTaskError, match="holds weights .* published were 0"):
-        ray.get(worker.generate.options(num_returns=3).remote(packed((works[:1], other.key)), version.weights)[0])
-    order = packed((works[:1], version.key))
+        ray.get(worker.generate.options(num_returns=3).remote(to_bytes((works[:1], other.key)), version.weights)[0])
+    order = to_bytes((works[:1], version.key))
     metas, media, trajectory = worker.generate.options(num_returns=3).remote(order, version.weights)
     others = [ray.put(np.full(20 * 2**20, i, np.uint8)) for i in range(15)]
     assert ray.get(metas)[0].worker == "rollout-0"
-    again = worker.generate.options(num_returns=3).remote(packed((works[1:], version.key)), None)
+    again = worker.generate.options(num_returns=3).remote(to_bytes((works[1:], version.key)), None)
     assert len(ray.get(again[2]).parts[0].steps) == 29 and _spilled_mib() >= 80
     os.kill(pid, signal.SIGKILL)
     _gone(pid)

@@ -16,8 +16,8 @@ import tiny
 from ray_run import REWARDS, Run, make_config
 
 from actors import role_actor
-from actors.reward_server import Asked, RewardServer
-from actors.role_actor import RunContext, merged_env, packed
+from actors.reward_server import RewardServer, ScoreRequest
+from actors.role_actor import RunContext, merged_env, to_bytes
 from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
@@ -109,9 +109,9 @@ PROMPT = PromptItem(index=0, text="a red circle")
 
 def ask(actor, *levels):
     """Outcomes of one call with a group of one take per level."""
-    asked = [Asked(i, (PROMPT,), None) for i in range(len(levels))]
+    asked = [ScoreRequest(i, (PROMPT,), None) for i in range(len(levels))]
     media = [Media(frames=np.full((1, 1, 4, 4, 3), level, np.uint8), fps=1.0) for level in levels]
-    return ray.get(actor.score.remote(packed(asked), *media))
+    return ray.get(actor.score.remote(to_bytes(asked), *media))
 
 
 def test_a_server_that_no_longer_scores_what_it_did_is_given_up(cluster, tiny_sd3, files, tmp_path):

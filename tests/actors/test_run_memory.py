@@ -26,7 +26,7 @@ class Weights:
     """Stands for a reference to the weights in the object store."""
 
 
-class Flow:
+class Dispatcher:
     """Draws and scores at once, or fails what it is told to."""
 
     def __init__(self, failing: bool = False) -> None:
@@ -49,7 +49,7 @@ class Flow:
         await job.sink.scored(job)
 
 
-def evaluate(folder: Path, flow: Flow) -> tuple[dict | None, weakref.ref, Evaluator]:
+def evaluate(folder: Path, flow: Dispatcher) -> tuple[dict | None, weakref.ref, Evaluator]:
     """The record, and whether the weights that were evaluated are still held; without help from the collector."""
     cfg = tiny.config(Path("unused"), evaluation={"prompts": 4, "batch": 2}, faults={"max_attempts": 2})
     weights = Weights()
@@ -74,7 +74,7 @@ def evaluate(folder: Path, flow: Flow) -> tuple[dict | None, weakref.ref, Evalua
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_an_evaluation_lets_go_of_the_version_it_looked_at(tmp_path, failing):
-    record, held, evaluator = evaluate(tmp_path, Flow(failing))
+    record, held, evaluator = evaluate(tmp_path, Dispatcher(failing))
     assert not held and evaluator.progress == (0, 0)
     if failing:
         assert record is None and evaluator.records == []

@@ -14,12 +14,12 @@ from ray import cloudpickle
 
 from actors import autoscale, tender
 from actors.queues import BoundedQueue
-from actors.ray_errors import describe, is_going
+from actors.ray_errors import describe, is_preempted
 from actors.role_actor import IDLE, RoleActor, RunContext
 from actors.tender import Tender
-from actors.worker_pool import Pool, Slot
+from actors.worker_pool import WorkerPool, WorkerSlot
 from jobs.cluster.ray_session import RaySession
-from pipeline.config.resources import Workers
+from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 
@@ -43,12 +43,12 @@ class MadeUp:
     info = Answer
 
 
-class MadeUpPool(Pool):
+class MadeUpPool(WorkerPool):
     """Its actors come up at once as long as there is room for them, each on a node of its slot's name."""
 
     room = 3
 
-    async def spawn(self, slot: Slot) -> None:
+    async def spawn(self, slot: WorkerSlot) -> None:
         slot.generation += 1
         slot.moving, slot.info, slot.doing = "", {}, self._waiting
         while len(self.ready) >= self.room:
@@ -57,7 +57,7 @@ class MadeUpPool(Pool):
         self._one_ready.set()
         await self._changed()
 
-    def kill(self, slot: Slot) -> None:
+    def kill(self, slot: WorkerSlot) -> None:
         slot.handle, slot.info = None, {}
 
 
@@ -78,7 +78,7 @@ class Worker(RoleActor):
 class World:
     """A pool whose slots take numbers (seconds of work) from a queue and note who did them."""
 
-    def __init__(self, folder: Path, limits: Workers, kind: type[Pool] = MadeUpPool) -> None:
+    def __init__(self, folder: Path, limits: WorkerRange, kind: type[WorkerPool] = MadeUpPool) -> None:
         ctx = RunContext(cfg=config(), run_path=str(folder), cwd=os.getcwd())
         self.queue: BoundedQueue[float] = BoundedQueue("rollout", 50)
         self.pool = kind(ctx, Worker, "rollout", limits, resources={"CPU": 1.0}, threads=1, start_args=())
@@ -91,7 +91,7 @@ class World:
         self.tasks.append(asyncio.ensure_future(coroutine))
         return self.tasks[-1]
 
-    async def work(self, slot: Slot) -> None:
+    async def work(self, slot: WorkerSlot) -> None:
         while (item := await self.queue.get_until(lambda: slot.resting)) is not None:
             slot.doing = "working"
             try:
@@ -102,7 +102,7 @@ class World:
                     self.done.append((slot.name, await slot.actor.work.remote(item)))
                 self.pool.history.finished(item)
             except Exception as error:
-                assert is_going(error), error
+                assert is_preempted(error), error
                 self.handed_back.append(describe(error))
                 slot.moving = "SIGTERM"
                 await self.queue.put_back(item)
@@ -165,14 +165,14 @@ def test_scaled_by_hand_past_the_room_there_is_and_down_again(fast, tmp_path):
         await world.until(lambda: len(pool.slots) == 1)
         assert len(world.done) >= 33  # those that left finished what they had in hand, and took nothing more
         await world.until(lambda: len(world.done) == 35)
-        assert "policy" in (await world.tender.scale({"rollout": 0}))["rollout"] and pool.limits == Workers(1, 1)
+        assert "policy" in (await world.tender.scale({"rollout": 0}))["rollout"] and pool.limits == WorkerRange(1, 1)
         with pytest.raises(ConfigError, match=r"no pool 'rolout' \(pools: rollout\); did you mean rollout"):
             await world.tender.scale({"rollout": 3, "rolout": 2})
         with pytest.raises(ConfigError, match="rollout=-1: expected a whole number"):
             await world.tender.scale({"rollout": -1})
         assert len(pool.staying) == 1
 
-    World(tmp_path, Workers(1, 1)).run(body)
+    World(tmp_path, WorkerRange(1, 1)).run(body)
 
 
 def test_a_pool_follows_its_queue_and_says_why(fast, tmp_path, caplog):
@@ -185,7 +185,7 @@ def test_a_pool_follows_its_queue_and_says_why(fast, tmp_path, caplog):
         assert "from 1 to 2 workers: 3" in caplog.text and "groups waiting, the oldest for" in caplog.text
         assert "had work at once in the last" in world.pool.state()["reason"]
 
-    World(tmp_path, Workers(1, 6)).run(body)
+    World(tmp_path, WorkerRange(1, 6)).run(body)
 
 
 def test_workers_leave_a_node_that_is_drained_once_they_have_finished(fast, tmp_path):
@@ -200,7 +200,7 @@ def test_workers_leave_a_node_that_is_drained_once_they_have_finished(fast, tmp_
         await world.until(lambda: world.pool.slots[1].generation == 2)
         assert len(world.done) == 2 and world.pool.slots[0].generation == 1
 
-    World(tmp_path, Workers(2, 2)).run(body)
+    World(tmp_path, WorkerRange(2, 2)).run(body)
 
 
 @pytest.fixture(scope="module")
@@ -226,4 +226,4 @@ def test_dead_or_asked_to_go_workers_are_replaced_without_losing_work(cluster, t
         assert world.done[0][1] == second and world.done[1][1] not in (first, second)
         assert len(world.handed_back) == 1 and "SIGTERM" in world.handed_back[0]
 
-    World(tmp_path, Workers(1, 1), Pool).run(body)
+    World(tmp_path, WorkerRange(1, 1), WorkerPool).run(body)

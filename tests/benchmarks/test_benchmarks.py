@@ -143,7 +143,7 @@ def test_results_and_tables(tmp_path, monkeypatch):
     """The ratios of made-up measurements, in the JSON's keys and in the tables."""
     less = {**RUN, "time/step": 3.0}
     monkeypatch.setattr(cpu, "run_steps", lambda config, overrides, steps=7: [less if overrides else RUN] * 3)
-    monkeypatch.setattr(cpu, "Standing", MadeUp)
+    monkeypatch.setattr(cpu, "MeasurementServer", MadeUp)
     monkeypatch.setattr(cpu, "together", lambda processes: [process.measure() for process in processes])
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setitem(cpu.SECTIONS, "simulated", lambda *_: {"256": ROW, "efficiency_256": ROW["efficiency"]})
@@ -187,7 +187,7 @@ def test_arms_with_less_work_change_only_the_sampler(generator):
 
 def test_a_process_that_cannot_measure_is_an_error_with_its_last_words():
     with (
-        standing.Standing(["benchmarks.nothing"]) as process,
+        standing.MeasurementServer(["benchmarks.nothing"]) as process,
         pytest.raises(RushesError, match=r"No module named .*noth"),
     ):
         process.measure()

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline.config.load import docs_markdown, leaves, load_config, to_yaml
-from pipeline.config.resources import Workers
+from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 
@@ -65,8 +65,8 @@ def test_yaml_round_trip(tmp_path):
 def test_workers_and_resources(tmp_path):
     path = write(tmp_path)
     config = load_config(path, ["rollout.workers=3", "rewards.jpeg.workers={min: 2, max: 5}"])
-    assert config.rollout.workers == Workers(3, 3) and config.rewards["jpeg"].workers == Workers(2, 5)
-    assert load_config(path, ["rollout.workers.max=4"]).rollout.workers == Workers(1, 4)
+    assert config.rollout.workers == WorkerRange(3, 3) and config.rewards["jpeg"].workers == WorkerRange(2, 5)
+    assert load_config(path, ["rollout.workers.max=4"]).rollout.workers == WorkerRange(1, 4)
     pinned = load_config(path, ["rollout.resources.rushes_rollout=0.01", "learner.resources={CPU: 2, GPU: 1}"])
     assert pinned.rollout.resources == {"CPU": 0.5, "rushes_rollout": 0.01}  # what is not given keeps its default
     assert pinned.learner.resources == {"CPU": 2.0, "GPU": 1.0} and config.learner.resources == {"CPU": 0.5}

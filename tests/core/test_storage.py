@@ -20,7 +20,7 @@ from pipeline.core.errors import CheckpointError, ConfigError, RushesError
 from pipeline.core.storage import Store, local_folder, shown, url_of
 from pipeline.runs import checkpoint, remote_sync
 from pipeline.runs.paths import RunDir, RunLock, create, find_resumable
-from pipeline.runs.remote_sync import LEASE, Mirror, local_run
+from pipeline.runs.remote_sync import LEASE, RemoteSync, local_run
 from pipeline.tools import preflight
 
 
@@ -216,7 +216,7 @@ def test_a_failed_upload_at_the_end_is_an_error_unless_there_is_another(machine,
     def broken(self):
         raise RushesError("the network is gone")
 
-    monkeypatch.setattr(Mirror, "push", broken)
+    monkeypatch.setattr(RemoteSync, "push", broken)
     with pytest.raises(RushesError, match="network"), RunLock(run):
         pass
     with pytest.raises(ZeroDivisionError), RunLock(run):

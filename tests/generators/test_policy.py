@@ -12,7 +12,7 @@ from pipeline.core.tensors import SampleSlot, SharedSlot
 from pipeline.core.types import GroupWork, PromptItem
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
-from pipeline.generators.probe.fit import conclusive, find_rule
+from pipeline.generators.probe.fit import branches_distinguishable, find_rule
 from pipeline.generators.record.recorder import RawCall, RawStep
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import Layout
@@ -209,7 +209,7 @@ def test_branches_that_are_alike_are_not_concluded_from(share, enough):
     step = raw_step("cfg cond-first", 2.5)
     first, second = step.calls[0].output.chunk(2)
     step.calls[0].output = torch.cat([first, first + share * second])
-    assert conclusive({"1.0": Layout(axis=0, copies=2, order="tile")}, [step]) is enough
+    assert branches_distinguishable({"1.0": Layout(axis=0, copies=2, order="tile")}, [step]) is enough
 
 
 def test_layouts_take_the_right_entries():

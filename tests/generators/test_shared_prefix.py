@@ -11,7 +11,7 @@ import torch
 
 from pipeline.core.types import PromptItem
 from pipeline.generators.policy import Policy
-from pipeline.generators.record.shared_prefix import Twins
+from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.rl.group_plan import train_work
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square"))]
@@ -52,7 +52,7 @@ def test_one_row_until_the_first_noise_and_the_same_takes(policy, rows, monkeypa
     media, trajectory, _ = policy.rollout(work)
     shared = rows.copy()
     rows.clear()
-    monkeypatch.setattr(Twins, "cut", lambda *_: None)
+    monkeypatch.setattr(SharedPrefix, "cut", lambda *_: None)
     whole, expected, _ = policy.rollout(work)
     ahead = len(rows) // 2  # three of six steps come before the noise
     assert sum(shared[:ahead]) * work.takes == sum(rows[:ahead]) and shared[ahead:] == rows[ahead:]
@@ -85,7 +85,7 @@ def test_takes_with_their_own_noise_are_computed_apart(policy, rows):
 
 def test_a_call_whose_rows_differ_is_left_whole(policy):
     """Whatever was said of their origins."""
-    twins = Twins(["same"] * 4, 3, policy.spec)
+    twins = SharedPrefix(["same"] * 4, 3, policy.spec)
     assert twins.helps and twins.kept == [0]
     layout = policy.spec.layouts[f"{twins.calls}.0:kwargs.hidden_states"]
     equal = torch.ones(4 * layout.copies, 2)

@@ -14,9 +14,9 @@ from rank_worker import one_case, run_ranks
 from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
 from pipeline.learner.accumulator import pairs_of
-from pipeline.learner.distributed import Ranks, share
+from pipeline.learner.distributed import DistributedContext, share
 from pipeline.learner.learner import Learner
-from pipeline.learner.replica import outline_of
+from pipeline.learner.replica import micro_batch_specs
 from pipeline.runs import checkpoint
 
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}
@@ -114,8 +114,8 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
     sections = {"algorithm": {"objective": objective, "groups_per_step": 8, "updates_per_step": 1}}
     cfg = tiny.config(tiny_sd3, **sections, learner={"micro_batch": 2})
     groups = batches(cfg, 1)[0]
-    outlined = [replace(g, trajectory=None, outline=outline_of(cfg, g.trajectory)) for g in groups]
-    learners = [Learner(cfg, "cpu", Ranks(rank=rank, world=4)) for rank in range(4)]
+    outlined = [replace(g, trajectory=None, outline=micro_batch_specs(cfg, g.trajectory)) for g in groups]
+    learners = [Learner(cfg, "cpu", DistributedContext(rank=rank, world=4)) for rank in range(4)]
     assert [learner.needed(outlined) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
     assert [learner.needed(outlined[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
     assert [learner.needed(outlined[:6], 0, last=False) & {4, 5} for learner in learners] == [{4}, {4}, {5}, {5}]

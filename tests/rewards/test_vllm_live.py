@@ -16,8 +16,8 @@ from http_server import items
 from PIL import Image
 from tiny_judge import tiny_judge
 
-from actors.reward_server import Asked, RewardServer
-from actors.role_actor import RunContext, merged_env, packed
+from actors.reward_server import RewardServer, ScoreRequest
+from actors.role_actor import RunContext, merged_env, to_bytes
 from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
@@ -74,8 +74,8 @@ def clips(count=3):
 
 
 def ask(server, *groups):
-    asked = [Asked(i, tuple(prompts), None) for i, (_, prompts) in enumerate(groups)]
-    return ray.get(server.score.remote(packed(asked), *(media for media, _ in groups)), timeout=300)
+    asked = [ScoreRequest(i, tuple(prompts), None) for i, (_, prompts) in enumerate(groups)]
+    return ray.get(server.score.remote(to_bytes(asked), *(media for media, _ in groups)), timeout=300)
 
 
 def job(media, file, frames=slice(None), system=None, texts=TEXTS):

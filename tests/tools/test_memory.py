@@ -21,7 +21,7 @@ from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
 from pipeline.tools.memory.estimate import _attach, _held, _run, plan_memory, training_bytes
-from pipeline.tools.memory.meta_pipeline import Ghost, weight_bytes_of
+from pipeline.tools.memory.meta_pipeline import MetaPipeline, weight_bytes_of
 
 ROOT = Path(__file__).parents[2]
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)
@@ -39,7 +39,7 @@ def case(request):
     cfg = load_config(ROOT / "configs" / f"{request.param}.yaml", SMALL)
     own = cfg.generator.model_copy(update={"pretrained": str(ROOT / cfg.generator.pretrained)})
     cfg = cfg.model_copy(update={"generator": own})
-    return cfg, load_pipeline(own, torch.device("cpu")), Ghost(own, torch.float32)
+    return cfg, load_pipeline(own, torch.device("cpu")), MetaPipeline(own, torch.float32)
 
 
 def test_weights_are_exact(case):
@@ -148,7 +148,7 @@ def test_offloaded_and_int8_weights(tiny_sd3):
 
         cfg = tiny.config(tiny_sd3, generator={"quantize": "int8"}, rollout={"resources": {"GPU": 0}})
         loaded = load_denoisers(cfg.generator, torch.device("cpu"), torch.float32)["transformer"]
-        planned = _held(Ghost(cfg.generator, torch.float32).modules["transformer"], cfg, "transformer")
+        planned = _held(MetaPipeline(cfg.generator, torch.float32).modules["transformer"], cfg, "transformer")
         assert abs(planned / stored_bytes(loaded) - 1) < 0.02
 
 

@@ -38,7 +38,7 @@ _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class CallMode:
     """`batched`: many prompts in a call; else one. `shared`: one condition for the whole call (a group's takes share
     theirs); else a list with one per take. `negative`: a negative prompt is always given, if only an empty one."""
 
@@ -53,11 +53,11 @@ class Form:
         return "many takes a call" + (", one condition for all" if self.shared else ", a condition each") + empty
 
 
-def forms(conditioned: bool, negative: bool = False) -> list[Form]:
+def forms(conditioned: bool, negative: bool = False) -> list[CallMode]:
     """What to try, in order. `negative`: the pipeline takes negative prompts, and some do not run without one."""
-    found = [Form(), Form(batched=False)]
+    found = [CallMode(), CallMode(batched=False)]
     if conditioned:
-        found.insert(1, Form(shared=False))
+        found.insert(1, CallMode(shared=False))
     return found + ([replace(form, negative=True) for form in found] if negative else [])
 
 
@@ -160,7 +160,7 @@ def call_arguments(
     cfg: GeneratorConfig,
     prompts: Sequence[PromptItem],
     sampling: SamplingSpec,
-    form: Form,
+    form: CallMode,
     fill: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Arguments of the pipeline's __call__ for these takes. `fill`: conditions to make up where a prompt lacks them."""

@@ -14,7 +14,7 @@ def _nothing(_: GeneratorConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Hint:
+class Quirk:
     """`call`: further arguments of the pipeline's __call__ (generator.call overrides them). `prepare`: what has to be
     done to the pipeline before it runs at all. `refuse`: why this class cannot be a policy, where running it would not
     show it."""
@@ -33,12 +33,12 @@ def _tiled(pipe: Any) -> None:
     pipe.vae.enable_tiling()  # it decodes in no other way
 
 
-HINTS: dict[str, Hint] = {
-    "AllegroPipeline": Hint(prepare=_tiled),
-    "FluxKontextPipeline": Hint(call=_kontext),
-    "FluxKontextInpaintPipeline": Hint(call=_kontext),
+HINTS: dict[str, Quirk] = {
+    "AllegroPipeline": Quirk(prepare=_tiled),
+    "FluxKontextPipeline": Quirk(call=_kontext),
+    "FluxKontextInpaintPipeline": Quirk(call=_kontext),
 }
 
 
-def hint_for(pipe: Any) -> Hint:
-    return HINTS.get(type(pipe).__name__, Hint())
+def hint_for(pipe: Any) -> Quirk:
+    return HINTS.get(type(pipe).__name__, Quirk())

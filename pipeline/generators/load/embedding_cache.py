@@ -27,7 +27,7 @@ import torch
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write, describe_os_error
-from pipeline.generators.call.arguments import Form
+from pipeline.generators.call.arguments import CallMode
 from pipeline.generators.load.pipeline import load_component, model_index, resolve_dtype
 
 log = logging.getLogger("rushes.generators")
@@ -77,12 +77,12 @@ class EmbeddingStore:
             log.info("embedding cache %s: %s not loaded unless needed", self.folder, ", ".join(found["skip"]))
         return list(found["skip"])
 
-    def in_order(self, forms: list[Form]) -> list[Form]:
+    def in_order(self, forms: list[CallMode]) -> list[CallMode]:
         """The form that an earlier run settled on first: others may encode prompts that are in no file."""
         known = (self.settled() or {}).get("form")
         return sorted(forms, key=lambda form: asdict(form) != known)
 
-    def settle(self, pipe: Any, form: Form, works: Callable[[], bool]) -> None:
+    def settle(self, pipe: Any, form: CallMode, works: Callable[[], bool]) -> None:
         """Tries the pipeline without its text encoders, on calls that are stored, and notes whether that `works`."""
         if self.settled() is not None:
             return

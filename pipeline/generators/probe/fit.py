@@ -164,7 +164,7 @@ def single_outputs(steps: list[RawStep]) -> dict[str, Layout]:
     return outputs
 
 
-def conclusive(outputs: dict[str, Layout], steps: list[RawStep]) -> bool:
+def branches_distinguishable(outputs: dict[str, Layout], steps: list[RawStep]) -> bool:
     """Whether the branches of every step differ by so much that a wrong guidance rule or scale shows."""
     for step in steps:
         found: list[torch.Tensor] = []

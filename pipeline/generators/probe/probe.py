@@ -18,7 +18,7 @@ from pipeline.generators.probe import fit as probing
 from pipeline.generators.record.attention import take_off
 from pipeline.generators.record.recorder import RawStep, Recording
 from pipeline.generators.replay.replayer import Replayer, to_part
-from pipeline.generators.replay.text_inputs import asked_of, same_inputs
+from pipeline.generators.replay.text_inputs import call_inputs, same_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.group_plan import ode_sampling
 from pipeline.rl.samplers import log_prob
@@ -49,7 +49,7 @@ def probe(policy: Policy, prompts: list[PromptItem] | None = None) -> dict[str, 
         guided = "negative_prompt" in parameters_of(policy.pipe)
         options = forms(bool(fill) or bool(conditions_of(trio[0])), guided)
         for form in policy.embeddings.in_order(options) if policy.embeddings is not None else options:
-            policy.start_over(form, fill)
+            policy.reset(form, fill)
             try:
                 return _probe(policy, trio)
             except Exception as error:  # a pipeline may refuse a form in any way; all are reported below
@@ -91,7 +91,7 @@ def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
         outputs, layouts, note = probing.single_outputs(small.steps), {}, ""
     takes = small.steps[0].sample.shape[0]
     one, other = small.steps, large.steps
-    alike = not probing.conclusive(outputs, one + other)
+    alike = not probing.branches_distinguishable(outputs, one + other)
     run_steps: list[RawStep] = []  # of a run's own sampler, whose guidance may change with the step
     if alike:
         one, other = (_made_up_steps(policy, trio[:takes], seed, sampling) for seed in (0, 1))
@@ -112,7 +112,7 @@ def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
     if getattr(policy.pipe, "guider", None) is not None and not alike:
         _check_later_steps(policy, trio[:takes])
     if policy.text is not None:
-        asked = asked_of(trio[slice(*others)], [11 + i for i in range(*others)], policy.form, policy.fill)
+        asked = call_inputs(trio[slice(*others)], [11 + i for i in range(*others)], policy.form, policy.fill)
         report["text_inputs"] = policy.text.check(large.steps, asked, sampling)
     if policy.embeddings is not None:
         forget_prompts(policy.pipe)

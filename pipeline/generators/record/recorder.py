@@ -27,7 +27,7 @@ from pipeline.core.types import SamplingSpec
 from pipeline.generators.record.attention import changed, processors_of, put_back
 from pipeline.generators.record.first_order import step_times
 from pipeline.generators.record.outputs import first_tensor, is_first_alone, replace_first
-from pipeline.generators.record.shared_prefix import Twins
+from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.rl.samplers import log_prob, transition
 from pipeline.rl.samplers.transition import Transition, clean_and_noise, consistency_function
 
@@ -83,7 +83,7 @@ class Recording:
     stopped: bool = False
 
 
-class EnoughRecorded(Exception):
+class StopRecording(Exception):
     """Ends a probing run once its steps are recorded, before the VAE decodes."""
 
 
@@ -121,7 +121,7 @@ def record(
     keep_graph: bool = False,
     samples: dict[int, torch.Tensor] | None = None,
     check_first: bool = False,
-    twins: Twins | None = None,
+    twins: SharedPrefix | None = None,
 ) -> Iterator[Recording]:
     """Patches the pipeline for the duration of one call and yields the growing recording.
 
@@ -198,7 +198,7 @@ def record(
             open_step = None
         if stop_early and count > max(keep_steps):
             recording.stopped = True
-            raise EnoughRecorded
+            raise StopRecording
         if check_first and count == 0:
             still = _move(scheduler, sampling, prediction, x, out, times, False, False, generator).mean.reshape(shape)
             _compare_with_own(scheduler, still, {"model_output": given, "timestep": timestep, "sample": sample, **rest})
@@ -255,7 +255,7 @@ def record(
     scheduler.step = _PolicyStep(scheduler, act)
     try:
         yield recording
-    except EnoughRecorded:
+    except StopRecording:
         pass
     finally:
         for name, own in processors.items():  # the pipeline may have had no chance to take its own ones away

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pipeline.core.tensors import map_leaves
-from pipeline.generators.spec import PolicySpec, descend
+from pipeline.generators.spec import PolicySpec, map_call_inputs
 
 
-class Twins:
+class SharedPrefix:
     """Which takes of a pipeline call are equal until sampler step `until` (not included)."""
 
     def __init__(self, origins: Sequence[Hashable], until: int, spec: PolicySpec) -> None:
@@ -49,7 +49,7 @@ class Twins:
             layout = self.spec.layouts.get(f"{key}:{path}")
             return value if layout is None or not isinstance(value, torch.Tensor) else layout.take(value, takes, total)
 
-        return descend(tree, "", self.spec.layouts, key, takes, total, leaf)
+        return map_call_inputs(tree, "", self.spec.layouts, key, takes, total, leaf)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.tensors import Packed, SampleSlot, SharedSlot, map_leaves
+from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves
 from pipeline.core.types import RecordedStep, TrajectoryPart
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import LIST, Layout, PolicySpec
@@ -110,15 +110,17 @@ def _join(leaves: list[Any], part: TrajectoryPart, layout: Layout | None) -> Any
     """One input of all steps."""
     arrays = [part.shared[leaf.index] if isinstance(leaf, SharedSlot) else leaf for leaf in leaves]
     first = arrays[0]
-    if not isinstance(first, Packed) or any(not isinstance(leaf, Packed) for leaf in arrays):
-        if isinstance(first, (Packed, np.ndarray)) or any(type(a) is not type(first) or a != first for a in arrays):
+    if not isinstance(first, PackedTensor) or any(not isinstance(leaf, PackedTensor) for leaf in arrays):
+        if isinstance(first, (PackedTensor, np.ndarray)) or any(
+            type(a) is not type(first) or a != first for a in arrays
+        ):
             raise _CannotJoin
         return SampleSlot(first.copies) if isinstance(first, SampleSlot) else first
     if layout is None:  # the same for all takes of a call: it must be the same at all steps
         if any(not np.array_equal(packed.data, first.data) for packed in arrays):
             raise _CannotJoin
         return first
-    return Packed(_side_by_side([packed.data for packed in arrays], layout, part.stop - part.start), first.dtype)
+    return PackedTensor(_side_by_side([packed.data for packed in arrays], layout, part.stop - part.start), first.dtype)
 
 
 def _side_by_side(arrays: list[np.ndarray], layout: Layout, total: int) -> np.ndarray:
@@ -131,5 +133,5 @@ def _side_by_side(arrays: list[np.ndarray], layout: Layout, total: int) -> np.nd
     return np.concatenate(split, axis=axis + 1).reshape(*before, -1, *after)
 
 
-def _stacked(packed: list[Packed]) -> Packed:
-    return Packed(np.concatenate([entry.data for entry in packed]), packed[0].dtype)
+def _stacked(packed: list[PackedTensor]) -> PackedTensor:
+    return PackedTensor(np.concatenate([entry.data for entry in packed]), packed[0].dtype)

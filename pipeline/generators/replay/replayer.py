@@ -12,25 +12,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.core.tensors import Packed, SampleSlot, SharedSlot, map_leaves, pack, unpack
-from pipeline.core.types import Asked, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
+from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves, pack, unpack
+from pipeline.core.types import CallInputs, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
 from pipeline.generators.guidance import CUTS, evaluate
 from pipeline.generators.record.attention import wear
 from pipeline.generators.record.outputs import first_tensor
 from pipeline.generators.record.recorder import RawStep, Recording
-from pipeline.generators.spec import PolicySpec, descend
+from pipeline.generators.spec import PolicySpec, map_call_inputs
 from pipeline.rl.samplers import transition
 from pipeline.rl.samplers.transition import Transition
 
 if TYPE_CHECKING:
-    from pipeline.generators.replay.text_inputs import LiveInputs
+    from pipeline.generators.replay.text_inputs import ReencodedInputs
 
 
-def to_part(recording: Recording, start: int, stop: int, keep_mean: bool, asked: Asked | None = None) -> TrajectoryPart:
+def to_part(
+    recording: Recording, start: int, stop: int, keep_mean: bool, asked: CallInputs | None = None
+) -> TrajectoryPart:
     """Packs recorded steps: inputs met in several calls are stored once, the step's own sample not at all."""
     steps = recording.steps
     uses = Counter(key for step in steps for call in step.calls for key in set(call.origin.values()))
-    shared: list[Packed] = []
+    shared: list[PackedTensor] = []
     slots: dict[tuple[int, int], SharedSlot] = {}
 
     def packed_call(step: RawStep, call: Any) -> RecordedCall:
@@ -106,7 +108,7 @@ class Replayer:
         self.part, self.spec, self.modules, self.device = part, spec, modules, device
         self.total = part.stop - part.start
         self.shared = [unpack(packed, device) for packed in part.shared]
-        self.live: LiveInputs | None = None  # fresh text inputs, where text encoders are trained
+        self.live: ReencodedInputs | None = None  # fresh text inputs, where text encoders are trained
         # (sampler step, "<calls>.<call>:<path>") -> an input that takes the recorded one's place
         self.fresh: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -184,7 +186,7 @@ class Replayer:
         leaf = found.get(path)
         if isinstance(leaf, SharedSlot):
             return self.shared[leaf.index]
-        return unpack(leaf, self.device) if isinstance(leaf, Packed) else None
+        return unpack(leaf, self.device) if isinstance(leaf, PackedTensor) else None
 
     def _run(self, step: RecordedStep, takes: slice | None, sample: torch.Tensor) -> torch.Tensor:
         layouts = self.spec.layouts if takes is not None else {}
@@ -200,14 +202,16 @@ class Replayer:
                     return torch.cat([sample] * leaf.copies) if leaf.copies > 1 else sample
                 elif isinstance(leaf, SharedSlot):
                     tensor = self.shared[leaf.index]
-                elif isinstance(leaf, Packed):
+                elif isinstance(leaf, PackedTensor):
                     tensor = unpack(leaf, self.device)
                 else:
                     return leaf
                 layout = layouts.get(f"{key}:{path}")
                 return tensor if layout is None else layout.take(tensor, takes, self.total)
 
-            tree = descend({"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve)
+            tree = map_call_inputs(
+                {"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve
+            )
             wear(self.modules[call.module], call.processors)
             outputs.append(first_tensor(self.modules[call.module](*tree["args"], **tree["kwargs"])))
         branches = branches_of(self.spec, outputs, sample.shape)

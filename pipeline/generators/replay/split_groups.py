@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.tensors import Packed, SharedSlot, pack, unpack
+from pipeline.core.tensors import PackedTensor, SharedSlot, pack, unpack
 from pipeline.core.types import GroupWork, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
-from pipeline.generators.spec import Layout, PolicySpec, descend
+from pipeline.generators.spec import Layout, PolicySpec, map_call_inputs
 
 
 def joint_sampling(works: Sequence[GroupWork]) -> SamplingSpec | None:
@@ -33,7 +33,7 @@ def cut_part(part: TrajectoryPart, spec: PolicySpec, takes: slice, trained_steps
     if spec.layouts is None:
         raise RuntimeError("takes cannot be told apart in the denoiser's inputs")
     layouts, total = spec.layouts, part.stop - part.start
-    shared: list[Packed] = []
+    shared: list[PackedTensor] = []
     places: dict[tuple[int, Layout | None], SharedSlot] = {}
 
     def leaf_of(key: str, path: str, leaf: Any) -> Any:
@@ -43,11 +43,11 @@ def cut_part(part: TrajectoryPart, spec: PolicySpec, takes: slice, trained_steps
                 places[leaf.index, layout] = SharedSlot(len(shared))
                 shared.append(_entries(part.shared[leaf.index], layout, takes, total))
             return places[leaf.index, layout]
-        return _entries(leaf, layout, takes, total) if isinstance(leaf, Packed) else leaf
+        return _entries(leaf, layout, takes, total) if isinstance(leaf, PackedTensor) else leaf
 
     def call_of(call: RecordedCall, key: str) -> RecordedCall:
         tree = {"args": call.args, "kwargs": call.kwargs}
-        tree = descend(tree, "", layouts, key, takes, total, lambda path, leaf: leaf_of(key, path, leaf))
+        tree = map_call_inputs(tree, "", layouts, key, takes, total, lambda path, leaf: leaf_of(key, path, leaf))
         return replace(call, args=tree["args"], kwargs=tree["kwargs"])
 
     def step_of(step: RecordedStep) -> RecordedStep:
@@ -67,10 +67,10 @@ def cut_part(part: TrajectoryPart, spec: PolicySpec, takes: slice, trained_steps
     return TrajectoryPart(start=0, stop=size, steps=steps, shared=tuple(shared), final=_rows(part.final, takes))
 
 
-def _rows(packed: Packed, takes: slice) -> Packed:
-    return Packed(np.array(packed.data[takes]), packed.dtype)
+def _rows(packed: PackedTensor, takes: slice) -> PackedTensor:
+    return PackedTensor(np.array(packed.data[takes]), packed.dtype)
 
 
-def _entries(packed: Packed, layout: Layout | None, takes: slice, total: int) -> Packed:
+def _entries(packed: PackedTensor, layout: Layout | None, takes: slice, total: int) -> PackedTensor:
     """Without a layout an input is the same for all takes."""
     return packed if layout is None else pack(layout.take(unpack(packed), takes, total))

@@ -21,8 +21,8 @@ import torch
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, unpack
-from pipeline.core.types import Asked, SamplingSpec
-from pipeline.generators.call.arguments import Form, call_arguments
+from pipeline.core.types import CallInputs, SamplingSpec
+from pipeline.generators.call.arguments import CallMode, call_arguments
 from pipeline.generators.load.pipeline import denoisers_of, text_encoders_of
 from pipeline.generators.record.first_order import first_order_scheduler
 from pipeline.generators.record.recorder import RawStep, record
@@ -33,7 +33,7 @@ _INSTEAD = "use trainable.modules: denoiser"
 _TOLERANCE = 1e-5  # relative; the same code on the same prompts comes out equal
 
 
-class LiveInputs:
+class ReencodedInputs:
     """Text inputs of one trajectory part: leaves for the replay, and what they came from.
 
     Many micro-batches put gradients into the leaves; `backward` sends them through the text encoders once.
@@ -63,7 +63,7 @@ class LiveInputs:
         return self._reference
 
 
-class LiveText:
+class TextReencoder:
     """Runs a pipeline from prompts to denoiser inputs. Changes its scheduler's class as a `Policy` does."""
 
     def __init__(self, pipe: Any, cfg: GeneratorConfig) -> None:
@@ -73,7 +73,7 @@ class LiveText:
         self.prediction = first_order_scheduler(pipe)
         self._outputs: dict[Any, Any] = {}
 
-    def attach(self, replayer: Replayer, sampling: SamplingSpec) -> LiveInputs:
+    def attach(self, replayer: Replayer, sampling: SamplingSpec) -> ReencodedInputs:
         """Gives a replayer fresh text inputs with gradients. Raises UnsupportedPolicyError where none come through."""
         asked = replayer.part.asked
         if asked is None:
@@ -89,7 +89,7 @@ class LiveText:
         made = make(True)
         if not made:
             raise UnsupportedPolicyError(f"{self.name}: {_no_gradients()}")
-        replayer.live = LiveInputs(made, lambda: make(False))
+        replayer.live = ReencodedInputs(made, lambda: make(False))
         replayer.fresh = replayer.live.tensors
         return replayer.live
 
@@ -98,7 +98,7 @@ class LiveText:
         recorded = replayer.recorded(*key)
         return leaf if recorded is None else leaf.to(recorded.dtype)
 
-    def check(self, steps: list[RawStep], asked: Asked, sampling: SamplingSpec) -> list[str]:
+    def check(self, steps: list[RawStep], asked: CallInputs, sampling: SamplingSpec) -> list[str]:
         """Compares fresh text inputs with recorded ones (before any weights are attached, so that both are equal).
 
         Returns the paths of the inputs that depend on the text encoders. Raises UnsupportedPolicyError where one
@@ -132,11 +132,11 @@ class LiveText:
         return sorted({_path(key) for key in trained})
 
     def _run(
-        self, asked: Asked, sampling: SamplingSpec, samples: dict[int, torch.Tensor], gradients: bool
+        self, asked: CallInputs, sampling: SamplingSpec, samples: dict[int, torch.Tensor], gradients: bool
     ) -> list[RawStep]:
         """The denoiser calls of the steps in `samples` (step -> the recorded sample, which they get again, so that what
         a ControlNet makes of it comes out the same), their inputs differentiable where asked for."""
-        form = Form(**asked.form)
+        form = CallMode(**asked.form)
         quiet = replace(sampling, kind="ode", noise_level=0.0, stochastic_steps=(), trained_steps=())
         kwargs = call_arguments(self.pipe, self.cfg, asked.prompts, quiet, form, asked.fill)
         noise = [torch.Generator().manual_seed(seed % 2**63) for seed in asked.seeds]
@@ -224,9 +224,9 @@ class LiveText:
                 hook.remove()
 
 
-def asked_of(prompts: Any, seeds: Any, form: Form, fill: list[str]) -> Asked:
+def call_inputs(prompts: Any, seeds: Any, form: CallMode, fill: list[str]) -> CallInputs:
     """What a pipeline call is asked for, as it travels with a trajectory."""
-    return Asked(prompts=tuple(prompts), seeds=tuple(seeds), form=asdict(form), fill=tuple(fill))
+    return CallInputs(prompts=tuple(prompts), seeds=tuple(seeds), form=asdict(form), fill=tuple(fill))
 
 
 def reference_inputs(replayer: Replayer) -> Any:

@@ -22,7 +22,7 @@ from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
-from pipeline.tools.memory.meta_pipeline import Call, CannotPlan, Ghost, weight_bytes_of
+from pipeline.tools.memory.meta_pipeline import Call, CannotPlan, MetaPipeline, weight_bytes_of
 
 _PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which inputs stay the same
 
@@ -103,7 +103,7 @@ def _dtype(cfg: Config, on: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _run(ghost: Ghost, cfg: Config, takes: int) -> list[Call]:
+def _run(ghost: MetaPipeline, cfg: Config, takes: int) -> list[Call]:
     """The pipeline's own call for `takes` takes; returns the first step's denoiser calls.
 
     Raises CannotPlan with the first cause.
@@ -138,7 +138,7 @@ def _run(ghost: Ghost, cfg: Config, takes: int) -> list[Call]:
     ) from failure
 
 
-def _attach(ghost: Ghost, cfg: Config) -> dict[str, torch.nn.Parameter]:
+def _attach(ghost: MetaPipeline, cfg: Config) -> dict[str, torch.nn.Parameter]:
     """What is trained, on the networks without data."""
     modules = trained_modules(ghost.pipe, cfg.trainable)
     before, to = torch.get_default_dtype(), torch.nn.Module.to
@@ -161,7 +161,7 @@ def _bytes(parameters: Sequence[torch.Tensor], each: int = 0) -> int:
 def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     """The plan of a worker, and the bytes of a group's trajectory and media."""
     on = _device(cfg.rollout.device, cfg.rollout.resources)
-    ghost = Ghost(cfg.generator, _dtype(cfg, on))
+    ghost = MetaPipeline(cfg.generator, _dtype(cfg, on))
     if cfg.generator.offload != "none" and on != "cpu":
         decode_in_pieces(ghost.pipe)
     takes = cfg.algorithm.group_size
@@ -194,7 +194,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     return plan, {"trajectory": trajectory, "media": frames * takes}
 
 
-def _weights(cfg: Config, ghost: Ghost, on: str) -> tuple[int, int]:
+def _weights(cfg: Config, ghost: MetaPipeline, on: str) -> tuple[int, int]:
     """Bytes of weights that stay where the worker computes, and that wait in main memory (generator.offload)."""
     sizes = {name: _held(module, cfg, name) for name, module in ghost.modules.items()}
     if on == "cpu" or cfg.generator.offload == "none":
@@ -227,7 +227,7 @@ def _own_bytes(layer: torch.nn.Module) -> int:
     return _bytes([*layer.parameters(recurse=False), *layer.buffers(recurse=False)])
 
 
-def _unpacked(cfg: Config, ghost: Ghost) -> int:
+def _unpacked(cfg: Config, ghost: MetaPipeline) -> int:
     """The largest int8 layer as it is while it computes: in the sampling dtype."""
     if cfg.generator.quantize != "int8":
         return 0
@@ -235,7 +235,7 @@ def _unpacked(cfg: Config, ghost: Ghost) -> int:
     return max((_bytes([weight]) for module in modules for weight in _linear_weights(module)), default=0)
 
 
-def _merged_base(ghost: Ghost) -> int:
+def _merged_base(ghost: MetaPipeline) -> int:
     """Copies of the base weights that merging keeps aside."""
     from peft.tuners.lora import LoraLayer
 
@@ -247,7 +247,7 @@ def _merged_base(ghost: Ghost) -> int:
     )
 
 
-def _trajectory(cfg: Config, ghost: Ghost, trained: int) -> int:
+def _trajectory(cfg: Config, ghost: MetaPipeline, trained: int) -> int:
     """Bytes of one pipeline call's part: inputs that stay the same once; what changes, and two samples (three where the
     objective needs the old mean), per trained step; the finished latents. The sample is not stored among the inputs."""
     if ghost.sample is None:
@@ -275,7 +275,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
     most = part * trained if cfg.algorithm.objective == "awm" else part  # several trained steps at once
     micro = min(cfg.learner.micro_batch or part, most)
-    ghost = Ghost(cfg.generator, dtype)
+    ghost = MetaPipeline(cfg.generator, dtype)
     calls = _run(ghost, cfg, micro)
     text = cfg.trainable.modules != "denoiser"  # it then holds the whole pipeline, to run it on the prompts again
     weights = sum(_held(m, cfg, n) for n, m in ghost.modules.items() if n in DENOISERS)
@@ -313,7 +313,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     return plan, size
 
 
-def training_bytes(ghost: Ghost, calls: list[Call], cfg: Config) -> int:
+def training_bytes(ghost: MetaPipeline, calls: list[Call], cfg: Config) -> int:
     """Bytes held at the worst moment of one micro-batch's forward and backward pass, gradients not counted."""
     modules = [ghost.modules[name] for name in DENOISERS if name in ghost.modules]
     if cfg.learner.activation_checkpointing:

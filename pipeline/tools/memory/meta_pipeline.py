@@ -29,7 +29,7 @@ from pipeline.generators.checkpoint_files import DENOISERS, read_json
 from pipeline.generators.load.processors import processors_without_torchvision
 
 
-class LiveBytes(TorchDispatchMode):
+class AllocatedBytes(TorchDispatchMode):
     """Counts the bytes of tensors made within the block that are still held (`live`), and the most there were."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Call:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
-class Ghost:
+class MetaPipeline:
     """The pipeline of a checkpoint, with networks that hold no data.
 
     `peaks`: component -> most bytes live in one of its calls. `calls`: the denoisers' calls of the last run;
@@ -164,7 +164,7 @@ class Ghost:
                 return method(*args, **kwargs)
             self._inside = True
             try:
-                with self.mode, LiveBytes() as live:
+                with self.mode, AllocatedBytes() as live:
                     live.ignore(iter(module.state_dict(keep_vars=True).values()))
                     out = method(*self._fake(args), **self._fake(kwargs))
             finally:
@@ -182,7 +182,7 @@ class Ghost:
         return tree_map_only(torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else self.mode.from_tensor(t), tree)
 
     @contextmanager
-    def training(self, calls: list[Call], live_inputs: bool = False) -> Iterator[tuple[LiveBytes, list[Any]]]:
+    def training(self, calls: list[Call], live_inputs: bool = False) -> Iterator[tuple[AllocatedBytes, list[Any]]]:
         """Runs calls with gradients on, then the backward pass; yields the counter after the forward pass and runs the
         backward pass when the block ends. Trained parameters are those that require gradients. `live_inputs`: so do
         the inputs, but for the sample (a denoiser whose text encoders are trained)."""
@@ -197,7 +197,7 @@ class Ghost:
 
         self._inside = True
         try:
-            with self.mode, LiveBytes() as live:
+            with self.mode, AllocatedBytes() as live:
                 for module in self.modules.values():
                     live.ignore(iter(module.state_dict(keep_vars=True).values()))
                 outs = [self.modules[call.module](*given(call.args), **given(call.kwargs)) for call in calls]
