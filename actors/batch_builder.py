@@ -8,26 +8,18 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from actors.dispatcher import Dispatcher, Job
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import PolicyVersion, PromptItem
 from pipeline.rl.advantages import AdvantageResult
-from pipeline.rl.group_plan import company, train_work
+from pipeline.rl.group_plan import company, scoring_seed, train_work
 from pipeline.rl.ledger import FAILED, Ledger
 from pipeline.rl.reward_combiner import Combiner
 
-_SCORING = 5  # random stream of the frame picks; pipeline.rl.group_plan uses 1 to 4
 _MAX_REFILLS = 20  # a step that filters this many times its groups will never find enough of them
 log = logging.getLogger("rushes.training")
-
-
-def scoring_seed(cfg: Config, group: int) -> int:
-    """Seed of the frame picks of a training group."""
-    return int(np.random.SeedSequence([cfg.run.seed, _SCORING, group]).generate_state(1)[0])
 
 
 class BatchBuilder:

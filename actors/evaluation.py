@@ -92,11 +92,11 @@ class Evaluator:
         self.records: list[dict[str, Any]] = []
         self._sink: _Sink | None = None
         self.media: Media | None = None  # the kept takes of the last evaluation, for trackers
-        self._weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+        self._weights = self.cfg.reward_weights
 
     @property
     def tag(self) -> Literal["train", "ema"]:
-        return "ema" if self.cfg.optimizer.ema_decay > 0 else "train"
+        return self.cfg.eval_weights_tag
 
     def due(self, step: int) -> bool:
         """Before training, every `evaluation.every` steps and after the last one, once each."""

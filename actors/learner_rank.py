@@ -102,8 +102,7 @@ class LearnerActor(RoleActor):
         from pipeline.generators.export import export_full, export_lora
 
         with self.doing("exporting"):
-            tag: Literal["train", "ema"] = "ema" if self.cfg.optimizer.ema_decay > 0 else "train"
-            weights = self.learner.weights(tag)
+            weights = self.learner.weights(self.cfg.eval_weights_tag)
             if self.learner.ranks.main:
                 write = export_lora if self.cfg.trainable.kind == "lora" else export_full
                 write(self.cfg, weights, Path(out))

@@ -19,12 +19,10 @@ from actors.dispatcher import Dispatcher, Job
 from actors.prometheus import RunMetrics
 from actors.ray_errors import describe, is_lost
 from actors.role_actor import RunContext
-from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger
 from pipeline.runs.tracking import make_tracker
 
-ON_POLICY_TOLERANCE = 1e-5
 _KEPT = 1000  # steps whose metrics stay in memory, about 10 kB each; all are in metrics.jsonl
 log = logging.getLogger("rushes.recorder")
 
@@ -136,7 +134,7 @@ class Recorder:
         from pipeline.core.media import save_takes
 
         folder = self.ctx.run.train_takes(step)
-        weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+        weights = self.cfg.reward_weights
 
         def write(job: Job, frames: Media) -> None:
             work, version = job.work, job.meta.version
@@ -168,25 +166,3 @@ class Recorder:
                 self._fatal.set_exception(error)
 
         task.add_done_callback(ended)
-
-
-ON_POLICY_METRICS = ("onpolicy/max_abs_log_ratio", "onpolicy/max_abs_gap")  # the second one: objective awm
-
-
-def check_on_policy(ctx: RunContext, step: int, gap: float, devices: set[str]) -> None:
-    """The replayed ratio is 1 where learner and rollouts hold the same float32 weights (design, invariant 5).
-
-    `gap`: largest |log-ratio| before the first update (awm: largest difference of a replayed sample).
-    `devices`: of learner and rollout workers.
-    Raises `RunFailed` with the numbers.
-    """
-    cfg = ctx.cfg
-    exact = cfg.generator.dtype == "float32" or (cfg.generator.dtype == "auto" and devices == {"cpu"})
-    if not exact or cfg.learner.autocast != "none" or cfg.rollout.merge_lora:
-        return  # equal to the rounding of those numbers only
-    if not gap < ON_POLICY_TOLERANCE:
-        raise RunFailed(
-            f"step {step}: before the update the learner's replay differs from the rollouts by up to {gap:.2e} "
-            f"(allowed {ON_POLICY_TOLERANCE:.0e} in float32), so it does not train the policy that sampled; all "
-            "workers need the same library versions, and the generator must not keep state between calls"
-        )

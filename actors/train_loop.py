@@ -24,11 +24,12 @@ from actors.learner_group import LearnerGroup, LearnerLost
 from actors.policy_versions import Publisher
 from actors.ray_errors import describe
 from actors.role_actor import RunContext
-from actors.step_recorder import ON_POLICY_METRICS, Recent, Recorder, check_on_policy
+from actors.step_recorder import Recent, Recorder
 from actors.worker_pool import WorkerSlot, together
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
 from pipeline.rl import group_plan
+from pipeline.rl.on_policy import ON_POLICY_METRICS, check_on_policy
 from pipeline.runs import checkpoint
 from pipeline.runs.tracking import metrics_after_resume
 
@@ -187,7 +188,7 @@ class TrainLoop:
                 str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, *self._learner.slots] if slot.info
             }
             gap = next(metrics[name] for name in ON_POLICY_METRICS if name in metrics)
-            check_on_policy(self.ctx, self._version, gap, devices)
+            check_on_policy(self.cfg, self._version, gap, devices)
         self._training.consumed(jobs, self._version)
         self._version = answer["version"]
         await self._publish()

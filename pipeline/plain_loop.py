@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from actors.batch_builder import scoring_seed
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
@@ -30,7 +29,7 @@ from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.learner.replica import matching_noise
 from pipeline.rewards.runner import build_scorer
-from pipeline.rl.group_plan import train_work
+from pipeline.rl.group_plan import scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.batch_builder import scoring_seed
 from actors.evaluation import mean_and_error
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
@@ -35,7 +34,7 @@ from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rewards.runner import build_scorer
 from pipeline.rl.advantages import weighted_rewards
-from pipeline.rl.group_plan import eval_works, train_work
+from pipeline.rl.group_plan import eval_works, scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
 
 ROOT = Path(__file__).parents[2]
@@ -111,13 +110,14 @@ class Loop:
 
     def evaluate(self) -> dict[str, float | int]:
         """Mean held-out reward and its standard error, with the run's own prompts, seeds and sampler."""
-        self.policy.load_weights(self.learner.weights("ema"))
-        weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+        self.policy.load_weights(self.learner.weights(self.cfg.eval_weights_tag))
         found = defaultdict(list)
         for work in eval_works(self.cfg, self.heldout, 0):
             for name, scores in self._scores(self.policy.rollout(work)[0], work, None).items():
                 found[name].append(scores.values)
-        return mean_and_error(weighted_rewards({name: np.concatenate(v) for name, v in found.items()}, weights))
+        return mean_and_error(
+            weighted_rewards({name: np.concatenate(v) for name, v in found.items()}, self.cfg.reward_weights)
+        )
 
 
 def measure(generator: str, arm: str, seed: int, steps: int, every: int) -> dict[str, Any]:

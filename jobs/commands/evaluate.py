@@ -59,7 +59,7 @@ def evaluate(
     labels = _labels(sources)
 
     runners = {name: build_scorer(name, reward) for name, reward in cfg.rewards.items()}
-    weights = {name: reward.weight for name, reward in cfg.rewards.items()}
+    weights = cfg.reward_weights
     works = eval_works(cfg, prompts, step=0)
     index = np.array([prompt.index for work in works for prompt in work.prompts])
     results = {}

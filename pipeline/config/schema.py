@@ -462,3 +462,12 @@ class Config(Section):
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("rewards: every weight is 0, so nothing can be learned; set one above 0")
         return self
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        return {name: reward.weight for name, reward in self.rewards.items()}
+
+    @property
+    def eval_weights_tag(self) -> Literal["train", "ema"]:
+        """The weights that are evaluated and exported: their EMA, where it is kept."""
+        return "ema" if self.optimizer.ema_decay > 0 else "train"

@@ -16,7 +16,7 @@ from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
 _MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped
-_TAKES, _NOISE, _WINDOW, _SUBSET = 1, 2, 3, 4  # separate random streams of one group
+_TAKES, _NOISE, _WINDOW, _SUBSET, _SCORING = 1, 2, 3, 4, 5  # separate random streams of one group
 
 
 def _rng(seed: int, stream: int, *key: int) -> np.random.Generator:
@@ -76,6 +76,11 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
             guidance_scale=cfg.generator.guidance_scale,
         ),
     )
+
+
+def scoring_seed(cfg: Config, group: int) -> int:
+    """Seed from which the reward servers pick the frames of a training group."""
+    return int(np.random.SeedSequence([cfg.run.seed, _SCORING, group]).generate_state(1)[0])
 
 
 def takes_of_call(cfg: Config) -> int:

@@ -12,7 +12,6 @@ import pytest
 import tiny
 from diffusers import StableDiffusion3Pipeline
 
-from actors.batch_builder import scoring_seed
 from benchmarks.learning import samples
 from benchmarks.speed import cpu, gpu, standing, tables
 from benchmarks.speed.simulator import Plan, ideal
@@ -23,7 +22,7 @@ from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.plain_loop import PlainLoop
 from pipeline.rewards.runner import build_scorer
-from pipeline.rl.group_plan import train_work
+from pipeline.rl.group_plan import scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
 
 SCORER = """
