@@ -34,8 +34,8 @@ def test_every_scene_survives_the_round_trip_through_its_caption():
         ("a red circle above blue square", "must follow 'above'"),
     ],
 )
-def test_text_outside_the_grammar_is_refused_with_the_reason(text, import_error):
-    with pytest.raises(ValueError, match=import_error):
+def test_text_outside_the_grammar_is_refused_with_the_reason(text, complaint):
+    with pytest.raises(ValueError, match=complaint):
         parse_caption(text)
 
 
