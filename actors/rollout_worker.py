@@ -35,7 +35,7 @@ class RolloutWorker(RoleActor):
             if self.policy.device.type == "cpu":
                 os.nice(_NICE)
             report = self.policy.probe(prompts)
-            self.policy.attach()
+            self.policy.add_adapters()
             self.held: tuple[int, str, str] | None = None  # key of the version
             self.log.info("ready: %s", report)
         return {**self.info(), "probe": report, "device": str(self.policy.device)}

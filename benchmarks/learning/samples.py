@@ -76,7 +76,7 @@ class Loop:
         self.policy = Policy.load(cfg, "cpu", 1)
         prompts = load_prompts(cfg.prompts.train)
         self.policy.probe(prompts)
-        self.policy.attach()
+        self.policy.add_adapters()
         self.learner = Learner(cfg, "cpu")
         self.scorers = {name: build_scorer(name, reward) for name, reward in cfg.rewards.items()}
         self.cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)

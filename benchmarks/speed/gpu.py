@@ -204,7 +204,7 @@ def measure_one(name: str, say: Callable[[str], None], device: str = "cuda", bat
         cfg = _config(folder, CALLS[name], batch)
         policy, learner = Policy.load(cfg, device), Learner(cfg, device)
     policy.probe([PROMPT])
-    policy.attach()
+    policy.add_adapters()
     policy.load_weights(learner.weights())
     work = train_work(cfg, 0, 0, PROMPT)
     say(f"{name}: rollout and learner")

@@ -142,7 +142,7 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
     cfg = cfg.model_copy(update=update)
     policy = Policy.load(cfg, cfg.rollout.device, cfg.rollout.threads)
     if trained and trained.kind == "checkpoint":
-        policy.attach()
+        policy.add_adapters()
         policy.load_weights(read_weights(trained, ema))
     if trained and trained.kind == "lora":
         from pipeline.generators.export import load_lora

@@ -95,8 +95,8 @@ class CallInputs:
 
     prompts: tuple[PromptItem, ...]  # [K]
     seeds: tuple[int, ...]  # [K], of the initial noise
-    form: dict[str, bool]  # fields of generators.calling.Form
-    fill: tuple[str, ...]  # conditions that were made up
+    mode: dict[str, bool]  # fields of generators.call.arguments.CallMode
+    placeholders: tuple[str, ...]  # conditions that were made up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +108,7 @@ class TrajectoryPart:
     steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
     shared: tuple[Any, ...]  # wire.Packed: step-invariant denoiser inputs, stored once
     final: Any  # wire.Packed [K, ...], the finished latents (x0)
-    asked: CallInputs | None = None  # only where text encoders are trained
+    call_inputs: CallInputs | None = None  # only where text encoders are trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,7 +59,7 @@ def _called_by_keyword(module: torch.nn.Module, name: str) -> bool:
     return child in ("proj_in", "proj_out") and cls in ("AnimateDiffTransformer3D", "TransformerTemporalModel")
 
 
-def attach(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
+def add_adapters(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
     """Makes the modules trainable as configured. LoRA A is drawn from `seed`, B is 0: the policy starts unchanged."""
     if cfg.kind == "full":
         for module in modules.values():

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import WeightSet
-from pipeline.generators import adapters as weights_lib
+from pipeline.generators import adapters
 from pipeline.generators.checkpoint_files import ADAPTER_FILE, LORA_FILE, lora_files
 from pipeline.generators.load.pipeline import load_pipeline, trained_modules
 
@@ -25,8 +25,8 @@ def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
     """The checkpoint's pipeline on the CPU with the trained weights in place, never quantised."""
     pipe = load_pipeline(cfg.generator.model_copy(update={"quantize": "none"}), torch.device("cpu"))
     modules = trained_modules(pipe, cfg.trainable)
-    weights_lib.attach(modules, cfg.trainable, cfg.run.seed)
-    weights_lib.apply(modules, weights)
+    adapters.add_adapters(modules, cfg.trainable, cfg.run.seed)
+    adapters.apply(modules, weights)
     return pipe
 
 
@@ -64,7 +64,7 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     for name, module in trained_modules(pipe, cfg.trainable).items():
         if not hasattr(module, "peft_config"):
             continue  # none of trainable.targets is in it
-        state = get_peft_model_state_dict(module, adapter_name=weights_lib.ADAPTER)
+        state = get_peft_model_state_dict(module, adapter_name=adapters.ADAPTER)
         state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
         loads = hasattr(module, "load_lora_adapter")
         if f"{name}_lora_layers" in known and (loads or name.startswith("text_encoder")):
@@ -109,7 +109,7 @@ def export_full(cfg: Config, weights: WeightSet, out: Path) -> Path:
     """Writes a whole diffusers folder for `DiffusionPipeline.from_pretrained(out)`; a LoRA is merged in."""
     pipe = _loaded(cfg, weights)
     if weights.kind == "lora":
-        weights_lib.merge_and_unload(trained_modules(pipe, cfg.trainable))
+        adapters.merge_and_unload(trained_modules(pipe, cfg.trainable))
     scratch = _fresh(out)
     pipe.save_pretrained(scratch, safe_serialization=True)
     return _finish(scratch, out)

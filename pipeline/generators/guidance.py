@@ -91,7 +91,7 @@ LINEAR = [name for name in RULES if name.startswith("cfg") and not name.endswith
 WITH_EXTRA = [name for name in RULES if name.endswith(("std", "cap"))]  # take a second number
 
 # How an output is cut to the scheduler's sample where it is larger.
-CUTS: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
+OUTPUT_SLICES: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
     "whole": lambda out, like: out,
     "reshaped": lambda out, like: out.reshape(like),
     "first channels (learned variance dropped)": lambda out, like: out[:, : like[1]],
@@ -100,7 +100,7 @@ CUTS: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
 }
 
 
-def cut_for(output: torch.Size, like: torch.Size) -> str | None:
+def output_slice_for(output: torch.Size, like: torch.Size) -> str | None:
     """Which cut makes `output` the shape `like`; None if none does."""
     if tuple(output) == tuple(like):
         return "whole"

@@ -16,7 +16,7 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
-from pipeline.generators import adapters as weights_lib
+from pipeline.generators import adapters
 from pipeline.generators.call.arguments import (
     CallMode,
     call_arguments,
@@ -25,7 +25,7 @@ from pipeline.generators.call.arguments import (
     to_floats,
     to_uint8,
 )
-from pipeline.generators.call.quirks import hint_for
+from pipeline.generators.call.quirks import quirk_for
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.embedding_cache import EmbeddingStore
 from pipeline.generators.load.offload import Offload
@@ -44,7 +44,7 @@ from pipeline.generators.record.recorder import RawStep, Recording, record
 from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.generators.replay.replayer import branches_of, to_part
 from pipeline.generators.replay.split_groups import cut_part, joint_sampling
-from pipeline.generators.replay.text_inputs import TextReencoder, call_inputs
+from pipeline.generators.replay.text_inputs import TextReencoder, to_call_inputs
 from pipeline.generators.spec import PolicySpec
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
@@ -56,11 +56,11 @@ class Policy:
     def __init__(self, cfg: Config, pipe: Any, device: torch.device) -> None:
         self.cfg, self.pipe, self.device = cfg, pipe, device
         self.name = type(pipe).__name__
-        hint = hint_for(pipe)
-        if hint.refuse:
-            raise UnsupportedPolicyError(f"{self.name}: {hint.refuse}")
-        if hint.prepare is not None:
-            hint.prepare(pipe)
+        quirk = quirk_for(pipe)
+        if quirk.refuse:
+            raise UnsupportedPolicyError(f"{self.name}: {quirk.refuse}")
+        if quirk.prepare is not None:
+            quirk.prepare(pipe)
         self.modules = denoisers_of(pipe)
         self.trained = trained_modules(pipe, cfg.trainable)
         self.prediction = first_order_scheduler(pipe)
@@ -73,7 +73,7 @@ class Policy:
         self.version = 0
         self.reset(CallMode(), [])
         self.scales = self._known_scales()
-        self._merged: weights_lib.MergedLora | None = None
+        self._merged: adapters.MergedLora | None = None
         self.embeddings: EmbeddingStore | None = None
         self.offload: Offload | None = None
         self.text = TextReencoder(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
@@ -110,31 +110,31 @@ class Policy:
                 found.append(float(value))
         return list(dict.fromkeys([*found, 1.0]))
 
-    def reset(self, form: CallMode, fill: list[str]) -> None:
-        """Forgets what a probe found. `form`, `fill`: how the pipeline is called, and the conditions that are made up
+    def reset(self, mode: CallMode, placeholders: list[str]) -> None:
+        """Forgets what a probe found. `mode`: how the pipeline is called; `placeholders`: the conditions made up
         where a prompt lacks them."""
-        self.form, self.fill = form, fill
+        self.mode, self.placeholders = mode, placeholders
         self.spec: PolicySpec | None = None
         # sampler steps -> num_inference_steps, where `strength` is rounded otherwise
-        self.asked: dict[int, int] = {}
+        self.steps_to_request: dict[int, int] = {}
         # sampler step -> (rule, scale, extra) where a step's own outputs are too much alike to tell
-        self.numbers: dict[int, tuple[str, float, tuple[float, ...]]] = {}
+        self.fixed_guidance: dict[int, tuple[str, float, tuple[float, ...]]] = {}
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def attach(self) -> None:
+    def add_adapters(self) -> None:
         """Adds what is trained (LoRA layers, or nothing for full weights), so that weights can be loaded."""
-        weights_lib.attach(self.trained, self.cfg.trainable, self.cfg.run.seed)
+        adapters.add_adapters(self.trained, self.cfg.trainable, self.cfg.run.seed)
         if self.offload is not None:
             self.offload.layers_changed(self.trained)
         if self.cfg.rollout.merge_lora and self.cfg.trainable.kind == "lora":
-            self._merged = weights_lib.MergedLora(self.trained)
+            self._merged = adapters.MergedLora(self.trained)
         if self.cfg.generator.compile:
             compile_blocks(self.modules, self.device)
 
     def load_weights(self, weights: WeightSet) -> str:
         """Puts a version in place; returns the checksum of what this policy now holds."""
-        found = weights_lib.apply(self.trained, weights)
+        found = adapters.apply(self.trained, weights)
         if self._merged is not None:
             self._merged.merge()
         if self.text is not None:
@@ -170,10 +170,12 @@ class Policy:
             seconds["decode"] += ended - recording.denoise_ended
             frames.append(to_uint8(values))
             if work.sampling.trained_steps:
-                asked = None
+                inputs = None
                 if self.text is not None:
-                    asked = call_inputs(work.prompts[start:stop], work.noise_seeds[start:stop], self.form, self.fill)
-                parts.append(to_part(recording, start, stop, self._keep_mean, asked))
+                    inputs = to_call_inputs(
+                        work.prompts[start:stop], work.noise_seeds[start:stop], self.mode, self.placeholders
+                    )
+                parts.append(to_part(recording, start, stop, self._keep_mean, inputs))
         trajectory = None
         if parts:
             trajectory = Trajectory(
@@ -193,8 +195,8 @@ class Policy:
         """
         prompts = tuple(prompt for work in works for prompt in work.prompts)
         sampling = joint_sampling(works)
-        apart = self.spec is None or self.spec.layouts is None or self.text is not None or not self.form.batched
-        differ = self.form.shared and len({condition_key(prompt) for prompt in prompts}) > 1
+        apart = self.spec is None or self.spec.layouts is None or self.text is not None or not self.mode.batched
+        differ = self.mode.shared and len({condition_key(prompt) for prompt in prompts}) > 1
         if len(works) == 1 or sampling is None or apart or differ:
             return [self.rollout(work) for work in works]
         joint = replace(
@@ -216,12 +218,12 @@ class Policy:
         return found
 
     def calls(self, work: GroupWork) -> Iterator[tuple[int, int]]:
-        """Takes [start, stop) of each pipeline call: a batch at most, and one condition where the form shares it."""
-        size = (self.cfg.rollout.batch or work.takes) if self.form.batched else 1
+        """Takes [start, stop) of each pipeline call: a batch at most, and one condition where the mode shares it."""
+        size = (self.cfg.rollout.batch or work.takes) if self.mode.batched else 1
         start = 0
         while start < work.takes:
             stop = min(start + size, work.takes)
-            if self.form.shared:
+            if self.mode.shared:
                 keys = [condition_key(prompt) for prompt in work.prompts[start:stop]]
                 stop = start + next((i for i, key in enumerate(keys) if key != keys[0]), len(keys))
             yield start, stop
@@ -243,7 +245,7 @@ class Policy:
         noise = [_generator(seed ^ _POLICY_NOISE) for seed in seeds]
         kwargs = self.call_arguments(prompts, sampling)
         first = [_generator(seed) for seed in noise_seeds or seeds]
-        kwargs["generator"] = first if self.form.batched else first[0]
+        kwargs["generator"] = first if self.mode.batched else first[0]
         if self.spec is not None:
             options.setdefault("on_step", self.fit_step)
             if (until := min(sampling.stochastic_steps, default=0)) > 0:
@@ -257,23 +259,23 @@ class Policy:
         if recording.stopped:
             return np.zeros(0, np.float32), recording
         if recording.num_steps != sampling.num_steps:
-            if self._ask_again(kwargs.get("num_inference_steps", 0), recording.num_steps, sampling.num_steps):
+            if self._request_other_steps(kwargs.get("num_inference_steps", 0), recording.num_steps, sampling.num_steps):
                 return self.sample(prompts, seeds, noise_seeds, sampling, keep_steps=keep_steps, **options)
             raise UnsupportedPolicyError(_wrong_steps(self.name, recording.num_steps, sampling.num_steps))
         return to_floats(output, len(prompts)), recording
 
     def call_arguments(self, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
-        kwargs = call_arguments(self.pipe, self.cfg.generator, prompts, sampling, self.form, self.fill)
-        if sampling.num_steps in self.asked:
-            kwargs["num_inference_steps"] = self.asked[sampling.num_steps]
+        kwargs = call_arguments(self.pipe, self.cfg.generator, prompts, sampling, self.mode, self.placeholders)
+        if sampling.num_steps in self.steps_to_request:
+            kwargs["num_inference_steps"] = self.steps_to_request[sampling.num_steps]
         return kwargs
 
-    def _ask_again(self, asked: int, took: int, wanted: int) -> bool:
+    def _request_other_steps(self, requested: int, took: int, wanted: int) -> bool:
         """Whether another num_inference_steps may give `wanted` steps: pipelines round steps x strength in their own
         ways. Notes the number to ask for."""
-        if not 0 < took <= asked or "strength" not in parameters_of(self.pipe) or wanted in self.asked:
+        if not 0 < took <= requested or "strength" not in parameters_of(self.pipe) or wanted in self.steps_to_request:
             return False
-        self.asked[wanted] = asked + wanted - took
+        self.steps_to_request[wanted] = requested + wanted - took
         return True
 
     def fit_step(self, step: RawStep) -> None:
@@ -289,7 +291,7 @@ class Policy:
             raise UnsupportedPolicyError(
                 f"{self.name} has {len(branches)} guidance branches at step {step.index}, which the probe did not see"
             )
-        known = self.numbers.get(step.index)
+        known = self.fixed_guidance.get(step.index)
         if known is not None:
             probing.check_numbers(branches, step, *known, self.spec.sign)
             step.rule, step.guidance_scale, step.rule_extra = known

@@ -22,7 +22,7 @@ class Layout:
     order: str
     inner: int = 1
 
-    def take(self, tensor: torch.Tensor, takes: slice | list[int], total: int) -> torch.Tensor:
+    def select(self, tensor: torch.Tensor, takes: slice | list[int], total: int) -> torch.Tensor:
         """The entries of the takes in `takes` (of `total`), in the order given.
 
         Tiled copies are counted from the tensor itself, since a pipeline may drop a branch at some steps.
@@ -37,11 +37,11 @@ class Layout:
         taken = split[tuple(index)].flatten(self.axis, self.axis + (2 if self.order == "tile" else 1))
         return taken.contiguous()  # as recorded inputs are: some models call `view` on them
 
-    def pick(self, entries: list[Any] | tuple[Any, ...], takes: slice | list[int], total: int) -> list[Any]:
+    def select_list(self, entries: list[Any] | tuple[Any, ...], takes: slice | list[int], total: int) -> list[Any]:
         """The same for a list."""
-        index = self.take(torch.arange(len(entries)), takes, total) if self.axis == 0 else None
+        index = self.select(torch.arange(len(entries)), takes, total) if self.axis == 0 else None
         if index is None:
-            index = Layout(axis=0, copies=self.copies, order=self.order, inner=self.inner).take(
+            index = Layout(axis=0, copies=self.copies, order=self.order, inner=self.inner).select(
                 torch.arange(len(entries)), takes, total
             )
         return [entries[i] for i in index.tolist()]
@@ -68,7 +68,7 @@ def map_call_inputs(
         built = [map_call_inputs(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
         layout = layouts.get(f"{key}:{path}")
         if layout is not None and layout.axis == LIST:
-            built = layout.pick(built, takes, total)
+            built = layout.select_list(built, takes, total)
         if isinstance(node, list):
             return built
         return type(node)(*built) if hasattr(node, "_fields") else tuple(built)
@@ -83,7 +83,7 @@ class PolicySpec:
     prediction: str  # flow | epsilon | v_prediction | sample
     rules: dict[str, str]  # "<branches>" of a step -> a key of guidance.RULES, or guidance.LINEAR_FIT
     sign: float  # -1: the pipeline hands the scheduler the negated value
-    cut: str  # a key of guidance.CUTS, or "gather"
+    output_slice: str  # a key of guidance.OUTPUT_SLICES, or "gather"
     gather: np.ndarray | None  # int32 [...]: for each value the scheduler is given, its place in a branch's output
     layouts: dict[str, Layout] | None  # "<calls>.<call>:<path>" -> where the takes are; absent: the same for all takes.
     # None: not found; a part is then replayed whole and cut afterwards

@@ -19,7 +19,7 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, WeightSet
-from pipeline.generators import adapters as weights_lib
+from pipeline.generators import adapters
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import (
     denoisers_of,
@@ -68,7 +68,7 @@ class Learner:
             text = TextReencoder(pipe, cfg.generator)
         needs_reference = cfg.algorithm.kl_beta > 0
         reference = copy.deepcopy(self.modules) if full and needs_reference else None
-        weights_lib.attach(self.trained, cfg.trainable, cfg.run.seed)
+        adapters.add_adapters(self.trained, cfg.trainable, cfg.run.seed)
         if cfg.learner.activation_checkpointing:
             for module in self.modules.values():
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -92,7 +92,7 @@ class Learner:
                 for modules in (lane.modules, lane.reference or {}):
                     compile_blocks(modules, self.device)
         self._threads = ThreadPoolExecutor(max(1, len(self.lanes) - 1), "lane")
-        self.parameters = weights_lib.trainable(self.trained)
+        self.parameters = adapters.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -179,7 +179,7 @@ class Learner:
         divisor = pairs_of(groups) * total // len(groups)
         self._update = GradientAccumulator(total, divisor=divisor, checked=self._looked_at(total))
         for lane in self.lanes:
-            for parameter in weights_lib.trainable(lane.trained).values():
+            for parameter in adapters.trainable(lane.trained).values():
                 parameter.grad = None
 
     def _replay(self, groups: list[GroupBatch]) -> None:
@@ -210,7 +210,7 @@ class Learner:
                 for micro in micros:
                     found[place, number] = self._backward(lane, group, micro, look, 1.0)
                     number += 1
-                if (live := micros[0][0].live) is not None:
+                if (live := micros[0][0].reencoded) is not None:
                     live.backward()  # through the text encoders once, with the gradients of all micro-batches
         return found
 
@@ -277,7 +277,7 @@ class Learner:
     def _gather_lanes(self) -> None:
         """Adds the other lanes' gradients to the first one's, in order."""
         for lane in self.lanes[1:]:
-            for name, parameter in weights_lib.trainable(lane.trained).items():
+            for name, parameter in adapters.trainable(lane.trained).items():
                 mine, grad = self.parameters[name], parameter.grad
                 if grad is not None:
                     mine.grad = grad if mine.grad is None else mine.grad.add_(grad)
@@ -314,7 +314,7 @@ class Learner:
         """
         source = self.ema if tag == "ema" and self.ema else self.parameters
         kind = self.cfg.trainable.kind
-        return weights_lib.to_weight_set(kind, self._gathered({n: t.to(self._wire_dtype) for n, t in source.items()}))
+        return adapters.to_weight_set(kind, self._gathered({n: t.to(self._wire_dtype) for n, t in source.items()}))
 
     def _gathered(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Out of their shards, on rank 0; in the CPU's memory where they were sharded."""

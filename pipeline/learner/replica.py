@@ -16,7 +16,7 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, MicroBatchSpecs, Trajectory
-from pipeline.generators import adapters as weights_lib
+from pipeline.generators import adapters
 from pipeline.generators.replay.merge_steps import merged
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
@@ -63,7 +63,7 @@ class Replica:
         spec = PolicySpec.from_dict(trajectory.spec)
         replayer = Replayer(trajectory.parts[number], spec, self.modules, self.device)
         if self.text is not None:
-            self.text.attach(replayer, trajectory.sampling)
+            self.text.override_text(replayer, trajectory.sampling)
         return _micro_batches(self.cfg, replayer)
 
     def losses(self, group: GroupBatch, micro: MicroBatch, look: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -172,7 +172,7 @@ class Replica:
     def _reference_output(self, replayer: Replayer, j: int, takes: slice, x: torch.Tensor) -> torch.Tensor:
         """The starting policy's output: adapter off (LoRA) or the frozen copy (full weights)."""
         if self.reference is None:
-            with weights_lib.adapters_off(self.trained), reference_inputs(replayer):
+            with adapters.adapters_off(self.trained), reference_inputs(replayer):
                 return self._output(replayer, j, takes, x)
         other = Replayer(replayer.part, replayer.spec, self.reference, self.device)
         return self._output(other, j, takes, x)

@@ -127,7 +127,7 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
             "num_frames": frames,
             "guidance_scale": scale,
             "steps": 3,
-            "takes": [2, 3] if found["form"] != "one take a call" else [1],
+            "takes": [2, 3] if found["call_mode"] != "one take a call" else [1],
         }
         report["guidance"] = rule_words(found)
         report["layout"] = layout_words(found)
@@ -271,7 +271,7 @@ def layout_words(found: dict[str, Any]) -> list[str]:
     words = [f"called with {found['form']}"]
     if found["conditions"]:
         words.append(f"conditions given: {', '.join(found['conditions'])}")
-    cut = found["output_cut"]
+    cut = found["output_slice"]
     if cut == "gather":
         words.append("the scheduler sees the denoiser's output unpacked or sliced (traced value by value)")
     elif cut not in ("whole", "reshaped"):

@@ -63,7 +63,7 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
     policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
     prompts = load_prompts(cfg.prompts.train)
     policy.probe(prompts)
-    policy.attach()
+    policy.add_adapters()
     scorer, combiner = build_scorer("bright", rewards["bright"]), Combiner(rewards, cfg.algorithm.advantage)
     cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
     for step in range(3):

@@ -41,7 +41,7 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         cfg = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"compile": wanted})})
         policy = Policy.load(cfg, "cpu", threads=1)
         policy.probe()
-        policy.attach()
+        policy.add_adapters()
         media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PROMPT))
         learner = Learner(cfg, "cpu")
         copies = [lane.modules for lane in learner.lanes] + [lane.reference or {} for lane in learner.lanes]

@@ -60,9 +60,9 @@ class Case:
         sections = {"trainable": {"kind": kind, "rank": 4}, "optimizer": {"lr": 1e-2 if kind == "lora" else 1e-3}}
         cfg = families.config(self.name, self.folder, **sections)
         policy = Policy.load(cfg, "cpu", threads=1)
-        for found in ("spec", "form", "fill", "numbers"):
+        for found in ("spec", "mode", "placeholders", "fixed_guidance"):
             setattr(policy, found, getattr(self.policy, found))
-        policy.attach()
+        policy.add_adapters()
         learner = Learner(cfg, "cpu")
         assert policy.load_weights(learner.weights()) == learner.weights().checksum
         media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, self.prompts[0]))
@@ -98,7 +98,7 @@ class Case:
         if hasattr(pipe, "vae"):
             channels_last(pipe.vae)  # the layout of weights alone moves a decode by more than is allowed here
         made = []
-        batched = self.policy.form.batched
+        batched = self.policy.mode.batched
         for start in (0,) if batched else (0, 1):
             takes = slice(start, start + (2 if batched else 1))
             kwargs = self.policy.call_arguments(self.prompts[:2][takes], ode_sampling(self.policy.cfg, 3))

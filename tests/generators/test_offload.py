@@ -94,7 +94,7 @@ def test_group_offload_gives_the_same_takes_and_trains(folder):
     learner = Learner(policy.cfg, "cpu")
     for each in (plain, policy):
         each.probe()
-        each.attach()
+        each.add_adapters()
     for step in range(2):
         for each in (plain, policy):
             assert each.load_weights(learner.weights()) == learner.weights().checksum

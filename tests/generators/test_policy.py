@@ -215,5 +215,5 @@ def test_branches_that_are_alike_are_not_concluded_from(share, enough):
 def test_layouts_take_the_right_entries():
     tile = torch.tensor([0, 1, 2, 10, 11, 12])
     repeat = torch.tensor([0, 10, 1, 11, 2, 12])
-    assert Layout(axis=0, copies=2, order="tile").take(tile, slice(1, 3), 3).tolist() == [1, 2, 11, 12]
-    assert Layout(axis=0, copies=2, order="repeat").take(repeat, slice(1, 3), 3).tolist() == [1, 11, 2, 12]
+    assert Layout(axis=0, copies=2, order="tile").select(tile, slice(1, 3), 3).tolist() == [1, 2, 11, 12]
+    assert Layout(axis=0, copies=2, order="repeat").select(repeat, slice(1, 3), 3).tolist() == [1, 11, 2, 12]

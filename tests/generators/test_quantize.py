@@ -30,7 +30,7 @@ def test_both_sides_round_alike_and_the_lora_trains(tiny_sd3, tmp_path):
     kinds = {type(p.data).__name__ for p in policy.modules["transformer"].parameters()}
     assert "Int8Tensor" in kinds
     policy.probe()
-    policy.attach()
+    policy.add_adapters()
     plain = Policy.load(tiny.config(tiny_sd3), "cpu", threads=1)
     plain.probe()
     for step in range(2):

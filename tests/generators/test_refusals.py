@@ -271,7 +271,7 @@ def test_a_denoising_strength_that_is_rounded_otherwise_still_gives_the_steps_as
     folder = families.make("ChromaImg2Img", root)
     policy = families.policy("ChromaImg2Img", folder)
     report = policy.probe(families.prompts("ChromaImg2Img", folder))
-    assert report["replay_whole"] <= 1e-5 and policy.asked == {3: 3}
+    assert report["replay_whole"] <= 1e-5 and policy.steps_to_request == {3: 3}
 
 
 def test_a_checkpoint_without_an_optional_encoder_loads(root):

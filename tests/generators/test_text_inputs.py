@@ -43,7 +43,7 @@ def start(request, tiny_sd3, tiny_wan, tmp_path_factory):
 def both_sides(cfg) -> tuple[Policy, Learner]:
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
-    policy.attach()
+    policy.add_adapters()
     learner = Learner(cfg, "cpu")
     assert policy.load_weights(learner.weights()) == learner.weights().checksum
     return policy, learner
@@ -103,9 +103,9 @@ def test_gradients_are_those_of_one_long_graph(start):
     trajectory = batch.trajectory
     for part in trajectory.parts:
         replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), learner.modules, learner.device)
-        live = learner.lanes[0].text.attach(replayer, trajectory.sampling)
+        live = learner.lanes[0].text.override_text(replayer, trajectory.sampling)
         roots = {id(leaf): root for root, leaf in live._roots.values()}
-        replayer.fresh = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
+        replayer.overrides = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):
             takes = slice(0, replayer.total)
             advantages = learner.lanes[0].advantages(batch, replayer, takes)
@@ -225,7 +225,7 @@ def test_prompts_travel_only_where_needed(tiny_sd3):
     assert isinstance(tiny_sd3, Path)
     policy = Policy.load(tiny.config(tiny_sd3), "cpu", threads=1)
     policy.probe()
-    assert group(policy, 0).trajectory.parts[0].asked is None
+    assert group(policy, 0).trajectory.parts[0].call_inputs is None
 
 
 SOME = ("StableDiffusionControlNet", "ZImage", "HunyuanDiT")  # inputs of a ControlNet; positional lists; two encoders
@@ -243,7 +243,7 @@ def test_any_family_can_train_its_text_encoders_and_store_its_embeddings(name, t
         return
     policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
     assert policy.probe(prompts)["text_inputs"]
-    policy.attach()
+    policy.add_adapters()
     for step in range(2):
         policy.load_weights(learner.weights())
         _, trajectory, _ = policy.rollout(train_work(cfg, step, step, prompts[0]))

@@ -68,7 +68,7 @@ def made(request, tiny_sd3, tiny_wan) -> tuple[Policy, Learner]:
     cfg = tiny.config(folder, algorithm={"objective": "awm", "kl_beta": 0.1}, optimizer={"lr": 1e-3})
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
-    policy.attach()
+    policy.add_adapters()
     learner = Learner(cfg, "cpu")
     policy.load_weights(learner.weights())
     return policy, learner

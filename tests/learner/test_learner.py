@@ -28,7 +28,7 @@ def make(folder, **sections) -> tuple[Policy, Learner]:
     cfg = tiny.config(folder, **sections)
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
-    policy.attach()
+    policy.add_adapters()
     learner = Learner(cfg, "cpu")
     assert policy.load_weights(learner.weights()) == learner.weights().checksum
     return policy, learner
@@ -174,7 +174,7 @@ def test_state_of_another_config_is_refused(folder):
     with pytest.raises(CheckpointError, match="does not fit"):
         other.load_state(*learner.state())
     full = Policy.load(tiny.config(folder, trainable={"kind": "full"}), "cpu")
-    full.attach()
+    full.add_adapters()
     with pytest.raises(RushesError, match="do not fit"):
         full.load_weights(learner.weights())
 

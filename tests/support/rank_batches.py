@@ -15,7 +15,7 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
     """Of the starting policy: every later step is off-policy, which is all the same to the comparison."""
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
-    policy.attach()
+    policy.add_adapters()
     made = []
     for step in range(steps):
         groups = []

@@ -103,7 +103,7 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
     cfg = tiny.config(tiny_sd3, trainable={"modules": "both"}, algorithm={"group_size": 4, "kl_beta": 0.0})
     policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
     policy.probe()
-    policy.attach()
+    policy.add_adapters()
     _, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PromptItem(index=0, text="a red circle")))
     replayer = Replayer(trajectory.parts[0], policy.spec, learner.modules, learner.device)
     weights = {
@@ -117,7 +117,7 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        live = learner.lanes[0].text.attach(replayer, trajectory.sampling)
+        live = learner.lanes[0].text.override_text(replayer, trajectory.sampling)
     parts = plan_memory(cfg, NONE)["roles"]["learner"]["parts"]
     planned, measured = parts["text encoders' activations"], sum(held.values())
     del live

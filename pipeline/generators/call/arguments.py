@@ -1,6 +1,6 @@
 """How a pipeline is called: argument names, conditioning images and videos, and its pictures as uint8 frames.
 
-A form says how a batch of takes is put to the pipeline; `Policy.probe` tries them in order until one works.
+A mode says how a batch of takes is put to the pipeline; `Policy.probe` tries them in order until one works.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.types import PromptItem, SamplingSpec
-from pipeline.generators.call.quirks import hint_for
+from pipeline.generators.call.quirks import quirk_for
 
 # Optional arguments that are conditions on the picture, in the order they are offered in a probe without prompts.
 _OPTIONAL_CONDITIONS = (
@@ -46,19 +46,19 @@ class CallMode:
     shared: bool = True
     negative: bool = False
 
-    def words(self) -> str:
+    def describe(self) -> str:
         empty = ", an empty negative prompt" if self.negative else ""
         if not self.batched:
             return "one take a call" + empty
         return "many takes a call" + (", one condition for all" if self.shared else ", a condition each") + empty
 
 
-def forms(conditioned: bool, negative: bool = False) -> list[CallMode]:
+def call_modes(conditioned: bool, negative: bool = False) -> list[CallMode]:
     """What to try, in order. `negative`: the pipeline takes negative prompts, and some do not run without one."""
     found = [CallMode(), CallMode(batched=False)]
     if conditioned:
         found.insert(1, CallMode(shared=False))
-    return found + ([replace(form, negative=True) for form in found] if negative else [])
+    return found + ([replace(mode, negative=True) for mode in found] if negative else [])
 
 
 def parameters_of(pipe: Any) -> dict[str, inspect.Parameter]:
@@ -143,16 +143,16 @@ def _resized(value: Any, height: int, width: int) -> Any:
     return value.resize((width, height)) if hasattr(value, "resize") and hasattr(value, "size") else value
 
 
-def steps_to_ask(pipe: Any, cfg: GeneratorConfig, wanted: int) -> int:
+def requested_steps(pipe: Any, cfg: GeneratorConfig, wanted: int) -> int:
     """num_inference_steps that make the pipeline take `wanted` steps: image-to-image runs int(steps x strength)."""
     parameter = parameters_of(pipe).get("strength")
     strength = cfg.call.get("strength", parameter.default if parameter is not None else 1.0)
     if not isinstance(strength, (int, float)) or not 0.0 < strength < 1.0:
         return wanted
-    asked = math.ceil(wanted / strength)
-    while min(int(asked * strength), asked) < wanted:
-        asked += 1
-    return asked
+    requested = math.ceil(wanted / strength)
+    while min(int(requested * strength), requested) < wanted:
+        requested += 1
+    return requested
 
 
 def call_arguments(
@@ -160,17 +160,20 @@ def call_arguments(
     cfg: GeneratorConfig,
     prompts: Sequence[PromptItem],
     sampling: SamplingSpec,
-    form: CallMode,
-    fill: Sequence[str] = (),
+    mode: CallMode,
+    placeholders: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Arguments of the pipeline's __call__ for these takes. `fill`: conditions to make up where a prompt lacks them."""
+    """Arguments of the pipeline's __call__ for these takes.
+
+    `placeholders`: conditions that are made up where a prompt lacks them.
+    """
     parameters = parameters_of(pipe)
     texts = [prompt.text for prompt in prompts]
     kwargs: dict[str, Any] = {
-        "prompt": texts if form.batched else texts[0],
+        "prompt": texts if mode.batched else texts[0],
         "height": cfg.height,
         "width": cfg.width,
-        "num_inference_steps": steps_to_ask(pipe, cfg, sampling.num_steps),
+        "num_inference_steps": requested_steps(pipe, cfg, sampling.num_steps),
         "output_type": "np",
     }
     kwargs.update({name: cfg.num_frames for name in FRAMES if name in parameters})
@@ -186,24 +189,24 @@ def call_arguments(
     if "use_resolution_binning" in parameters:
         kwargs["use_resolution_binning"] = False  # height and width are what the config says
     kwargs["use_kv_cache"] = False  # calls of the denoiser must not depend on earlier ones
-    kwargs.update(hint_for(pipe).call(cfg))
-    asked = cfg.call.get("true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None))
-    needed = isinstance(asked, (int, float)) and asked > 1.0  # these guide only when given a negative prompt
-    if needed or form.negative or any(prompt.negative for prompt in prompts):
+    kwargs.update(quirk_for(pipe).call(cfg))
+    true_scale = cfg.call.get("true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None))
+    needed = isinstance(true_scale, (int, float)) and true_scale > 1.0  # these guide only when given a negative prompt
+    if needed or mode.negative or any(prompt.negative for prompt in prompts):
         negative = [prompt.negative or (" " if needed else "") for prompt in prompts]
-        kwargs["negative_prompt"] = negative if form.batched else negative[0]
+        kwargs["negative_prompt"] = negative if mode.batched else negative[0]
     conditions = [conditions_of(prompt) for prompt in prompts]
-    for name in dict.fromkeys([name for given in conditions for name in given] + list(fill)):
+    for name in dict.fromkeys([name for given in conditions for name in given] + list(placeholders)):
         values = []
-        for given in conditions[:1] if form.shared else conditions:
+        for given in conditions[:1] if mode.shared else conditions:
             value = _load(name, given[name]) if name in given else None
             if value is None:
                 value = made_up(name, cfg.height, cfg.width, cfg.num_frames)
             values.append(value if "height" in parameters else _resized(value, cfg.height, cfg.width))
         if name in _PER_TAKE:
-            kwargs[name] = values * len(prompts) if form.shared else values
+            kwargs[name] = values * len(prompts) if mode.shared else values
         else:
-            kwargs[name] = values[0] if form.shared or not form.batched else values
+            kwargs[name] = values[0] if mode.shared or not mode.batched else values
     kwargs = {name: value for name, value in kwargs.items() if name in parameters}
     return {**kwargs, **cfg.call}
 

@@ -33,12 +33,12 @@ def _tiled(pipe: Any) -> None:
     pipe.vae.enable_tiling()  # it decodes in no other way
 
 
-HINTS: dict[str, Quirk] = {
+QUIRKS: dict[str, Quirk] = {
     "AllegroPipeline": Quirk(prepare=_tiled),
     "FluxKontextPipeline": Quirk(call=_kontext),
     "FluxKontextInpaintPipeline": Quirk(call=_kontext),
 }
 
 
-def hint_for(pipe: Any) -> Quirk:
-    return HINTS.get(type(pipe).__name__, Quirk())
+def quirk_for(pipe: Any) -> Quirk:
+    return QUIRKS.get(type(pipe).__name__, Quirk())

@@ -32,7 +32,7 @@ from pipeline.generators.load.pipeline import load_component, model_index, resol
 
 log = logging.getLogger("rushes.generators")
 
-_FORMAT = 1
+_FORMAT = 2
 _SAMPLES, _CHUNK = 32, 1 << 16  # places and bytes looked at in a large weight file
 _WHOLE = 1 << 22  # files up to this size are read whole
 _LANGUAGE = ("text_encoder", "tokenizer", "processor")  # component names that decide an embedding start so
@@ -77,12 +77,12 @@ class EmbeddingStore:
             log.info("embedding cache %s: %s not loaded unless needed", self.folder, ", ".join(found["skip"]))
         return list(found["skip"])
 
-    def in_order(self, forms: list[CallMode]) -> list[CallMode]:
-        """The form that an earlier run settled on first: others may encode prompts that are in no file."""
-        known = (self.settled() or {}).get("form")
-        return sorted(forms, key=lambda form: asdict(form) != known)
+    def in_order(self, call_modes: list[CallMode]) -> list[CallMode]:
+        """The mode that an earlier run settled on first: others may encode prompts that are in no file."""
+        known = (self.settled() or {}).get("mode")
+        return sorted(call_modes, key=lambda mode: asdict(mode) != known)
 
-    def settle(self, pipe: Any, form: CallMode, works: Callable[[], bool]) -> None:
+    def settle(self, pipe: Any, mode: CallMode, works: Callable[[], bool]) -> None:
         """Tries the pipeline without its text encoders, on calls that are stored, and notes whether that `works`."""
         if self.settled() is not None:
             return
@@ -107,7 +107,7 @@ class EmbeddingStore:
             "pipeline": type(pipe).__name__,
             "skip": [] if reason else names,
             "reason": reason,
-            "form": asdict(form),
+            "mode": asdict(mode),
         }
         atomic_write(self.folder / "model.json", json.dumps(made, indent=1).encode())
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, cut_for, evaluate
+from pipeline.generators.guidance import LINEAR_FIT, Fit, candidates, evaluate, output_slice_for
 from pipeline.generators.record.recorder import RawStep, Recording
 from pipeline.generators.replay.replayer import branches_of
 from pipeline.generators.spec import LIST, Layout, PolicySpec
@@ -45,7 +45,7 @@ def layout_between(name: str, two: torch.Tensor, three: torch.Tensor) -> Layout 
     bound = 5e-2 if low else 1e-3
     peak = max(float(two.float().abs().max()), 1e-6) if two.numel() else 1.0
     for layout in _orders(axis, per_take):
-        gap = layout.take(three, slice(0, 2), 3).double() - two.double()
+        gap = layout.select(three, slice(0, 2), 3).double() - two.double()
         if gap.numel() == 0 or float(gap.abs().max()) <= bound * peak:
             return layout
     raise UnsupportedPolicyError(
@@ -76,7 +76,7 @@ def _compare(path: str, two: Any, three: Any, found: Callable[[str, Layout], Non
             _compare(f"{path}[{i}]", a, b, found)
     elif isinstance(two, (list, tuple)) and isinstance(three, (list, tuple)) and len(two) * 3 == len(three) * 2:
         for layout in _orders(LIST, len(two) // 2):
-            picked = layout.pick(three, slice(0, 2), 3)
+            picked = layout.select_list(three, slice(0, 2), 3)
             if all(_alike(a, b) for a, b in zip(two, picked, strict=True)):
                 found(path, layout)
                 return
@@ -217,7 +217,7 @@ def find_rule(steps: list[RawStep], outputs: list[Layout], nominal: float) -> tu
     rules, sign, error = fit_steps(spec, steps, [nominal])
     branches = branches_of(spec, [call.output for call in steps[0].calls], steps[0].sample.shape)
     found = fit_step(branches, steps[0], rules[str(len(branches))], sign, [nominal])
-    return found.rule, spec.cut, found.scale, error
+    return found.rule, spec.output_slice, found.scale, error
 
 
 def fit_step(branches: list[torch.Tensor], step: RawStep, rule: str, sign: float, scales: Sequence[float]) -> Fit:
@@ -255,7 +255,7 @@ def bare_spec(step: RawStep, outputs: dict[str, Layout], pipeline: str, predicti
         prediction=prediction,
         rules={},
         sign=1.0,
-        cut=cut_for(shape, step.sample.shape) or "gather",
+        output_slice=output_slice_for(shape, step.sample.shape) or "gather",
         gather=None,
         layouts=None,
         outputs=outputs,
@@ -334,7 +334,7 @@ def report(spec: PolicySpec, small: Recording, large: Recording, error: float) -
         "guidance_scale": large.steps[0].guidance_scale,
         "guidance_weights": list(large.steps[0].rule_extra),
         "guidance_error": error,
-        "output_cut": spec.cut,
+        "output_slice": spec.output_slice,
         "denoiser_calls_per_step": max(len(step.calls) for step in steps),
         "denoisers": sorted({call.module for step in steps for call in step.calls}),
         "takes_axis": {path: [v.axis, v.copies, v.order] for path, v in (spec.layouts or {}).items()},

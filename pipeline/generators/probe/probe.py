@@ -12,13 +12,13 @@ import torch
 
 from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
 from pipeline.core.types import PromptItem, SamplingSpec
-from pipeline.generators.call.arguments import condition_arguments, conditions_of, forms, parameters_of
+from pipeline.generators.call.arguments import call_modes, condition_arguments, conditions_of, parameters_of
 from pipeline.generators.load.pipeline import forget_prompts
 from pipeline.generators.probe import fit as probing
-from pipeline.generators.record.attention import take_off
+from pipeline.generators.record.attention import reset_processors
 from pipeline.generators.record.recorder import RawStep, Recording
 from pipeline.generators.replay.replayer import Replayer, to_part
-from pipeline.generators.replay.text_inputs import call_inputs, same_inputs
+from pipeline.generators.replay.text_inputs import same_inputs, to_call_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.group_plan import ode_sampling
 from pipeline.rl.samplers import log_prob
@@ -40,20 +40,20 @@ def probe(policy: Policy, prompts: list[PromptItem] | None = None) -> dict[str, 
     if prompts:
         trio = [replace((prompts * 3)[i], image=prompts[0].image, metadata=prompts[0].metadata) for i in range(3)]
         trio.sort(key=lambda prompt: -len(prompt.text))  # the longest first: padding is then the same for 2 and 3
-        fills: list[list[str]] = [[]]
+        placeholder_options: list[list[str]] = [[]]
     else:
         trio = [PromptItem(index=i, text=text) for i, text in enumerate(_TEXTS)]
-        fills = condition_arguments(policy.pipe)
+        placeholder_options = condition_arguments(policy.pipe)
     failures: dict[str, Exception] = {}
-    for fill in fills:
+    for placeholders in placeholder_options:
         guided = "negative_prompt" in parameters_of(policy.pipe)
-        options = forms(bool(fill) or bool(conditions_of(trio[0])), guided)
-        for form in policy.embeddings.in_order(options) if policy.embeddings is not None else options:
-            policy.reset(form, fill)
+        options = call_modes(bool(placeholders) or bool(conditions_of(trio[0])), guided)
+        for mode in policy.embeddings.in_order(options) if policy.embeddings is not None else options:
+            policy.reset(mode, placeholders)
             try:
                 return _probe(policy, trio)
-            except Exception as error:  # a pipeline may refuse a form in any way; all are reported below
-                failures[f"{form.words()}{' with ' + ', '.join(fill) if fill else ''}"] = error
+            except Exception as error:  # a pipeline may refuse a mode in any way; all are reported below
+                failures[f"{mode.describe()}{' with ' + ', '.join(placeholders) if placeholders else ''}"] = error
     refusals = [error for error in failures.values() if isinstance(error, RushesError)]
     if refusals:
         raise refusals[0]
@@ -81,7 +81,7 @@ def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
         seeds = tuple(range(11 + first, 11 + stop))
         return policy.sample(trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, check_first=True, **options)[1]
 
-    batched = policy.form.batched
+    batched = policy.mode.batched
     couple, others = ((0, 2), (0, 3)) if batched else ((0, 1), (1, 2))
     small, large = run(*couple), run(*others, stop_early=True)
     if batched:
@@ -100,24 +100,26 @@ def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
     spec, error = _with_rules(policy, spec, one + other + run_steps, trio[:takes], sampling)
     probing.check_linear_weights(spec, one, other)
     policy.spec = spec
-    policy.numbers = _numbers(policy, one) if alike else {}
+    policy.fixed_guidance = _numbers(policy, one) if alike else {}
     for step in large.steps:
         policy.fit_step(step)
     report = probing.report(spec, small, large, error)
-    report["form"] = policy.form.words()
-    report["conditions"] = sorted({*policy.fill, *conditions_of(trio[0])})
+    report["call_mode"] = policy.mode.describe()
+    report["conditions"] = sorted({*policy.placeholders, *conditions_of(trio[0])})
     report["takes_note"] = note
     report["alike_outputs"] = alike
     report.update(check_replay(policy, large, sampling))
     if getattr(policy.pipe, "guider", None) is not None and not alike:
         _check_later_steps(policy, trio[:takes])
     if policy.text is not None:
-        asked = call_inputs(trio[slice(*others)], [11 + i for i in range(*others)], policy.form, policy.fill)
-        report["text_inputs"] = policy.text.check(large.steps, asked, sampling)
+        inputs = to_call_inputs(
+            trio[slice(*others)], [11 + i for i in range(*others)], policy.mode, policy.placeholders
+        )
+        report["text_inputs"] = policy.text.check(large.steps, inputs, sampling)
     if policy.embeddings is not None:
         forget_prompts(policy.pipe)
-        policy.embeddings.settle(policy.pipe, policy.form, lambda: same_inputs(small.steps, run(*couple).steps))
-    policy.numbers = _numbers(policy, run_steps)
+        policy.embeddings.settle(policy.pipe, policy.mode, lambda: same_inputs(small.steps, run(*couple).steps))
+    policy.fixed_guidance = _numbers(policy, run_steps)
     return report
 
 
@@ -125,15 +127,15 @@ def _with_rules(
     policy: Policy, spec: PolicySpec, steps: list[RawStep], prompts: Sequence[PromptItem], sampling: SamplingSpec
 ) -> tuple[PolicySpec, float]:
     """The spec with its guidance rules, its outputs traced value by value where shapes do not say how they are cut."""
-    if spec.cut == "first tokens":  # the sample's tokens may also come behind the text's
-        last = replace(spec, cut="last tokens")
+    if spec.output_slice == "first tokens":  # the sample's tokens may also come behind the text's
+        last = replace(spec, output_slice="last tokens")
         try:
             rules, sign, error = probing.fit_steps(last, steps, policy.scales)
             return replace(last, rules=rules, sign=sign), error
         except UnsupportedPolicyError:
             pass  # so they come first, as the shapes suggest
     try:
-        if spec.cut == "gather":
+        if spec.output_slice == "gather":
             raise UnsupportedPolicyError("shapes differ")
         rules, sign, error = probing.fit_steps(spec, steps, policy.scales)
     except UnsupportedPolicyError as by_shape:
@@ -147,8 +149,8 @@ def _with_rules(
                 len(prompts),
             )
         except UnsupportedPolicyError as by_trace:
-            raise (by_trace if spec.cut == "gather" else by_shape) from by_trace
-        spec = replace(spec, cut="gather", gather=places)
+            raise (by_trace if spec.output_slice == "gather" else by_shape) from by_trace
+        spec = replace(spec, output_slice="gather", gather=places)
         rules, sign, error = probing.fit_steps(spec, steps, policy.scales)
     return replace(spec, rules=rules, sign=sign), error
 
@@ -185,7 +187,7 @@ def _made_up_steps(policy: Policy, prompts: Sequence[PromptItem], seed: int, sam
 
 def _numbers(policy: Policy, steps: list[RawStep]) -> dict[int, tuple[str, float, tuple[float, ...]]]:
     """Sampler step -> (rule, scale, extra), read from steps whose outputs tell them."""
-    policy.numbers = {}
+    policy.fixed_guidance = {}
     for step in steps:
         policy.fit_step(step)
     return {step.index: (step.rule, step.guidance_scale, step.rule_extra) for step in steps}
@@ -236,7 +238,7 @@ def check_replay(policy: Policy, recording: Recording, sampling: SamplingSpec) -
                 moved = replayer.move(j, cut, sample, out, sampling)
                 gap = float((log_prob(next_sample, moved) - old).abs().max())
                 worst[key] = max(worst[key], gap)
-    take_off(policy.modules.values())
+    reset_processors(policy.modules.values())
     exact = all(p.dtype == torch.float32 for m in policy.modules.values() for p in m.parameters())
     bound = probing.RATIO_TOLERANCE if exact else 1e-2
     # Single takes run through other kernels; over few latent values their rounding shows more.

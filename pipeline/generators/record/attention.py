@@ -14,7 +14,7 @@ from diffusers.models import attention_processor
 
 from pipeline.core.errors import UnsupportedPolicyError
 
-_OWN: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()  # what `wear` has replaced
+_OWN: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()  # what `apply_processors` has replaced
 
 
 def processors_of(module: torch.nn.Module) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def changed(module: torch.nn.Module, own: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def put_back(module: torch.nn.Module, own: dict[str, Any]) -> None:
+def restore_processors(module: torch.nn.Module, own: dict[str, Any]) -> None:
     """Processors as they were."""
     for path, processor in own.items():
         layer = module.get_submodule(path)
@@ -52,13 +52,13 @@ def put_back(module: torch.nn.Module, own: dict[str, Any]) -> None:
             layer.set_processor(processor)
 
 
-def wear(module: torch.nn.Module, names: dict[str, str]) -> None:
+def apply_processors(module: torch.nn.Module, names: dict[str, str]) -> None:
     """Gives `module` the processors of a recorded call; none of another call stay behind.
 
     They stay until the next call, since activation checkpointing runs a layer again in the backward pass.
     """
     if module in _OWN:
-        put_back(module, _OWN.pop(module))
+        restore_processors(module, _OWN.pop(module))
     if not names:
         return
     own = processors_of(module)
@@ -67,7 +67,7 @@ def wear(module: torch.nn.Module, names: dict[str, str]) -> None:
         module.get_submodule(path).set_processor(getattr(attention_processor, name)())
 
 
-def take_off(modules: Iterable[torch.nn.Module]) -> None:
-    """Ends what `wear` began."""
+def reset_processors(modules: Iterable[torch.nn.Module]) -> None:
+    """Ends what `apply_processors` began."""
     for module in modules:
-        wear(module, {})
+        apply_processors(module, {})

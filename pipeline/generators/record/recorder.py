@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves
 from pipeline.core.types import SamplingSpec
-from pipeline.generators.record.attention import changed, processors_of, put_back
+from pipeline.generators.record.attention import changed, processors_of, restore_processors
 from pipeline.generators.record.first_order import step_times
 from pipeline.generators.record.outputs import first_tensor, is_first_alone, replace_first
 from pipeline.generators.record.shared_prefix import SharedPrefix
@@ -194,17 +194,19 @@ def record(
             )
         x, out = unfold(sample), unfold(-model_output if times.flip else model_output)
         if open_step is not None:
-            _close(open_step, x, recording, type(pipe).__name__)
+            _infer_mask(open_step, x, recording, type(pipe).__name__)
             open_step = None
         if stop_early and count > max(keep_steps):
             recording.stopped = True
             raise StopRecording
         if check_first and count == 0:
-            still = _move(scheduler, sampling, prediction, x, out, times, False, False, generator).mean.reshape(shape)
+            still = _policy_transition(
+                scheduler, sampling, prediction, x, out, times, False, False, generator
+            ).mean.reshape(shape)
             _compare_with_own(scheduler, still, {"model_output": given, "timestep": timestep, "sample": sample, **rest})
         last = index + 1 >= len(scheduler.timesteps)
         noisy = count in sampling.stochastic_steps
-        moved = _move(scheduler, sampling, prediction, x, out, times, noisy, last, generator)
+        moved = _policy_transition(scheduler, sampling, prediction, x, out, times, noisy, last, generator)
         next_sample = moved.mean
         if noisy:
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
@@ -259,7 +261,7 @@ def record(
         pass
     finally:
         for name, own in processors.items():  # the pipeline may have had no chance to take its own ones away
-            put_back(denoisers[name], own)
+            restore_processors(denoisers[name], own)
         scheduler.__dict__.pop("step", None)  # the class's own method shows again
         for hook in hooks:
             hook.remove()
@@ -298,7 +300,7 @@ def _number(value: Any, default: float) -> float:
         return default
 
 
-def _move(
+def _policy_transition(
     scheduler: Any, sampling: SamplingSpec, prediction: str, x, out, times, noisy: bool, last: bool, generator: Any
 ) -> Transition:
     """The step's Gaussian; a deterministic one where the policy draws no noise."""
@@ -328,7 +330,7 @@ def _clean(scheduler: Any, prediction: str, x, out, times) -> torch.Tensor:
     return clean_and_noise(x, out, times.sigma, prediction)[0]
 
 
-def _close(step: RawStep, sample: torch.Tensor, recording: Recording, name: str) -> None:
+def _infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, name: str) -> None:
     """Finds what the pipeline kept of a step, now that the next step's sample is known."""
     if sample.shape != step.next_sample.shape:
         raise UnsupportedPolicyError(

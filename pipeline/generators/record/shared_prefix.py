@@ -42,12 +42,14 @@ class SharedPrefix:
 
     def spread(self, number: int, output: torch.Tensor) -> torch.Tensor:
         """The output of a call that was cut, for all takes."""
-        return self.spec.outputs[f"{self.calls}.{number}"].take(output, self.place, len(self.kept))
+        return self.spec.outputs[f"{self.calls}.{number}"].select(output, self.place, len(self.kept))
 
     def _pick(self, tree: Any, key: str, takes: list[int], total: int) -> Any:
         def leaf(path: str, value: Any) -> Any:
             layout = self.spec.layouts.get(f"{key}:{path}")
-            return value if layout is None or not isinstance(value, torch.Tensor) else layout.take(value, takes, total)
+            return (
+                value if layout is None or not isinstance(value, torch.Tensor) else layout.select(value, takes, total)
+            )
 
         return map_call_inputs(tree, "", self.spec.layouts, key, takes, total, leaf)
 

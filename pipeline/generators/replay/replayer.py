@@ -14,8 +14,8 @@ import torch
 
 from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves, pack, unpack
 from pipeline.core.types import CallInputs, RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
-from pipeline.generators.guidance import CUTS, evaluate
-from pipeline.generators.record.attention import wear
+from pipeline.generators.guidance import OUTPUT_SLICES, evaluate
+from pipeline.generators.record.attention import apply_processors
 from pipeline.generators.record.outputs import first_tensor
 from pipeline.generators.record.recorder import RawStep, Recording
 from pipeline.generators.spec import PolicySpec, map_call_inputs
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def to_part(
-    recording: Recording, start: int, stop: int, keep_mean: bool, asked: CallInputs | None = None
+    recording: Recording, start: int, stop: int, keep_mean: bool, call_inputs: CallInputs | None = None
 ) -> TrajectoryPart:
     """Packs recorded steps: inputs met in several calls are stored once, the step's own sample not at all."""
     steps = recording.steps
@@ -72,7 +72,12 @@ def to_part(
         for step in steps
     )
     return TrajectoryPart(
-        start=start, stop=stop, steps=recorded, shared=tuple(shared), final=pack(recording.final), asked=asked
+        start=start,
+        stop=stop,
+        steps=recorded,
+        shared=tuple(shared),
+        final=pack(recording.final),
+        call_inputs=call_inputs,
     )
 
 
@@ -91,11 +96,11 @@ def branches_of(spec: PolicySpec, outputs: list[torch.Tensor], like: torch.Size)
     total, found = like[0], []
     for number, output in enumerate(outputs):
         for branch in spec.outputs[f"{len(outputs)}.{number}"].branches(output, total):
-            if spec.cut == "gather":
+            if spec.output_slice == "gather":
                 places = torch.from_numpy(spec.gather).to(branch.device).flatten().long()
                 found.append(branch.flatten(1).index_select(1, places).reshape(like))
             else:
-                found.append(CUTS[spec.cut](branch, like))
+                found.append(OUTPUT_SLICES[spec.output_slice](branch, like))
     return found
 
 
@@ -108,9 +113,9 @@ class Replayer:
         self.part, self.spec, self.modules, self.device = part, spec, modules, device
         self.total = part.stop - part.start
         self.shared = [unpack(packed, device) for packed in part.shared]
-        self.live: ReencodedInputs | None = None  # fresh text inputs, where text encoders are trained
+        self.reencoded: ReencodedInputs | None = None  # fresh text inputs, where text encoders are trained
         # (sampler step, "<calls>.<call>:<path>") -> an input that takes the recorded one's place
-        self.fresh: dict[tuple[int, str], torch.Tensor] = {}
+        self.overrides: dict[tuple[int, str], torch.Tensor] = {}
 
     @property
     def plain(self) -> Replayer:
@@ -195,7 +200,7 @@ class Replayer:
             key = f"{len(step.calls)}.{number}"
 
             def resolve(path: str, leaf: Any, key: str = key) -> Any:
-                fresh = self.fresh.get((step.index, f"{key}:{path}"))
+                fresh = self.overrides.get((step.index, f"{key}:{path}"))
                 if fresh is not None:
                     tensor = fresh
                 elif isinstance(leaf, SampleSlot):
@@ -207,12 +212,12 @@ class Replayer:
                 else:
                     return leaf
                 layout = layouts.get(f"{key}:{path}")
-                return tensor if layout is None else layout.take(tensor, takes, self.total)
+                return tensor if layout is None else layout.select(tensor, takes, self.total)
 
             tree = map_call_inputs(
                 {"args": call.args, "kwargs": call.kwargs}, "", layouts, key, takes, self.total, resolve
             )
-            wear(self.modules[call.module], call.processors)
+            apply_processors(self.modules[call.module], call.processors)
             outputs.append(first_tensor(self.modules[call.module](*tree["args"], **tree["kwargs"])))
         branches = branches_of(self.spec, outputs, sample.shape)
         return evaluate(step.rule, branches, sample, step.guidance_scale, step.rule_extra, self.spec.sign)

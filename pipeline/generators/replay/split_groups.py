@@ -73,4 +73,4 @@ def _rows(packed: PackedTensor, takes: slice) -> PackedTensor:
 
 def _entries(packed: PackedTensor, layout: Layout | None, takes: slice, total: int) -> PackedTensor:
     """Without a layout an input is the same for all takes."""
-    return packed if layout is None else pack(layout.take(unpack(packed), takes, total))
+    return packed if layout is None else pack(layout.select(unpack(packed), takes, total))

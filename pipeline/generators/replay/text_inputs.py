@@ -28,7 +28,7 @@ from pipeline.generators.record.first_order import first_order_scheduler
 from pipeline.generators.record.recorder import RawStep, record
 from pipeline.generators.replay.replayer import Replayer
 
-Key = tuple[int, str]  # (sampler step, "<calls>.<call>:<path>"), as in Replayer.live
+Key = tuple[int, str]  # (sampler step, "<calls>.<call>:<path>"), as in Replayer.overrides
 _INSTEAD = "use trainable.modules: denoiser"
 _TOLERANCE = 1e-5  # relative; the same code on the same prompts comes out equal
 
@@ -73,32 +73,32 @@ class TextReencoder:
         self.prediction = first_order_scheduler(pipe)
         self._outputs: dict[Any, Any] = {}
 
-    def attach(self, replayer: Replayer, sampling: SamplingSpec) -> ReencodedInputs:
+    def override_text(self, replayer: Replayer, sampling: SamplingSpec) -> ReencodedInputs:
         """Gives a replayer fresh text inputs with gradients. Raises UnsupportedPolicyError where none come through."""
-        asked = replayer.part.asked
-        if asked is None:
+        call_inputs = replayer.part.call_inputs
+        if call_inputs is None:
             raise UnsupportedPolicyError("this trajectory was recorded without its prompts; the text cannot be trained")
 
         samples = {step.index: unpack(step.sample, replayer.device) for step in replayer.part.steps}
 
         def make(gradients: bool) -> dict[Key, torch.Tensor]:
-            steps = self._run(asked, sampling, samples, gradients)
+            steps = self._run(call_inputs, sampling, samples, gradients)
             made = {key: leaf for key, leaf in inputs_of(steps) if leaf.requires_grad or not gradients}
             return {key: self._like_recorded(replayer, key, leaf) for key, leaf in made.items()}
 
         made = make(True)
         if not made:
             raise UnsupportedPolicyError(f"{self.name}: {_no_gradients()}")
-        replayer.live = ReencodedInputs(made, lambda: make(False))
-        replayer.fresh = replayer.live.tensors
-        return replayer.live
+        replayer.reencoded = ReencodedInputs(made, lambda: make(False))
+        replayer.overrides = replayer.reencoded.tensors
+        return replayer.reencoded
 
     def _like_recorded(self, replayer: Replayer, key: Key, leaf: torch.Tensor) -> torch.Tensor:
         """In the recorded input's dtype: under autocast the learner's denoiser may have another one."""
         recorded = replayer.recorded(*key)
         return leaf if recorded is None else leaf.to(recorded.dtype)
 
-    def check(self, steps: list[RawStep], asked: CallInputs, sampling: SamplingSpec) -> list[str]:
+    def check(self, steps: list[RawStep], call_inputs: CallInputs, sampling: SamplingSpec) -> list[str]:
         """Compares fresh text inputs with recorded ones (before any weights are attached, so that both are equal).
 
         Returns the paths of the inputs that depend on the text encoders. Raises UnsupportedPolicyError where one
@@ -107,9 +107,9 @@ class TextReencoder:
         recorded = dict(inputs_of(steps))
         samples = {step.index: step.sample for step in steps}
         with self._at_embeddings(lambda output: output.detach().requires_grad_()):
-            made = dict(inputs_of(self._run(asked, sampling, samples, gradients=True)))
+            made = dict(inputs_of(self._run(call_inputs, sampling, samples, gradients=True)))
         with self._at_embeddings(lambda output: output * 1.05):
-            moved = dict(inputs_of(self._run(asked, sampling, samples, gradients=False)))
+            moved = dict(inputs_of(self._run(call_inputs, sampling, samples, gradients=False)))
         if made.keys() != recorded.keys():
             odd = sorted(made.keys() ^ recorded.keys())[0]
             raise UnsupportedPolicyError(f"{self.name}: replayed without its denoiser it makes other calls ({odd[1]})")
@@ -132,15 +132,15 @@ class TextReencoder:
         return sorted({_path(key) for key in trained})
 
     def _run(
-        self, asked: CallInputs, sampling: SamplingSpec, samples: dict[int, torch.Tensor], gradients: bool
+        self, call_inputs: CallInputs, sampling: SamplingSpec, samples: dict[int, torch.Tensor], gradients: bool
     ) -> list[RawStep]:
         """The denoiser calls of the steps in `samples` (step -> the recorded sample, which they get again, so that what
         a ControlNet makes of it comes out the same), their inputs differentiable where asked for."""
-        form = CallMode(**asked.form)
+        mode = CallMode(**call_inputs.mode)
         quiet = replace(sampling, kind="ode", noise_level=0.0, stochastic_steps=(), trained_steps=())
-        kwargs = call_arguments(self.pipe, self.cfg, asked.prompts, quiet, form, asked.fill)
-        noise = [torch.Generator().manual_seed(seed % 2**63) for seed in asked.seeds]
-        kwargs["generator"] = noise if form.batched else noise[0]
+        kwargs = call_arguments(self.pipe, self.cfg, call_inputs.prompts, quiet, mode, call_inputs.placeholders)
+        noise = [torch.Generator().manual_seed(seed % 2**63) for seed in call_inputs.seeds]
+        kwargs["generator"] = noise if mode.batched else noise[0]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
             stack.enter_context(self._own_methods())
@@ -151,7 +151,7 @@ class TextReencoder:
                     self.denoisers,
                     self.prediction,
                     quiet,
-                    [torch.Generator() for _ in asked.prompts],
+                    [torch.Generator() for _ in call_inputs.prompts],
                     keep_steps=set(samples),
                     samples=samples,
                     stop_early=True,
@@ -224,23 +224,23 @@ class TextReencoder:
                 hook.remove()
 
 
-def call_inputs(prompts: Any, seeds: Any, form: CallMode, fill: list[str]) -> CallInputs:
-    """What a pipeline call is asked for, as it travels with a trajectory."""
-    return CallInputs(prompts=tuple(prompts), seeds=tuple(seeds), form=asdict(form), fill=tuple(fill))
+def to_call_inputs(prompts: Any, seeds: Any, mode: CallMode, placeholders: list[str]) -> CallInputs:
+    """A pipeline call's inputs as they travel with a trajectory."""
+    return CallInputs(prompts=tuple(prompts), seeds=tuple(seeds), mode=asdict(mode), placeholders=tuple(placeholders))
 
 
 def reference_inputs(replayer: Replayer) -> Any:
     """A context in which a replayer uses the starting policy's text. Enter it with the adapters off."""
-    return nullcontext() if replayer.live is None else _with_reference(replayer)
+    return nullcontext() if replayer.reencoded is None else _with_reference(replayer)
 
 
 @contextmanager
 def _with_reference(replayer: Replayer) -> Iterator[None]:
-    replayer.fresh = replayer.live.reference()
+    replayer.overrides = replayer.reencoded.reference()
     try:
         yield
     finally:
-        replayer.fresh = replayer.live.tensors
+        replayer.overrides = replayer.reencoded.tensors
 
 
 def inputs_of(steps: list[RawStep]) -> Iterator[tuple[Key, torch.Tensor]]:

@@ -16,8 +16,14 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.prompts import load_prompts
 from pipeline.core.types import PromptItem
-from pipeline.generators import adapters as weights_lib
-from pipeline.generators.call.arguments import call_arguments, condition_arguments, conditions_of, forms, parameters_of
+from pipeline.generators import adapters
+from pipeline.generators.call.arguments import (
+    call_arguments,
+    call_modes,
+    condition_arguments,
+    conditions_of,
+    parameters_of,
+)
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
@@ -110,15 +116,15 @@ def _run(ghost: MetaPipeline, cfg: Config, takes: int) -> list[Call]:
     """
     prompts = load_prompts(cfg.prompts.train)[:1] if Path(cfg.prompts.train).exists() else []
     prompt = prompts[0] if prompts else PromptItem(index=0, text="a red circle on a table")
-    fills: list[list[str]] = [[]] if conditions_of(prompt) else [[], *condition_arguments(ghost.pipe)]
+    placeholder_options: list[list[str]] = [[]] if conditions_of(prompt) else [[], *condition_arguments(ghost.pipe)]
     failure: Exception | None = None
-    for fill in fills:
+    for placeholders in placeholder_options:
         negative = "negative_prompt" in parameters_of(ghost.pipe)
-        for form in forms(bool(fill) or bool(conditions_of(prompt)), negative):
+        for mode in call_modes(bool(placeholders) or bool(conditions_of(prompt)), negative):
             ghost.reset()
-            number = takes if form.batched else 1
+            number = takes if mode.batched else 1
             kwargs = call_arguments(
-                ghost.pipe, cfg.generator, [prompt] * number, ode_sampling(cfg, _PROBED_STEPS), form, fill
+                ghost.pipe, cfg.generator, [prompt] * number, ode_sampling(cfg, _PROBED_STEPS), mode, placeholders
             )
             kwargs["generator"] = [torch.Generator().manual_seed(i) for i in range(number)]
             if number == 1:
@@ -147,11 +153,11 @@ def _attach(ghost: MetaPipeline, cfg: Config) -> dict[str, torch.nn.Parameter]:
     torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
     try:
         with ghost.mode:
-            weights_lib.attach(modules, cfg.trainable, 0)
+            adapters.add_adapters(modules, cfg.trainable, 0)
     finally:
         torch.set_default_dtype(before)
         torch.nn.Module.to = to  # type: ignore[method-assign]
-    return weights_lib.trainable(modules)
+    return adapters.trainable(modules)
 
 
 def _bytes(parameters: Sequence[torch.Tensor], each: int = 0) -> int:
