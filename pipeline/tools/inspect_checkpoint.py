@@ -268,7 +268,7 @@ def rule_words(found: dict[str, Any]) -> str:
 
 def layout_words(found: dict[str, Any]) -> list[str]:
     """Batch layout in plain words."""
-    words = [f"called with {found['form']}"]
+    words = [f"called with {found['call_mode']}"]
     if found["conditions"]:
         words.append(f"conditions given: {', '.join(found['conditions'])}")
     cut = found["output_slice"]
