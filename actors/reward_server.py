@@ -32,10 +32,10 @@ class RewardServer(RoleActor):
         Raises `RushesError`, also when what the scorer asks cannot be reached. A scorer that refuses the grey take
         starts all the same.
         """
-        from pipeline.rewards.runner import build_scorer
+        from pipeline.rewards.runner import build_reward
 
         with self.doing("starting"):
-            self.runner = build_scorer(reward, self.cfg.rewards[reward])
+            self.runner = build_reward(reward, self.cfg.rewards[reward])
             self.sample = self._sample(prompts[0])
             self.warm = False
             try:

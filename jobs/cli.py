@@ -206,11 +206,11 @@ def score(
 def _print_scorers() -> None:
     from rich.table import Table
 
-    from pipeline.rewards.runner import list_scorers
+    from pipeline.rewards.registry import list_scorers
 
-    table = Table("scorer", "reads", "what it is")
+    table = Table("scorer", "reads", "tested with", "what it is")
     for row in list_scorers():
-        table.add_row(*row)
+        table.add_row(row.name, row.reads, row.tested_with, row.description)
     console().print(table)
     console().print("or your own: file.py:function (see docs/rewards.md)", highlight=False)
 

@@ -28,7 +28,7 @@ from pipeline.core.types import GroupWork, Media
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.learner.replica import matching_noise
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 from pipeline.rl.group_plan import scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
 
@@ -58,7 +58,7 @@ class PlainLoop:
             self.parameters, lr=opt.lr, betas=(opt.beta1, opt.beta2), eps=opt.eps, weight_decay=opt.weight_decay
         )
         self.ema = [p.detach().clone() for p in self.parameters] if opt.ema_decay > 0 else []
-        self.scorers = {name: build_scorer(name, reward) for name, reward in cfg.rewards.items()}
+        self.scorers = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
         self.prompts = load_prompts(cfg.prompts.train)
         self.cursor = PromptCursor(self.prompts, cfg.run.seed, cfg.prompts.shuffle)
         self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)

@@ -32,7 +32,7 @@ from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, GroupWork, Media
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 from pipeline.rl.advantages import weighted_rewards
 from pipeline.rl.group_plan import eval_works, scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
@@ -78,7 +78,7 @@ class Loop:
         self.policy.probe(prompts)
         self.policy.add_adapters()
         self.learner = Learner(cfg, "cpu")
-        self.scorers = {name: build_scorer(name, reward) for name, reward in cfg.rewards.items()}
+        self.scorers = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
         self.cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
         self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)

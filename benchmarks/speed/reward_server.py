@@ -36,7 +36,7 @@ from actors.role_actor import RunContext, merged_env, to_bytes, use_threads  # n
 from jobs.cluster.ray_session import RaySession  # noqa: E402
 from pipeline.config.schema import RewardConfig  # noqa: E402
 from pipeline.core.types import Media, PromptItem  # noqa: E402
-from pipeline.rewards.runner import build_scorer  # noqa: E402
+from pipeline.rewards.runner import build_reward  # noqa: E402
 
 GROUP = 4  # takes
 
@@ -80,7 +80,7 @@ def main() -> None:
         cfg = cfg.model_copy(update={"rewards": {"clip": reward}})
         prompts = [PromptItem(index=i, text=f"a photo of object number {i}") for i in range(groups)]
         use_threads(1)
-        plain = build_scorer("clip", reward)
+        plain = build_reward("clip", reward)
         with RaySession(cfg):
             server = start_server(cfg, folder, prompts)
             rounds = [one_round(plain, server, prompts, number) for number in range(-1, options.rounds)][1:]

@@ -30,7 +30,7 @@ from jobs.common.preference_statistics import (
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.core.files import atomic_write, did_you_mean
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 from pipeline.tools import preflight
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def agreement(pairs_file: Path, *, rewards: list[RewardConfig], out: Path, conso
         raise ConfigError(f"--reward {max(names, key=names.count)}: is given twice; keep one")
     check_columns(pairs_file)
     preflight.check_writable(out, "--out")
-    runners = {name: build_scorer(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
+    runners = {name: build_reward(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
     rows = read_scores(out / "scores.parquet")
     with tempfile.TemporaryDirectory(prefix="rushes-agree-") as folder:
         pairs = list(read_pairs(pairs_file, Path(folder)))

@@ -21,7 +21,7 @@ from pipeline.core.files import atomic_write
 from pipeline.core.media import save_takes
 from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_locations
 from pipeline.rewards.routing import check_routing
-from pipeline.rewards.runner import RewardRunner, build_scorer
+from pipeline.rewards.runner import RewardRunner, build_reward
 from pipeline.rl.group_plan import eval_works
 from pipeline.tools import preflight
 
@@ -58,7 +58,7 @@ def evaluate(
     sources: list[Trained | None] = ([None] if base else []) + [find_trained(c) for c in checkpoints]
     labels = _labels(sources)
 
-    runners = {name: build_scorer(name, reward) for name, reward in cfg.rewards.items()}
+    runners = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
     weights = cfg.reward_weights
     works = eval_works(cfg, prompts, step=0)
     index = np.array([prompt.index for work in works for prompt in work.prompts])

@@ -24,7 +24,7 @@ from pipeline.core.prompts import MAX_CHARACTERS
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.routing import KEY as ROUTING_KEY
-from pipeline.rewards.runner import RewardRunner, build_scorer
+from pipeline.rewards.runner import RewardRunner, build_reward
 from pipeline.tools import preflight
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def score(path: Path, *, rewards: list[RewardConfig], out: Path, prompt: str | N
     # Scores of the same file under another prompt are out of date.
     rows = {key: row for key, row in rows.items() if key[0] not in files or key[:2] in asked}
     preflight.check_writable(out.parent, "--out")
-    runners = {name: build_scorer(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
+    runners = {name: build_reward(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
     skipped = score_items(items, runners, rows, out, console)
 
     wanted = [rows[item.name, item.prompt, name] for item in items for name in names]

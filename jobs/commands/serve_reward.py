@@ -42,7 +42,7 @@ from pipeline.rewards.models.protocol import (
     schema,
     too_many_pixels,
 )
-from pipeline.rewards.runner import RewardRunner, build_scorer
+from pipeline.rewards.runner import RewardRunner, build_reward
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -239,7 +239,7 @@ def serve_reward(
     token = os.environ.get(token_env) if token_env else None
     if token_env and not token:
         raise ConfigError(f"--token-env: the environment variable {token_env} is not set; set it to the token")
-    service = RewardService(build_scorer(name, cfg), token, int(max_mb * 2**20))
+    service = RewardService(build_reward(name, cfg), token, int(max_mb * 2**20))
     if host not in LOCAL and token is None:
         console.print(f"warning: everybody who reaches {host} can use this server; give --token-env", style="yellow")
     asyncio.run(_serve(service, host, port, console))

@@ -31,7 +31,7 @@ _IMPORTS = {
     "from diffusers import {pipeline}" + _TORCH,
     "learner": "import actors.learner_rank, pipeline.learner.learner, pipeline.generators.export, diffusers\n"
     "from diffusers import {pipeline}" + _TORCH,
-    "reward": "import actors.reward_server\nfrom pipeline.rewards.runner import scorer_class\n"
+    "reward": "import actors.reward_server\nfrom pipeline.rewards.registry import scorer_class\n"
     "for name in {scorers}: scorer_class(name)",
     # It writes the takes that are shown, whose size decides what that takes.
     "controller": """

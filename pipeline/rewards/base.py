@@ -1,6 +1,6 @@
-"""What a scorer is, how it is registered, and how its output is checked.
+"""What a scorer is, how it registers itself, and how its output is checked.
 
-A scorer takes `Media` and one prompt per take and returns one float per take. It never sniffs shapes:
+A scorer takes `Media` and one prompt per take and returns one float per take. It never guesses from shapes:
 `media.frames` is always uint8 [K, F, H, W, 3]. A failure is an exception, never a score.
 """
 
@@ -15,6 +15,9 @@ import numpy as np
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
 
+Scored = tuple[np.ndarray, dict[str, np.ndarray]]  # scores [N] and parts [N] of one call of a scorer
+ScorerCall = Callable[[Media, Sequence[PromptItem]], Scored]
+
 
 class Scorer(ABC):
     """A reward. Subclasses take their options as keyword arguments of `__init__`.
@@ -26,8 +29,8 @@ class Scorer(ABC):
     reads: Literal["frame", "video"]
     needs_prompt: bool = False  # compares with the prompt's text: `rushes score` refuses files without one
     needs_clip: bool = False  # means nothing on a single picture
-    differentiable: bool = False
     relative: bool = False  # a take's score depends on the takes shown with it: groups are never joined or split
+    tested_with: Literal["no model", "random weights", "published weights", "a stand-in server"] = "no model"
 
     @abstractmethod
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
@@ -42,7 +45,7 @@ class Scorer(ABC):
 
     @classmethod
     def check_args(cls, args: dict) -> None:
-        """Checks of the options beyond their names that need no model. Raises `ConfigError`."""
+        """Checks the values of the options as far as that needs no model. Raises `ConfigError`."""
         return None
 
 
@@ -61,7 +64,7 @@ def register(name: str) -> Callable[[type[Scorer]], type[Scorer]]:
     return add
 
 
-def check_output(name: str, output, takes: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def check_output(name: str, output, takes: int) -> Scored:
     """Validates what a scorer returned. Returns (scores float32 [K], parts). Raises `RewardError`."""
     parts: dict[str, np.ndarray] = {}
     if isinstance(output, dict):

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
-
-if TYPE_CHECKING:
-    from pipeline.rewards.runner import RewardRunner
-
-Scored = tuple[np.ndarray, dict[str, np.ndarray]]  # scores [N] and parts [N] of one call
-ScorerCall = Callable[[Media, Sequence[PromptItem]], Scored]
+from pipeline.rewards.base import Scored, ScorerCall
+from pipeline.rewards.runner import RewardRunner
 
 
 @dataclass(frozen=True, slots=True)

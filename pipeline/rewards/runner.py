@@ -1,107 +1,52 @@
-"""From a config entry to something that scores: looks scorers up by name, imports only the one asked for, and turns
-whatever goes wrong while scoring into a `RewardError` that names the reward.
+"""One reward of the config: builds its scorer, runs it on media, and turns whatever goes wrong while scoring into a
+`RewardError` that names the reward.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
-import inspect
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
-from pipeline.core.files import did_you_mean
 from pipeline.core.types import Media, PromptItem, RewardScores
-from pipeline.rewards.base import REGISTRY, Scorer, check_output
-from pipeline.rewards.batching import ScorerCall
-from pipeline.rewards.function import FunctionScorer, is_function_spec
+from pipeline.rewards.base import Scored, Scorer, ScorerCall, check_output
+from pipeline.rewards.function import is_function_spec
+from pipeline.rewards.registry import check_options, create_scorer
 from pipeline.rewards.repeats import score_repeatedly
 from pipeline.rewards.routing import score_some
 from pipeline.rewards.segments import score_segments
 
 
-@functools.cache
-def _modules() -> dict[str, str]:
-    """Scorer name -> module, read from the sources so that nothing heavy is imported to list names."""
-    found = {}
-    for file in sorted((Path(__file__).parent / "scorers").glob("*.py")):
-        for name in re.findall(r'^@register\(\s*"([^"]+)"', file.read_text(encoding="utf-8"), flags=re.MULTILINE):
-            found[name] = f"pipeline.rewards.scorers.{file.stem}"
-    return found
-
-
-def scorer_names() -> list[str]:
-    return sorted(set(_modules()) | set(REGISTRY))
-
-
-def list_scorers() -> list[tuple[str, str, str]]:
-    """(name, 'frame' or 'video', first line of its docstring) of every registered scorer."""
-    rows: list[tuple[str, str, str]] = []
-    for name in scorer_names():
-        cls = scorer_class(name)
-        rows.append((name, cls.reads, (inspect.getdoc(cls) or "").split("\n")[0]))
-    return rows
-
-
-def scorer_class(scorer: str) -> type[Scorer]:
-    """Raises `ConfigError` with the nearest name."""
-    if scorer not in REGISTRY and scorer in _modules():
-        importlib.import_module(_modules()[scorer])
-    if scorer not in REGISTRY:
-        hint = did_you_mean(scorer, scorer_names())
-        raise ConfigError(
-            f"unknown scorer {scorer!r}{hint or '; there are: ' + ', '.join(scorer_names())} (or your "
-            "own file.py:function)"
-        )
-    return REGISTRY[scorer]
-
-
-def check_scorer(name: str, cfg: RewardConfig) -> None:
-    """What can be checked without loading a model: the scorer exists and takes the options. Raises `ConfigError`."""
-    if is_function_spec(cfg.scorer):
-        if not cfg.runtime_env:  # else its imports work in its own environment only
-            _prefixed(name, lambda: FunctionScorer(cfg.scorer, cfg.args))
-        elif not Path(cfg.scorer.rpartition(":")[0]).is_file():
+def check_reward(name: str, cfg: RewardConfig) -> None:
+    """Checks a config entry without loading a model. Raises `ConfigError` that begins with `rewards.<name>`."""
+    if is_function_spec(cfg.scorer) and cfg.runtime_env:  # the function's imports work in its own environment only
+        if not Path(cfg.scorer.rpartition(":")[0]).is_file():
             raise ConfigError(f"rewards.{name}: scorer {cfg.scorer!r}: no such file; write it as file.py:function")
         return
-    cls = _prefixed(name, lambda: scorer_class(cfg.scorer))
-    parameters = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
-    if any(p.kind == p.VAR_KEYWORD for p in parameters):
-        return
-    options = [p.name for p in parameters if p.kind != p.VAR_POSITIONAL]
-    if cls.__init__ is object.__init__:
-        options = []
-    for key in cfg.args:
-        if key not in options:
-            hint = did_you_mean(key, options) or f"; its options are: {', '.join(options) or 'none'}"
-            raise ConfigError(f"rewards.{name}.args.{key}: {cfg.scorer} has no such option{hint}")
-    required = [p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL and p.name in options]
-    for key in required:
-        if key not in cfg.args:
-            raise ConfigError(f"rewards.{name}.args.{key}: {cfg.scorer} needs this option; set it")
-    _prefixed(name, lambda: cls.check_args(cfg.args))
+    with _named(name):
+        check_options(cfg.scorer, cfg.args)
 
 
-def _prefixed(name: str, build):
+def build_reward(name: str, cfg: RewardConfig) -> RewardRunner:
+    """Loads a config entry's scorer. Raises `ConfigError` (wrong name or options) or what its model raises."""
+    with _named(name):
+        return RewardRunner(name, cfg, create_scorer(cfg.scorer, cfg.args))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A `ConfigError` of the block says which reward of the config it is about."""
     try:
-        return build()
+        yield
     except ConfigError as error:
-        raise ConfigError(f"rewards.{name}: {error}") from error.__cause__
-
-
-def build_scorer(name: str, cfg: RewardConfig) -> RewardRunner:
-    """Loads the scorer. Raises `ConfigError` (wrong name or options) or whatever `RushesError` its model raises."""
-    check_scorer(name, cfg)
-    if is_function_spec(cfg.scorer):
-        return RewardRunner(name, cfg, _prefixed(name, lambda: FunctionScorer(cfg.scorer, cfg.args)))
-    return RewardRunner(name, cfg, _prefixed(name, lambda: scorer_class(cfg.scorer)(**cfg.args)))
+        key = f"rewards.{name}." if str(error).startswith("args.") else f"rewards.{name}: "
+        raise ConfigError(f"{key}{error}") from error.__cause__
 
 
 class RewardRunner:
@@ -142,7 +87,7 @@ class RewardRunner:
             seconds=time.perf_counter() - start,
         )
 
-    def _finish(self, values: np.ndarray, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _finish(self, values: np.ndarray, parts: dict[str, np.ndarray]) -> Scored:
         finished, _ = check_output(self.name, self.scorer.finish(values), len(values))
         return finished, parts if np.array_equal(finished, values) else {**parts, "raw": values}
 
@@ -152,7 +97,7 @@ class RewardRunner:
         other.__dict__["call"] = call
         return other
 
-    def call(self, media: Media, prompts: Sequence[PromptItem]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def call(self, media: Media, prompts: Sequence[PromptItem]) -> Scored:
         """One call of the scorer: (scores [N], parts [N]), checked. Raises `RewardError`."""
         try:
             output = self.scorer.score(media, prompts)
@@ -160,19 +105,18 @@ class RewardRunner:
             text = str(error)
             raise type(error)(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
         except Exception as error:
-            where = _where(error)
             raise RewardError(
                 f"reward {self.name}: {self.cfg.scorer} raised {type(error).__name__}: "
-                f"{' '.join(str(error).split())}{where}"
+                f"{' '.join(str(error).split())}{_line_of(error)}"
             ) from error
         return check_output(self.name, output, len(prompts))
 
 
-def _where(error: BaseException) -> str:
+def _line_of(error: BaseException) -> str:
     """' (file.py, line 3)' of the deepest frame, so that a user's function can be found without a traceback."""
-    step = error.__traceback__
-    if step is None:
+    trace = error.__traceback__
+    if trace is None:
         return ""
-    while step.tb_next is not None:
-        step = step.tb_next
-    return f" ({Path(step.tb_frame.f_code.co_filename).name}, line {step.tb_lineno})"
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})"

@@ -14,14 +14,14 @@ advantage); in evaluation they are the segments' centres.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline.config.schema import SegmentsConfig
 from pipeline.core.types import Media, PromptItem, RewardScores
+from pipeline.rewards.base import ScorerCall
 
-ScoreFrames = Callable[[Media, Sequence[PromptItem]], tuple[np.ndarray, dict[str, np.ndarray]]]
 REFERENCE_FRAMES = 16  # the clip length for which lambda is stated
 
 
@@ -112,7 +112,7 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def score_segments(
-    score_frames: ScoreFrames, media: Media, prompts: Sequence[PromptItem], config: SegmentsConfig, seed: int | None
+    score_frames: ScorerCall, media: Media, prompts: Sequence[PromptItem], config: SegmentsConfig, seed: int | None
 ) -> RewardScores:
     """Scores media [K, F, ...] with a frame scorer, each chosen frame once, in one batched call.
 

@@ -24,9 +24,10 @@ from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
 from pipeline.generators.checkpoint_files import DENOISERS, check_diffusers_folder, is_local, read_json, weight_bytes
 from pipeline.rewards.function import is_function_spec
+from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
-from pipeline.rewards.runner import check_scorer, scorer_class
+from pipeline.rewards.runner import check_reward
 
 _TRACKERS = {
     "tensorboard": ("tensorboardX", "tensorboard"),
@@ -226,7 +227,7 @@ def _check_scheduler(cfg: Config, folder: Path, components: dict[str, str]) -> N
 def check_rewards(cfg: Config) -> None:
     """Scorers exist, take their options, and fit the generator."""
     for name, reward in cfg.rewards.items():
-        check_scorer(name, reward)
+        check_reward(name, reward)
         if not is_function_spec(reward.scorer) and cfg.prompts.heldout is not None:
             _check_relative(name, reward.scorer, cfg)
         python = str(reward.runtime_env.get("py_executable", ""))

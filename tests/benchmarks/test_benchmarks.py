@@ -21,7 +21,7 @@ from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.plain_loop import PlainLoop
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 from pipeline.rl.group_plan import scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
 
@@ -64,7 +64,7 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
     prompts = load_prompts(cfg.prompts.train)
     policy.probe(prompts)
     policy.add_adapters()
-    scorer, combiner = build_scorer("bright", rewards["bright"]), Combiner(rewards, cfg.algorithm.advantage)
+    scorer, combiner = build_reward("bright", rewards["bright"]), Combiner(rewards, cfg.algorithm.advantage)
     cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
     for step in range(3):
         policy.load_weights(learner.weights())

@@ -26,7 +26,7 @@ from pipeline.core.errors import InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media
 from pipeline.rewards.models.protocol import ScoreAnswer, ScoreRequest, decode_item, encode_frames, parse_request
 from pipeline.rewards.models.web import png_base64
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 TOKEN = "s3cret-token"
 OWN = """
@@ -107,9 +107,9 @@ def frame(level, size=4):
 def test_the_http_scorer_gets_exactly_what_the_scorer_says_itself():
     server = Served("jpeg_compressibility", "--set", "jpeg_compressibility.args.quality=80")
     try:
-        direct = build_scorer("direct", RewardConfig(scorer="jpeg_compressibility", args={"quality": 80}))
+        direct = build_reward("direct", RewardConfig(scorer="jpeg_compressibility", args={"quality": 80}))
         for media, encoding in ((noise(3), "png"), (noise(2, frames=6), "png"), (noise(2, frames=6), "safetensors")):
-            remote = build_scorer(
+            remote = build_reward(
                 "remote", RewardConfig(scorer="http", args={"url": server.url + "/score", "encoding": encoding})
             )
             prompts = items(*["a cat"] * len(media.frames))
@@ -126,7 +126,7 @@ def test_clips_metadata_and_parts(served, monkeypatch):
     monkeypatch.setenv("REWARD_TOKEN", TOKEN)
     for encoding in ("png", "mp4", "safetensors"):
         args = {"url": served.url + "/score", "reads": "video", "encoding": encoding, "api_key_env": "REWARD_TOKEN"}
-        remote = build_scorer("remote", RewardConfig(scorer="http", args=args))
+        remote = build_reward("remote", RewardConfig(scorer="http", args=args))
         clip = Media(frames=np.full((2, 5, 32, 32, 3), [[[[[60]]]], [[[[160]]]]], np.uint8), fps=8.0)
         prompts = items("a", "b", metadata={"rewards": ["remote"], "n": 1})
         result = remote.run(clip, prompts, None)
@@ -145,7 +145,7 @@ def test_a_wrong_token_opens_nothing_but_health(served, monkeypatch):
     monkeypatch.setenv("REWARD_TOKEN", "wrong")
     args = {"url": served.url + "/score", "api_key_env": "REWARD_TOKEN"}
     with pytest.raises(RewardUnavailable, match="401 .*wrong or missing token"):
-        build_scorer("r", RewardConfig(scorer="http", args=args)).run(noise(1), items("a"), None)
+        build_reward("r", RewardConfig(scorer="http", args=args)).run(noise(1), items("a"), None)
 
 
 def test_what_is_too_large_is_refused(served, monkeypatch):
@@ -154,7 +154,7 @@ def test_what_is_too_large_is_refused(served, monkeypatch):
     monkeypatch.setenv("REWARD_TOKEN", TOKEN)
     args = {"url": served.url + "/score", "api_key_env": "REWARD_TOKEN"}
     with pytest.raises(RewardError, match="413 .*--max-mb"):
-        build_scorer("r", RewardConfig(scorer="http", args=args)).run(noise(4, size=400), items(*"abcd"), None)
+        build_reward("r", RewardConfig(scorer="http", args=args)).run(noise(4, size=400), items(*"abcd"), None)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ def test_the_prompts_own_picture_travels_with_the_take(tmp_path):
     media = noise(2)
     Image.fromarray(media.frames[1, 0]).save(tmp_path / "control.png")
     prompts = items("a", "b", image=str(tmp_path / "control.png"))
-    direct = build_scorer("direct", RewardConfig(scorer="condition", args={"kind": "edges"}))
+    direct = build_reward("direct", RewardConfig(scorer="condition", args={"kind": "edges"}))
     expected = direct.run(media, prompts, None).values
     server = Served("condition", "--set", "condition.args.kind=edges")
     try:
-        remote = build_scorer("remote", RewardConfig(scorer="http", args={"url": server.url + "/score"}))
+        remote = build_reward("remote", RewardConfig(scorer="http", args={"url": server.url + "/score"}))
         np.testing.assert_array_equal(remote.run(media, prompts, None).values, expected)
         assert expected[1] != expected[0]
         status, answer = server.ask(body=request(1, image="no picture"))

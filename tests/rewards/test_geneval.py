@@ -13,7 +13,7 @@ from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.models.geneval_rules import COLORS, Detection, check_metadata, iou, judge, keep, relations
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 
 def box(x, y, w=10.0, h=10.0):
@@ -186,7 +186,7 @@ def models(tmp_path_factory):
 
 def scorer(models, **args):
     args = {"model": str(models[0]), "clip": str(models[1]), "batch": 2, **args}
-    return build_scorer("g", RewardConfig(scorer="geneval", args=args))
+    return build_reward("g", RewardConfig(scorer="geneval", args=args))
 
 
 def test_detections_match_the_model_run_picture_by_picture(models):

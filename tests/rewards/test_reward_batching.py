@@ -113,10 +113,10 @@ def test_segments_resize_each_chosen_frame_once_and_no_other(tmp_path, monkeypat
     import tiny_rewards
 
     from pipeline.rewards.models import clip
-    from pipeline.rewards.runner import build_scorer
+    from pipeline.rewards.runner import build_reward
 
     folder = tiny_rewards.clip(tmp_path / "clip")
-    scorer = build_scorer("r", RewardConfig(scorer="clip_score", args={"model": str(folder), "batch": 3}))
+    scorer = build_reward("r", RewardConfig(scorer="clip_score", args={"model": str(folder), "batch": 3}))
     resized, plain = [], clip.preprocess
 
     def counted(frames, *args, **kwargs):

@@ -8,7 +8,7 @@ from pipeline.config.schema import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.models.optical_flow import grey_frames, optical_flow, warp
-from pipeline.rewards.runner import build_scorer, check_scorer
+from pipeline.rewards.runner import build_reward, check_reward
 
 
 def texture(height=64, width=96, seed=0):
@@ -32,7 +32,7 @@ def moving(speeds, height=64, width=96, seed=0):
 def score(name, *clips, fps=8.0, **args):
     media = Media(frames=np.stack(clips), fps=fps)
     prompts = [PromptItem(index=i, text="") for i in range(len(clips))]
-    return build_scorer("m", RewardConfig(scorer=name, args=args)).run(media, prompts, 0).values
+    return build_reward("m", RewardConfig(scorer=name, args=args)).run(media, prompts, 0).values
 
 
 @pytest.mark.parametrize("dx, dy", [(0.0, 0.0), (1.5, 0.0), (-3.0, 2.0), (6.0, -4.0)])
@@ -116,7 +116,7 @@ def levels(*values):
 def run(scorer, args, media):
     prompts = [PromptItem(index=0, text="") for _ in media.frames]
     cfg = RewardConfig(scorer=scorer, args=args, segments=SegmentsConfig(attenuation=0.0))
-    return build_scorer("w", cfg).run(media, prompts, 0)
+    return build_reward("w", cfg).run(media, prompts, 0)
 
 
 def test_binary_thresholds_the_take_not_its_frames(tmp_path):
@@ -138,7 +138,7 @@ def test_scaled_shifts_scales_and_clips(tmp_path):
 
 def test_wrappers_read_what_the_wrapped_scorer_reads():
     inner = {"scorer": "motion_dynamics", "threshold": 0.05}
-    runner = build_scorer("w", RewardConfig(scorer="binary", args=inner))
+    runner = build_reward("w", RewardConfig(scorer="binary", args=inner))
     assert runner.scorer.reads == "video"
 
 
@@ -153,10 +153,10 @@ def test_wrappers_read_what_the_wrapped_scorer_reads():
 )
 def test_wrong_wrapped_scorers_are_found_before_anything_loads(scorer, args, message):
     with pytest.raises(ConfigError, match=message):
-        check_scorer("w", RewardConfig(scorer=scorer, args=args))
+        check_reward("w", RewardConfig(scorer=scorer, args=args))
 
 
 @pytest.mark.parametrize("args", [{"scale": 0}, {"low": 2, "high": 1}, {"shift": float("nan")}])
 def test_wrong_scaling_is_a_config_error(args):
     with pytest.raises(ConfigError, match="rewards.w"):
-        build_scorer("w", RewardConfig(scorer="scaled", args={"scorer": "flicker", **args}))
+        build_reward("w", RewardConfig(scorer="scaled", args={"scorer": "flicker", **args}))

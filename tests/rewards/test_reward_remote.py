@@ -14,7 +14,7 @@ from http_server import items, levels, picture, run
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import PromptItem
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 
 def brightness(path, payload, number):
@@ -152,4 +152,4 @@ def test_metadata_that_is_no_json_is_a_reward_error(serve):
 )
 def test_wrong_options_are_config_errors(args, message):
     with pytest.raises(ConfigError, match=message):
-        build_scorer("r", RewardConfig(scorer="http", args=args))
+        build_reward("r", RewardConfig(scorer="http", args=args))

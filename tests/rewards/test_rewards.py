@@ -9,7 +9,8 @@ from pipeline.config.schema import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
-from pipeline.rewards.runner import RewardRunner, build_scorer, check_scorer, list_scorers
+from pipeline.rewards.registry import list_scorers
+from pipeline.rewards.runner import RewardRunner, build_reward, check_reward
 from pipeline.rewards.scorers.jpeg import jpeg_kilobytes
 from pipeline.rewards.segments import combine, log_weights, pick_frames, segment_bounds
 
@@ -237,8 +238,8 @@ def test_jpeg_size_orders_pictures_and_has_the_stated_unit():
     noise = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
     flat = np.full((64, 64, 3), 128, np.uint8)
     media = Media(frames=np.stack([noise, flat])[:, None], fps=1)
-    less = build_scorer("c", RewardConfig(scorer="jpeg_compressibility")).run(media, prompts(2), None).values
-    more = build_scorer("i", RewardConfig(scorer="jpeg_incompressibility", args={"scale": 2})).run(
+    less = build_reward("c", RewardConfig(scorer="jpeg_compressibility")).run(media, prompts(2), None).values
+    more = build_reward("i", RewardConfig(scorer="jpeg_incompressibility", args={"scale": 2})).run(
         media, prompts(2), None
     )
     import io
@@ -256,19 +257,19 @@ def test_jpeg_size_orders_pictures_and_has_the_stated_unit():
 
 
 def test_registry_lists_and_suggests():
-    assert {"jpeg_compressibility", "jpeg_incompressibility"} <= {name for name, _, _ in list_scorers()}
+    assert {"jpeg_compressibility", "jpeg_incompressibility"} <= {row.name for row in list_scorers()}
     with pytest.raises(ConfigError, match=r"rewards\.x: unknown scorer 'jpeg_compresibility'; did you mean jpeg_comp"):
-        check_scorer("x", RewardConfig(scorer="jpeg_compresibility"))
+        check_reward("x", RewardConfig(scorer="jpeg_compresibility"))
     with pytest.raises(ConfigError, match=r"rewards\.x\.args\.qualty: .*did you mean quality\?"):
-        check_scorer("x", RewardConfig(scorer="jpeg_compressibility", args={"qualty": 3}))
+        check_reward("x", RewardConfig(scorer="jpeg_compressibility", args={"qualty": 3}))
     with pytest.raises(ConfigError, match=r"rewards\.x: quality: found 300"):
-        build_scorer("x", RewardConfig(scorer="jpeg_compressibility", args={"quality": 300}))
+        build_reward("x", RewardConfig(scorer="jpeg_compressibility", args={"quality": 300}))
 
 
 def own(tmp_path, source, name="score", **args):
     path = tmp_path / "mine.py"
     path.write_text(source)
-    return build_scorer("mine", RewardConfig(scorer=f"{path}:{name}", args=args))
+    return build_reward("mine", RewardConfig(scorer=f"{path}:{name}", args=args))
 
 
 def test_own_function_in_three_lines(tmp_path):
@@ -311,7 +312,7 @@ def test_wrong_own_files_are_config_errors(tmp_path, source, name, parts):
 
 def test_missing_own_file_and_unknown_option(tmp_path):
     with pytest.raises(ConfigError, match=r"rewards\.m: .*not_there\.py is not there"):
-        build_scorer("m", RewardConfig(scorer="not_there.py:score"))
+        build_reward("m", RewardConfig(scorer="not_there.py:score"))
     with pytest.raises(ConfigError, match="unknown option 'gian'; did you mean gain"):
         own(tmp_path, "def score(frames, prompt, gain=1):\n    return 1\n", gian=2)
 

@@ -11,8 +11,8 @@ from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
-from pipeline.rewards.runner import build_scorer
-from pipeline.rewards.scorers.tournament import PairwiseJudge
+from pipeline.rewards.models.pairwise import PairwiseJudge
+from pipeline.rewards.runner import build_reward
 
 
 def takes(*levels, frames=1):
@@ -32,7 +32,7 @@ def judge(tmp_path):
         path = tmp_path / "judge.py"
         path.write_text(f"import numpy as np\nlog = []\ndef better(a, b, prompt, gain=1.0):\n    {body}\n")
         own = RewardConfig(scorer="tournament", args={"judge": f"{path}:better", **args})
-        return build_scorer("t", own)
+        return build_reward("t", own)
 
     return make
 
@@ -116,7 +116,7 @@ class _Darker(Scorer, PairwiseJudge):
 
 def test_judges_are_functions_or_scorers_that_compare(monkeypatch):
     monkeypatch.setitem(REGISTRY, "darker", _Darker)
-    runner = build_scorer("t", RewardConfig(scorer="tournament", args={"judge": "darker"}))
+    runner = build_reward("t", RewardConfig(scorer="tournament", args={"judge": "darker"}))
     assert runner.run(takes(10, 20, 30), same(3), 0).values.tolist() == [1, 0.5, 0]
     for args, message in (
         ({}, "needs this option"),
@@ -127,4 +127,4 @@ def test_judges_are_functions_or_scorers_that_compare(monkeypatch):
         ({"judge": "darker", "opponents": -1}, "opponents: found -1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            build_scorer("t", RewardConfig(scorer="tournament", args=args))
+            build_reward("t", RewardConfig(scorer="tournament", args=args))

@@ -10,12 +10,12 @@ from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import PromptItem
 from pipeline.rewards.models.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
-from pipeline.rewards.runner import build_scorer, check_scorer
+from pipeline.rewards.runner import build_reward, check_reward
 from pipeline.rewards.scorers.unified_reward import VERSIONS, rubric_name
 
 
 def tournament(media, prompts, **args):
-    return build_scorer("r", RewardConfig(scorer="tournament", args=args)).run(media, prompts, None)
+    return build_reward("r", RewardConfig(scorer="tournament", args=args)).run(media, prompts, None)
 
 
 RATINGS = {  # as the authors show them
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_fails_and_is_never_a_score(serve):
     ):
         cfg = RewardConfig(scorer="unified_reward", args={"base_url": "http://localhost:1/v1"} | bad)
         with pytest.raises(ConfigError, match=message):
-            check_scorer("r", cfg)
+            check_reward("r", cfg)
 
 
 def test_edit_and_aspect_rubrics(serve, tmp_path):

@@ -17,7 +17,7 @@ from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.models.vllm_engine import ENVIRONMENT
-from pipeline.rewards.runner import build_scorer, check_scorer
+from pipeline.rewards.runner import build_reward, check_reward
 
 SPELLINGS = ["yes", "Yes", "no", "No", "yesterday"]
 
@@ -73,7 +73,7 @@ def vllm(monkeypatch):
 
 
 def judge(**args):
-    return build_scorer("r", RewardConfig(scorer="vlm_judge", args={"model": "/models/judge"} | args))
+    return build_reward("r", RewardConfig(scorer="vlm_judge", args={"model": "/models/judge"} | args))
 
 
 def test_all_takes_of_all_groups_go_in_one_call_one_question_a_clip_rubric_first(vllm):
@@ -140,7 +140,7 @@ def test_duels_and_unified_reward_use_the_same_engine(vllm):
         "count"
     ] == 16
     args = {"judge": "unified_reward", "args": {"model": "/models/unified", "version": "think"}}
-    runner = build_scorer("r", RewardConfig(scorer="tournament", args=args))
+    runner = build_reward("r", RewardConfig(scorer="tournament", args=args))
     assert runner.run(levels(10, 30, 20), same, None).values.tolist() == [0, 1, 0.5]
     assert len(engine.calls) == 2 and engine.settings["model"] == "/models/unified"
 
@@ -182,12 +182,12 @@ def test_safetensors_only_no_code_from_checkpoints_and_little_memory_on_a_cpu(vl
 )
 def test_wrong_options_are_told_before_anything_runs(args, message):
     with pytest.raises(ConfigError, match=f"rewards.r: {message}"):
-        check_scorer("r", RewardConfig(scorer="vlm_judge", args={"model": "m"} | args))
+        check_reward("r", RewardConfig(scorer="vlm_judge", args={"model": "m"} | args))
 
 
 def test_unified_reward_wants_an_endpoint_or_weights():
     with pytest.raises(ConfigError, match="rewards.r: base_url: set it to where UnifiedReward is served, or `model`"):
-        check_scorer("r", RewardConfig(scorer="unified_reward"))
+        check_reward("r", RewardConfig(scorer="unified_reward"))
 
 
 def test_what_cannot_run_says_why(vllm, monkeypatch, tmp_path):

@@ -15,9 +15,9 @@ from jobs import cli
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
+from pipeline.rewards.models.pairwise import matches
 from pipeline.rewards.models.rubric import Unparseable, builtin_rubrics, load_rubric, parse_rubric
-from pipeline.rewards.runner import check_scorer
-from pipeline.rewards.scorers.vlm_judge import matches
+from pipeline.rewards.runner import check_reward
 
 
 def judge(server, media, prompts, **args):
@@ -139,7 +139,7 @@ def test_edit_rubric_shows_the_source_first(serve, tmp_path):
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{}]}, [], {"error": {"message": "no such model"}}])
 def test_endpoints_that_do_not_speak_the_protocol(serve, body):
     server = serve(lambda *_: (200, body))
-    with pytest.raises(RewardError, match="no chat completion"):
+    with pytest.raises(RewardError, match="not a chat completion"):
         judge(server, levels(1, 2, 3), items("a", "b", "c"))
 
 
@@ -204,7 +204,7 @@ def test_wrong_rubrics_are_config_errors(data, message):
 def test_rubrics_are_checked_before_anything_runs(tmp_path):
     def check(rubric):
         args = {"base_url": "http://h/v1", "model": "m", "rubric": rubric}
-        check_scorer("r", RewardConfig(scorer="vlm_judge", args=args))
+        check_reward("r", RewardConfig(scorer="vlm_judge", args=args))
 
     check("edit")
     with pytest.raises(ConfigError, match="did you mean better_of_two"):

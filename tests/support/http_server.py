@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.types import Media, PromptItem
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 
 class Server:
@@ -71,7 +71,7 @@ def picture(data):
 
 
 def run(scorer, media, prompts, seed=None, **args):
-    runner = build_scorer("r", RewardConfig(scorer=scorer, args=args))
+    runner = build_reward("r", RewardConfig(scorer=scorer, args=args))
     client = runner.scorer.client if scorer == "http" else runner.scorer.chat.client
     client.pause_s = 0.01
     return runner.run(media, prompts, seed)

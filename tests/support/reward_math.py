@@ -10,11 +10,11 @@ from transformers import CLIPModel
 
 from pipeline.config.schema import RewardConfig
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 
 def run(scorer, media, prompts, seed=None, **args):
-    return build_scorer("r", RewardConfig(scorer=scorer, args=args)).run(media, prompts, seed)
+    return build_reward("r", RewardConfig(scorer=scorer, args=args)).run(media, prompts, seed)
 
 
 def pil(media):

@@ -121,7 +121,7 @@ class Engine(ChatModel):
             raise InputError(f"judge {model}: vLLM could not start: {type(error).__name__}: {why:.600}") from error
         self.tokenizer = self.llm.get_tokenizer()
         added = self.tokenizer.added_tokens_decoder.values()
-        self.steering = tuple(str(token) for token in added if token.special)
+        self.special_tokens = tuple(str(token) for token in added if token.special)
         self._ids: dict[tuple[str, ...], dict[int, str]] = {}
         if words:
             self._tokens(words)  # what no token says is a mistake of the rubric, to be told at the start

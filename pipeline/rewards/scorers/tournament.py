@@ -1,15 +1,12 @@
-"""Who wins most? A pairwise judge as a reward: every take meets others of its prompt, and its win rate is its score.
+"""A judge of pairs as a reward: every take meets others of its prompt, and its win rate is its score.
 
-For judges that only compare (UnifiedReward-Think, or a function of yours). Each match is played in both orders, so that
-a judge who favours the first place favours nobody. The scores of a group are relative to that group: their mean is
-always 0.5, so a rising win rate is not a rising quality, and held-out means say nothing. Use it beside a reward with a
-scale of its own, and evaluate on that one.
+For judges that only compare (UnifiedReward-Think, or the user's own function). Scores are relative to their group: the
+mean is always 0.5, so win rates do not measure progress, and held-out means say nothing. Use it beside a reward with an
+absolute scale, and evaluate on that one.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +16,8 @@ from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.function import is_function_spec, load_function
-from pipeline.rewards.scorers.vlm_judge import matches
-
-
-class PairwiseJudge(ABC):
-    """What a scorer of its own may be besides: a judge of pairs."""
-
-    @abstractmethod
-    def compare(self, first: Media, second: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
-        """P(first is better) float [N] of N pairs, media [N, F, H, W, 3]; 0.5: as good. Raises rather than guesses."""
+from pipeline.rewards.models.pairwise import Pair, PairwiseJudge, contradictions, matches_by_prompt, win_rates
+from pipeline.rewards.registry import create_scorer, scorer_class
 
 
 class _FunctionJudge(PairwiseJudge):
@@ -37,13 +27,13 @@ class _FunctionJudge(PairwiseJudge):
         self.spec, self.function, self.options = spec, load_function(spec), options
 
     def compare(self, first: Media, second: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
-        found = []
+        chances = []
         for a, b, prompt in zip(first.frames, second.frames, prompts, strict=True):
             value = self.function(a, b, prompt.text, **self.options)
             if value is None or np.ndim(value) != 0 or isinstance(value, str | bytes | dict):
                 raise TypeError(f"the judge returned {value!r:.60} instead of one number from 0 to 1")
-            found.append(float(value))
-        return np.asarray(found)
+            chances.append(float(value))
+        return np.asarray(chances)
 
 
 @register("tournament")
@@ -64,8 +54,6 @@ class Tournament(Scorer):
 
     @classmethod
     def check_args(cls, args: dict) -> None:
-        from pipeline.rewards.runner import scorer_class
-
         judge = args["judge"]
         if not isinstance(judge, str) or not judge:
             raise ConfigError(f"judge: found {judge!r}; expected file.py:function or a scorer that compares")
@@ -74,48 +62,30 @@ class Tournament(Scorer):
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         """Parts: `matches` played; `contradictions`, the share of them whose winner changed with the order."""
-        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
-        for k, prompt in enumerate(prompts):
-            groups[prompt.index, prompt.text].append(k)
-        alone = [text for (_, text), takes in groups.items() if len(takes) < 2]
-        if alone:
-            raise RewardError(f"a tournament needs two or more takes of a prompt; {alone[0][:40]!r} has one")
-        pairs = [(t[a], t[b]) for t in groups.values() for a, b in matches(len(t), self.opponents)]
-        chance = np.concatenate(
+        pairs = matches_by_prompt(prompts, self.opponents)
+        chances = np.concatenate(
             [
                 self._play(pairs[start : start + self.batch], media, prompts)
                 for start in range(0, len(pairs), self.batch)
             ]
         )
-        won, played = np.zeros(len(prompts)), np.zeros(len(prompts))
-        turned = np.zeros(len(prompts))
-        winners: dict[tuple[int, int], float] = dict(zip(pairs, chance, strict=True))
-        for (a, b), p in winners.items():
-            won[a] += p
-            won[b] += 1 - p
-            played[[a, b]] += 1
-            if (p - 0.5) * (winners[b, a] - 0.5) > 0:  # both times the first one, or both times the second
-                turned[[a, b]] += 1
-        return {"score": won / played, "matches": played, "contradictions": turned / played}
+        rates, played = win_rates(pairs, chances, len(prompts))
+        return {"score": rates, "matches": played, "contradictions": contradictions(pairs, chances, len(prompts))}
 
-    def _play(self, pairs: list[tuple[int, int]], media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
+    def _play(self, pairs: list[Pair], media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
         first, second = (Media(frames=media.frames[[pair[i] for pair in pairs]], fps=media.fps) for i in (0, 1))
-        chance = np.asarray(self.judge.compare(first, second, [prompts[a] for a, _ in pairs]), np.float64)
-        if chance.shape != (len(pairs),) or not ((chance >= 0) & (chance <= 1)).all():  # NaN is outside, too
-            shown = chance.ravel()[:4].tolist()
+        chances = np.asarray(self.judge.compare(first, second, [prompts[a] for a, _ in pairs]), np.float64)
+        if chances.shape != (len(pairs),) or not ((chances >= 0) & (chances <= 1)).all():  # NaN is outside, too
             raise RewardError(
-                f"the judge {self.name} gave {shown} (shape {list(chance.shape)}) for {len(pairs)} pairs; expected the "
-                "probability from 0 to 1 that the first is better, for each"
+                f"the judge {self.name} gave {chances.ravel()[:4].tolist()} (shape {list(chances.shape)}) for "
+                f"{len(pairs)} pairs; expected the probability from 0 to 1 that the first is better, for each"
             )
-        return chance
+        return chances
 
 
 def _build(judge: str, args: dict[str, Any] | None) -> PairwiseJudge:
-    from pipeline.config.schema import RewardConfig
-    from pipeline.rewards.runner import build_scorer
-
     if is_function_spec(judge):
         return _FunctionJudge(judge, args or {})
-    scorer = build_scorer(judge, RewardConfig(scorer=judge, args=args or {})).scorer
-    assert isinstance(scorer, PairwiseJudge)  # `check_args` has said so
+    scorer = create_scorer(judge, args or {})
+    assert isinstance(scorer, PairwiseJudge)  # `check_args` has refused the others
     return scorer

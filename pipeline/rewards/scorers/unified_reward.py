@@ -15,10 +15,10 @@ import numpy as np
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import register
-from pipeline.rewards.models.chat import check_where
+from pipeline.rewards.models.chat_backend import check_backend
+from pipeline.rewards.models.pairwise import PairwiseJudge
 from pipeline.rewards.models.pretrained import check_choice
 from pipeline.rewards.models.rubric import load_rubric
-from pipeline.rewards.scorers.tournament import PairwiseJudge
 from pipeline.rewards.scorers.vlm_judge import VlmJudge
 
 VERSIONS = ("1", "2", "think")
@@ -68,7 +68,7 @@ class UnifiedReward(VlmJudge, PairwiseJudge):
     @classmethod
     def check_args(cls, args: dict) -> None:
         check_choice("version", str(args.get("version", "2")), VERSIONS)
-        check_where(args)
+        check_backend(args)
         if args.get("base_url") is None and "model" not in args:
             raise ConfigError("base_url: set it to where UnifiedReward is served, or `model` to its weights")
 

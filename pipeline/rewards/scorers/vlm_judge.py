@@ -1,14 +1,13 @@
 """A vision-language model as a judge: behind an OpenAI-compatible endpoint, or on vLLM in the reward server itself.
 
-What is asked and how the answer is read is the rubric's (`pipeline.rewards.models.rubric`); where it goes is
-`pipeline.rewards.models.chat`'s. Each clip is one question with all its frames; a pairwise tournament asks one a
-match; all questions of a call are handed over together. An answer that does not follow the rubric is asked for again,
-then the scoring fails: it is never a score.
+The rubric says what is asked and how an answer is read (`pipeline.rewards.models.rubric`); the chat backend delivers
+the questions (`pipeline.rewards.models.chat_backend`). A question shows all frames of a clip, or both clips of a match;
+all questions of a call are submitted together. An answer that does not follow the rubric is asked for again, and after
+`attempts` tries the scoring fails.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,20 +17,14 @@ import numpy as np
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.models.chat import Answer, Question, chat_model, check_where
+from pipeline.rewards.models.chat import Answer, Question
+from pipeline.rewards.models.chat_backend import chat_backend, check_backend
+from pipeline.rewards.models.pairwise import matches_by_prompt, win_rates
 from pipeline.rewards.models.pretrained import check_batch, check_number
 from pipeline.rewards.models.rubric import Rubric, Unparseable, load_rubric
+from pipeline.rewards.scorers.subject import read_picture
 
 T = TypeVar("T")
-
-
-def matches(takes: int, opponents: int) -> list[tuple[int, int]]:
-    """Ordered pairs (shown first, shown second): each take meets its next `opponents` neighbours in a circle, in both
-    orders, so that a judge who favours a place favours nobody. 0: everybody meets everybody."""
-    far = takes - 1 if opponents == 0 else min(opponents, takes - 1)
-    pairs = {frozenset((i, (i + d) % takes)) for i in range(takes) for d in range(1, far + 1)}
-    ordered = sorted(tuple(sorted(pair)) for pair in pairs)
-    return [(a, b) for a, b in ordered] + [(b, a) for a, b in ordered]
 
 
 @register("vlm_judge")
@@ -70,12 +63,12 @@ class VlmJudge(Scorer):
         most = frames * (2 if self.relative or self.pairs else 1) + self.rubric.source
         endpoint = {"api_key_env": api_key_env, "parallel": parallel, "timeout_s": timeout_s, "retries": retries}
         words = tuple(self.rubric.answers)
-        self.chat = chat_model(base_url, model, engine, most, words, max_side, **endpoint)
+        self.chat = chat_backend(base_url, model, engine, most, words, max_side, **endpoint)
 
     @classmethod
     def check_args(cls, args: dict) -> None:
         load_rubric(args.get("rubric", "alignment_quality"))
-        check_where(args)
+        check_backend(args)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
         pictures = self._pictures(media)
@@ -103,7 +96,7 @@ class VlmJudge(Scorer):
     ) -> Question:
         """`frames`: of one take, where `shown` holds more."""
         text = self.rubric.fill(prompt, len(shown) if frames is None else frames, fps)
-        for word in self.chat.steering:
+        for word in self.chat.special_tokens:
             if text.count(word) > self.rubric.prompt.count(word):
                 raise RewardError(f"the prompt {prompt.text!r:.60} holds {word}, which steers the judge; take it out")
         return Question(
@@ -117,8 +110,6 @@ class VlmJudge(Scorer):
     def _source(self, prompt: PromptItem) -> list[dict[str, Any]]:
         if not self.rubric.source:
             return []
-        from pipeline.rewards.scorers.subject import read_picture
-
         if not prompt.image:
             raise RewardError(f"the rubric shows the source picture, but prompt {prompt.index} has no image")
         return self.chat.show([[read_picture(prompt.image)]])[0]
@@ -145,19 +136,10 @@ class VlmJudge(Scorer):
 
     def _tournament(self, pictures: list, prompts: Sequence[PromptItem], fps: float) -> dict[str, np.ndarray]:
         """Win rate of each take among the takes of the same prompt."""
-        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
-        for i, prompt in enumerate(prompts):
-            groups[prompt.index, prompt.text].append(i)
-        alone = [text for (_, text), takes in groups.items() if len(takes) < 2]
-        if alone:
-            raise RewardError(f"a pairwise rubric needs two or more takes of a prompt; {alone[0][:40]!r} has one")
-        pairs = [(t[a], t[b]) for t in groups.values() for a, b in matches(len(t), self.opponents)]
-        better = self._better([(pictures[a], pictures[b], prompts[a]) for a, b in pairs], fps)
-        won, played = np.zeros(len(prompts)), np.zeros(len(prompts))
-        for pair, chance in zip(pairs, better, strict=True):
-            won[list(pair)] += chance, 1 - chance
-            played[list(pair)] += 1
-        return {"score": won / played, "matches": played}
+        pairs = matches_by_prompt(prompts, self.opponents)
+        chances = self._better([(pictures[a], pictures[b], prompts[a]) for a, b in pairs], fps)
+        rates, played = win_rates(pairs, chances, len(prompts))
+        return {"score": rates, "matches": played}
 
     def _better(self, pairs: Sequence[tuple[list, list, PromptItem]], fps: float) -> list[float]:
         """How far the first of two takes (as message parts) is better, for each pair: 0 to 1."""

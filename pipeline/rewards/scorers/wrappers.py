@@ -1,5 +1,5 @@
-"""Scorers around a scorer: what another reward says, thresholded or rescaled. Applied to a take's final score, so on
-videos after the segments have been combined."""
+"""Scorers that wrap another scorer: its score thresholded or rescaled. Applied to a take's final score, so on videos
+after the segments have been combined."""
 
 from __future__ import annotations
 
@@ -8,39 +8,32 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_number
+from pipeline.rewards.registry import check_options, create_scorer
 
 
 class _Wrapper(Scorer):
     reads: Literal["frame", "video"] = "frame"  # the wrapped scorer's, once it is built
 
     def __init__(self, scorer: str, args: dict[str, Any] | None) -> None:
-        from pipeline.rewards.runner import build_scorer  # the loader imports scorers, not the other way round
-
-        self.inner = build_scorer(scorer, _inner(scorer, args)).scorer
+        self.inner = create_scorer(scorer, args or {})
         self.reads, self.needs_prompt = self.inner.reads, self.inner.needs_prompt
         self.relative = self.inner.relative
 
     @classmethod
     def check_args(cls, args: dict) -> None:
-        from pipeline.rewards.runner import check_scorer
-
-        check_scorer(str(args["scorer"]), _inner(args["scorer"], args.get("args")))
+        scorer, inner_args = args["scorer"], args.get("args")
+        if not isinstance(scorer, str) or not scorer:
+            raise ConfigError(f"scorer: found {scorer!r}; expected a scorer's name or file.py:function")
+        if inner_args is not None and not isinstance(inner_args, dict):
+            raise ConfigError(f"args: found {inner_args!r}; expected the options of {scorer}")
+        check_options(scorer, inner_args or {}, key="args.args")
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
         return self.inner.score(media, prompts)
-
-
-def _inner(scorer: Any, args: Any) -> RewardConfig:
-    if not isinstance(scorer, str) or not scorer:
-        raise ConfigError(f"scorer: found {scorer!r}; expected a scorer's name or file.py:function")
-    if args is not None and not isinstance(args, dict):
-        raise ConfigError(f"args: found {args!r}; expected the options of {scorer}")
-    return RewardConfig(scorer=scorer, args=args or {})
 
 
 @register("binary")
