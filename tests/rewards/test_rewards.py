@@ -1,5 +1,6 @@
 """Segments and temporal attenuation against worked numbers, JPEG size, the user's own functions, failures."""
 
+import inspect
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from pipeline.config.schema import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer
-from pipeline.rewards.registry import list_scorers
+from pipeline.rewards.registry import list_scorers, scorer_class
 from pipeline.rewards.runner import RewardRunner, build_reward, check_reward
 from pipeline.rewards.scorers.jpeg import jpeg_kilobytes
 from pipeline.rewards.segments import combine, log_weights, pick_frames, segment_bounds
@@ -254,6 +255,13 @@ def test_jpeg_size_orders_pictures_and_has_the_stated_unit():
 
 
 # ------------------------------------------------------------------------------- names, options, own files
+
+
+def test_the_list_says_what_each_scorer_was_tested_with():
+    for row in list_scorers():
+        options = inspect.signature(scorer_class(row.name).__init__).parameters
+        uses_a_model = {"model", "weights", "head", "embedder"} & set(options) or row.name in ("http", "ocr", "safety")
+        assert (row.tested_with != "no model") == bool(uses_a_model), row.name
 
 
 def test_registry_lists_and_suggests():

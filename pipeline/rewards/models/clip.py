@@ -64,9 +64,7 @@ class ClipEmbedder:
             self.tokenizer = tokenizer(tokenizer_of or model)
             self.context = config.text_config.max_position_embeddings
         else:
-            config.vision_config.projection_dim = (
-                config.projection_dim
-            )  # the picture tower's own may be a stale default
+            config.vision_config.projection_dim = config.projection_dim  # the vision config's may be a stale default
             tower = CLIPVisionModelWithProjection
             self.model = pretrained(tower, model, self.device, self.dtype, config=config.vision_config)
         self.width = config.projection_dim
@@ -80,11 +78,11 @@ class ClipEmbedder:
             parts = batches(len(frames), self.batch)
             return torch.cat([self.embed_pixels(self.pixels(frames[part])) for part in parts])
 
-    def pixels(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
+    def pixels(self, frames: np.ndarray) -> torch.Tensor:
         return preprocess(frames, self.preprocess).to(self.device)
 
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Preprocessed [N, 3, S, S] -> unit vectors float32 [N, D]; differentiable when called with gradients on."""
+        """Preprocessed [N, 3, S, S] -> unit vectors float32 [N, D]."""
         import torch
 
         if hasattr(self.model, "get_image_features"):

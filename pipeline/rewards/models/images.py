@@ -1,9 +1,6 @@
-"""Preprocessing of the CLIP-like reward models: one function for what a server sees and what a learner differentiates.
+"""Preprocessing of the CLIP-like reward models: resize by PIL's bicubic filter, crop or pad to a square, normalise.
 
-Where a picture is cut or padded is worked out once (`place`), so that uint8 frames on a reward server and float tensors
-on a differentiable path cannot disagree about it. uint8 goes through PIL, as in the official code of every model here;
-float tensors go through torch's antialiased resize, rounded as PIL rounds (the gradient goes past the rounding): equal
-where PIL resizes rows first, within 3 grey levels (0.3 on average) where it takes columns first.
+As in the official code of every model here, 8 bits are kept until after the resize.
 """
 
 from __future__ import annotations
@@ -53,22 +50,16 @@ def place(height: int, width: int, p: Preprocess) -> tuple[int, int, int, int]:
     return new_h, new_w, half(new_h - p.size), half(new_w - p.size)
 
 
-def preprocess(frames: np.ndarray | torch.Tensor, p: Preprocess) -> torch.Tensor:
-    """uint8 [N, H, W, 3], or a float tensor [N, 3, H, W] in [0, 1] (differentiable) -> normalised float32 [N, 3, S, S].
-
-    Raises `RewardError` for values that are no pixels.
-    """
+def preprocess(frames: np.ndarray, p: Preprocess) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> normalised float32 [N, 3, S, S]. Raises `RewardError` for values that are no pixels."""
     import torch
 
-    if isinstance(frames, torch.Tensor):
-        pixels = _resized_tensor(frames, p)
-    else:
-        pixels = torch.from_numpy(_resized_uint8(frames, p)).permute(0, 3, 1, 2).float() / 255.0
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (p.mean, p.std))
+    pixels = torch.from_numpy(_resized(frames, p)).permute(0, 3, 1, 2).float() / 255.0
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (p.mean, p.std))
     return (pixels - mean) / std
 
 
-def _resized_uint8(frames: np.ndarray, p: Preprocess) -> np.ndarray:
+def _resized(frames: np.ndarray, p: Preprocess) -> np.ndarray:
     """uint8 [N, S, S, 3], by PIL's bicubic filter."""
     from PIL import Image
 
@@ -84,25 +75,6 @@ def _resized_uint8(frames: np.ndarray, p: Preprocess) -> np.ndarray:
         else:
             target[-top : -top + new_h, -left : -left + new_w] = frame
     return out
-
-
-def _resized_tensor(frames: torch.Tensor, p: Preprocess) -> torch.Tensor:
-    import torch
-    import torch.nn.functional as F
-
-    if not frames.is_floating_point() or frames.ndim != 4 or frames.shape[1] != 3:
-        raise RewardError(f"pixels must be a float tensor [N, 3, H, W], got {frames.dtype} {list(frames.shape)}")
-    if not torch.isfinite(frames).all():
-        raise RewardError("the pixels hold NaN or infinity")
-    new_h, new_w, top, left = place(frames.shape[2], frames.shape[3], p)
-    x = frames.float()
-    for size in ((x.shape[2], new_w), (new_h, new_w)):  # as PIL: one direction after the other, 8 bits after each
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-            x = x + ((x * 255.0).round() / 255.0 - x).detach()  # the gradient passes the rounding by
-    if p.fit == "crop":
-        return x[:, :, top : top + p.size, left : left + p.size]
-    return F.pad(x, (-left, p.size - new_w + left, -top, p.size - new_h + top))
 
 
 def shrunk(frame: np.ndarray, max_side: int | None = None) -> Image:

@@ -44,7 +44,9 @@ def matches_by_prompt(prompts: Sequence[PromptItem], opponents: int) -> list[Pai
     return [(takes[a], takes[b]) for takes in groups.values() for a, b in matches(len(takes), opponents)]
 
 
-def win_rates(pairs: Sequence[Pair], chances: Sequence[float] | np.ndarray, takes: int) -> tuple[np.ndarray, np.ndarray]:
+def win_rates(
+    pairs: Sequence[Pair], chances: Sequence[float] | np.ndarray, takes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(share of its matches that each take wins, matches it plays), float64 [takes] each.
 
     `chances`: P(first is better) of each pair; a probability counts as that share of a win.

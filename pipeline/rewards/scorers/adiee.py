@@ -55,6 +55,7 @@ class Adiee(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(self, model: str, device: str = "auto", dtype: str = "bfloat16", batch: int = 4) -> None:
         """`model`: the published checkpoint's folder or hub id (weights, tokenizer, processor)."""

@@ -19,6 +19,7 @@ class Aesthetic(Scorer):
     """LAION aesthetic score from the normalised CLIP picture embedding; reads no prompt (about 4.5 to 7)."""
 
     reads = "frame"
+    tested_with = "random weights"
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class ClipScore(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(
         self,

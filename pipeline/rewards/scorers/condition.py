@@ -75,6 +75,7 @@ class Condition(Scorer):
     """Does the picture keep to its control picture? Edges: F1; depth: 1 - RMSE; segmentation: mean IoU (all 0 to 1)."""
 
     reads = "frame"
+    tested_with = "random weights"
 
     def __init__(
         self,

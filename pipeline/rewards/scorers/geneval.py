@@ -35,6 +35,7 @@ class Geneval(Scorer):
     """
 
     reads = "frame"
+    tested_with = "random weights"
 
     def __init__(
         self,

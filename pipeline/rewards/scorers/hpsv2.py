@@ -22,6 +22,7 @@ class Hpsv2(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(
         self,

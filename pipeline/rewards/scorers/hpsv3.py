@@ -63,6 +63,7 @@ class Hpsv3(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class Identity(Scorer):
     """Likeness of the largest face to the reference picture's (cosine; -1 to 1, strangers are near 0)."""
 
     reads = "frame"
+    tested_with = "random weights"
 
     def __init__(
         self,

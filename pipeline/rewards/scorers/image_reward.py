@@ -83,6 +83,7 @@ class ImageReward(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(self, model: str, tokenizer_of: str | None = None, device: str = "auto", batch: int = 16) -> None:
         """`model`: folder with the weights as one safetensors file and BERT's tokenizer (or `tokenizer_of`)."""
@@ -105,7 +106,7 @@ class ImageReward(Scorer):
         return {"score": scores.cpu().numpy(), "cut_tokens": cut}
 
     def score_pixels(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Preprocessed [N, 3, S, S] and N prompts -> [N]; differentiable when called with gradients on."""
+        """Preprocessed [N, 3, S, S] and N prompts -> [N]."""
         inputs = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(self.device)

@@ -50,6 +50,7 @@ class Mps(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(
         self,

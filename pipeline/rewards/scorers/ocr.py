@@ -54,6 +54,7 @@ class Ocr(Scorer):
     """How much of the text in the prompt's double quotes can be read in the picture (0 to 1; RapidOCR)."""
 
     reads = "frame"
+    tested_with = "published weights"
 
     def __init__(self, confidence: float = 0.5, threads: int = 1) -> None:
         """`confidence`: readings below it are left out. `threads`: of the OCR models."""

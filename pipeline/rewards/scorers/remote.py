@@ -34,6 +34,7 @@ class HttpScorer(Scorer):
     """Scores of a remote server: JSON over HTTP with PNG, mp4 or safetensors (docs/rewards.md has the protocol)."""
 
     reads: Literal["frame", "video"] = "video"  # each as it is set up
+    tested_with = "a stand-in server"
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class Safety(Scorer):
     """Probability that the picture is safe for work (0 to 1; open_nsfw)."""
 
     reads = "frame"
+    tested_with = "published weights"
 
     def __init__(self, jpeg: bool = True, threads: int = 1, batch: int = 8) -> None:
         """`jpeg`: re-encode as the classifier's training pictures were (the official preprocessing)."""

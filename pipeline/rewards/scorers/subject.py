@@ -106,6 +106,7 @@ class ClipI(Scorer):
     """CLIP-I: cosine of the picture's and the reference picture's CLIP embeddings."""
 
     reads = "frame"
+    tested_with = "random weights"
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class Dino(Scorer):
     """DINO: cosine of the picture's and the reference picture's DINO embeddings ([CLS])."""
 
     reads = "frame"
+    tested_with = "random weights"
 
     def __init__(
         self, model: str = "facebook/dino-vits16", device: str = "auto", dtype: str = "float32", batch: int = 32
@@ -142,6 +144,7 @@ class Subject(Scorer):
 
     reads = "frame"
     needs_prompt = True
+    tested_with = "random weights"
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class UnifiedReward(VlmJudge, PairwiseJudge):
     """UnifiedReward on vLLM or behind an endpoint: its ratings as 0 to 1; also a judge for `tournament`."""
 
     pairs = True
+    tested_with = "a stand-in server"
 
     def __init__(
         self,

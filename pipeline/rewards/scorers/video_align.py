@@ -100,6 +100,7 @@ class VideoAlign(Scorer):
     reads = "video"
     needs_prompt = True
     needs_clip = True
+    tested_with = "random weights"
 
     def __init__(
         self,

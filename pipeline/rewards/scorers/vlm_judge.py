@@ -32,6 +32,7 @@ class VlmJudge(Scorer):
     """A vision-language model asked by a rubric: ratings, P(yes), or win rate within the group (all 0 to 1)."""
 
     reads = "video"
+    tested_with = "random weights"
     pairs = False  # whether two takes may be shown at once, whatever the rubric
 
     def __init__(
