@@ -30,7 +30,7 @@ class Scorer(ABC):
     needs_prompt: bool = False  # compares with the prompt's text: `rushes score` refuses files without one
     needs_clip: bool = False  # means nothing on a single picture
     relative: bool = False  # a take's score depends on the takes shown with it: groups are never joined or split
-    tested_with: Literal["no model", "random weights", "published weights", "a stand-in server"] = "no model"
+    tested_with: str = "no model"  # or: random weights, published weights, a stand-in server
 
     @abstractmethod
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:

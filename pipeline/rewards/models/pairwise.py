@@ -15,6 +15,7 @@ from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
 
 Pair = tuple[int, int]  # indices of the take shown first and the take shown second
+Chances = Sequence[float] | np.ndarray  # P(first is better) of each pair
 
 
 class PairwiseJudge(ABC):
@@ -44,12 +45,10 @@ def matches_by_prompt(prompts: Sequence[PromptItem], opponents: int) -> list[Pai
     return [(takes[a], takes[b]) for takes in groups.values() for a, b in matches(len(takes), opponents)]
 
 
-def win_rates(
-    pairs: Sequence[Pair], chances: Sequence[float] | np.ndarray, takes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def win_rates(pairs: Sequence[Pair], chances: Chances, takes: int) -> tuple[np.ndarray, np.ndarray]:
     """(share of its matches that each take wins, matches it plays), float64 [takes] each.
 
-    `chances`: P(first is better) of each pair; a probability counts as that share of a win.
+    A probability counts as that share of a win.
     """
     won, played = np.zeros(takes), np.zeros(takes)
     for (first, second), chance in zip(pairs, chances, strict=True):
@@ -59,7 +58,7 @@ def win_rates(
     return won / played, played
 
 
-def contradictions(pairs: Sequence[Pair], chances: Sequence[float] | np.ndarray, takes: int) -> np.ndarray:
+def contradictions(pairs: Sequence[Pair], chances: Chances, takes: int) -> np.ndarray:
     """Share of each take's matches whose winner changes with the order in which the two are shown, float64 [takes]."""
     chance_of = dict(zip(pairs, chances, strict=True))
     contradicted, played = np.zeros(takes), np.zeros(takes)
