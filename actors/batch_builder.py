@@ -14,7 +14,7 @@ from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import PolicyVersion, PromptItem
 from pipeline.rl.advantages import AdvantageResult
-from pipeline.rl.group_plan import company, scoring_seed, train_work
+from pipeline.rl.group_plan import rollout_call_index, scoring_seed, train_work
 from pipeline.rl.ledger import FAILED, Ledger
 from pipeline.rl.reward_combiner import Combiner
 
@@ -73,10 +73,10 @@ class BatchBuilder:
         whoever is faster."""
         jobs = [self._job(heapq.heappop(self._waiting)[1])]
         first = self.ledger.groups[jobs[0].group]
-        call = company(self.cfg, first.place)
+        call = rollout_call_index(self.cfg, first.place)
         while call is not None and self._may_submit():
             other = self.ledger.groups[self._waiting[0][1]]
-            if (other.step, company(self.cfg, other.place)) != (first.step, call):
+            if (other.step, rollout_call_index(self.cfg, other.place)) != (first.step, call):
                 break
             jobs.append(self._job(heapq.heappop(self._waiting)[1]))
         return jobs

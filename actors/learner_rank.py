@@ -65,7 +65,7 @@ class LearnerActor(RoleActor):
         with self.doing(f"training step {self.learner.version}"):
             batch = [GroupBatch(trajectory=None, advantages=each, outline=outline) for _, _, each, outline in groups]
             lost = []
-            for at in sorted(self.learner.needed(batch, first, last)):
+            for at in sorted(self.learner.groups_to_read(batch, first, last)):
                 group, reference, *_ = groups[at]
                 try:
                     batch[at] = replace(batch[at], trajectory=ray.get(reference))
@@ -74,7 +74,7 @@ class LearnerActor(RoleActor):
                         raise
                     self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": group})
                     lost.append(group)
-            lost = self.learner.ranks.union(lost, [group for group, *_ in groups])
+            lost = self.learner.distributed.union(lost, [group for group, *_ in groups])
             if lost:
                 return {"lost": lost}
             metrics = self.learner.train_step(batch, first, last)
@@ -92,7 +92,7 @@ class LearnerActor(RoleActor):
             if controller["version"] != self.learner.version:
                 raise RuntimeError(f"learner is at {self.learner.version}, controller at {controller['version']}")
             tensors, meta = self.learner.state()
-            if not self.learner.ranks.main:
+            if not self.learner.distributed.is_main:
                 return ""
             folder = checkpoint.save(Path(root), self.learner.version, tensors, meta, controller, self.cfg, keep)
         return str(folder)
@@ -103,7 +103,7 @@ class LearnerActor(RoleActor):
 
         with self.doing("exporting"):
             weights = self.learner.weights(self.cfg.eval_weights_tag)
-            if self.learner.ranks.main:
+            if self.learner.distributed.is_main:
                 write = export_lora if self.cfg.trainable.kind == "lora" else export_full
                 write(self.cfg, weights, Path(out))
                 remote_sync.push_tree(Path(out), self.ctx.run.path)

@@ -205,7 +205,7 @@ class TrainLoop:
         is lost, what it has added up is lost with it, and `_recover` begins the step again.
         """
         jobs: list[Job] = []
-        portions, busy = group_plan.portions(self.cfg), 0.0
+        portions, busy = group_plan.accumulation_chunks(self.cfg), 0.0
         while portions:
             places = portions[0]
             await self._guard(self._training.first(self._version, places.stop))
@@ -215,7 +215,7 @@ class TrainLoop:
             if [job.group for job in scored[: places.start]] != [job.group for job in jobs]:
                 jobs, portions = (
                     [],
-                    group_plan.portions(self.cfg),
+                    group_plan.accumulation_chunks(self.cfg),
                 )  # one has failed for good since: another has its place
                 continue
             new = scored[places.start :]

@@ -32,7 +32,7 @@ from actors.train_loop import TrainLoop
 from actors.worker_pool import IDLE, WorkerPool, WorkerSlot
 from pipeline.config.schema import Config
 from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
-from pipeline.rl.group_plan import portions
+from pipeline.rl.group_plan import accumulation_chunks
 
 WARM_STEPS = 2  # left out of the measurement: the pipeline fills
 LOCKSTEP = {"groups_per_worker": 1, "steps": 10}
@@ -81,7 +81,7 @@ def ideal(plan: Plan) -> list[float]:
     """End of each step [steps] in seconds if only the drawn times counted: free workers take groups in id order as soon
     as their policy version may be used, free servers score them, the learner takes a step in the portions of a run."""
     size = plan.groups_per_step
-    taken = portions(_config(plan, Path()))
+    taken = accumulation_chunks(_config(plan, Path()))
     workers, servers = [0.0] * plan.workers, [0.0] * plan.servers
     ends: list[float] = []
     rolled: list[list[tuple[float, int]]] = []

@@ -26,7 +26,7 @@ from pipeline.core.errors import UnsupportedPolicyError
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between ranks; a dead rank is noticed by its actor's end
 
 
-def share(kinds: Sequence[Hashable], parts: int, part: int) -> list[tuple[int, bool]]:
+def assign_micro_batches(kinds: Sequence[Hashable], parts: int, part: int) -> list[tuple[int, bool]]:
     """Which of the micro-batches a rank computes, in which order: [(index, counts)].
 
     `kinds[i]` says which sharded modules micro-batch i calls, how often. Ranks meet in every one of these calls, so all
@@ -47,12 +47,12 @@ def share(kinds: Sequence[Hashable], parts: int, part: int) -> list[tuple[int, b
     return shares
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, out of its shards if it is sharded (every rank must call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """A copy of the whole `value`, on the target's device and sharded as it is. No exchange."""
     value = value.to(target.device, copy=True)
     if not isinstance(target, DTensor):
@@ -62,7 +62,7 @@ def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
     """Overwrites `target`, sharded or not, with the whole `value`."""
-    local = like(value, target)
+    local = shard_like(value, target)
     if isinstance(target, DTensor) and isinstance(local, DTensor):
         target.to_local().copy_(local.to_local())
     else:
@@ -81,21 +81,21 @@ class DistributedContext:
     context_mesh: DeviceMesh | None = None  # ("data", "ring", "ulysses")
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank hands out weights and state."""
         return self.rank == 0
 
     @property
-    def apart(self) -> int:
+    def data_parallel(self) -> int:
         """How many micro-batches are computed at a time, each by one context group."""
         return self.world // self.context
 
-    def share(self, kinds: Sequence[Hashable]) -> list[tuple[int, bool]]:
+    def assign_micro_batches(self, kinds: Sequence[Hashable]) -> list[tuple[int, bool]]:
         """This rank's micro-batches, see `share`. Ranks of one context group compute the same ones together."""
-        return share(kinds, self.apart, self.rank // self.context)
+        return assign_micro_batches(kinds, self.data_parallel, self.rank // self.context)
 
     @property
-    def records(self) -> bool:
+    def is_reporter(self) -> bool:
         """Whether this rank adds to the rows that `collect` sums: one of each context group does."""
         return self.rank % self.context == 0
 

@@ -31,7 +31,7 @@ from pipeline.generators.load.pipeline import (
 )
 from pipeline.generators.replay.text_inputs import TextReencoder
 from pipeline.learner.accumulator import LOGGED, GradientAccumulator, pairs_of
-from pipeline.learner.distributed import DistributedContext, copy_into, like, whole
+from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
 from pipeline.learner.replica import MicroBatch, Replica, micro_batch_specs
 
 
@@ -42,7 +42,7 @@ class Learner:
     def __init__(self, cfg: Config, device: str = "auto", ranks: DistributedContext | None = None) -> None:
         self.cfg = cfg
         self.device = resolve_device(device)
-        self.ranks = ranks or DistributedContext()
+        self.distributed = ranks or DistributedContext()
         self.version = 0
         self.updates = 0
         self._update = GradientAccumulator(0, 1, frozenset())
@@ -56,7 +56,7 @@ class Learner:
         text: TextReencoder | None = None
         if cfg.trainable.modules == "denoiser":
             # Shards go to the device block by block: the whole model need not fit there.
-            at_first = self.device if self.ranks.world == 1 else torch.device("cpu")
+            at_first = self.device if self.distributed.world == 1 else torch.device("cpu")
             self.modules = self.trained = load_denoisers(cfg.generator, at_first, base)
         else:
             pipe = load_pipeline(cfg.generator, self.device)
@@ -78,20 +78,20 @@ class Learner:
             for modules in (self.modules, reference or {}):
                 compile_blocks(modules, self.device)
         for modules in (self.modules, reference or {}):
-            self.ranks.split_context(modules)
-            self.ranks.shard(modules)
+            self.distributed.split_context(modules)
+            self.distributed.shard(modules)
         if cfg.learner.lanes > 1 and self.device.type != "cpu":
             raise UnsupportedPolicyError(
                 f"learner.lanes: {cfg.learner.lanes} lanes are threads of a CPU, and the learner is on {self.device}; "
                 "set learner.lanes=1 (learner.micro_batch makes larger calls, learner.ranks uses several GPUs)"
             )
-        self.lanes = [Replica(cfg, self.device, self.modules, self.trained, reference, text)]
-        self.lanes += [self.lanes[0].twin() for _ in range(cfg.learner.lanes - 1)]
+        self.replicas = [Replica(cfg, self.device, self.modules, self.trained, reference, text)]
+        self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.lanes - 1)]
         if cfg.generator.compile:
-            for lane in self.lanes[1:]:  # a copy of a compiled module is not compiled
+            for lane in self.replicas[1:]:  # a copy of a compiled module is not compiled
                 for modules in (lane.modules, lane.reference or {}):
                     compile_blocks(modules, self.device)
-        self._threads = ThreadPoolExecutor(max(1, len(self.lanes) - 1), "lane")
+        self._threads = ThreadPoolExecutor(max(1, len(self.replicas) - 1), "lane")
         self.parameters = adapters.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -141,27 +141,27 @@ class Learner:
         return metrics
 
     @property
-    def apart(self) -> int:
+    def data_parallel(self) -> int:
         """How many groups are replayed at a time."""
-        return self.ranks.apart * len(self.lanes)
+        return self.distributed.data_parallel * len(self.replicas)
 
-    def needed(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> set[int]:
+    def groups_to_read(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> set[int]:
         """The places in `batch` of the groups that this rank replays a share of in `train_step`, known from their
         outlines: of the others it needs no trajectory."""
-        if self.ranks.world == 1:
+        if self.distributed.world == 1:
             return set(range(len(batch)))
         found: set[int] = set()
         for chunk in np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step):
             checked = self._looked_at(self._total(len(chunk), last))
             for at_once in self._at_once(len(chunk)):
                 plan = self._plan([batch[chunk[i]] for i in at_once], [first + i in checked for i in at_once])
-                mine = self.ranks.share([kind for *_, kind in plan])
+                mine = self.distributed.assign_micro_batches([kind for *_, kind in plan])
                 found |= {int(chunk[at_once[plan[index][0]]]) for index, _ in mine}
         return found
 
     def _at_once(self, groups: int) -> list[range]:
         """Which of an update's next groups are replayed together: all by lanes, which need not wait for one another."""
-        size = self.apart if self.ranks.world > 1 else groups
+        size = self.data_parallel if self.distributed.world > 1 else groups
         return [range(at, min(at + size, groups)) for at in range(0, groups, size)]
 
     def _total(self, given: int, last: bool) -> int:
@@ -170,7 +170,7 @@ class Learner:
 
     def _looked_at(self, total: int) -> frozenset[int]:
         """Places of an update's groups whose replay is compared with the rollout's."""
-        looks = self.ranks.apart  # as many as compute apart, so that none waits for it
+        looks = self.distributed.data_parallel  # as many as compute apart, so that none waits for it
         return frozenset((self.version * looks + i) % total for i in range(looks))
 
     def _begin(self, groups: list[GroupBatch], last: bool) -> None:
@@ -178,7 +178,7 @@ class Learner:
         total = self._total(len(groups), last)
         divisor = pairs_of(groups) * total // len(groups)
         self._update = GradientAccumulator(total, divisor=divisor, checked=self._looked_at(total))
-        for lane in self.lanes:
+        for lane in self.replicas:
             for parameter in adapters.trainable(lane.trained).values():
                 parameter.grad = None
 
@@ -186,12 +186,14 @@ class Learner:
         """Adds the gradients of the update's next groups, of the loss averaged over all (take, trained step) pairs."""
         update = self._update
         looks = [update.done + i in update.checked for i in range(len(groups))]
-        if self.ranks.world == 1:
-            work: list[list[tuple[int, GroupBatch, bool]]] = [[] for _ in self.lanes]
+        if self.distributed.world == 1:
+            work: list[list[tuple[int, GroupBatch, bool]]] = [[] for _ in self.replicas]
             for i, (group, look) in enumerate(zip(groups, looks, strict=True)):
                 work[i % len(work)].append((update.done + i, group, look))
-            others = [self._threads.submit(self._follow, *pair) for pair in zip(self.lanes[1:], work[1:], strict=True)]
-            update.found |= self._follow(self.lanes[0], work[0])
+            others = [
+                self._threads.submit(self._follow, *pair) for pair in zip(self.replicas[1:], work[1:], strict=True)
+            ]
+            update.found |= self._follow(self.replicas[0], work[0])
             for other in others:
                 update.found |= other.result()
         else:
@@ -223,17 +225,17 @@ class Learner:
 
     def _replay_share(self, groups: list[GroupBatch], looks: list[bool]) -> None:
         """This rank's share of the groups' micro-batches."""
-        update, lane = self._update, self.lanes[0]
+        update, lane = self._update, self.replicas[0]
         plan = self._plan(groups, looks)
         before = len(update.sizes)
         place: tuple[int, int] | None = None
-        for index, counts in self.ranks.share([kind for *_, kind in plan]):
+        for index, counts in self.distributed.assign_micro_batches([kind for *_, kind in plan]):
             group_at, part, at, _, _ = plan[index]
             group = groups[group_at]
             if place != (group_at, part):
                 micros, place = lane.micro_batches(group.held, part), (group_at, part)
-            row = self._backward(lane, group, micros[at], looks[group_at], self.ranks.loss_scale(counts))
-            if counts and self.ranks.records:
+            row = self._backward(lane, group, micros[at], looks[group_at], self.distributed.loss_scale(counts))
+            if counts and self.distributed.is_reporter:
                 update.found[before + index] = row
         update.sizes += [1 + len(LOGGED) + size for *_, size, _ in plan]
 
@@ -243,7 +245,7 @@ class Learner:
         if update.done != update.groups:
             raise RuntimeError(f"the update has {update.done} of its {update.groups} groups")
         self._gather_lanes()
-        rows = update.rows(self.ranks)
+        rows = update.rows(self.distributed)
         stats["ratio_values"] += [row[1 + len(LOGGED) :].astype(np.float32) for row in rows]
         if first:
             stats["on_policy_gap"] += [float(row[0]) for row in rows]
@@ -253,7 +255,9 @@ class Learner:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad *= update.correction
-        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm))
+        norm = full_tensor(
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm)
+        )
         if not (np.isfinite(loss_value) and bool(torch.isfinite(norm))):
             self.optimizer.zero_grad(set_to_none=True)
             raise RunFailed(
@@ -276,7 +280,7 @@ class Learner:
 
     def _gather_lanes(self) -> None:
         """Adds the other lanes' gradients to the first one's, in order."""
-        for lane in self.lanes[1:]:
+        for lane in self.replicas[1:]:
             for name, parameter in adapters.trainable(lane.trained).items():
                 mine, grad = self.parameters[name], parameter.grad
                 if grad is not None:
@@ -320,9 +324,9 @@ class Learner:
         """Out of their shards, on rank 0; in the CPU's memory where they were sharded."""
         found = {}
         for name, tensor in tensors.items():
-            value = whole(tensor.detach())
-            if self.ranks.main:
-                found[name] = value if self.ranks.world == 1 else value.cpu()
+            value = full_tensor(tensor.detach())
+            if self.distributed.is_main:
+                found[name] = value if self.distributed.world == 1 else value.cpu()
         return found
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -352,7 +356,7 @@ class Learner:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 stored = tensors.get(f"optimizer/{key}/{name}")
                 if stored is not None:
-                    state[key] = stored.clone() if key == "step" else like(stored, parameter.detach())
+                    state[key] = stored.clone() if key == "step" else shard_like(stored, parameter.detach())
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.updates = int(meta["version"]), int(meta["updates"])

@@ -45,7 +45,7 @@ class Replica:
         self.cfg, self.device, self.text = cfg, device, text
         self.modules, self.trained, self.reference = modules, trained, reference
 
-    def twin(self) -> Replica:
+    def replicate(self) -> Replica:
         """Another lane over the same weights, with gradients of its own."""
         everything = [self.modules, self.trained, self.reference or {}]
         tensors = [t for modules in everything for m in modules.values() for t in (*m.parameters(), *m.buffers())]

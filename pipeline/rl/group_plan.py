@@ -90,14 +90,14 @@ def takes_of_call(cfg: Config) -> int:
     return batch if batch < takes else takes * min(batch // takes, cfg.algorithm.groups_per_step)
 
 
-def company(cfg: Config, place: int) -> int | None:
+def rollout_call_index(cfg: Config, place: int) -> int | None:
     """The pipeline call, counted within a step, in which the group admitted to the step at `place` (from 0) is drawn
     with others; None: it is drawn alone, as groups are that take a filtered or failed one's place."""
     groups = takes_of_call(cfg) // cfg.algorithm.group_size
     return place // groups if groups > 1 and place < cfg.algorithm.groups_per_step else None
 
 
-def portions(cfg: Config) -> list[range]:
+def accumulation_chunks(cfg: Config) -> list[range]:
     """The places in a step's batch that the learner is given together, as soon as they are scored: one group for each
     of its ranks or lanes that compute apart (several, beyond `_MOST_PORTIONS` portions). The whole step at once where
     an advantage depends on other groups too, or a step makes several optimiser updates.

@@ -44,7 +44,7 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         policy.add_adapters()
         media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PROMPT))
         learner = Learner(cfg, "cpu")
-        copies = [lane.modules for lane in learner.lanes] + [lane.reference or {} for lane in learner.lanes]
+        copies = [lane.modules for lane in learner.replicas] + [lane.reference or {} for lane in learner.replicas]
         denoisers = [policy.pipe.transformer, *(copy["transformer"] for copy in copies if copy)]
         blocks = [block for denoiser in denoisers for block in blocks_of(denoiser)]
         assert all((block._compiled_call_impl is not None) == wanted for block in blocks) and blocks

@@ -103,13 +103,13 @@ def test_gradients_are_those_of_one_long_graph(start):
     trajectory = batch.trajectory
     for part in trajectory.parts:
         replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), learner.modules, learner.device)
-        live = learner.lanes[0].text.override_text(replayer, trajectory.sampling)
+        live = learner.replicas[0].text.override_text(replayer, trajectory.sampling)
         roots = {id(leaf): root for root, leaf in live._roots.values()}
         replayer.overrides = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):
             takes = slice(0, replayer.total)
-            advantages = learner.lanes[0].advantages(batch, replayer, takes)
-            loss, _ = learner.lanes[0]._policy_loss(trajectory, replayer, j, takes, advantages)
+            advantages = learner.replicas[0].advantages(batch, replayer, takes)
+            loss, _ = learner.replicas[0]._policy_loss(trajectory, replayer, j, takes, advantages)
             losses.append(loss.sum())
             pairs += len(loss)
     (sum(losses) / pairs).backward()

@@ -146,7 +146,7 @@ def test_the_kl_at_every_nth_level_of_a_group_is_the_whole_one_on_average(made, 
     for cfg in cfgs:
         other = Learner(cfg, "cpu")
         other.load_state(*learner.state())
-        lane, found, calls = other.lanes[0], {}, []
+        lane, found, calls = other.replicas[0], {}, []
         lane.reference = copy.deepcopy(lane.modules)
         lane.reference["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ from rank_worker import one_case, run_ranks
 from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
 from pipeline.learner.accumulator import pairs_of
-from pipeline.learner.distributed import DistributedContext, share
+from pipeline.learner.distributed import DistributedContext, assign_micro_batches
 from pipeline.learner.learner import Learner
 from pipeline.learner.replica import micro_batch_specs
 from pipeline.runs import checkpoint
@@ -116,10 +116,15 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
     groups = batches(cfg, 1)[0]
     outlined = [replace(g, trajectory=None, outline=micro_batch_specs(cfg, g.trajectory)) for g in groups]
     learners = [Learner(cfg, "cpu", DistributedContext(rank=rank, world=4)) for rank in range(4)]
-    assert [learner.needed(outlined) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
-    assert [learner.needed(outlined[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
-    assert [learner.needed(outlined[:6], 0, last=False) & {4, 5} for learner in learners] == [{4}, {4}, {5}, {5}]
-    assert Learner(cfg, "cpu").needed(outlined) == set(range(8))
+    assert [learner.groups_to_read(outlined) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
+    assert [learner.groups_to_read(outlined[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
+    assert [learner.groups_to_read(outlined[:6], 0, last=False) & {4, 5} for learner in learners] == [
+        {4},
+        {4},
+        {5},
+        {5},
+    ]
+    assert Learner(cfg, "cpu").groups_to_read(outlined) == set(range(8))
     assert pairs_of(outlined) == pairs_of(groups)
     with pytest.raises(RuntimeError, match="not given the trajectory"):
         _ = outlined[0].held
@@ -128,7 +133,7 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_every_micro_batch_counts_once_and_ranks_meet_in_equal_calls(parts):
     kinds = ["a", "b", "a", "a", "b", "c"] * 3
-    shares = [share(kinds, parts, part) for part in range(parts)]
+    shares = [assign_micro_batches(kinds, parts, part) for part in range(parts)]
     assert sorted(i for mine in shares for i, counts in mine if counts) == list(range(len(kinds)))
     assert len({tuple(kinds[i] for i, _ in mine) for mine in shares}) == 1
     if parts == 1:

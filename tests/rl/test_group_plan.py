@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import Config
 from pipeline.core.types import PromptItem
-from pipeline.rl.group_plan import eval_works, portions, stochastic_steps, train_work
+from pipeline.rl.group_plan import accumulation_chunks, eval_works, stochastic_steps, train_work
 
 PROMPT = PromptItem(index=3, text="a red circle")
 
@@ -69,7 +69,7 @@ def test_the_learner_begins_early_only_where_an_advantage_is_its_group_s_own():
         cfg["algorithm"] |= {"groups_per_step": groups, **algorithm}
         cfg["learner"]["ranks"] = ranks
         cfg["rewards"]["r"]["normalize"] = normalize
-        return portions(Config.model_validate(cfg))
+        return accumulation_chunks(Config.model_validate(cfg))
 
     whole = [range(6)]
     assert cut() == [range(i, i + 1) for i in range(6)]

@@ -83,7 +83,7 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
         learner.load_state(tensors, state["learner"])
     metrics, read = [], []
     for groups in case["steps"]:
-        needed = learner.needed(groups)
+        needed = learner.groups_to_read(groups)
         read.append(needed)
         given = [
             replace(g, trajectory=g.trajectory if i in needed else None, outline=micro_batch_specs(cfg, g.trajectory))
@@ -92,7 +92,7 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
         metrics.append(learner.train_step(given if ranks is not None else groups))
     weights = learner.weights("ema")
     tensors, meta = learner.state()
-    if learner.ranks.main:
+    if learner.distributed.is_main:
         checkpoint.save(Path(case["save"]), learner.version, tensors, meta, {"version": learner.version}, cfg, 1)
     local = sum(_local(p).numel() for m in learner.modules.values() for p in m.parameters())
     return {"metrics": metrics, "read": read, "ema": weights, "local_parameters": local}

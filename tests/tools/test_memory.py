@@ -117,12 +117,12 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        live = learner.lanes[0].text.override_text(replayer, trajectory.sampling)
+        live = learner.replicas[0].text.override_text(replayer, trajectory.sampling)
     parts = plan_memory(cfg, NONE)["roles"]["learner"]["parts"]
     planned, measured = parts["text encoders' activations"], sum(held.values())
     del live
     assert abs(planned / measured - 1) < 0.2, (planned, measured)
-    modules = [m for m in learner.lanes[0].text.pipe.components.values() if isinstance(m, torch.nn.Module)]
+    modules = [m for m in learner.replicas[0].text.pipe.components.values() if isinstance(m, torch.nn.Module)]
     assert parts["weights"] == sum(weight_bytes_of(m) for m in modules)  # LoRA layers with them
 
 
