@@ -28,7 +28,7 @@ class BatchBuilder:
     def __init__(self, cfg: Config, flow: Dispatcher, prompts: Sequence[PromptItem]) -> None:
         self.cfg, self._flow, self._prompts = cfg, flow, prompts
         self._version: PolicyVersion | None = None
-        self._cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
+        self._cursor = PromptCursor(prompts, cfg.run.seed)
         self.ledger = Ledger(
             groups_per_step=cfg.algorithm.groups_per_step,
             max_staleness=cfg.algorithm.max_staleness,
@@ -160,7 +160,7 @@ class BatchBuilder:
             )
 
     def _keeps_media(self, step: int) -> bool:
-        return self.cfg.takes.every > 0 and (step + 1) % self.cfg.takes.every == 0
+        return self.cfg.tracking.save_takes_every > 0 and (step + 1) % self.cfg.tracking.save_takes_every == 0
 
     # ------------------------------------------------------------------------------------------- steps
 

@@ -27,6 +27,7 @@ from actors.tender import Tender
 from actors.worker_pool import IDLE, WorkerPool, WorkerSlot, together
 from pipeline.core.errors import RewardError
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.rewards.batching import WAIT_FOR_GROUPS_S
 
 log = logging.getLogger("rushes.flow")
 
@@ -97,7 +98,7 @@ class Dispatcher:
     ) -> None:
         self.ctx, self.publisher, self._fatal = ctx, publisher, fatal
         cfg = ctx.cfg
-        capacity = cfg.ray.queue_capacity
+        capacity = cfg.rollout.queue_capacity
         self.queue: BoundedQueue[Draw] = BoundedQueue("rollout", capacity)
         self.score_queues = {name: BoundedQueue[ScoreTask](f"reward.{name}", capacity) for name in cfg.rewards}
         rollout = cfg.rollout
@@ -226,12 +227,12 @@ class Dispatcher:
         return jobs
 
     async def _timed(self, awaitable: Awaitable[Any], what: str) -> Any:
-        limit = self.ctx.cfg.rollout.timeout_s
+        limit = self.ctx.cfg.faults.call_timeout_s
         try:
             async with asyncio.timeout(limit):  # unlike wait_for, without a task of its own
                 return await awaitable
         except TimeoutError:
-            raise TimeoutError(f"not {what} within {limit:g} s (rollout.timeout_s)") from None
+            raise TimeoutError(f"not {what} within {limit:g} s (faults.call_timeout_s)") from None
 
     async def _rollout_failed(self, slot: WorkerSlot, jobs: list[Job], error: Exception) -> None:
         """A group's own failure; or that of a call for several, whose groups are then drawn one by one, uncounted."""
@@ -305,7 +306,7 @@ class Dispatcher:
             del task, tasks, job
 
     async def _company(self, task: ScoreTask, slot: WorkerSlot, pool: WorkerPool) -> list[ScoreTask]:
-        """Further groups for the call that will score `task`, as far as `batch_items` and `batch_ms` allow."""
+        """Further groups for the call that will score `task`, as far as `batch_items` allows."""
         reward = self.ctx.cfg.rewards[task.reward]
         if task.alone:
             return []
@@ -316,7 +317,7 @@ class Dispatcher:
 
         room = reward.batch_items - task.job.work.takes
         queue = self.score_queues[task.reward]
-        return await queue.get_more(room, lambda other: other.job.work.takes, reward.batch_ms / 1000, accept)
+        return await queue.get_more(room, lambda other: other.job.work.takes, WAIT_FOR_GROUPS_S, accept)
 
     async def _one_scored(self, task: ScoreTask, scores: RewardScores) -> None:
         job = task.job

@@ -105,10 +105,6 @@ class Evaluator:
         every = self.cfg.evaluation.every
         return step == 0 or step >= self.cfg.run.steps or (every > 0 and step % every == 0)
 
-    def target_reached(self) -> bool:
-        target = self.cfg.evaluation.reward_target
-        return target is not None and bool(self.records) and self.records[-1]["mean"] >= target
-
     @property
     def progress(self) -> tuple[int, int]:
         """Groups scored and groups in all, of the present evaluation."""

@@ -54,8 +54,8 @@ class LearnerGroup:
 
     async def start(self, resume_from: str | None) -> None:
         """All ranks, from a checkpoint or from the beginning. A start during which a process dies is repeated, up to
-        `faults.max_attempts` times. Raises the ranks' own `RushesError`, or `RunFailed`."""
-        attempts = self.ctx.cfg.faults.max_attempts
+        `faults.max_restarts` times. Raises the ranks' own `RushesError`, or `RunFailed`."""
+        attempts = self.ctx.cfg.faults.max_restarts + 1
         for attempt in range(1, attempts + 1):
             try:
                 await self._place()

@@ -70,7 +70,7 @@ class Recorder:
         self.recent.add({"step": step, **metrics})
         self._gauges.set({**metrics, "step": step})
         self._write(self._tracker.log, step, metrics)
-        if self.cfg.takes.every and step % self.cfg.takes.every == 0:
+        if self.cfg.tracking.save_takes_every and step % self.cfg.tracking.save_takes_every == 0:
             kept = [(job, job.media) for job in jobs if job.media is not None]
             self._watch(asyncio.ensure_future(self._keep_takes(kept, step)))
         for job in jobs:

@@ -142,7 +142,7 @@ class TrainLoop:
     # ------------------------------------------------------------------------------------------- the loop
 
     async def run(self) -> None:
-        """Until run.steps or evaluation.reward_target is reached. Raises `Stopped` between steps when asked to."""
+        """Until run.steps is reached. Raises `Stopped` between steps when asked to."""
         await self._surviving(self._advance)
 
     async def _advance(self) -> None:
@@ -152,9 +152,6 @@ class TrainLoop:
             every = self.cfg.checkpoint.every
             if every and self._version and self._version % every == 0:
                 await self.save_if_new()
-            if self._evaluator.target_reached() and self._version > 0:
-                log.info("the held-out reward has reached evaluation.reward_target at step %d", self._version)
-                break
             if self._version >= self.cfg.run.steps:
                 break
             await self._step()
@@ -297,16 +294,16 @@ class TrainLoop:
         """A new learner from the last checkpoint (from the beginning, if there is none), and the run back to there.
 
         Groups admitted since are admitted again, with the same ids and seeds. Raises `RunFailed` when the learner has
-        been lost `faults.max_attempts` times without getting further.
+        been lost more than `faults.max_restarts` times without getting further.
         """
         if self._version > self._furthest:
             self._furthest, self._losses = self._version, 0
         self._losses += 1
-        allowed = self.cfg.faults.max_attempts
-        if self._losses >= allowed:
+        allowed = self.cfg.faults.max_restarts
+        if self._losses > allowed:
             raise RunFailed(
                 f"{error} (lost {self._losses} times without getting beyond step {self._furthest}; "
-                f"faults.max_attempts: {allowed}); continue with --resume"
+                f"faults.max_restarts: {allowed}); continue with --resume"
             ) from error
         self._state = "restarting the learner"
         self._training.retire()

@@ -176,7 +176,7 @@ class WorkerPool:
     async def spawn(self, slot: WorkerSlot) -> None:
         """Starts the slot's actor, trying again when its process dies. A `RushesError` from it is raised as it is:
         trying again would not help. `RunFailed` is raised when the tries are used up and no other actor is ready."""
-        attempts, attempt = self.ctx.cfg.faults.max_attempts, 0
+        attempts, attempt = self.ctx.cfg.faults.max_restarts + 1, 0
         while True:
             attempt += 1
             slot.generation += 1

@@ -55,12 +55,12 @@ class PlainLoop:
         opt = cfg.optimizer
         self.parameters = list(self.denoiser.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=opt.lr, betas=(opt.beta1, opt.beta2), eps=opt.eps, weight_decay=opt.weight_decay
+            self.parameters, lr=opt.lr, betas=(opt.betas[0], opt.betas[1]), eps=opt.eps, weight_decay=opt.weight_decay
         )
         self.ema = [p.detach().clone() for p in self.parameters] if opt.ema_decay > 0 else []
         self.scorers = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
         self.prompts = load_prompts(cfg.prompts.train)
-        self.cursor = PromptCursor(self.prompts, cfg.run.seed, cfg.prompts.shuffle)
+        self.cursor = PromptCursor(self.prompts, cfg.run.seed)
         self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
         self.texts: dict[str, dict[str, torch.Tensor]] = {}
         self.group = self.step = 0
@@ -126,7 +126,7 @@ class PlainLoop:
     def encoded(self, text: str, takes: int) -> dict[str, torch.Tensor]:
         """The prompt's embeddings as the pipeline takes them, encoded once."""
         if text not in self.texts:
-            length = self.cfg.generator.call["max_sequence_length"]
+            length = self.cfg.generator.call_kwargs["max_sequence_length"]
             if self.is_video:
                 found = self.pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
                 self.texts[text] = {"prompt_embeds": found[0]}

@@ -41,9 +41,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/samples.jsonl"
 PICTURE = ROOT / "docs/images/samples.png"
 CONFIGS = {"image": "configs/quickstart-image.yaml", "video": "configs/quickstart.yaml"}
-GRPO = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_fraction=0.43", "sampler.window.stop=7"]
+GRPO = [
+    "algorithm.objective=grpo",
+    "algorithm.kl_beta=0",
+    "sampler.timestep_fraction=0.43",
+    "sampler.window.range=[0,7]",
+]
 WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_fraction=1", "sampler.window.size=2",
-          "sampler.window.stop=5"]  # fmt: skip
+          "sampler.window.range=[0,5]"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
     # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do;
@@ -79,7 +84,7 @@ class Loop:
         self.policy.add_adapters()
         self.learner = Learner(cfg, "cpu")
         self.scorers = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
-        self.cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
+        self.cursor = PromptCursor(prompts, cfg.run.seed)
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
         self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
         self.group = 0

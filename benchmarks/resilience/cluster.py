@@ -157,7 +157,7 @@ def image_config(folder: Path, steps: int, address: str, **sections: Any) -> Pat
             "pretrained": str(ROOT / "models/shapes-image"),
             "height": 48,
             "width": 48,
-            "call": {"max_sequence_length": 12},
+            "call_kwargs": {"max_sequence_length": 12},
         },
         "trainable": {"kind": "full"},
         "prompts": {
@@ -168,11 +168,11 @@ def image_config(folder: Path, steps: int, address: str, **sections: Any) -> Pat
         "rewards": {"scene": {"scorer": "scene", "resources": {"rushes_reward": 0.01}}},
         "algorithm": {"objective": "awm", "kl_beta": 0.1, "group_size": 12, "groups_per_step": 6},
         "optimizer": {"lr": 5e-4, "ema_decay": 0.8},
-        "rollout": {"workers": 2, "threads": 1, "timeout_s": 120, "resources": {"rushes_rollout": 0.01}},
+        "rollout": {"workers": 2, "threads": 1, "resources": {"rushes_rollout": 0.01}},
         "learner": {"threads": 1, "resources": {"rushes_learner": 0.01}},
         "evaluation": {"prompts": 96, "steps": 8, "batch": 16},
         "checkpoint": {"every": 2, "keep": 2},
-        "faults": {"max_attempts": 8, "max_failed_groups": 3},
+        "faults": {"max_attempts": 8, "max_restarts": 7, "max_failed_groups": 3, "call_timeout_s": 120},
         "tracking": {"backends": []},
         "ray": {"address": address},
     }

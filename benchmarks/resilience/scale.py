@@ -63,7 +63,7 @@ def main() -> int:
     nodes = Nodes(workers=1)
     found: dict[str, Any] = {}
     try:
-        rollout = {"workers": 1, "threads": 1, "timeout_s": 120, "resources": {"CPU": 1.5, "rushes_rollout": 0.01}}
+        rollout = {"workers": 1, "threads": 1, "resources": {"CPU": 1.5, "rushes_rollout": 0.01}}
         config = image_config(folder, options.steps, nodes.address, rollout=rollout, evaluation={"prompts": 24})
         run = Training(config, "scale")
         run.until(lambda: run.step >= 1, LIMIT_S)

@@ -63,7 +63,7 @@ def main() -> int:
     nodes = Nodes(workers=1)
     memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
     try:
-        more: dict[str, Any] = {"evaluation": {"prompts": 24, "every": 10}, "takes": {"every": 5}}
+        more: dict[str, Any] = {"evaluation": {"prompts": 24, "every": 10}, "tracking": {"save_takes_every": 5}}
         run = Training(image_config(folder, 100_000, nodes.address, **more), "soak")
         say(f"metrics at {', '.join(nodes.metrics)}")
         run.until(lambda: run.step >= 1, 600)

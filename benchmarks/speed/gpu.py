@@ -177,7 +177,7 @@ def _config(folder: Path, call: dict[str, Any], batch: int) -> Config:
             "generator": {
                 "pretrained": str(folder),
                 **{key: call[key] for key in ("height", "width", "num_frames")},
-                "call": {"max_sequence_length": 256},
+                "call_kwargs": {"max_sequence_length": 256},
             },
             "trainable": {"kind": "lora", "rank": 32, "alpha": 64},
             "prompts": {"train": "unused.txt"},

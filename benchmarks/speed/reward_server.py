@@ -76,7 +76,7 @@ def main() -> None:
             args={"model": str(clip(folder / "clip", options.layers)), "batch": options.batch, "device": "cpu"},
             batch_items=options.batch,
         )
-        cfg = tiny.config(folder, ray={"address": "local", "num_cpus": 2, "object_store_mb": 200})
+        cfg = tiny.config(folder, ray={"address": "local", "init": {"num_cpus": 2, "object_store_memory": 200 * 2**20}})
         cfg = cfg.model_copy(update={"rewards": {"clip": reward}})
         prompts = [PromptItem(index=i, text=f"a photo of object number {i}") for i in range(groups)]
         use_threads(1)

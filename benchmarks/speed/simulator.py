@@ -273,7 +273,7 @@ def _config(plan: Plan, folder: Path) -> Config:
             "rollout": {"workers": plan.workers},
             "checkpoint": {"every": 0},
             "tracking": {"backends": []},
-            "ray": {"address": "local", "num_cpus": 8, "object_store_mb": 1024, "queue_capacity": max(8, plan.workers)},
+            "ray": {"address": "local", "init": {"num_cpus": 8, "object_store_memory": 2**30}},
         }
     )
 

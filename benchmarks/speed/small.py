@@ -58,7 +58,7 @@ def _config(folder: Path) -> Config:
             "generator": {"pretrained": "unused"},
             "prompts": {"train": "unused.txt"},
             "rewards": {"one": {"scorer": f"{folder / 'one.py'}:one"}},
-            "ray": {"address": "local", "num_cpus": 4, "object_store_mb": 1536},
+            "ray": {"address": "local", "init": {"num_cpus": 4, "object_store_memory": 1536 * 2**20}},
         }
     )
 

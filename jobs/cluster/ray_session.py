@@ -124,20 +124,25 @@ class RaySession:
                     "or set ray.address=local"
                 ) from error
             return self
-        unseen = self.cfg.ray.dashboard is None
+        unseen = self.cfg.ray.dashboard_port is None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self.ours = True
         try:
             with _environment(_UNSEEN if unseen else {}):
                 ray.init(
-                    address="local",
-                    num_cpus=self.cfg.ray.num_cpus,
-                    resources={name: 1000.0 for name in ROLE_RESOURCES},  # this machine plays all roles
-                    object_store_memory=self.cfg.ray.object_store_mb * 2**20,
-                    include_dashboard=not unseen,
-                    dashboard_host="127.0.0.1",
-                    dashboard_port=self.cfg.ray.dashboard,
-                    **common,
+                    **{
+                        "include_dashboard": not unseen,
+                        "dashboard_host": "127.0.0.1",
+                        **self.cfg.ray.init,
+                        "address": "local",
+                        "object_store_memory": self.cfg.ray.object_store_memory,
+                        # this machine plays all roles
+                        "resources": {
+                            **{name: 1000.0 for name in ROLE_RESOURCES},
+                            **self.cfg.ray.init.get("resources", {}),
+                        },
+                        **common,
+                    }
                 )
         except (KeyboardInterrupt, SystemExit):
             self.close()

@@ -216,6 +216,6 @@ def check_shared_memory() -> Iterator[Finding]:
     fix = (
         ""
         if level == "OK"
-        else "; Ray will use the disk, slower: in Docker add --shm-size=2g, or lower ray.object_store_mb"
+        else "; Ray will use the disk, slower: in Docker add --shm-size=2g, or lower ray.init.object_store_memory"
     )
     yield Finding(level, "shared memory", f"{free:.1f} GiB free in /dev/shm{fix}")

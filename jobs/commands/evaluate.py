@@ -52,7 +52,7 @@ def evaluate(
     preflight.check_rewards(cfg)
     preflight.check_generator(cfg, [], [])
     check_routing(prompts, list(cfg.rewards), prompt_locations(path), path)
-    check_prompt_lengths(prompts, cfg.generator.pretrained, cfg.generator.call, path)
+    check_prompt_lengths(prompts, cfg.generator.pretrained, cfg.generator.call_kwargs, path)
     if out is not None:
         preflight.check_writable(out, "--out")
     sources: list[Trained | None] = ([None] if base else []) + [find_trained(c) for c in checkpoints]

@@ -39,7 +39,7 @@ def generate(
         raise ConfigError(f"--out {out}: holds takes already; choose another folder")
     preflight.check_devices(cfg)
     preflight.check_generator(cfg, [], [])
-    check_prompt_lengths(prompts, cfg.generator.pretrained, cfg.generator.call, prompts_file)
+    check_prompt_lengths(prompts, cfg.generator.pretrained, cfg.generator.call_kwargs, prompts_file)
     preflight.check_writable(out, "--out")
     trained = find_trained(checkpoint) if checkpoint else None
 

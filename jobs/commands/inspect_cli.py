@@ -28,7 +28,9 @@ def inspect(
     ] = None,
     call: Annotated[
         list[str] | None,
-        typer.Option("--call", metavar="KEY=VALUE", help="A further argument of the pipeline, as in generator.call."),
+        typer.Option(
+            "--call", metavar="KEY=VALUE", help="A further argument of the pipeline, as in generator.call_kwargs."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     pipeline: Annotated[str | None, typer.Option("--pipeline", help="Pipeline class, if not its own.")] = None,

@@ -31,7 +31,7 @@ from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards import routing
-from pipeline.rewards.batching import Takes, score_groups
+from pipeline.rewards.batching import WAIT_FOR_GROUPS_S, Takes, score_groups
 from pipeline.rewards.models.protocol import (
     MAX_PIXEL_BYTES,
     Item,
@@ -67,7 +67,7 @@ class _Work:
 
 class RewardService:
     """The web application around one scorer. Requests that wait at the same time are scored together as far as
-    `batch_items` and `batch_ms` of the reward's config allow."""
+    `batch_items` of the reward's config allows."""
 
     def __init__(self, runner: RewardRunner, token: str | None = None, max_bytes: int = 64 * 2**20) -> None:
         self.runner, self.max_bytes = runner, max_bytes
@@ -168,7 +168,7 @@ class RewardService:
         while True:
             works = [await self._queue.get()]
             room = cfg.batch_items - works[0].takes
-            works += await self._queue.get_more(room, lambda work: work.takes, cfg.batch_ms / 1000)
+            works += await self._queue.get_more(room, lambda work: work.takes, WAIT_FOR_GROUPS_S)
             groups = [group for work in works for group in work.groups]
             try:
                 outcomes = await loop.run_in_executor(self._thread, score_groups, self.runner, groups)

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunInterrupted
 from pipeline.core.files import atomic_write
 from pipeline.core.storage import shown, url_of
+from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.runs import checkpoint
 from pipeline.runs.paths import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
 
@@ -173,7 +174,7 @@ def _summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, cons
             "wall_s": round(time.time() - started, 2),
             "peak_rss_mb": round(peak / 2**20, 1),
             "peak_rss_mb_roles": {name: round(size / 2**20, 1) for name, size in sorted(result["peaks"].items())},
-            "seeds": {"run": cfg.run.seed, "evaluation": cfg.evaluation.seed},
+            "seeds": {"run": cfg.run.seed, "evaluation": EVALUATION_SEED},
             "versions": _versions(),
             "checkpoint": result["checkpoint"],
             "export": result["export"],

@@ -121,7 +121,7 @@ def as_text(found: dict[str, Any]) -> str:
         if role["on"] != "cpu":
             lines.append(f"                (weights to activations are {where}; its own context is not counted)")
     store = found["object_store"]
-    over = "" if store["bytes"] <= store["limit"] else "  <- too small: raise ray.object_store_mb"
+    over = "" if store["bytes"] <= store["limit"] else "  <- too small: raise ray.init.object_store_memory"
     lines.append(f"object store: {_size(store['bytes'])} of {_size(store['limit'])}{over}")
     lines += [f"    {_size(size):>10}  {part}" for part, size in store["parts"].items() if size]
     lines += ["", f"together: {_size(found['host_bytes'])} in main memory"]

@@ -32,8 +32,8 @@ def supervise(
     cfg: Config, run: RunDir, resume_from: Path | None, signals: StopAsked, console: Console, debug: bool
 ) -> dict[str, Any]:
     """The run's result, from as many controllers as it takes. A controller that dies (its process or node, not an error
-    that it reports) is followed by another from the last checkpoint, until `faults.max_attempts` have died without a
-    new step. Raises what ended the run."""
+    that it reports) is followed by another from the last checkpoint, until more than `faults.max_restarts` have died
+    without a new step. Raises what ended the run."""
     import ray
 
     from actors.ray_errors import describe, root
@@ -68,10 +68,10 @@ def supervise(
             if watch.step > furthest:
                 furthest, deaths = watch.step, 0
             deaths += 1
-            if deaths >= cfg.faults.max_attempts:
+            if deaths > cfg.faults.max_restarts:
                 raise RunFailed(
-                    f"{problem} ({deaths} times without getting beyond step {max(furthest, 0)}; faults.max_attempts: "
-                    f"{cfg.faults.max_attempts}; see {run.log}); continue with --resume"
+                    f"{problem} ({deaths} times without getting beyond step {max(furthest, 0)}; faults.max_restarts: "
+                    f"{cfg.faults.max_restarts}; see {run.log}); continue with --resume"
                 )
             _wait_until_gone(run.name)
             resume_from = checkpoint.latest(run.checkpoints)

@@ -19,12 +19,13 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config.old_keys import advice
 from pipeline.config.resources import RESOURCE_ALIASES
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import describe_os_error, did_you_mean, nearest
 
-FREE = ("generator.call", "rewards.*.args")  # dicts whose keys the schema does not list
+FREE = ("generator.call_kwargs", "rewards.*.args")  # dicts whose keys the schema does not list
 
 
 # ----------------------------------------------------------------------------------------------- the schema
@@ -332,7 +333,8 @@ def _one(item: dict, data: dict) -> tuple[str, str]:
         path = ".".join(parts)
     kind = item["type"]
     if kind == "extra_forbidden":
-        return path, f"{path}: unknown key{_suggest(path)}"
+        renamed = advice(path)
+        return path, renamed or f"{path}: unknown key{_suggest(path)}"
     if kind == "value_error":
         text = str(item.get("ctx", {}).get("error", item["msg"]))
         if leaf is not None:  # a key's own validator, which does not know where it stands

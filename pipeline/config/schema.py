@@ -23,7 +23,6 @@ from pydantic import (
 from pipeline.config.resources import HalfCpu, TenthCpu, WorkerCount, WorkerRange
 from pipeline.core.storage import local_folder, shown
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -35,6 +34,8 @@ RunsFolder = Annotated[
     WithJsonSchema({"type": "string", "format": "path"}),
 ]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+StepIndex = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -64,7 +65,7 @@ class GeneratorConfig(Section):
     num_frames: Count = Field(1, description="Frames per take; 1 for image generators.")
     fps: Positive = Field(8.0, description="Frames per second of the written videos and what video scorers are told.")
     guidance_scale: NonNegative = Field(1.0, description="Classifier-free guidance in rollout and training (1: none).")
-    call: dict[str, Any] = Field(
+    call_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the pipeline's __call__, such as max_sequence_length."
     )
     embedding_cache: Path | None = Field(
@@ -108,7 +109,6 @@ class TrainableConfig(Section):
 class PromptsConfig(Section):
     train: Path = Field(description="Prompts trained on: .txt (a line each), .jsonl or .parquet.")
     heldout: Path | None = Field(None, description="Prompts evaluated on, never trained on.")
-    shuffle: bool = Field(True, description="Visit the training prompts in a new random order each epoch.")
 
 
 class WindowConfig(Section):
@@ -116,9 +116,14 @@ class WindowConfig(Section):
         "all", description="Which steps draw noise and train: all but the last; a random window; MixGRPO's sliding one."
     )
     size: Count = Field(2, description="Steps in a random or sliding window.")
-    start: Annotated[int, Field(ge=0)] = Field(0, description="First step the window may cover.")
-    stop: int | None = Field(None, description="End (exclusive) of the range the window may cover; default: last step.")
+    range: Annotated[list[StepIndex], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[first, end): the steps the window may cover; default: all but the last."
+    )
     every: Count = Field(25, description="Sliding: optimisation steps before the window moves by one.")
+
+    def bounds(self, sampler_steps: int) -> tuple[int, int]:
+        """[first, end) of the steps that the window may cover, of `sampler_steps`. The last step never draws noise."""
+        return (0, sampler_steps - 1) if self.range is None else (self.range[0], self.range[1])
 
 
 class SamplerConfig(Section):
@@ -142,9 +147,6 @@ class SegmentsConfig(Section):
     attenuation: NonNegative = Field(
         1.0, description="Lambda of exp(-lambda * 16/F * |frame - F/2|); 0: plain segmental mean."
     )
-    shape: Literal["exponential", "gaussian"] = Field(
-        "exponential", description="gaussian: exp(-(lambda * 16/F * |frame - F/2|)^2 / 2), flat around the middle."
-    )
     aggregate: Literal["mean", "min"] | Share = Field(
         "mean",
         description="How a take's segments become its score: their weighted mean, the worst segment, or (a number p) "
@@ -164,7 +166,7 @@ class RewardConfig(Section):
     clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
         None, description="[lowest, highest] that the score, once normalised, counts as."
     )
-    repeats: Count = Field(
+    score_repeats: Count = Field(
         1,
         description="Scorings per training take, each of slightly shifted frames; u, their variance over the group's, "
         "lowers the take's advantage by exp(-u).",
@@ -187,7 +189,6 @@ class RewardConfig(Section):
         description="Takes of several waiting groups that one call of the scorer may hold; 0: a group a call, so that "
         "no score depends on timing, not even in its last bits.",
     )
-    batch_ms: NonNegative = Field(10.0, description="Milliseconds that a server waits for more groups to fill a call.")
     threads: Count = Field(1, description="Compute threads per server.")
     runtime_env: dict[str, Any] = Field(
         default_factory=dict,
@@ -218,7 +219,6 @@ class AdvantageConfig(Section):
     std: Literal["group", "global", "none"] = Field(
         "group", description="Divide by the std of the group, of the whole step, or not at all (Dr. GRPO)."
     )
-    eps: Positive = Field(1e-4, description="Added to the std, so that near-ties do not become unit advantages.")
     clamp: Positive = Field(5.0, description="Advantages are clamped to +- this.")
     combine: Literal["rewards", "advantages", "pareto"] = Field(
         "rewards",
@@ -259,8 +259,9 @@ class AlgorithmConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Positive = Field(1e-4, description="AdamW learning rate.")
-    beta1: Fraction = Field(0.9, description="AdamW beta 1.")
-    beta2: Fraction = Field(0.999, description="AdamW beta 2.")
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="AdamW betas: decay rates of the first and the second moment."
+    )
     eps: Positive = Field(1e-8, description="AdamW epsilon.")
     weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Updates of linear warm-up.")
@@ -277,7 +278,7 @@ class LearnerConfig(Section):
     context_parallel: Count = Field(
         1, description="Ranks that split one take's sequence (long videos); must divide learner.ranks."
     )
-    lanes: Count = Field(
+    replicas: Count = Field(
         1,
         description="Groups replayed side by side, a thread each: small models on a CPU gain nothing from `threads`.",
     )
@@ -294,7 +295,7 @@ class LearnerConfig(Section):
     resources: HalfCpu = Field({"CPU": 0.5}, description="Ray resources reserved per rank: CPU, GPU, memory, custom.")
     threads: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Compute threads per rank, and of each of its lanes; 0: all cores, shared by the ranks of a node.",
+        description="Compute threads per rank, and of each of its replicas; 0: all cores, shared by a node's ranks.",
     )
 
 
@@ -317,17 +318,31 @@ class RolloutConfig(Section):
         {"CPU": 0.5}, description="Ray resources reserved per worker: CPU, GPU, memory, custom ones."
     )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="Compute threads per worker; 0: cores / workers.")
-    timeout_s: Positive = Field(1800.0, description="A group not generated in this time is retried on another worker.")
+
+    @property
+    def queue_capacity(self) -> int:
+        """Items that each queue between the roles may hold. With fewer than one per worker, workers that finish at the
+        same time would wait to hand over."""
+        return max(8, self.workers.max)
 
 
 class FaultsConfig(Section):
     max_attempts: Count = Field(
         3,
-        description="Tries of a group's rollout, and of its scoring, before it is failed; losses of the learner, or of "
-        "the controller, without a new step in between before the run is.",
+        description="Attempts at a group's rollout, and at its scoring, before the group fails.",
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        2,
+        description="Restarts of a worker that does not start, and of a learner or controller that dies without a new "
+        "step in between, before the run fails.",
     )
     max_failed_groups: Annotated[int, Field(ge=0)] = Field(
         3, description="More failed groups than this in a row end the run with an error."
+    )
+    call_timeout_s: Positive = Field(
+        1800.0,
+        description="A rollout or scoring call that takes longer (loading the weights included) is stopped; its groups "
+        "are tried again on another worker.",
     )
 
 
@@ -338,9 +353,7 @@ class EvaluationConfig(Section):
     prompts: Annotated[int, Field(ge=0)] = Field(64, description="Held-out prompts evaluated (0: all).")
     takes_per_prompt: Count = Field(1, description="Takes per held-out prompt, on fixed seeds.")
     steps: Count = Field(20, description="ODE sampler steps.")
-    seed: int = Field(1234, ge=0, description="Seed of the evaluation takes; the same at every evaluation.")
     batch: Count = Field(16, description="Takes per denoiser call in evaluation.")
-    reward_target: float | None = Field(None, description="Stop early once the held-out reward reaches this.")
 
 
 class CheckpointConfig(Section):
@@ -350,30 +363,58 @@ class CheckpointConfig(Section):
     keep: Count = Field(2, description="Checkpoints kept; older ones are deleted.")
 
 
-class TakesConfig(Section):
-    every: Annotated[int, Field(ge=0)] = Field(
-        0, description="Keep the training takes of every Nth step as files (0: none)."
-    )
-
-
 class TrackingConfig(Section):
     backends: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         ["tensorboard"], description="Trackers besides metrics.jsonl."
     )
-    project: str = Field("rushes", description="W&B project or MLflow experiment.")
+    save_takes_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Save the training takes of every Nth step as files (0: none)."
+    )
+
+
+_SET_BY_RUSHES = {"address": " (ray.address)", "namespace": "", "log_to_driver": "", "logging_level": ""}
+_INIT_LIMITS = {
+    "num_cpus": (1, 2**62),
+    "object_store_memory": (80 * 2**20, 2**62),  # Ray starts with no less
+    "dashboard_port": (1024, 65535),
+}
 
 
 class RayConfig(Section):
     address: str | None = Field(None, description="Ray address; default: a running cluster if found, else a local one.")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray; default: all cores.")
-    object_store_mb: Annotated[int, Field(ge=80)] = Field(512, description="Object store of a local Ray, in MiB.")
-    dashboard: int | None = Field(
-        None,
-        ge=1024,
-        le=65535,
-        description="Port of a local Ray's dashboard (on localhost), such as 8265; default: none.",
+    init: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of `ray.init` for a local Ray, such as num_cpus (default: all cores), "
+        "object_store_memory (bytes; default: 512 MiB) and dashboard_port (default: no dashboard).",
     )
-    queue_capacity: Count = Field(8, description="Groups each queue between roles may hold.")
+
+    @field_validator("init")
+    @classmethod
+    def _usable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in _SET_BY_RUSHES:
+                raise ValueError(f"{key} is set by Rushes{_SET_BY_RUSHES[key]}; leave it out")
+        for key, (low, high) in _INIT_LIMITS.items():
+            number = value.get(key, low)
+            if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+                upper = f" and <= {high}" if high < 2**62 else ""
+                raise ValueError(f"{key}: found {number!r}; expected a whole number >= {low}{upper}")
+        return value
+
+    @property
+    def num_cpus(self) -> int | None:
+        """CPUs of a local Ray; None: all cores."""
+        return self.init.get("num_cpus")
+
+    @property
+    def object_store_memory(self) -> int:
+        """Bytes of a local Ray's object store."""
+        return self.init.get("object_store_memory", 512 * 2**20)
+
+    @property
+    def dashboard_port(self) -> int | None:
+        """Port of a local Ray's dashboard, on localhost; None: no dashboard."""
+        return self.init.get("dashboard_port")
 
 
 class Config(Section):
@@ -392,7 +433,6 @@ class Config(Section):
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    takes: TakesConfig = Field(default_factory=TakesConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
@@ -402,13 +442,15 @@ class Config(Section):
         window = self.sampler.window
         if self.sampler.steps < 2:
             raise ValueError("sampler.steps: 1 leaves nothing to train (the last step is deterministic); use 2 or more")
-        stop = last if window.stop is None else window.stop
+        start, stop = window.bounds(self.sampler.steps)
         if not 0 < stop <= last:
-            raise ValueError(f"sampler.window.stop: {stop} is outside 1..{last} (the last step never draws noise)")
-        if window.start >= stop:
-            raise ValueError(f"sampler.window.start: {window.start} must be below the window's end, {stop}")
-        if window.kind != "all" and window.size > stop - window.start:
-            raise ValueError(f"sampler.window.size: {window.size} does not fit between steps {window.start} and {stop}")
+            raise ValueError(
+                f"sampler.window.range: the end, {stop}, is outside 1..{last} (the last step never draws noise)"
+            )
+        if start >= stop:
+            raise ValueError(f"sampler.window.range: the first step, {start}, must be below the end, {stop}")
+        if window.kind != "all" and window.size > stop - start:
+            raise ValueError(f"sampler.window.size: {window.size} does not fit between steps {start} and {stop}")
         if self.algorithm.updates_per_step > self.algorithm.groups_per_step:
             raise ValueError(
                 f"algorithm.updates_per_step: {self.algorithm.updates_per_step} exceeds algorithm.groups_per_step "
@@ -429,15 +471,15 @@ class Config(Section):
                 "generator.embedding_cache: embeddings change with every version when text encoders are trained; "
                 "leave it out, or set trainable.modules to denoiser"
             )
-        for apart, count in (("ranks", self.learner.ranks), ("lanes", self.learner.lanes)):
+        for apart, count in (("ranks", self.learner.ranks), ("replicas", self.learner.replicas)):
             if count > 1 and (self.trainable.modules != "denoiser" or self.generator.quantize != "none"):
                 key = "trainable.modules" if self.trainable.modules != "denoiser" else "generator.quantize"
                 only = "denoiser" if key == "trainable.modules" else "none"
                 raise ValueError(f"learner.{apart}: {count} {apart} need {key} {only}; set it, or learner.{apart}=1")
-        if self.learner.ranks > 1 and self.learner.lanes > 1:
+        if self.learner.ranks > 1 and self.learner.replicas > 1:
             raise ValueError(
-                f"learner.lanes: {self.learner.lanes} lanes share one process, not learner.ranks {self.learner.ranks}; "
-                "set one of them to 1"
+                f"learner.replicas: {self.learner.replicas} replicas share one process, not learner.ranks "
+                f"{self.learner.ranks}; set one of them to 1"
             )
         if self.learner.ranks % self.learner.context_parallel:
             raise ValueError(

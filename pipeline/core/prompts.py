@@ -176,7 +176,7 @@ def check_prompt_lengths(
             raise InputError(
                 f"{where}: the {kind} {text[:40]!r}… has {count} tokens, the text encoder of "
                 f"{pretrained} reads {limit} "
-                "and would cut the rest silently; shorten it or raise generator.call.max_sequence_length"
+                "and would cut the rest silently; shorten it or raise generator.call_kwargs.max_sequence_length"
             )
 
 
@@ -239,11 +239,11 @@ class PromptCursor:
     `state()` after n calls of `next()` and `load_state` of it continue with prompt n + 1 exactly.
     """
 
-    def __init__(self, prompts: Sequence[PromptItem], seed: int, shuffle: bool = True) -> None:
+    def __init__(self, prompts: Sequence[PromptItem], seed: int) -> None:
         if not prompts:
             raise InputError("the prompt set is empty")
         self._prompts = list(prompts)
-        self._seed, self._shuffle = int(seed), bool(shuffle)
+        self._seed = int(seed)
         self._epoch, self._position = 0, 0
         self._order = self._permutation(0)
         text = "\n".join(f"{p.text}\x00{p.negative or ''}\x00{p.image or ''}" for p in self._prompts)
@@ -261,7 +261,6 @@ class PromptCursor:
             "epoch": self._epoch,
             "position": self._position,
             "seed": self._seed,
-            "shuffle": self._shuffle,
             "prompts": self._digest,
         }
 
@@ -271,15 +270,11 @@ class PromptCursor:
             raise CheckpointError(
                 "the training prompts changed since the checkpoint; restore the file or start a new run"
             )
-        if (state["seed"], state["shuffle"]) != (self._seed, self._shuffle):
-            raise CheckpointError(
-                "run.seed or prompts.shuffle changed since the checkpoint; restore them or start a new run"
-            )
+        if state["seed"] != self._seed:
+            raise CheckpointError("run.seed changed since the checkpoint; restore it or start a new run")
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._permutation(self._epoch)
 
     def _permutation(self, epoch: int) -> list[int]:
-        if not self._shuffle:
-            return list(range(len(self._prompts)))
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
         return rng.permutation(len(self._prompts)).tolist()

@@ -144,7 +144,7 @@ class RewardScores:
     """One reward's scores of one group."""
 
     values: np.ndarray  # float32 [K]; NaN where the reward does not apply to the take's prompt
-    variance: np.ndarray | None = None  # float32 [K], of a take's repeated scorings (rewards.*.repeats)
+    variance: np.ndarray | None = None  # float32 [K], of a take's repeated scorings (rewards.*.score_repeats)
     segment_values: np.ndarray | None = None  # float32 [K, S], frame scorers on video
     segment_weights: np.ndarray | None = None  # float32 [S], or [K, S] where they depend on the take
     segment_frames: np.ndarray | None = None  # int64 [S, n], the frames that were looked at

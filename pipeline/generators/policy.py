@@ -102,7 +102,7 @@ class Policy:
 
     def _known_scales(self) -> list[float]:
         """Numbers the call itself knows that may be a guidance scale or a rescale factor."""
-        given = {name: p.default for name, p in parameters_of(self.pipe).items()} | dict(self.cfg.generator.call)
+        given = {name: p.default for name, p in parameters_of(self.pipe).items()} | dict(self.cfg.generator.call_kwargs)
         found = [self.cfg.generator.guidance_scale]
         for name, value in given.items():
             wanted = any(word in name for word in ("guidance", "cfg", "scale"))
@@ -313,7 +313,9 @@ def _wrong_steps(name: str, took: int, wanted: int) -> str:
         )
     way = "a model distilled to a fixed number of steps"
     if took > wanted:
-        way += ", or one that takes a step per view, stage or segment of a clip (generator.call may set how many)"
+        way += (
+            ", or one that takes a step per view, stage or segment of a clip (generator.call_kwargs may set how many)"
+        )
     return (
         f"{name} took {took} scheduler steps where {wanted} were asked for: {way}. A policy needs steps to draw noise "
         "at: use a checkpoint that takes as many as it is asked for, two or more"

@@ -80,13 +80,14 @@ class Learner:
         for modules in (self.modules, reference or {}):
             self.distributed.split_context(modules)
             self.distributed.shard(modules)
-        if cfg.learner.lanes > 1 and self.device.type != "cpu":
+        if cfg.learner.replicas > 1 and self.device.type != "cpu":
             raise UnsupportedPolicyError(
-                f"learner.lanes: {cfg.learner.lanes} lanes are threads of a CPU, and the learner is on {self.device}; "
-                "set learner.lanes=1 (learner.micro_batch makes larger calls, learner.ranks uses several GPUs)"
+                f"learner.replicas: {cfg.learner.replicas} replicas are threads of a CPU, and the learner is on "
+                f"{self.device}; set learner.replicas=1 (learner.micro_batch makes larger calls, learner.ranks uses "
+                "several GPUs)"
             )
         self.replicas = [Replica(cfg, self.device, self.modules, self.trained, reference, text)]
-        self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.lanes - 1)]
+        self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.replicas - 1)]
         if cfg.generator.compile:
             for lane in self.replicas[1:]:  # a copy of a compiled module is not compiled
                 for modules in (lane.modules, lane.reference or {}):
@@ -97,7 +98,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=opt.lr,
-            betas=(opt.beta1, opt.beta2),
+            betas=(opt.betas[0], opt.betas[1]),
             eps=opt.eps,
             weight_decay=opt.weight_decay,
         )
@@ -262,7 +263,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise RunFailed(
                 f"learner: loss {loss_value:.3g}, gradient norm {float(norm):.3g} at step {self.version}; "
-                "lower optimizer.lr or algorithm.clip_high, or train fewer low-noise steps (sampler.window.stop)"
+                "lower optimizer.lr or algorithm.clip_high, or train fewer low-noise steps (sampler.window.range)"
             )
         lr = self._learning_rate()
         for settings in self.optimizer.param_groups:

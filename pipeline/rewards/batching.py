@@ -21,6 +21,8 @@ from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scored, ScorerCall
 from pipeline.rewards.runner import RewardRunner
 
+WAIT_FOR_GROUPS_S = 0.01  # how long a server waits for more groups to fill a call (rewards.*.batch_items)
+
 
 @dataclass(frozen=True, slots=True)
 class Takes:

@@ -68,7 +68,7 @@ class RewardRunner:
         return score_some(lambda m, p: self._run_repeatedly(m, p, seed), media, prompts, self.name)
 
     def _run_repeatedly(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
-        return score_repeatedly(lambda m, s: self._run_once(m, prompts, s), media, seed, self.cfg.repeats)
+        return score_repeatedly(lambda m, s: self._run_once(m, prompts, s), media, seed, self.cfg.score_repeats)
 
     def _run_once(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
         start = time.perf_counter()

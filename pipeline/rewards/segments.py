@@ -47,10 +47,9 @@ def pick_frames(frames: int, segments: int, per_segment: int, seed: int | None) 
     return np.asarray(picks, dtype=np.int64)
 
 
-def log_weights(picks: np.ndarray, frames: int, attenuation: float, shape: str = "exponential") -> np.ndarray:
+def log_weights(picks: np.ndarray, frames: int, attenuation: float) -> np.ndarray:
     """log f(g), float64, same shape as `picks`."""
-    far = attenuation * (REFERENCE_FRAMES / frames) * np.abs(picks - frames // 2).astype(np.float64)
-    return -far if shape == "exponential" else -(far**2) / 2
+    return -attenuation * (REFERENCE_FRAMES / frames) * np.abs(picks - frames // 2).astype(np.float64)
 
 
 def combine(
@@ -59,7 +58,6 @@ def combine(
     frames: int,
     attenuation: float,
     normalize: bool,
-    shape: str = "exponential",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """frame_scores [K, S, n] -> (score [K], segment values [K, S], segment weights [S]), float64.
 
@@ -67,7 +65,7 @@ def combine(
     score = sum_s weight_s value_s / S, divided by mean weight when normalised. NaN frames (of logged parts) are left
     out; where all are NaN the result is NaN.
     """
-    logs = log_weights(picks, frames, attenuation, shape)
+    logs = log_weights(picks, frames, attenuation)
     weights = np.exp(logs).mean(axis=1)  # [S]
     inside = np.exp(logs - logs.max(axis=1, keepdims=True))  # shifted: a far segment's weights must not underflow
     values = _mean(frame_scores.astype(np.float64), np.broadcast_to(inside, frame_scores.shape))  # [K, S]
@@ -125,9 +123,7 @@ def score_segments(
     repeated = [prompt for prompt in prompts for _ in range(picks.size)]
     scores, parts = score_frames(singles, repeated)
     shape = (takes, *picks.shape)
-    value, per_segment, weights = combine(
-        scores.reshape(shape), picks, frames, config.attenuation, config.normalize, config.shape
-    )
+    value, per_segment, weights = combine(scores.reshape(shape), picks, frames, config.attenuation, config.normalize)
     if config.aggregate != "mean":
         value, weights = worst_or_best(per_segment, weights, config.aggregate, config.normalize)
     return RewardScores(
@@ -136,9 +132,7 @@ def score_segments(
         segment_weights=weights.astype(np.float32),
         segment_frames=picks,
         parts={
-            key: combine(part.reshape(shape), picks, frames, config.attenuation, True, config.shape)[0].astype(
-                np.float32
-            )
+            key: combine(part.reshape(shape), picks, frames, config.attenuation, True)[0].astype(np.float32)
             for key, part in parts.items()
         },
     )

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config.schema import AdvantageConfig
 
 Group = Mapping[str, np.ndarray]  # reward name -> float [K]
+EPS = 1e-4  # added to the std, so that near-ties do not become unit advantages
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,10 @@ def _in_order(blocks: Sequence[_Block], values: Iterable[np.ndarray]) -> list[np
 def _normalise(
     blocks: Sequence[_Block], rewards: Sequence[np.ndarray], cfg: AdvantageConfig, kinds: Sequence[Hashable]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(r - mean_group) / (std + eps); std (population) of the group, or of all takes of the step in groups of the same
+    """(r - mean_group) / (std + EPS); std (population) of the group, or of all takes of the step in groups of the same
     kind: sums of different rewards have no common scale.
 
-    Per block, whose `rewards` are float64 [G, K]: the advantages [G, K], and the std (+ eps) of one unit of advantage
+    Per block, whose `rewards` are float64 [G, K]: the advantages [G, K], and the std (+ EPS) of one unit of advantage
     in the units of the rewards [G].
     """
     whole: dict[Hashable, float] = {}
@@ -104,7 +105,7 @@ def _normalise(
     for kind, values in zip(kinds, rewards, strict=True):
         centred = values - values.mean(axis=-1, keepdims=True)
         std = np.full(len(values), whole[kind]) if cfg.std == "global" else values.std(axis=-1)
-        scale = std + cfg.eps
+        scale = std + EPS
         if cfg.std != "none":
             centred = np.where(is_zero_std(values)[:, None], 0.0, centred / scale[:, None])
         result.append((centred, scale))

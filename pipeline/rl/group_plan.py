@@ -18,6 +18,8 @@ SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, 
 _MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped
 _TAKES, _NOISE, _WINDOW, _SUBSET, _SCORING = 1, 2, 3, 4, 5  # separate random streams of one group
 
+EVALUATION_SEED = 1234  # the same takes at every evaluation, of every run
+
 
 def _rng(seed: int, stream: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, stream, *key]))
@@ -27,17 +29,17 @@ def stochastic_steps(cfg: SamplerConfig, run_seed: int, step: int) -> tuple[int,
     """Sampler steps that draw noise in optimisation step `step`; never the last one, whose noise nothing removes.
 
     all: every step but the last (Flow-GRPO). random: a window drawn anew each step (Flow-GRPO-Fast).
-    sliding: from `start`, moves by one every `every` steps, and starts over at the end (MixGRPO).
+    sliding: from the range's first step, moves by one every `every` steps, and starts over at the end (MixGRPO).
     """
     window = cfg.window
-    stop = cfg.steps - 1 if window.stop is None else window.stop
+    start, stop = window.bounds(cfg.steps)
     if window.kind == "all":
-        return tuple(range(window.start, stop))
-    positions = stop - window.start - window.size + 1
+        return tuple(range(start, stop))
+    positions = stop - start - window.size + 1
     if window.kind == "random":
-        first = window.start + int(_rng(run_seed, _WINDOW, step).integers(positions))
+        first = start + int(_rng(run_seed, _WINDOW, step).integers(positions))
     else:
-        first = window.start + (step // window.every) % positions
+        first = start + (step // window.every) % positions
     return tuple(range(first, first + window.size))
 
 
@@ -108,7 +110,7 @@ def accumulation_chunks(cfg: Config) -> list[range]:
     together = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())
     if together or algorithm.updates_per_step > 1:
         return [range(groups)]
-    apart = cfg.learner.ranks // cfg.learner.context_parallel * cfg.learner.lanes
+    apart = cfg.learner.ranks // cfg.learner.context_parallel * cfg.learner.replicas
     size = apart * math.ceil(groups / apart / _MOST_PORTIONS)
     return [range(start, min(start + size, groups)) for start in range(0, groups, size)]
 
@@ -129,7 +131,7 @@ def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int) -> list[Gr
     """The evaluation: the first `evaluation.prompts` prompts x `takes_per_prompt` fixed seeds, in ODE batches."""
     chosen = prompts[: cfg.evaluation.prompts or len(prompts)]
     shots = [
-        (prompt, int(_rng(cfg.evaluation.seed, _TAKES, prompt.index, take).integers(2**62)))
+        (prompt, int(_rng(EVALUATION_SEED, _TAKES, prompt.index, take).integers(2**62)))
         for prompt in chosen
         for take in range(cfg.evaluation.takes_per_prompt)
     ]

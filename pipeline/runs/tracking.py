@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.core.types import Media
 
 METRICS_FILE = "metrics.jsonl"
 MAX_STRIP_FRAMES = 8
+PROJECT = "rushes"  # W&B project or MLflow experiment, unless their own environment variables name one
 
 
 class Tracker(ABC):
@@ -106,7 +108,7 @@ class WandbTracker(Tracker):
         run_id = file.read_text().strip() if file.exists() else None
         self._wandb = wandb
         self._run = wandb.init(
-            project=cfg.tracking.project,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run_dir.name,
             id=run_id,
             resume="allow" if run_id else None,
@@ -133,8 +135,9 @@ class MlflowTracker(Tracker):
 
         file = run_dir / "mlflow_id.txt"
         self._client: Any = mlflow.MlflowClient()
-        found = self._client.get_experiment_by_name(cfg.tracking.project)
-        experiment = found.experiment_id if found else self._client.create_experiment(cfg.tracking.project)
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        existing = self._client.get_experiment_by_name(project)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(project)
         if file.exists():
             self._run = file.read_text().strip()
         else:

@@ -85,7 +85,7 @@ def _config(checkpoint, revision, pipeline, height, width, frames, scale, call, 
                 "width": width,
                 "num_frames": frames,
                 "guidance_scale": scale,
-                "call": call,
+                "call_kwargs": call,
             },
             "prompts": {"train": "prompts.txt"},
             "rewards": {"reward": {"scorer": "unused"}},
@@ -107,7 +107,7 @@ def _probe(pipe, where, report, base, height, width, num_frames, guidance_scale)
     for size, frames in _sizes(pipe, modules, num_frames):
         tall, wide = height or size, width or size
         own = base.generator
-        cfg = _config(own.pretrained, own.revision, own.pipeline, tall, wide, frames, scale, own.call, kinds[0])
+        cfg = _config(own.pretrained, own.revision, own.pipeline, tall, wide, frames, scale, own.call_kwargs, kinds[0])
         if getattr(pipe, "guider", None) is not None:
             cfg = cfg.model_copy(update={"sampler": cfg.sampler.model_copy(update={"steps": _GUIDED_STEPS})})
         try:
@@ -151,8 +151,10 @@ def _with_a_way_out(pipe, where, cfg: Config, error: UnsupportedPolicyError) -> 
         return error
     ways: dict[str, dict[str, Any]] = {}
     rescale = parameters_of(pipe).get("guidance_rescale")
-    if rescale is not None and rescale.default and "guidance_rescale" not in generator.call:
-        ways["With generator.call.guidance_rescale=0"] = {"call": {**generator.call, "guidance_rescale": 0.0}}
+    if rescale is not None and rescale.default and "guidance_rescale" not in generator.call_kwargs:
+        ways["With generator.call_kwargs.guidance_rescale=0"] = {
+            "call": {**generator.call_kwargs, "guidance_rescale": 0.0}
+        }
     if generator.guidance_scale != 1.0:
         ways["Without guidance (guidance_scale 1)"] = {"guidance_scale": 1.0}
     for words, changed in ways.items():

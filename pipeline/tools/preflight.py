@@ -96,9 +96,10 @@ def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
     """Both sets parse and share no prompt."""
     train = _under_key("prompts.train", lambda: _routed(cfg, cfg.prompts.train))
     if cfg.prompts.heldout is None:
-        if cfg.evaluation.every or cfg.evaluation.reward_target is not None:
-            key = "evaluation.every" if cfg.evaluation.every else "evaluation.reward_target"
-            raise ConfigError(f"{key}: is set but prompts.heldout is not; give a file of prompts to evaluate on")
+        if cfg.evaluation.every:
+            raise ConfigError(
+                "evaluation.every: is set but prompts.heldout is not; give a file of prompts to evaluate on"
+            )
         return train, []
     heldout_file = cfg.prompts.heldout
     heldout = _under_key("prompts.heldout", lambda: _routed(cfg, heldout_file))
@@ -144,7 +145,7 @@ def check_generator(cfg: Config, train: list[PromptItem], heldout: list[PromptIt
     _check_sizes(cfg, folder, components)
     _check_scheduler(cfg, folder, components)
     for prompts, path in ((train, cfg.prompts.train), (heldout, cfg.prompts.heldout)):
-        check_prompt_lengths(prompts, str(folder), cfg.generator.call, path)
+        check_prompt_lengths(prompts, str(folder), cfg.generator.call_kwargs, path)
     return components
 
 
@@ -330,9 +331,9 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
     if cpus > have + 1e-6:
         if not dry or cfg.ray.num_cpus:
             raise ConfigError(
-                f"ray.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.resources.CPU + "
+                f"ray.init.num_cpus: the actors reserve {cpus:g} CPUs (rollout.workers x rollout.resources.CPU + "
                 "learner.ranks x learner.resources.CPU + rewards), "
-                f"but the local Ray has {have}; lower them or set ray.num_cpus={int(-(-cpus // 1))}"
+                f"but the local Ray has {have}; lower them or set ray.init.num_cpus={int(-(-cpus // 1))}"
             )
         lacking.append(f"{cpus:g} CPUs (it has {have})")
     if gpus > 0 and gpus > _gpu_count() + 1e-6:
@@ -343,22 +344,23 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
                 "set them to 0 or join a cluster with ray.address"
             )
         lacking.append(f"{gpus:g} GPUs (it has {_gpu_count()})")
-    known = {"CPU", "GPU", "memory", *ROLE_RESOURCES}
+    known = {"CPU", "GPU", "memory", *ROLE_RESOURCES, *cfg.ray.init.get("resources", {})}
     unknown = [name for name, amount in needs.items() if amount and name not in known]
     if unknown:
         raise ConfigError(
             f"resources.{unknown[0]}: a local Ray announces no such resource (it has {', '.join(sorted(known))}); "
             "leave it out or join a cluster with ray.address"
         )
-    if cfg.ray.dashboard is not None:
+    port = cfg.ray.dashboard_port
+    if port is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", cfg.ray.dashboard))
+                probe.bind(("127.0.0.1", port))
             except OSError:
                 raise ConfigError(
-                    f"ray.dashboard: port {cfg.ray.dashboard} is taken by another program; choose another one, such "
-                    f"as ray.dashboard={cfg.ray.dashboard + 1}, or ray.dashboard=null"
+                    f"ray.init.dashboard_port: port {port} is taken by another program; choose another one, such as "
+                    f"ray.init.dashboard_port={port + 1}, or leave it out"
                 ) from None
     return " and ".join(lacking)
 

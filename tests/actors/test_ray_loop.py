@@ -46,7 +46,9 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    base = tiny.config(Path("unused"), ray={"address": "local", "num_cpus": 8, "object_store_mb": 200})
+    base = tiny.config(
+        Path("unused"), ray={"address": "local", "init": {"num_cpus": 8, "object_store_memory": 200 * 2**20}}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_enable_metrics_collection", "1")  # a Ray without a dashboard would not
         with RaySession(base) as session:
@@ -116,8 +118,7 @@ def test_a_run_is_scaled_seen_in_the_metrics_and_loses_a_stuck_worker(cluster, t
         run={"steps": 500},
         checkpoint={"every": 0},
         algorithm={"max_staleness": 1},
-        rollout={"timeout_s": 6},
-        ray={"queue_capacity": 1},
+        faults={"call_timeout_s": 6},
     )
     run = Run(cfg, "seen")
     run.until(lambda s: s["step"] >= 1)
@@ -149,7 +150,7 @@ def test_a_run_is_scaled_seen_in_the_metrics_and_loses_a_stuck_worker(cluster, t
     os.kill(pid, signal.SIGSTOP)
     run.until(lambda s: s["pids"].get("rollout-1") not in (None, pid))
     _gone(pid)
-    assert re.search(r"replacing rollout-1 on .* within 6 s \(rollout.timeout_s\)", run.dir.log.read_text())
+    assert re.search(r"replacing rollout-1 on .* within 6 s \(faults.call_timeout_s\)", run.dir.log.read_text())
     ray.get(run.controller.stop.remote())
     outcome = run.result()
     assert outcome["status"] == "stopped" and outcome["groups"]["failed"] == 0
@@ -287,11 +288,13 @@ def test_a_start_up_error_is_the_original_one(cluster, tiny_sd3, files, tmp_path
 
 
 def test_a_stuck_worker_is_found_and_the_evaluation_fails_by_name(cluster, tiny_sd3, files, tmp_path):
-    cfg = make_config(tiny_sd3, files, tmp_path, rollout={"timeout_s": 0.01}, faults={"max_attempts": 1})
+    cfg = make_config(tiny_sd3, files, tmp_path, faults={"max_attempts": 1, "call_timeout_s": 0.01})
     error = Run(cfg, "stuck").failure()
     assert isinstance(error, RunFailed)
     assert "the evaluation at step 0 failed after 1 attempts in rollout-0 on" in str(error)
-    assert "within 0.01 s (rollout.timeout_s)" in str(error)  # holding the version, or generating: whichever it was at
+    assert "within 0.01 s (faults.call_timeout_s)" in str(
+        error
+    )  # holding the version, or generating: whichever it was at
 
 
 def _gone(pid: int) -> None:

@@ -52,7 +52,9 @@ for function in (crowded, wears_out):
 
 @pytest.fixture(scope="module")
 def cluster():
-    base = tiny.config(Path("unused"), ray={"address": "local", "num_cpus": 8, "object_store_mb": 200})
+    base = tiny.config(
+        Path("unused"), ray={"address": "local", "init": {"num_cpus": 8, "object_store_memory": 200 * 2**20}}
+    )
     with RaySession(base) as session:
         yield session
 
@@ -67,7 +69,7 @@ def files(tmp_path_factory):
 
 def shared(cfg, **reward):
     """The config with its one reward's servers taking several groups a call."""
-    own = cfg.rewards["own"].model_copy(update={"batch_items": 64, "batch_ms": 300.0, **reward})
+    own = cfg.rewards["own"].model_copy(update={"batch_items": 64, **reward})
     return cfg.model_copy(update={"rewards": {"own": own}})
 
 

@@ -206,7 +206,7 @@ def test_workers_leave_a_node_that_is_drained_once_they_have_finished(fast, tmp_
 @pytest.fixture(scope="module")
 def cluster():
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes cannot import a test
-    with RaySession(config(num_cpus=1, object_store_mb=80)) as own:
+    with RaySession(config(init={"num_cpus": 1, "object_store_memory": 80 * 2**20})) as own:
         yield own
 
 

@@ -65,7 +65,7 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
     policy.probe(prompts)
     policy.add_adapters()
     scorer, combiner = build_reward("bright", rewards["bright"]), Combiner(rewards, cfg.algorithm.advantage)
-    cursor = PromptCursor(prompts, cfg.run.seed, cfg.prompts.shuffle)
+    cursor = PromptCursor(prompts, cfg.run.seed)
     for step in range(3):
         policy.load_weights(learner.weights())
         drawn, scores = [], []

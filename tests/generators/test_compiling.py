@@ -27,7 +27,7 @@ CASES = {
     "full": {
         "trainable": {"kind": "full"},
         "algorithm": {"objective": "awm", "kl_beta": 0.1, "groups_per_step": 2},
-        "learner": {"lanes": 2},
+        "learner": {"replicas": 2},
     },
     "lora": {"algorithm": {"groups_per_step": 1}},
 }

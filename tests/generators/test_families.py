@@ -271,7 +271,7 @@ segment); 18 were refused:
   them here
 
 LTX2 and LTX2ImageToVideo are refused with the pipeline's own `guidance_rescale`, a rescaling in x0 space that no rule
-reproduces, and can be trained with `generator.call.guidance_rescale=0`, as the message says. For two the tiny
+reproduces, and can be trained with `generator.call_kwargs.guidance_rescale=0`, as the message says. For two the tiny
 checkpoint was not one that the pipeline runs on or loads, which says nothing about the class: PRX and QwenImageLayered.
 """
 

@@ -74,7 +74,9 @@ def test_a_take_depends_on_its_seed_alone(folder):
 
 
 def test_same_initial_noise_is_shared(folder):
-    policy = make(folder, sampler={"same_initial_noise": True, "window": {"kind": "random", "size": 1, "start": 1}})
+    policy = make(
+        folder, sampler={"same_initial_noise": True, "window": {"kind": "random", "size": 1, "range": [1, 7]}}
+    )
     _, trajectory, _ = policy.rollout(train_work(policy.cfg, 0, 0, PROMPTS[0]))
     step = trajectory.parts[0].steps[0]
     first = step.sample.data

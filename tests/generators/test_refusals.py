@@ -130,7 +130,7 @@ def test_a_fixed_number_of_steps_is_refused(sd, monkeypatch):
 def test_inputs_that_cannot_be_recorded_are_refused(sd, monkeypatch):
     policy = families.policy("StableDiffusion", sd)
     with pytest.raises(UnsupportedPolicyError, match="of type object, which cannot be recorded"):
-        policy.cfg.generator.call["cross_attention_kwargs"] = {"cache": object()}
+        policy.cfg.generator.call_kwargs["cross_attention_kwargs"] = {"cache": object()}
         policy.probe(families.prompts("StableDiffusion", sd))
 
 
@@ -236,7 +236,7 @@ def test_a_missing_package_is_named(error, package, monkeypatch):
     ("build", "says"),
     [
         (families_edit.amused, ["AmusedScheduler", "no first-order counterpart"]),
-        (families_new.hunyuan_image, ["AdaptiveProjectedMixGuidance changes its rule", "sampler.window.stop="]),
+        (families_new.hunyuan_image, ["AdaptiveProjectedMixGuidance changes its rule", "sampler.window.range="]),
         (families_edit.skyreels_diffusion_forcing, ["none of its steps through pipe.scheduler", "no log-prob"]),
     ],
 )

@@ -15,7 +15,7 @@ from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.rl.group_plan import train_work
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square"))]
-WINDOW = {"steps": 6, "same_initial_noise": True, "window": {"kind": "random", "size": 1, "start": 3, "stop": 4}}
+WINDOW = {"steps": 6, "same_initial_noise": True, "window": {"kind": "random", "size": 1, "range": [3, 4]}}
 
 
 @pytest.fixture(scope="module", params=["sd3", "wan"])

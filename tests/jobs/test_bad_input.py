@@ -256,7 +256,7 @@ def port_taken(p):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        return p.train(f"ray.dashboard={taken.getsockname()[1]}")
+        return p.train(f"ray.init.dashboard_port={taken.getsockname()[1]}")
 
 
 def no_gpu(p):
@@ -399,9 +399,9 @@ CASES = [
     (run_dir_is_a_file, ["run.dir", "file"], "choose another path"),
     (no_write_permission, ["run.dir", "runs: no permission"], "choose a folder you may write to"),
     (out_is_a_folder_of_a_file, ["--out", "file"], "choose another path"),
-    (port_taken, ["ray.dashboard: port", "is taken"], "choose another one"),
+    (port_taken, ["ray.init.dashboard_port: port", "is taken"], "choose another one"),
     (no_gpu, ["learner.device", "no GPU"], "use auto or cpu"),
-    (too_few_cpus, ["ray.num_cpus", "has 4"], "set ray.num_cpus="),
+    (too_few_cpus, ["ray.init.num_cpus", "has 4"], "set ray.init.num_cpus="),
     (tracker_missing, ["tracking.backends: tensorboard"], "pip install"),
     (report_of_nothing, ["runs/none"], "no such run folder"),
     (report_with_broken_metrics, ["metrics.jsonl:1"], "remove the line"),

@@ -24,7 +24,7 @@ def config_of(pretrained, root, kind="lora", frames=1):
         {
             "run": {"dir": str(root / "runs")},
             "generator": {"pretrained": str(pretrained), "height": 16, "width": 16, "num_frames": frames,
-                          "call": {"max_sequence_length": 8}},
+                          "call_kwargs": {"max_sequence_length": 8}},
             "trainable": {"kind": kind, "rank": 4, "alpha": 8.0},
             "prompts": {"train": str(root / "train.txt"), "heldout": str(root / "heldout.txt")},
             "rewards": {"jpeg": {"scorer": "jpeg_compressibility"}},

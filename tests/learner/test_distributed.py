@@ -52,7 +52,9 @@ def compared(tiny_sd3, tmp_path_factory):
             return {"config": plain, "steps": steps, "save": str(out / save / name), "resume": resume}
 
         alone[name] = one_case(case(steps[:2], "one"))
-        lanes = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"lanes": 2})}).model_dump(mode="json")
+        lanes = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"replicas": 2})}).model_dump(
+            mode="json"
+        )
         by_lanes[name] = [one_case(case(steps[:2], f"lanes-{i}", plain=lanes)) for i in range(2)]
         together += [case(steps[:2], "two"), case(steps[2:], "one-two", "one")]
         further[name] = case(steps[2:], "two-one", "two")
@@ -159,8 +161,8 @@ def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, t
     [
         ({"learner": {"ranks": 2}, "trainable": {"modules": "text_encoder"}}, "trainable.modules denoiser"),
         ({"learner": {"ranks": 2}, "generator": {"quantize": "int8"}}, "generator.quantize none"),
-        ({"learner": {"lanes": 2}, "trainable": {"modules": "text_encoder"}}, "learner.lanes=1"),
-        ({"learner": {"lanes": 2, "ranks": 2}}, "set one of them to 1"),
+        ({"learner": {"replicas": 2}, "trainable": {"modules": "text_encoder"}}, "learner.replicas=1"),
+        ({"learner": {"replicas": 2, "ranks": 2}}, "set one of them to 1"),
         ({"learner": {"ranks": 3, "context_parallel": 2}}, "learner.context_parallel: 2 does not divide"),
     ],
 )

@@ -54,7 +54,9 @@ def server(model, tmp_path_factory):
         "engine": {"dtype": "float32", "block_size": 32, "max_model_len": 1024},
     }
     env = {"py_executable": ".venv-vllm/bin/python"}
-    cfg = tiny.config(Path("unused"), ray={"address": "local", "num_cpus": 2, "object_store_mb": 200})
+    cfg = tiny.config(
+        Path("unused"), ray={"address": "local", "init": {"num_cpus": 2, "object_store_memory": 200 * 2**20}}
+    )
     cfg = cfg.model_copy(update={"rewards": {"judge": RewardConfig(scorer="vlm_judge", args=args, runtime_env=env)}})
     with RaySession(cfg):
         ctx = RunContext(cfg=cfg, run_path=str(tmp_path_factory.mktemp("run")), cwd=os.getcwd())

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import AdvantageConfig
+from pipeline.rl import advantages
 from pipeline.rl.advantages import compute_advantages, weighted_rewards
+
+
+@pytest.fixture
+def no_epsilon(monkeypatch):
+    """Numbers worked out by hand have no epsilon in them."""
+    monkeypatch.setattr(advantages, "EPS", 1e-12)
 
 
 def run(groups, weights=None, **options):
@@ -14,16 +21,16 @@ def run(groups, weights=None, **options):
     return compute_advantages(scores, weights or {"r": 1.0}, AdvantageConfig(**options))
 
 
-def test_group_std_by_hand():
-    result = run([[0.0, 1.0], [0.2, 0.6]], eps=1e-9)
+def test_group_std_by_hand(no_epsilon):
+    result = run([[0.0, 1.0], [0.2, 0.6]])
     np.testing.assert_allclose(result.advantages[0], [-1, 1], atol=1e-5)
     np.testing.assert_allclose(result.advantages[1], [-1, 1], atol=1e-5)
 
 
-def test_global_std_by_hand():
+def test_global_std_by_hand(no_epsilon):
     groups = [[0.0, 1.0], [0.4, 0.6]]
     whole = np.std([0.0, 1.0, 0.4, 0.6])
-    result = run(groups, std="global", eps=1e-9)
+    result = run(groups, std="global")
     np.testing.assert_allclose(result.advantages[1], np.array([-0.1, 0.1]) / whole, rtol=1e-5)
 
 
@@ -31,10 +38,10 @@ def test_no_std_only_centres():
     np.testing.assert_allclose(run([[1.0, 4.0]], std="none").advantages[0], [-1.5, 1.5])
 
 
-def test_affine_rewards_give_the_same_advantages_and_sum_to_zero():
+def test_affine_rewards_give_the_same_advantages_and_sum_to_zero(no_epsilon):
     rewards = np.random.default_rng(0).normal(size=8)
-    a = run([rewards], eps=1e-12).advantages[0]
-    b = run([3 * rewards + 7], eps=1e-12).advantages[0]
+    a = run([rewards]).advantages[0]
+    b = run([3 * rewards + 7]).advantages[0]
     np.testing.assert_allclose(a, b, atol=1e-4)
     assert abs(a.sum()) < 1e-5
 
@@ -57,12 +64,12 @@ def test_clamp():
     assert run([rewards], clamp=5.0).advantages[0].max() == 5.0
 
 
-def test_combining_rewards_and_advantages_differ_as_they_should():
+def test_combining_rewards_and_advantages_differ_as_they_should(no_epsilon):
     group = {"big": np.array([0.0, 100.0], np.float32), "small": np.array([1.0, 0.0], np.float32)}
     weights = {"big": 1.0, "small": 1.0}
-    by_reward = run([group], weights, eps=1e-9).advantages[0]
+    by_reward = run([group], weights).advantages[0]
     np.testing.assert_allclose(by_reward, [-1, 1], atol=1e-5)  # the big scale decides
-    by_advantage = run([group], weights, combine="advantages", eps=1e-9).advantages[0]
+    by_advantage = run([group], weights, combine="advantages").advantages[0]
     np.testing.assert_allclose(by_advantage, [0, 0], atol=1e-5)  # each reward counts the same
     np.testing.assert_allclose(weighted_rewards(group, {"big": 0.5, "small": 2.0}), [2.0, 50.0])
 

@@ -35,13 +35,13 @@ def test_all_steps_but_the_last_draw_noise():
 
 
 def test_random_window_covers_its_range_and_nothing_else():
-    cfg = config(window={"kind": "random", "size": 2, "start": 1, "stop": 5}).sampler
+    cfg = config(window={"kind": "random", "size": 2, "range": [1, 5]}).sampler
     seen = {stochastic_steps(cfg, 0, step) for step in range(200)}
     assert seen == {(1, 2), (2, 3), (3, 4)}
 
 
 def test_sliding_window_moves_and_starts_over():
-    cfg = config(window={"kind": "sliding", "size": 4, "every": 3, "stop": 6}).sampler
+    cfg = config(window={"kind": "sliding", "size": 4, "every": 3, "range": [0, 6]}).sampler
     firsts = [stochastic_steps(cfg, 0, step)[0] for step in range(12)]
     assert firsts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
 

@@ -16,10 +16,18 @@ from pipeline.rewards.base import Scorer
 from pipeline.rewards.repeats import shifted
 from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import RewardRunner
+from pipeline.rl import advantages as advantages_module
 from pipeline.rl.advantages import compute_advantages, non_dominated, weighted_rewards
 from pipeline.rl.reward_combiner import Combiner, Moments
 
 RNG = np.random.default_rng
+EPS = 1e-9
+
+
+@pytest.fixture(autouse=True)
+def next_to_no_epsilon(monkeypatch):
+    """Numbers worked out by hand have no epsilon in them."""
+    monkeypatch.setattr(advantages_module, "EPS", EPS)
 
 
 def scored(**rewards):
@@ -36,7 +44,7 @@ def scored(**rewards):
 
 def combiner(rewards, **advantage):
     configs = {name: RewardConfig(scorer="x", **options) for name, options in rewards.items()}
-    return Combiner(configs, AdvantageConfig(**{"eps": 1e-9, "clamp": 100, **advantage}))
+    return Combiner(configs, AdvantageConfig(**{"clamp": 100, **advantage}))
 
 
 # ------------------------------------------------------------------------------------------------- the default
@@ -58,7 +66,7 @@ def test_the_combiner_changes_nothing_unless_told_to(options):
         stds = {"group": None, "global": whole, "none": 0.0}
         std = stds[options.get("std", "group")]
         return [
-            c - c.mean() if std == 0.0 else (c - c.mean()) / ((c.std() if std is None else std) + 1e-4) for c in columns
+            c - c.mean() if std == 0.0 else (c - c.mean()) / ((c.std() if std is None else std) + EPS) for c in columns
         ]
 
     wide = [{name: values.astype(np.float64) for name, values in group.items()} for group in groups]
@@ -373,7 +381,7 @@ def test_repeats_score_shifted_copies_in_training_only():
     media = Media(frames=np.stack([smooth, noisy])[:, None], fps=1.0)
     items = [PromptItem(index=0, text="a")] * 2
     scorer = Border()
-    runner = RewardRunner("b", RewardConfig(scorer="x", repeats=5), scorer)
+    runner = RewardRunner("b", RewardConfig(scorer="x", score_repeats=5), scorer)
     trained = runner.run(media, items, 3)
     assert scorer.calls == 5 and trained.variance[0] == 0 < trained.variance[1]
     np.testing.assert_allclose(trained.parts["spread"] ** 2, trained.variance, rtol=1e-5)
@@ -393,7 +401,7 @@ def test_the_variance_is_that_of_the_scores_and_the_value_their_mean():
         def score(self, media, prompts):
             return next(given)
 
-    result = RewardRunner("s", RewardConfig(scorer="x", repeats=3), Scripted()).run(
+    result = RewardRunner("s", RewardConfig(scorer="x", score_repeats=3), Scripted()).run(
         takes([1, 2]), [PromptItem(index=0, text="a")] * 2, 0
     )
     np.testing.assert_allclose(result.values, [3, 5])
@@ -423,7 +431,7 @@ def test_a_failing_repeat_fails_the_scoring():
             return super().score(media, prompts) if self.calls < 2 else np.full(len(prompts), np.nan)
 
     with pytest.raises(RewardError, match="NaN"):
-        RewardRunner("b", RewardConfig(scorer="x", repeats=4), Breaks()).run(
+        RewardRunner("b", RewardConfig(scorer="x", score_repeats=4), Breaks()).run(
             Media(frames=np.zeros((1, 1, 32, 32, 3), np.uint8), fps=1.0), [PromptItem(index=0, text="a")], 0
         )
 

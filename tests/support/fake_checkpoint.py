@@ -45,7 +45,7 @@ def fake_config(root: Path, **sections) -> Config:
         "generator": {"pretrained": str(root / "model"), "height": 48, "width": 48, "num_frames": 9},
         "prompts": {"train": str(root / "train.txt"), "heldout": str(root / "heldout.txt")},
         "rewards": {"jpeg": {"scorer": "jpeg_compressibility"}},
-        "ray": {"num_cpus": 4, "address": "local"},
+        "ray": {"init": {"num_cpus": 4}, "address": "local"},
     }
     for name, values in sections.items():
         base[name] = values if name == "rewards" else {**base.get(name, {}), **values}

@@ -55,7 +55,7 @@ def make_config(sd3: Path, files: Path, runs: Path, reward: str = "brightness", 
         "optimizer": {"lr": 1e-2, "ema_decay": 0.9},
         "checkpoint": {"every": 1, "keep": 9},
         "tracking": {"backends": []},
-        "ray": {"address": "local", "num_cpus": 8, "object_store_mb": 200},
+        "ray": {"address": "local", "init": {"num_cpus": 8, "object_store_memory": 200 * 2**20}},
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}

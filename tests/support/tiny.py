@@ -147,7 +147,7 @@ def config(folder: Path, **sections) -> Config:
             "height": 32 if video else 16,  # enough latent values for the log-prob to average over
             "width": 32 if video else 16,
             "num_frames": 5 if video else 1,
-            "call": {"max_sequence_length": 8},
+            "call_kwargs": {"max_sequence_length": 8},
         },
         "prompts": {"train": "unused.txt"},
         "rewards": {"r": {"scorer": "unused"}},

@@ -115,8 +115,8 @@ def test_spoilt_generators_are_named(tmp_path, spoil, parts):
         ),
         ({"tracking": {"backends": ["mlflow"]}}, ["tracking.backends: mlflow", "pip install 'rushes[mlflow]'"]),
         ({"learner": {"device": "gpu"}}, ["learner.device: found 'gpu'", "cuda"]),
-        ({"learner": {"resources": {"CPU": 9}}}, ["ray.num_cpus", "reserve 9.6 CPUs", "has 4"]),
-        ({"rollout": {"workers": {"min": 1, "max": 9}}}, ["ray.num_cpus", "reserve 5.1 CPUs", "has 4"]),
+        ({"learner": {"resources": {"CPU": 9}}}, ["ray.init.num_cpus", "reserve 9.6 CPUs", "has 4"]),
+        ({"rollout": {"workers": {"min": 1, "max": 9}}}, ["ray.init.num_cpus", "reserve 5.1 CPUs", "has 4"]),
         ({"learner": {"resources": {"bigmem": 1}}}, ["resources.bigmem", "announces no such", "rushes_learner"]),
         ({"prompts": {"heldout": None}, "evaluation": {"every": 5}}, ["evaluation.every", "prompts.heldout"]),
         (
@@ -170,8 +170,10 @@ def test_taken_dashboard_port(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = error_of(fake_config(tmp_path, ray={"dashboard": port}))
-    assert f"ray.dashboard: port {port} is taken" in message and f"ray.dashboard={port + 1}" in message
+        message = error_of(fake_config(tmp_path, ray={"init": {"dashboard_port": port}}))
+    assert (
+        f"ray.init.dashboard_port: port {port} is taken" in message and f"ray.init.dashboard_port={port + 1}" in message
+    )
 
 
 def test_run_dir_that_cannot_be_written(tmp_path):

@@ -47,7 +47,7 @@ def test_how_rewards_are_combined_is_shown(tmp_path):
     config = (run / "config.yaml").read_text()
     config = config.replace("combine: rewards", "combine: pareto").replace("normalize: none", "normalize: running", 1)
     (run / "config.yaml").write_text(
-        config.replace("clip: null", "clip: [-2, 2.5]", 1).replace("repeats: 1", "repeats: 3")
+        config.replace("clip: null", "clip: [-2, 2.5]", 1).replace("score_repeats: 1", "score_repeats: 3")
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     extra = {"combine/share/scene": 0.75, "combine/share/motion": 0.25, "combine/trust/scene": 0.8}

@@ -146,7 +146,7 @@ def _resized(value: Any, height: int, width: int) -> Any:
 def requested_steps(pipe: Any, cfg: GeneratorConfig, wanted: int) -> int:
     """num_inference_steps that make the pipeline take `wanted` steps: image-to-image runs int(steps x strength)."""
     parameter = parameters_of(pipe).get("strength")
-    strength = cfg.call.get("strength", parameter.default if parameter is not None else 1.0)
+    strength = cfg.call_kwargs.get("strength", parameter.default if parameter is not None else 1.0)
     if not isinstance(strength, (int, float)) or not 0.0 < strength < 1.0:
         return wanted
     requested = math.ceil(wanted / strength)
@@ -190,7 +190,9 @@ def call_arguments(
         kwargs["use_resolution_binning"] = False  # height and width are what the config says
     kwargs["use_kv_cache"] = False  # calls of the denoiser must not depend on earlier ones
     kwargs.update(quirk_for(pipe).call(cfg))
-    true_scale = cfg.call.get("true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None))
+    true_scale = cfg.call_kwargs.get(
+        "true_cfg_scale", kwargs.get("true_cfg_scale", true_cfg.default if true_cfg else None)
+    )
     needed = isinstance(true_scale, (int, float)) and true_scale > 1.0  # these guide only when given a negative prompt
     if needed or mode.negative or any(prompt.negative for prompt in prompts):
         negative = [prompt.negative or (" " if needed else "") for prompt in prompts]
@@ -208,7 +210,7 @@ def call_arguments(
         else:
             kwargs[name] = values[0] if mode.shared or not mode.batched else values
     kwargs = {name: value for name, value in kwargs.items() if name in parameters}
-    return {**kwargs, **cfg.call}
+    return {**kwargs, **cfg.call_kwargs}
 
 
 def to_floats(output: Any, takes: int) -> np.ndarray:

@@ -15,9 +15,9 @@ def _nothing(_: GeneratorConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Quirk:
-    """`call`: further arguments of the pipeline's __call__ (generator.call overrides them). `prepare`: what has to be
-    done to the pipeline before it runs at all. `refuse`: why this class cannot be a policy, where running it would not
-    show it."""
+    """`call`: further arguments of the pipeline's __call__ (generator.call_kwargs overrides them). `prepare`: what has
+    to be done to the pipeline before it runs at all. `refuse`: why this class cannot be a policy, where running it
+    would not show it."""
 
     call: Callable[[GeneratorConfig], dict[str, Any]] = _nothing
     prepare: Callable[[Any], None] | None = None

@@ -62,7 +62,7 @@ def probe(policy: Policy, prompts: list[PromptItem] | None = None) -> dict[str, 
         causes.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", words)
     told = "; ".join(f"{words}: {cause}" for cause, words in list(causes.items())[:3])
     raise CannotRun(
-        f"{policy.name} could not be run ({told}); arguments of its __call__ can be set in generator.call"
+        f"{policy.name} could not be run ({told}); arguments of its __call__ can be set in generator.call_kwargs"
     ) from next(iter(failures.values()))
 
 
@@ -158,7 +158,7 @@ def _with_rules(
 def _whole_run(policy: Policy) -> SamplingSpec:
     """A run's sampler, with every step that the run may train."""
     sampler = policy.cfg.sampler
-    steps = tuple(range(sampler.window.stop or sampler.steps - 1))
+    steps = tuple(range(sampler.window.bounds(sampler.steps)[1]))
     return replace(ode_sampling(policy.cfg, sampler.steps), stochastic_steps=steps, trained_steps=steps)
 
 
@@ -218,7 +218,7 @@ def _check_later_steps(policy: Policy, prompts: Sequence[PromptItem]) -> None:
     except UnsupportedPolicyError as error:
         cause = f"{policy.name}: its guider {type(policy.pipe.guider).__name__} changes its rule; {error}"
         if len(fitted) > 1:
-            cause += f". Earlier steps can be trained: sampler.window.stop={len(fitted)}"
+            cause += f". Earlier steps can be trained: sampler.window.range=[0,{len(fitted)}]"
         raise UnsupportedPolicyError(cause) from error
 
 

@@ -81,14 +81,14 @@ def plan_memory(cfg: Config, bases: dict[str, int]) -> dict[str, Any]:
     active = cfg.algorithm.groups_per_step * (cfg.algorithm.max_staleness + 1)
     store = {
         "trajectories": active * shapes["trajectory"],
-        "media": min(active, cfg.rollout.workers.max + 2 * cfg.ray.queue_capacity) * media,
+        "media": min(active, cfg.rollout.workers.max + 2 * cfg.rollout.queue_capacity) * media,
         "weights of two versions": 2 * trained,
     }
     plans = {name: role.to_dict() for name, role in roles.items()}
     return {
         "generator": cfg.generator.pretrained,
         "roles": plans,
-        "object_store": {"parts": store, "bytes": sum(store.values()), "limit": cfg.ray.object_store_mb * 2**20},
+        "object_store": {"parts": store, "bytes": sum(store.values()), "limit": cfg.ray.object_store_memory},
         "host_bytes": sum(p["processes"] * p["host_bytes"] for p in plans.values()) + sum(store.values()),
         "device_bytes": sum(p["processes"] * p["device_bytes"] for p in plans.values()),
         "a_group": {"trajectory": shapes["trajectory"], "media": media},
@@ -277,7 +277,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     full = cfg.trainable.kind == "full"
     dtype = torch.float32 if full or cfg.learner.autocast != "none" else _dtype(cfg, on)
     takes = cfg.algorithm.group_size
-    part, lanes = min(takes_of_call(cfg), takes), cfg.learner.lanes
+    part, lanes = min(takes_of_call(cfg), takes), cfg.learner.replicas
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
     most = part * trained if cfg.algorithm.objective == "awm" else part  # several trained steps at once
     micro = min(cfg.learner.micro_batch or part, most)

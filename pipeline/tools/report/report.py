@@ -23,7 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import encode_png, enlarge, read_media, read_takes
-from pipeline.rl.group_plan import SHOWN_PROMPTS
+from pipeline.rl.group_plan import EVALUATION_SEED, SHOWN_PROMPTS
 from pipeline.runs.tracking import read_jsonl, read_metrics
 from pipeline.tools.report.plots import Line, finite, plot, stacked
 from pipeline.tools.report.rewards import RULES, combining_plots, combining_table
@@ -89,7 +89,7 @@ def _collect(run_dir: Path) -> dict[str, Any]:
         "config_text": (run_dir / "config.yaml").read_text("utf-8") if config else None,
         "versions": (summary or {}).get("versions") or {},
         "seeds": (summary or {}).get("seeds")
-        or ({"run": config.run.seed, "evaluation": config.evaluation.seed} if config else {}),
+        or ({"run": config.run.seed, "evaluation": EVALUATION_SEED} if config else {}),
         "summary": summary,
     }
 

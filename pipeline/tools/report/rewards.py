@@ -29,7 +29,7 @@ def combining_table(config: Config | None, metrics: list[dict]) -> list[dict[str
     """A row per reward; [] where a single, unchanged reward leaves nothing to tell."""
     if config is None:
         return []
-    plain = all(r.normalize == "none" and r.clip is None and r.repeats == 1 for r in config.rewards.values())
+    plain = all(r.normalize == "none" and r.clip is None and r.score_repeats == 1 for r in config.rewards.values())
     if len(config.rewards) == 1 and plain:
         return []
     return [_row(name, reward, metrics) for name, reward in config.rewards.items()]
@@ -41,7 +41,7 @@ def _row(name: str, reward: RewardConfig, metrics: list[dict]) -> dict[str, Any]
         "weight": f"{reward.weight:g}",
         "normalize": "–" if reward.normalize == "none" else reward.normalize,
         "clip": f"{reward.clip[0]:g} to {reward.clip[1]:g}" if reward.clip else "–",
-        "repeats": str(reward.repeats) if reward.repeats > 1 else "–",
+        "repeats": str(reward.score_repeats) if reward.score_repeats > 1 else "–",
         "share": _last(metrics, f"combine/share/{name}"),
         "trust": _last(metrics, f"combine/trust/{name}"),
         "applies": _last(metrics, f"combine/applies/{name}"),
