@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from actors.role_actor import RoleActor, RunContext
+from actors.ray_options import RunContext
+from actors.role_actor import RoleActor
 from actors.train_loop import Stopped, TrainLoop
 from pipeline.core.errors import RunFailed, RushesError
 

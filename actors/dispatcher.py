@@ -20,8 +20,8 @@ import ray
 from actors.policy_versions import Publisher
 from actors.queues import BoundedQueue
 from actors.ray_errors import describe, is_deterministic, is_lost, is_preempted
+from actors.ray_options import RunContext, to_bytes
 from actors.reward_server import RewardServer, ScoreRequest
-from actors.role_actor import RunContext, to_bytes
 from actors.rollout_worker import RolloutWorker
 from actors.tender import Tender
 from actors.worker_pool import IDLE, WorkerPool, WorkerSlot, together

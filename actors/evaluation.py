@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.dispatcher import Dispatcher, Job
 from actors.ray_errors import describe, is_lost
-from actors.role_actor import RunContext
+from actors.ray_options import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
 from pipeline.core.types import Media, PolicyVersion, PromptItem

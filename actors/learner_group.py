@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.learner_rank import LearnerActor
 from actors.ray_errors import describe, is_deterministic, root
-from actors.role_actor import MAX_START_S, RunContext, actor_env, cores, ray_resources
+from actors.ray_options import MAX_START_S, RunContext, actor_env, cores, ray_resources
 from actors.worker_pool import STARTING, WorkerSlot
 from pipeline.core.errors import RunFailed
 

@@ -14,7 +14,8 @@ import numpy as np
 import ray
 
 from actors.ray_errors import is_lost
-from actors.role_actor import RoleActor, cores, use_threads
+from actors.ray_options import cores
+from actors.role_actor import RoleActor, use_threads
 from pipeline.core.types import GroupBatch, MicroBatchSpecs, WeightSet
 from pipeline.runs import checkpoint, remote_sync
 

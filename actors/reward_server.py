@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.role_actor import RoleActor, from_bytes
+from actors.ray_options import from_bytes
+from actors.role_actor import RoleActor
 from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 

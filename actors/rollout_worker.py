@@ -7,7 +7,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from actors.role_actor import RoleActor, cores, from_bytes, use_threads
+from actors.ray_options import cores, from_bytes
+from actors.role_actor import RoleActor, use_threads
 from pipeline.core.types import GroupWork, Media, MicroBatchSpecs, PromptItem, RolloutMeta, Trajectory, WeightSet
 
 _NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest

@@ -18,7 +18,7 @@ import ray
 from actors.dispatcher import Dispatcher, Job
 from actors.prometheus import RunMetrics
 from actors.ray_errors import describe, is_lost
-from actors.role_actor import RunContext
+from actors.ray_options import RunContext
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger
 from pipeline.runs.tracking import make_tracker

@@ -23,7 +23,7 @@ from actors.evaluation import Evaluator
 from actors.learner_group import LearnerGroup, LearnerLost
 from actors.policy_versions import Publisher
 from actors.ray_errors import describe
-from actors.role_actor import RunContext
+from actors.ray_options import RunContext
 from actors.step_recorder import Recent, Recorder
 from actors.worker_pool import WorkerSlot, together
 from pipeline.core.errors import RunFailed, RushesError

@@ -17,7 +17,8 @@ from ray.actor import ActorHandle
 
 from actors.autoscale import History
 from actors.ray_errors import describe, is_deterministic, root
-from actors.role_actor import IDLE, MAX_START_S, RoleActor, RunContext, merged_env, ray_resources
+from actors.ray_options import MAX_START_S, RunContext, merged_env, ray_resources
+from actors.role_actor import IDLE, RoleActor
 from pipeline.config.resources import WorkerRange, in_words
 from pipeline.core.errors import RunFailed
 

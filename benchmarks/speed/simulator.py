@@ -27,7 +27,7 @@ from actors import dispatcher as flow_module
 from actors import train_loop as loop_module
 from actors.controller import Controller
 from actors.learner_group import LearnerGroup
-from actors.role_actor import RunContext, from_bytes
+from actors.ray_options import RunContext, from_bytes
 from actors.train_loop import TrainLoop
 from actors.worker_pool import IDLE, WorkerPool, WorkerSlot
 from pipeline.config.schema import Config

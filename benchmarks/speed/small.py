@@ -15,8 +15,8 @@ import ray
 import torch
 
 from actors.queues import BoundedQueue
+from actors.ray_options import RunContext, to_bytes
 from actors.reward_server import RewardServer, ScoreRequest
-from actors.role_actor import RunContext, to_bytes
 from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.role_actor import actor_env
+from actors.ray_options import actor_env
 from pipeline.core.errors import RushesError
 
 ROOT = Path(__file__).parents[2]

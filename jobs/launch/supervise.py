@@ -99,7 +99,7 @@ class _Watch:
         import ray
 
         from actors.controller import Controller
-        from actors.role_actor import RunContext, actor_env
+        from actors.ray_options import RunContext, actor_env
 
         ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
         self.host, self.step = os.uname().nodename, -1  # the driver's host, until the controller has told its own

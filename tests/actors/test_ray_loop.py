@@ -28,7 +28,7 @@ from ray_run import REWARDS, Run, make_config
 from rich.console import Console
 
 from actors import learner_group
-from actors.role_actor import RunContext, to_bytes
+from actors.ray_options import RunContext, to_bytes
 from actors.rollout_worker import RolloutWorker
 from jobs.cluster.ray_session import RaySession
 from jobs.launch.supervise import supervise

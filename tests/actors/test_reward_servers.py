@@ -15,9 +15,9 @@ import ray
 import tiny
 from ray_run import REWARDS, Run, make_config
 
-from actors import role_actor
+from actors import ray_options
+from actors.ray_options import RunContext, merged_env, to_bytes
 from actors.reward_server import RewardServer, ScoreRequest
-from actors.role_actor import RunContext, merged_env, to_bytes
 from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
@@ -160,5 +160,5 @@ def test_variables_of_a_runtime_environment_win_over_ours(monkeypatch):
     assert "PYTHONPATH" not in env["env_vars"]
     assert merged_env({"py_executable": "envs/a/bin/python"}, 1)["py_executable"] == f"{os.getcwd()}/envs/a/bin/python"
     assert merged_env({"py_executable": "/a/python"}, 1)["env_vars"]["PYTHONPATH"] == str(Path(__file__).parents[2])
-    monkeypatch.setattr(role_actor, "PROJECT", Path("/env/lib/python3.11/site-packages"))  # installed, not editable
+    monkeypatch.setattr(ray_options, "PROJECT", Path("/env/lib/python3.11/site-packages"))  # installed, not editable
     assert "PYTHONPATH" not in merged_env({"py_executable": "/a/python"}, 1)["env_vars"]

@@ -14,7 +14,7 @@ import tiny
 
 from actors.dispatcher import Job
 from actors.evaluation import Evaluator
-from actors.role_actor import RunContext
+from actors.ray_options import RunContext
 from actors.step_recorder import Recent
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta

@@ -15,7 +15,8 @@ from ray import cloudpickle
 from actors import autoscale, tender
 from actors.queues import BoundedQueue
 from actors.ray_errors import describe, is_preempted
-from actors.role_actor import IDLE, RoleActor, RunContext
+from actors.ray_options import RunContext
+from actors.role_actor import IDLE, RoleActor
 from actors.tender import Tender
 from actors.worker_pool import WorkerPool, WorkerSlot
 from jobs.cluster.ray_session import RaySession

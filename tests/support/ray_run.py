@@ -13,7 +13,7 @@ import tiny
 
 from actors.controller import Controller
 from actors.ray_errors import root
-from actors.role_actor import RunContext
+from actors.ray_options import RunContext
 from jobs.cluster.run_api import controller_options
 from pipeline.config.schema import Config
 from pipeline.core.errors import RushesError

@@ -34,7 +34,7 @@ _PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which 
 
 
 def _kept(on: str, activations: int) -> dict[str, int]:
-    """What an actor's heap keeps of freed memory on a CPU (`actors.role_actor.KEPT_MEMORY`): measured on the shipped
+    """What an actor's heap keeps of freed memory on a CPU (`actors.ray_options.KEPT_MEMORY`): measured on the shipped
     video generator, 100 to 160 MiB beside 66 MiB of activations, 350 MiB beside 450."""
     return {"freed memory that is kept": 2**26 + 6 * activations // 10} if on == "cpu" else {}
 
