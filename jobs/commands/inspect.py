@@ -28,19 +28,19 @@ def inspect(
     warnings.simplefilter("ignore")
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    from pipeline.tools.inspect_checkpoint import inspect_checkpoint
+    from pipeline.tools.inspect_checkpoint import InspectOptions, inspect_checkpoint
 
-    report = inspect_checkpoint(
-        checkpoint,
+    options = InspectOptions(
         revision=revision,
         pipeline=pipeline,
         height=height,
         width=width,
         num_frames=num_frames,
         guidance_scale=guidance_scale,
-        call=call,
+        call=call or {},
         device=device,
     )
+    report = inspect_checkpoint(checkpoint, options)
     if json_out:
         print(json.dumps(report, indent=2))
     else:
