@@ -1,1 +1,1 @@
-"""One file per command of `rushes`."""
+"""One file per command of `rushes`: its options, its help and its work. A new file is a new command."""

@@ -1,4 +1,4 @@
-"""`rushes bench`: the speed suite of a checkout."""
+"""`rushes bench`: the speed suite of benchmarks/speed/, which only a checkout has."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from typing import Annotated
 
 import typer
 
+from jobs.common.command import Group, command
 from jobs.common.options import Debug
 from pipeline.core.errors import ConfigError
 
 
+@command(Group.LOOK)
 def bench(
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="quickstart, quickstart_image, simulated or small; may be repeated."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="JSON to write; sections not measured now are kept.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON to write; its other sections are kept.")] = None,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Times that run, plain loop and bare passes take turns.")
+        int, typer.Option("--rounds", min=1, help="Rounds of run, plain loop and bare passes in turn.")
     ] = 2,
     gpu: Annotated[
         list[str] | None,
         typer.Option("--gpu", help="Instead: a random-weight sd3.5-medium, flux or wan-1.3b on the GPU; repeatable."),
     ] = None,
-    tables: Annotated[bool, typer.Option("--tables", help="Measure nothing; renew the tables in the docs.")] = False,
+    tables: Annotated[bool, typer.Option("--tables", help="Measure nothing; only renew the tables in docs/.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure speed against the bare arithmetic and a plain loop, on an otherwise idle machine.
+    """Measure the speed of this checkout, on an idle machine.
+
+    Compares the quickstarts with the bare arithmetic and with a plain single-process loop; simulates large clusters.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`rushes doctor`: looks at everything a run needs and says, line by line, what to do."""
+"""`rushes doctor`: checks everything a run needs and prints, line by line, what to do."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
+import typer
+
+from jobs.common.command import Group, command
+from jobs.common.options import Debug, make_console, say
 from pipeline.core.errors import RushesError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 PACKAGES = (
     "torch",
@@ -36,35 +37,39 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Finding:
     level: str  # OK | WARN | FAIL
-    what: str
+    subject: str
     detail: str
 
 
-def doctor(console: Console, run_dir: Path = Path("runs")) -> int:
-    """Prints one line per finding. Returns 1 when something is FAIL."""
+@command(Group.LOOK)
+def doctor(
+    run_dir: Annotated[Path, typer.Option("--dir", help="Where runs will be written.")] = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """Check the installation and this machine.
+
+    Packages, devices, codecs, Ray, disk and memory: one line each, with what to do. The exit status is 1 if one failed.
+
+    \b
+    Example:
+      rushes doctor
+    """
     colours = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
+    console = make_console()
     failed = warned = 0
     for finding in findings(run_dir):
         failed += finding.level == "FAIL"
         warned += finding.level == "WARN"
-        text = f"[{colours[finding.level]}]{finding.level:<4}[/] {finding.what:<14} "
-        console.print(text, end="")
+        console.print(f"[{colours[finding.level]}]{finding.level:<4}[/] {finding.subject:<14} ", end="")
         console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
     if failed:
-        console.print(
-            f"{failed} of the checks failed: do what their lines say, then run `rushes doctor` again",
-            markup=False,
-        )
-        return 1
-    console.print(
-        f"ready{f', with {warned} warnings' if warned else ''}; try: rushes train configs/quickstart.yaml",
-        highlight=False,
-    )
-    return 0
+        say(console, f"{failed} of the checks failed: do what their lines say, then run `rushes doctor` again")
+        raise typer.Exit(1)
+    say(console, f"ready{f', with {warned} warnings' if warned else ''}; try: rushes train configs/quickstart.yaml")
 
 
 def findings(run_dir: Path) -> Iterator[Finding]:
-    """Each check on its own: one that breaks does not hide the others."""
+    """Runs each check by itself, so that one that breaks does not hide the others."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         check_python, check_packages, check_decord, check_devices, check_ray, check_codecs,
         lambda: check_disk(run_dir), check_memory, check_shared_memory,
@@ -72,7 +77,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check()
-        except Exception as error:  # a broken installation can raise anything; that is what doctor is for
+        except Exception as error:  # a broken installation can raise anything
             name = getattr(check, "__name__", "check").removeprefix("check_").removeprefix("<lambda>") or "disk"
             yield Finding(
                 "FAIL",
@@ -92,7 +97,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    found, broken = [], []
+    working, broken = [], []
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)
@@ -105,8 +110,8 @@ def check_packages() -> Iterator[Finding]:
                 )
             )
             continue
-        found.append(f"{name} {getattr(module, '__version__', '') or _version(name)}".strip())
-    yield Finding("OK" if not broken else "WARN", "packages", ", ".join(found))
+        working.append(f"{name} {getattr(module, '__version__', '') or _version(name)}".strip())
+    yield Finding("OK" if not broken else "WARN", "packages", ", ".join(working))
     yield from broken
 
 
@@ -118,8 +123,7 @@ def _version(name: str) -> str:
 
 
 def check_decord() -> Iterator[Finding]:
-    have = [name for name in ("decord", "decord2") if _version(name)]
-    if len(have) > 1:
+    if _version("decord") and _version("decord2"):
         yield Finding(
             "FAIL",
             "decord",

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from jobs.common.load_trained import find_trained, quiet_libraries, read_weights
+import typer
+
+from jobs.common.command import Group, command
+from jobs.common.options import Debug, Ema, make_console, say
 from pipeline.core.errors import ConfigError, InputError
-from pipeline.tools import preflight
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
+@command(Group.RUN)
 def export(
-    run: Path,
-    *,
-    out: Path | None,
-    step: int | None,
-    format_: str | None,
-    ema: bool,
-    force: bool,
-    console: Console,
-) -> int:
-    """Raises `ConfigError` (format, existing folder), `InputError` (no run) or `CheckpointError`."""
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or one of its checkpoints.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/exports/step-N-FORMAT.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="Checkpoint of this step; default: the newest.")
+    ] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="lora or full; default: what was trained.")] = None,
+    ema: Ema = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in a format that plain diffusers loads.
+
+    \b
+    Examples:
+      rushes export runs/try
+      rushes export runs/try --step 50 --format full --out my-generator
+    """
+    from jobs.common.load_trained import find_trained, read_weights
+    from jobs.common.quiet import quiet_libraries
+    from pipeline.tools import preflight
+
+    console = make_console()
     trained = find_trained(run, step)
     if trained.kind != "checkpoint":
         raise InputError(f"{run}: is an export already; give the run's folder")
@@ -47,11 +61,10 @@ def export(
 
         weights = read_weights(trained, ema)
         (export_lora if format_ == "lora" else export_full)(cfg, weights, folder)
-    console.print(f"step {trained.step} exported to {folder}; in plain diffusers:", soft_wrap=True)
+    say(console, f"step {trained.step} exported to {folder}; in plain diffusers:")
     base = cfg.generator.pretrained if format_ == "lora" else folder
-    console.print(f'    pipe = DiffusionPipeline.from_pretrained("{base}")', soft_wrap=True, highlight=False)
+    say(console, f'    pipe = DiffusionPipeline.from_pretrained("{base}")')
     if format_ == "lora" and any(path.is_dir() for path in folder.iterdir()):
-        console.print(f"    {folder / 'README.md'} says how each component is loaded", soft_wrap=True, highlight=False)
+        say(console, f"    {folder / 'README.md'} says how each component is loaded")
     elif format_ == "lora":
-        console.print(f'    pipe.load_lora_weights("{folder}")', soft_wrap=True, highlight=False)
-    return 0
+        say(console, f'    pipe.load_lora_weights("{folder}")')

@@ -1,68 +1,88 @@
-"""`rushes generate`: takes of a prompt or a prompt file as png / mp4, with the deterministic ODE sampler."""
+"""`rushes generate`: takes of a prompt or a prompts file as png or mp4, with the deterministic ODE sampler."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from jobs.common.load_trained import find_trained, load_policy
-from pipeline.config.schema import Config
+import typer
+
+from jobs.common.command import Group, command
+from jobs.common.options import ConfigPath, Debug, Ema, Overrides, make_console, say
 from pipeline.core.errors import ConfigError
-from pipeline.core.media import save_takes
-from pipeline.core.prompts import check_prompt_lengths, load_prompts
-from pipeline.core.types import PromptItem
-from pipeline.rl.group_plan import eval_works
-from pipeline.tools import preflight
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from pipeline.core.types import PromptItem
 
 
+@command(Group.RUN)
 def generate(
-    cfg: Config,
-    *,
-    texts: list[str],
-    prompts_file: Path | None,
-    checkpoint: Path | None,
-    out: Path,
-    takes: int,
-    seed: int,
-    steps: int | None,
-    ema: bool,
-    console: Console,
-) -> int:
-    """Writes media and `takes.parquet` into `out`. The same seed, prompt and take give the same file."""
-    if bool(texts) == (prompts_file is not None):
+    config: ConfigPath,
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A prompts file (.txt, .jsonl, .parquet).")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="A run, one of its checkpoints, or an export; default: untrained."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the png or mp4 files and takes.parquet.")] = Path(
+        "generated"
+    ),
+    takes: Annotated[int, typer.Option("--takes", min=1, help="Takes per prompt.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same takes.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Sampler steps; default: evaluation.steps.")
+    ] = None,
+    ema: Ema = True,
+    debug: Debug = False,
+) -> None:
+    """Sample images or videos from prompts.
+
+    Uses the deterministic ODE sampler: the same prompt, seed and take give the same file.
+
+    \b
+    Examples:
+      rushes generate configs/quickstart.yaml --prompt "a red circle moving left slowly" --takes 4
+      rushes generate configs/quickstart.yaml --prompts my_prompts.txt --checkpoint runs/try --out after
+      rushes generate configs/quickstart.yaml -p "two blue squares" -c runs/try/export generator.guidance_scale=3
+    """
+    from rich.progress import track
+
+    from jobs.common.load_trained import find_trained, load_policy
+    from pipeline.config.load import load_config
+    from pipeline.core.media import save_takes
+    from pipeline.core.prompts import check_prompt_lengths, load_prompts
+    from pipeline.rl.group_plan import eval_works
+    from pipeline.tools import preflight
+
+    cfg, console = load_config(config, overrides or []), make_console()
+    if bool(prompt) == (prompts is not None):
         raise ConfigError('generate: give either --prompt "some text" (may be repeated) or --prompts FILE')
-    prompts = load_prompts(prompts_file) if prompts_file else [_item(i, text) for i, text in enumerate(texts)]
+    items = load_prompts(prompts) if prompts else [_prompt_item(i, text) for i, text in enumerate(prompt or [])]
     if (out / "takes.parquet").exists():
-        raise ConfigError(f"--out {out}: holds takes already; choose another folder")
+        raise ConfigError(f"--out {out}: already holds takes; choose another folder")
     preflight.check_devices(cfg)
     preflight.check_generator(cfg, [], [])
-    check_prompt_lengths(prompts, cfg.generator.pretrained, cfg.generator.call_kwargs, prompts_file)
+    check_prompt_lengths(items, cfg.generator.pretrained, cfg.generator.call_kwargs, prompts)
     preflight.check_writable(out, "--out")
     trained = find_trained(checkpoint) if checkpoint else None
 
     with console.status("loading the generator"):
         policy = load_policy(cfg, trained, ema)
-    evaluation = cfg.evaluation.model_copy(
-        update={"prompts": 0, "takes_per_prompt": takes, "seed": seed, "steps": steps or cfg.evaluation.steps}
-    )
-    works = eval_works(cfg.model_copy(update={"evaluation": evaluation}), prompts, step=0)
-    from rich.progress import track
-
+    update = {"prompts": 0, "takes_per_prompt": takes, "steps": steps or cfg.evaluation.steps}
+    evaluation = cfg.evaluation.model_copy(update=update)
+    works = eval_works(cfg.model_copy(update={"evaluation": evaluation}), items, step=0, seed=seed)
     version = trained.step or 0 if trained else 0
     for work in track(works, description="generating", console=console, disable=not console.is_terminal):
         media, _, _ = policy.rollout(work)
         save_takes(out, media, work.prompts, work.seeds, version, {})
     count = sum(work.takes for work in works)
-    console.print(
-        f"{count} take{'s' if count != 1 else ''} in {out}, listed in {out / 'takes.parquet'}", soft_wrap=True
-    )
-    return 0
+    say(console, f"{count} take{'s' if count != 1 else ''} in {out}, listed in {out / 'takes.parquet'}")
 
 
-def _item(index: int, text: str) -> PromptItem:
+def _prompt_item(index: int, text: str) -> PromptItem:
+    from pipeline.core.types import PromptItem
+
     if not text.strip():
         raise ConfigError("--prompt: is empty; give a text")
     return PromptItem(index=index, text=text)

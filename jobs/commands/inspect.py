@@ -1,33 +1,67 @@
-"""`rushes inspect CHECKPOINT`: what a checkpoint is as a policy, and whether it can be trained."""
+"""`rushes inspect`: whether a checkpoint can be trained as a policy; or the memory a config will take."""
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.common.command import Group, command
+from jobs.common.options import Debug
+from jobs.common.units import bytes_text
+from pipeline.core.errors import ConfigError
 
 
+@command(Group.LOOK)
 def inspect(
-    checkpoint: str,
-    *,
-    revision: str | None = None,
-    pipeline: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    guidance_scale: float | None = None,
-    call: dict[str, Any] | None = None,
-    device: str = "auto",
-    json_out: bool = False,
-) -> int:
-    """Prints the report. Returns 0 if the policy can be trained, else 1 after one line that says why not.
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CHECKPOINT", help="A diffusers folder or hub id; with --memory: KEY=VALUE overrides."),
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option("--memory", metavar="CONFIG", help="Estimate a config's memory per role instead.")
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", min=8, help="Pixels to probe with; default: small.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=8, help="Pixels to probe with; default: small.")] = None,
+    num_frames: Annotated[int | None, typer.Option("--num-frames", min=1, help="Frames; default: few.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", min=0.0, help="Default: the pipeline's own.")
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option("--call", metavar="KEY=VALUE", help="Another argument of the pipeline (generator.call_kwargs)."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
+    pipeline: Annotated[str | None, typer.Option("--pipeline", help="Pipeline class, if not its own.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_out: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check whether a checkpoint can be trained.
 
-    Raises InputError when the checkpoint cannot be loaded.
+    Probes it as a policy: guidance, layout, samplers that fit, replay. The exit status is 0 only if it can be trained.
+    With --memory, estimates the memory of every role of a config instead, without loading weights.
+
+    \b
+    Examples:
+      rushes inspect models/shapes-image
+      rushes inspect Wan-AI/Wan2.1-T2V-1.3B-Diffusers --num-frames 17 --json
+      rushes inspect my-model --guidance-scale 1 --call max_sequence_length=128
+      rushes inspect --memory configs/quickstart.yaml rollout.batch=4
     """
-    warnings.simplefilter("ignore")
-    for library in ("diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    import json
+
+    from jobs.common.quiet import quiet_libraries
+
+    if memory is not None:
+        from jobs.common.memory_report import print_memory
+
+        print_memory(memory, checkpoint or [], json_out=json_out)
+        return
+    if not checkpoint or len(checkpoint) > 1:
+        raise ConfigError("inspect: give one checkpoint (a diffusers folder or hub id), or --memory CONFIG")
+    quiet_libraries()
     from pipeline.tools.inspect_checkpoint import InspectOptions, inspect_checkpoint
 
     options = InspectOptions(
@@ -37,24 +71,33 @@ def inspect(
         width=width,
         num_frames=num_frames,
         guidance_scale=guidance_scale,
-        call=call or {},
+        call=_call_arguments(call or []),
         device=device,
     )
-    report = inspect_checkpoint(checkpoint, options)
-    if json_out:
-        print(json.dumps(report, indent=2))
-    else:
-        print(as_text(report))
-    return 0 if report["trainable"] else 1
+    report = inspect_checkpoint(checkpoint[0], options)
+    print(json.dumps(report, indent=2) if json_out else as_text(report))
+    raise typer.Exit(0 if report["trainable"] else 1)
+
+
+def _call_arguments(options: list[str]) -> dict[str, Any]:
+    import yaml
+
+    arguments = {}
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise ConfigError(f"--call {option}: expected KEY=VALUE, such as --call max_sequence_length=128")
+        arguments[key.strip()] = yaml.safe_load(value)
+    return arguments
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as a page of text; its last line says whether the checkpoint can be trained."""
     lines = [f"{report['checkpoint']}: {report['pipeline']}", "", "Components"]
     for entry in report["components"]:
         size = f"{_count(entry['parameters'])} parameters, {entry['dtype']}" if entry.get("dtype") else ""
         lines.append(f"  {entry['name']:<18} {entry['class']:<36} {size}".rstrip())
-    memory = ", ".join(f"{_bytes(size)} {dtype}" for dtype, size in report["memory_bytes"].items())
+    memory = ", ".join(f"{bytes_text(size)} {dtype}" for dtype, size in report["memory_bytes"].items())
     lines += ["", f"Weights in memory  {memory or 'none'}"]
     if "scheduler" in report:
         scheduler = report["scheduler"]
@@ -64,9 +107,8 @@ def as_text(report: dict[str, Any]) -> str:
         )
         lines.append(f"Samplers that fit  {', '.join(report['samplers'])}")
     if report["trainable"]:
-        found, lora = report["probe"], report["lora"]
-        at = report["probed_with"]
-        lines.append(f"Guidance           {report['guidance']} (reproduced to {found['guidance_error']:.0e})")
+        probe, lora, probed_with = report["probe"], report["lora"], report["probed_with"]
+        lines.append(f"Guidance           {report['guidance']} (reproduced to {probe['guidance_error']:.0e})")
         lines += [f"Layout             {report['layout'][0]}"] + [
             f"                   {w}" for w in report["layout"][1:]
         ]
@@ -76,13 +118,14 @@ def as_text(report: dict[str, Any]) -> str:
             f"parameters; full: {_count(lora['full_parameters'])}"
         )
         lines.append(
-            f"Ratio check        |log-ratio| of replayed steps: {found['replay_whole']:.1e} together, "
-            f"{found['replay_single']:.1e} take by take"
+            f"Ratio check        |log-ratio| of replayed steps: {probe['replay_whole']:.1e} together, "
+            f"{probe['replay_single']:.1e} take by take"
         )
-        frames = f" x {at['num_frames']} frames" if at["num_frames"] > 1 else ""
+        frames = f" x {probed_with['num_frames']} frames" if probed_with["num_frames"] > 1 else ""
+        pixels = f"{probed_with['height']} x {probed_with['width']} pixels"
         lines.append(
-            f"Probed with        {at['height']} x {at['width']} pixels{frames}, {at['steps']} steps, batches of "
-            f"{' and '.join(str(n) for n in at['takes'])} takes, {report['seconds']} s"
+            f"Probed with        {pixels}{frames}, {probed_with['steps']} steps, batches of "
+            f"{' and '.join(str(n) for n in probed_with['takes'])} takes, {report['seconds']} s"
         )
         lines += ["", "This checkpoint can be trained."]
     else:
@@ -95,10 +138,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return str(number)
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"

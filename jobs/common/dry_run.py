@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def print_plan(cfg: Config, console: Console) -> None:
+def print_dry_run(cfg: Config, console: Console) -> None:
     """Raises what `check_all` raises."""
     found = check_all(cfg, dry=True)
     generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler

@@ -10,11 +10,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.common.quiet import quiet_libraries
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError
@@ -155,17 +155,6 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
                 "give the generator it was trained on"
             ) from error
     return policy
-
-
-def quiet_libraries() -> None:
-    """Keeps loading bars and advice of transformers and diffusers off the terminal; call before they are imported."""
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _same_folder(a: str, b: str) -> bool:

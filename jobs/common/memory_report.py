@@ -1,24 +1,24 @@
-"""`rushes inspect --plan CONFIG`: memory of every role, from configs alone. Measures what the libraries take, estimates
-the rest (`pipeline.tools.memory.estimate`), and prints it."""
+"""Memory of every role of a run, from its config alone (`rushes inspect --memory CONFIG`): measures what the imported
+libraries take, estimates the rest (`pipeline.tools.memory.estimate`), and prints both."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jobs.common.quiet import quiet_libraries
+from jobs.common.units import bytes_text
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import RushesError
 from pipeline.rl.group_plan import SHOWN_PROMPTS
 
-# What a process of each role imports, and a little work, so that the libraries' own buffers are there too.
+# What a process of each role imports, and a small computation that makes the libraries allocate their buffers.
 _TORCH = """
 import torch
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ _IMPORTS = {
     "from diffusers import {pipeline}" + _TORCH,
     "reward": "import actors.reward_server\nfrom pipeline.rewards.registry import scorer_class\n"
     "for name in {scorers}: scorer_class(name)",
-    # It writes the takes that are shown, whose size decides what that takes.
+    # The controller writes the shown takes, and its memory grows with their size.
     "controller": """
 import tempfile, numpy, actors.controller, actors.train_loop, torch
 from pathlib import Path
@@ -52,7 +52,7 @@ with tempfile.TemporaryDirectory() as folder:
         tracker.close()
 """,
 }
-# Not ru_maxrss, which a new process takes over from the one that started it.
+# Not ru_maxrss, which a new process inherits from its parent.
 _PEAK = """
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"): print(int(line.split()[1]) * 1024)
@@ -60,23 +60,20 @@ for line in open("/proc/self/status"):
 _RAY_WORKER = 35 * 2**20  # what Ray's worker holds beyond `import ray`: measured with Ray 2.60, idle worker
 
 
-def plan(config: Path, overrides: list[str], *, json_out: bool) -> int:
-    """Prints the plan; returns 0. `overrides`: KEY=VALUE, or a checkpoint to take in place of the config's."""
-    warnings.simplefilter("ignore")
-    for library in ("diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+def print_memory(config: Path, overrides: list[str], *, json_out: bool) -> None:
+    """Prints the estimate. `overrides`: KEY=VALUE, or a checkpoint that takes the place of the config's."""
+    quiet_libraries()
     given = [entry if "=" in entry else f"generator.pretrained={entry}" for entry in overrides]
     cfg = load_config(config, given)
     from pipeline.tools.memory.estimate import plan_memory
     from pipeline.tools.memory.meta_pipeline import pipeline_name
 
-    found = plan_memory(cfg, bases(cfg, pipeline_name(cfg.generator)))
-    print(json.dumps(found, indent=2) if json_out else as_text(found))
-    return 0
+    estimate = plan_memory(cfg, bases(cfg, pipeline_name(cfg.generator)))
+    print(json.dumps(estimate, indent=2) if json_out else as_text(estimate))
 
 
 def bases(cfg: Config, pipeline: str) -> dict[str, int]:
-    """Role -> bytes of a process that has imported that role's libraries, measured in processes of their own."""
+    """Role -> bytes of a process that has imported the role's libraries, each measured in a fresh process."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(_IMPORTS, pool.map(lambda role: base(role, cfg, pipeline), _IMPORTS), strict=True))
 
@@ -104,34 +101,27 @@ def base(role: str, cfg: Config, pipeline: str) -> int:
 
 
 def shown_takes(cfg: Config) -> int:
-    """Held-out takes that the controller has in hand at once, for the report and the trackers."""
+    """Held-out takes that the controller holds at once, for the report and the trackers."""
     prompts = min(SHOWN_PROMPTS, cfg.evaluation.prompts or SHOWN_PROMPTS)
     return max(1, prompts * cfg.evaluation.takes_per_prompt)
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The plan for people."""
-    lines = [f"Memory planned for {found['generator']}, before any weights are loaded", ""]
-    for name, role in found["roles"].items():
+def as_text(estimate: dict[str, Any]) -> str:
+    """The estimate as a page of text."""
+    lines = [f"Memory planned for {estimate['generator']}, before any weights are loaded", ""]
+    for name, role in estimate["roles"].items():
         where = "in main memory" if role["on"] == "cpu" else "on the accelerator"
         many = f" x {role['processes']}" if role["processes"] > 1 else ""
-        device = f", {_size(role['device_bytes'])} on the accelerator" if role["device_bytes"] else ""
-        lines.append(f"{name}{many}: {_size(role['host_bytes'])} in main memory{device}")
-        lines += [f"    {_size(size):>10}  {part}" for part, size in role["parts"].items() if size > 0]
+        device = f", {bytes_text(role['device_bytes'])} on the accelerator" if role["device_bytes"] else ""
+        lines.append(f"{name}{many}: {bytes_text(role['host_bytes'])} in main memory{device}")
+        lines += [f"    {bytes_text(size):>10}  {part}" for part, size in role["parts"].items() if size > 0]
         if role["on"] != "cpu":
             lines.append(f"                (weights to activations are {where}; its own context is not counted)")
-    store = found["object_store"]
+    store = estimate["object_store"]
     over = "" if store["bytes"] <= store["limit"] else "  <- too small: raise ray.init.object_store_memory"
-    lines.append(f"object store: {_size(store['bytes'])} of {_size(store['limit'])}{over}")
-    lines += [f"    {_size(size):>10}  {part}" for part, size in store["parts"].items() if size]
-    lines += ["", f"together: {_size(found['host_bytes'])} in main memory"]
-    if found["device_bytes"]:
-        lines[-1] += f", {_size(found['device_bytes'])} on accelerators"
+    lines.append(f"object store: {bytes_text(store['bytes'])} of {bytes_text(store['limit'])}{over}")
+    lines += [f"    {bytes_text(size):>10}  {part}" for part, size in store["parts"].items() if size]
+    lines += ["", f"together: {bytes_text(estimate['host_bytes'])} in main memory"]
+    if estimate["device_bytes"]:
+        lines[-1] += f", {bytes_text(estimate['device_bytes'])} on accelerators"
     return "\n".join(lines)
-
-
-def _size(number: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"

@@ -24,12 +24,12 @@ GONE_S = 60.0  # a dead controller's actors end with it; those that have not by 
 log = logging.getLogger("rushes.driver")
 
 
-class StopAsked(Protocol):
-    asked: bool
+class StopRequest(Protocol):
+    stop_requested: bool
 
 
 def supervise(
-    cfg: Config, run: RunDir, resume_from: Path | None, signals: StopAsked, console: Console, debug: bool
+    cfg: Config, run: RunDir, resume_from: Path | None, signals: StopRequest, console: Console, debug: bool
 ) -> dict[str, Any]:
     """The run's result, from as many controllers as it takes. A controller that dies (its process or node, not an error
     that it reports) is followed by another from the last checkpoint, until more than `faults.max_restarts` have died
@@ -51,7 +51,7 @@ def supervise(
             watch = _Watch(cfg, run, resume_from, life)
             try:
                 result = watch.until_the_end(view, signals)
-                if result["status"] == "stopped" and not signals.asked:  # by `rushes stop`
+                if result["status"] == "stopped" and not signals.stop_requested:  # by `rushes stop`
                     stop_own_job()
                 return result
             except ray.exceptions.RayError as error:
@@ -76,7 +76,7 @@ def supervise(
             _wait_until_gone(run.name)
             resume_from = checkpoint.latest(run.checkpoints)
             step = checkpoint.step_of(resume_from) if resume_from is not None else 0
-            if signals.asked:  # it died before it could save: what counts is the last checkpoint
+            if signals.stop_requested:  # it died before it could save: what counts is the last checkpoint
                 return {"status": "stopped", "step": step, "checkpoint": str(resume_from) if resume_from else None}
             log.warning("%s; another one goes on at step %d (death %d)", problem, step, deaths)
             view.note(f"{problem}; going on at step {step}")
@@ -109,7 +109,7 @@ class _Watch:
             .remote(ctx, str(resume_from.absolute()) if resume_from else None)
         )
 
-    def until_the_end(self, view: View, signals: StopAsked) -> dict[str, Any]:
+    def until_the_end(self, view: View, signals: StopRequest) -> dict[str, Any]:
         """The controller's result. Raises its exception, or the one that says that it is gone."""
         import ray
 
@@ -117,7 +117,7 @@ class _Watch:
         seen, told = 0, False
         while True:
             ready, _ = ray.wait([ended], timeout=POLL_S)
-            if signals.asked and not told:
+            if signals.stop_requested and not told:
                 told = True
                 view.note("stopping: saving the last completed step (Ctrl-C again stops at once)")
                 self.controller.stop.remote()

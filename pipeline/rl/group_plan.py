@@ -127,11 +127,11 @@ def ode_sampling(cfg: Config, num_steps: int) -> SamplingSpec:
     )
 
 
-def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int) -> list[GroupWork]:
-    """The evaluation: the first `evaluation.prompts` prompts x `takes_per_prompt` fixed seeds, in ODE batches."""
+def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int, seed: int = EVALUATION_SEED) -> list[GroupWork]:
+    """The evaluation: the first `evaluation.prompts` prompts x `takes_per_prompt` takes from `seed`, in ODE batches."""
     chosen = prompts[: cfg.evaluation.prompts or len(prompts)]
     shots = [
-        (prompt, int(_rng(EVALUATION_SEED, _TAKES, prompt.index, take).integers(2**62)))
+        (prompt, int(_rng(seed, _TAKES, prompt.index, take).integers(2**62)))
         for prompt in chosen
         for take in range(cfg.evaluation.takes_per_prompt)
     ]

@@ -212,7 +212,7 @@ def test_a_killed_worker_learner_and_controller_change_nothing(cluster, undistur
     run = object.__new__(Run)
     run.dir = RunDir(undisturbed.cfg.run.dir / "killed")
     run.dir.path.mkdir()
-    said, signals = io.StringIO(), SimpleNamespace(asked=False)
+    said, signals = io.StringIO(), SimpleNamespace(stop_requested=False)
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(supervise, undisturbed.cfg, run.dir, None, signals, Console(file=said), False)
         while (controller := _named("killed/controller")) is None:
@@ -354,11 +354,11 @@ def _weights(cfg: Config):
 DRIVER = """
 import sys
 from pathlib import Path
-from jobs.commands.train import train
+from jobs.launch.training import run_training
 from pipeline.config.load import load_config
 from pipeline.core.errors import RushesError
 try:
-    sys.exit(train(load_config(Path(sys.argv[1]), sys.argv[2:]), Path(sys.argv[1])))
+    sys.exit(run_training(load_config(Path(sys.argv[1]), sys.argv[2:]), Path(sys.argv[1])))
 except RushesError as error:
     print("error:", error, flush=True)
     sys.exit(error.exit_code)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from jobs.commands.agree import compared, one_reward
+from jobs.common.agreement import compared, one_reward
 from jobs.common.preference_statistics import (
     accuracy_with_ties,
     calibration,

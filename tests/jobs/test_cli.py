@@ -13,8 +13,8 @@ from made_up_run import make_run, moving_square
 from PIL import Image
 
 from jobs.commands import doctor
-from jobs.commands.evaluate import summarise
 from jobs.common.estimates import estimate, t_quantile, win_rate
+from jobs.common.evaluation_table import summarise
 from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
 
@@ -28,7 +28,9 @@ COMMANDS = [
     "report",
     "doctor",
     "config",
-    "plan",
+    "size",
+    "inspect",
+    "bench",
     "submit",
     "status",
     "watch",

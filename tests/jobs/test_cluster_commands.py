@@ -11,10 +11,10 @@ from command import run
 from fake_checkpoint import fake_config
 from made_up_run import make_run
 
-from jobs.cluster import client, run_api
+from jobs.cluster import client, run_api, runs
+from jobs.cluster import submission as submitting
 from jobs.cluster.client import RUN_KEY, find_address, refused, tail
-from jobs.commands import runs
-from jobs.commands import submit as submitting
+from jobs.commands.scale import parse_targets
 from pipeline.config.load import to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
 from pipeline.runs.paths import RunDir, RunLock, writer_of
@@ -71,8 +71,8 @@ def job(name, status, number=1):
 @pytest.fixture
 def jobs(monkeypatch):
     found = Jobs(pieces=[["step 1/2\n", "step 2/2\n"]])
-    monkeypatch.setattr(submitting, "reachable", lambda address: address)
-    monkeypatch.setattr(submitting, "jobs_client", lambda address: found)
+    monkeypatch.setattr(client, "reachable", lambda address: address)
+    monkeypatch.setattr(client, "jobs_client", lambda address: found)
     return found
 
 
@@ -127,7 +127,7 @@ class Interrupted(list):
         (["run.dir=/data/runs", "--resume-or-start"], "run.name=NAME"),
         (["run.dir=/data/runs", "run.name=b", "--resume", "--resume-or-start"], "give one of them"),
         (["run.dir=/data/runs", "--working-dir", "sub"], "lies outside"),
-        (["run.dir=/data/runs", "run.name=taken"], "is going on"),
+        (["run.dir=/data/runs", "run.name=taken"], "is already running"),
     ],
 )
 def test_submit_refuses_before_anything_is_uploaded(capsys, config, jobs, tmp_path, args, words):
@@ -216,10 +216,10 @@ def test_an_unknown_run_is_answered_with_the_known_ones():
 
 
 def test_scale_targets():
-    assert runs.parse_targets(["rollout=8", "reward.clip=2"]) == {"rollout": 8, "reward.clip": 2}
+    assert parse_targets(["rollout=8", "reward.clip=2"]) == {"rollout": 8, "reward.clip": 2}
     for wrong in ("rollout", "rollout=-1", "learner=2", "rollout=x", "clip=2"):
         with pytest.raises(ConfigError, match="rollout=N or reward.NAME=N"):
-            runs.parse_targets([wrong])
+            parse_targets([wrong])
 
 
 class Live:
@@ -254,7 +254,7 @@ def live_cluster(monkeypatch):
     snapshot = {"state": "training", "step": 3, "steps": 9, "records": [record], "evals": [], "eval_progress": (0, 0),
                 "roles": {"rollout-0": "train group 7"}, "queues": {"rollout": 2}}  # fmt: skip
     found = Live(try1=snapshot)
-    monkeypatch.setattr(runs, "open_cluster", lambda address: found)
+    monkeypatch.setattr(client, "open_cluster", lambda address: found)
     return found
 
 
@@ -280,7 +280,7 @@ def test_stop_asks_the_controller(capsys, live_cluster, monkeypatch):
     assert run(capsys, "stop", "try1", "--no-wait", "-a", NOWHERE)[0] == 0
     assert run(capsys, "stop", "try1", "--now", "--no-wait", "-a", NOWHERE)[0] == 0
     assert [call[0] for call in live_cluster.calls] == ["stop", "kill"]
-    monkeypatch.setattr(runs, "reachable", lambda address: address)
+    monkeypatch.setattr(client, "reachable", lambda address: address)
     assert run(capsys, "scale", "try1", "rollout=4", "-a", NOWHERE)[1] == "rollout: 4\n"
     assert live_cluster.calls[-1] == ("scale", "try1", {"targets": {"rollout": 4}})
 
@@ -292,9 +292,9 @@ def test_a_run_that_has_no_controller_yet(capsys, live_cluster, monkeypatch):
     status, out, _ = run(capsys, "status", "new", "-a", NOWHERE)
     assert status == 0 and "run 'new' is starting or ending (job new-1 is PENDING)" in out and "logs new -f" in out
     assert json.loads(run(capsys, "status", "new", "--json", "-a", NOWHERE)[1])["job"] == "new-1"
-    monkeypatch.setattr(runs, "reachable", lambda address: address)
+    monkeypatch.setattr(client, "reachable", lambda address: address)
     status, _, err = run(capsys, "scale", "new", "rollout=2", "-a", NOWHERE)
-    assert status == 2 and "cannot be asked yet" in err and err.count("\n") == 1
+    assert status == 2 and "its controller cannot answer" in err and err.count("\n") == 1
     stopped = []
     statuses = iter(["RUNNING", "STOPPED"])
     live_cluster.jobs = SimpleNamespace(stop_job=stopped.append, get_job_status=lambda job: next(statuses))
@@ -330,11 +330,11 @@ def test_a_run_of_this_machine_is_seen_and_stopped_through_its_folder(capsys, tm
     assert run(capsys, "logs", "here")[1] == "a line\n"
     assert "here" in run(capsys, "list")[1]
     status, _, err = run(capsys, "stop", "here")
-    assert status == 2 and "not going on" in err
+    assert status == 2 and "not running" in err
     writer = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "held\n"
     assert f"process {writer.pid} on {os.uname().nodename}" == writer_of(RunDir(folder))
-    assert f"going on (process {writer.pid}" in run(capsys, "status", str(folder))[1]
+    assert f"running (process {writer.pid}" in run(capsys, "status", str(folder))[1]
     assert run(capsys, "stop", "here")[0] == 0 and writer.wait(10) == 0
     with RunLock(RunDir(folder)):  # looking at it has not kept it
         pass

@@ -14,7 +14,7 @@ import tiny_rewards as tiny
 from PIL import Image
 
 from jobs import cli
-from jobs.commands import score
+from jobs.common import score_files
 from pipeline.core import media as media_files
 from pipeline.core.media import encode_mp4
 
@@ -130,7 +130,7 @@ def test_large_clips_are_not_piled_up_in_a_batch(capsys, folder, monkeypatch):
         "def sizes(frames, prompts):\n    open(__file__ + '.log', 'a').write(f'{len(prompts)} ')\n"
         "    return frames.mean(axis=(1, 2, 3, 4))\nsizes.batched, sizes.reads = True, 'video'\n"
     )
-    monkeypatch.setattr(score, "BATCH_BYTES", 2 * 4 * 64 * 64 * 3)
+    monkeypatch.setattr(score_files, "BATCH_BYTES", 2 * 4 * 64 * 64 * 3)
     status, err, _ = scores(capsys, folder, "-r", f"{own}:sizes")
     assert status == 0, err
     assert (folder.parent / "own.py.log").read_text().split() == ["2", "2", "1"]

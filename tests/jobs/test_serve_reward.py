@@ -20,7 +20,7 @@ from http_server import items
 from PIL import Image
 
 from jobs import cli
-from jobs.commands import serve_reward
+from jobs.common import reward_service
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media
@@ -244,10 +244,10 @@ def test_pictures_survive_the_lossless_forms():
 
 def test_the_limit_on_decoded_pixels_is_for_the_whole_request(monkeypatch, tmp_path):
     body = json.dumps(request(1, 2, 3)).encode()
-    assert len(serve_reward._groups_of(body, tmp_path)[0]) == 1
-    monkeypatch.setattr(serve_reward, "MAX_PIXEL_BYTES", 2 * 4 * 4 * 3)
+    assert len(reward_service._groups_of(body, tmp_path)[0]) == 1
+    monkeypatch.setattr(reward_service, "MAX_PIXEL_BYTES", 2 * 4 * 4 * 3)
     with pytest.raises(InputError, match=r"items: .* decoded"):
-        serve_reward._groups_of(body, tmp_path)
+        reward_service._groups_of(body, tmp_path)
 
 
 def test_the_prompts_own_picture_travels_with_the_take(tmp_path):

@@ -132,12 +132,12 @@ def test_segments_resize_each_chosen_frame_once_and_no_other(tmp_path, monkeypat
 
 def test_a_file_is_decoded_once_for_all_its_rewards(tmp_path, monkeypatch):
     from jobs import cli
-    from jobs.commands import score
+    from jobs.common import score_files
     from pipeline.core.media import encode_mp4
 
     (tmp_path / "clip.mp4").write_bytes(encode_mp4(np.zeros((6, 32, 32, 3), np.uint8), 8.0))
-    decoded, plain = [], score.read_media
-    monkeypatch.setattr(score, "read_media", lambda path: decoded.append(path) or plain(path))
+    decoded, plain = [], score_files.read_media
+    monkeypatch.setattr(score_files, "read_media", lambda path: decoded.append(path) or plain(path))
     rewards = ["-r", "jpeg_compressibility", "-r", "jpeg_incompressibility", "-r", "flicker"]
     assert cli.main(["score", str(tmp_path / "clip.mp4"), *rewards, "--out", str(tmp_path / "scores.parquet")]) == 0
     assert len(decoded) == 1

@@ -145,7 +145,7 @@ def test_evaluations_average_a_reward_over_the_takes_it_applies_to():
     from types import SimpleNamespace
 
     from actors.evaluation import Evaluator
-    from jobs.commands.evaluate import summarise
+    from jobs.common.evaluation_table import summarise
 
     jobs = [
         SimpleNamespace(scores=scored(a=[1, 3], b=None, c=None)),

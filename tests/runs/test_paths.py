@@ -71,7 +71,7 @@ def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatc
     from rich.console import Console
 
     import pipeline.tools.preflight
-    from jobs.commands import train
+    from jobs.launch import training
 
     first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
     assert (first[1], again[1]) == (False, True) and first[0] == again[0] == RunDir(tmp_path / "mine")
@@ -81,9 +81,12 @@ def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(pipeline.tools.preflight, "check_all", lambda cfg: None)
     first[0].summary.write_text(json.dumps({"status": "finished"}))
     checkpoint.save(first[0].checkpoints, 100, {"weights/x": torch.zeros(1)}, {}, {}, config(tmp_path, "mine"), 1)
-    said = io.StringIO()
-    assert train.train(config(tmp_path, "mine"), Path("c.yaml"), or_start=True, console=Console(file=said)) == 0
-    assert "has finished all 100 steps" in said.getvalue().replace("\n", " ")
+    output = io.StringIO()
+    assert (
+        training.run_training(config(tmp_path, "mine"), Path("c.yaml"), or_start=True, console=Console(file=output))
+        == 0
+    )
+    assert "has finished all 100 steps" in output.getvalue().replace("\n", " ")
 
 
 def test_the_folder_cannot_be_made(tmp_path):

@@ -1,4 +1,4 @@
-"""The parts of `rushes inspect --plan` against what loaded models and real rollouts hold."""
+"""The parts of `rushes inspect --memory` against what loaded models and real rollouts hold."""
 
 from __future__ import annotations
 
@@ -172,13 +172,13 @@ def test_the_controller_is_planned_with_the_takes_it_writes():
 
 def test_the_command_prints_roles_and_json(monkeypatch, capsys):
     monkeypatch.setattr(memory_report, "bases", lambda cfg, name: dict.fromkeys(NONE, 2**29))
-    assert cli.main(["inspect", "--plan", "configs/quickstart-image.yaml", *SMALL, "--json"]) == 0
+    assert cli.main(["inspect", "--memory", "configs/quickstart-image.yaml", *SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     learner = found["roles"]["learner"]
     weights = learner["parts"]["weights"]
     assert learner["parts"]["reference"] == weights and learner["parts"]["optimiser (two moments)"] > 1.9 * weights
     assert learner["host_bytes"] == sum(learner["parts"].values()) and found["roles"]["rollout"]["processes"] == 2
-    assert cli.main(["inspect", "--plan", "configs/quickstart-image.yaml", *SMALL]) == 0
+    assert cli.main(["inspect", "--memory", "configs/quickstart-image.yaml", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "rollout x 2: " in out and "activations" in out and "object store: " in out and "together: " in out
 
@@ -195,6 +195,6 @@ def test_configs_that_are_not_here_are_asked_for(monkeypatch, capsys):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    assert cli.main(["inspect", "--plan", "configs/wan-14b.yaml"]) == 2
+    assert cli.main(["inspect", "--memory", "configs/wan-14b.yaml"]) == 2
     assert "hf download Wan-AI/Wan2.1-T2V-14B-Diffusers" in capsys.readouterr().err
     assert cli.main(["inspect"]) == 2

@@ -82,11 +82,11 @@ def test_measured_seconds_are_medians_of_all_workers():
         measured([{"heldout/mean": 1.0}], 6, 2, {})
 
 
-def test_plan_command(capsys, tmp_path):
-    status, out, _ = run(capsys, "plan", "--rollout", 320, "--score", "clip=40", "--learn", 90, "--staleness", 1)
+def test_size_command(capsys, tmp_path):
+    status, out, _ = run(capsys, "size", "--rollout", 320, "--score", "clip=40", "--learn", 90, "--staleness", 1)
     assert status == 0 and out.splitlines()[-1] == "rollout.workers=4 rewards.clip.workers=1"
     folder = make_run(tmp_path, steps=4, finished=False)
-    status, out, err = run(capsys, "plan", folder)
+    status, out, err = run(capsys, "size", folder)
     assert status == 0 and "rollout.workers=" in out.splitlines()[-1] and "CPUs" in out, err
 
 
@@ -100,13 +100,13 @@ def test_plan_command(capsys, tmp_path):
         (["nowhere"], "not a run"),
     ],
 )
-def test_plan_refuses_in_one_line(capsys, args, words):
-    status, _, err = run(capsys, "plan", *args)
+def test_size_refuses_in_one_line(capsys, args, words):
+    status, _, err = run(capsys, "size", *args)
     assert status == 2 and words in err and err.count("\n") == 1
 
 
 def test_a_run_without_a_step_has_nothing_to_measure(capsys, tmp_path):
     folder = make_run(tmp_path, steps=1, finished=False)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "heldout/mean": 1.0}) + "\n")
-    status, _, err = run(capsys, "plan", folder)
+    status, _, err = run(capsys, "size", folder)
     assert status == 2 and "no finished step" in err

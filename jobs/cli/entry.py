@@ -1,0 +1,61 @@
+"""The entry point of `rushes`: runs the command and turns what it raises into one line on stderr and an exit status.
+
+A traceback appears only with --debug, or RUSHES_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+from jobs.cli.app import app
+from pipeline.core.errors import RushesError
+from pipeline.core.files import describe_os_error
+
+RENAMED_OPTIONS = {"--plan": "--memory"}  # of earlier versions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status; never raises. `rushes = "jobs.cli:main"` in pyproject.toml."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv or os.environ.get("RUSHES_DEBUG", "") not in ("", "0")
+    try:
+        result = app(args=argv, prog_name="rushes", standalone_mode=False)
+        if result == 130:  # typer turns Ctrl-C into this status without a message
+            return _fail("stopped", 130, KeyboardInterrupt(), debug)
+        return result if isinstance(result, int) else 0
+    except SystemExit as ended:  # shell completion ends this way
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail("stopped", 130, error, debug)
+    except RushesError as error:
+        return _fail(str(error), error.exit_code, error, debug)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the reader, such as `head`, is gone: leave quietly)
+        return 141
+    except OSError as error:
+        return _fail(describe_os_error(error), 1, error, debug)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of click, which typer may carry a copy of
+            return _fail(_usage(error, error.format_message()), getattr(error, "exit_code", 2), error, debug)
+        text = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
+        return _fail(text, 70, error, debug)
+
+
+def _usage(error: Exception, message: str) -> str:
+    command = getattr(getattr(error, "ctx", None), "command_path", None) or "rushes"
+    renamed = RENAMED_OPTIONS.get(getattr(error, "option_name", None) or "")
+    if renamed:
+        return f"{error.option_name}: is called {renamed} now; see: {command} --help"  # type: ignore[attr-defined]
+    end = "" if message.endswith("?") else ";"
+    return f"{message.rstrip('.')}{end} see: {command} --help"
+
+
+def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,37 @@
+"""`rushes config`: a config with every default filled in, or the reference of all keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.common.command import Group, command
+from jobs.common.options import Debug, Overrides
+from pipeline.core.errors import ConfigError
+
+
+@command(Group.LOOK)
+def config(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file.")] = None,
+    overrides: Overrides = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Print the reference of all keys (docs/config.md).")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print a config with every default filled in.
+
+    \b
+    Examples:
+      rushes config configs/quickstart.yaml
+      rushes config configs/quickstart.yaml run.steps=20 > my.yaml
+      rushes config --docs
+    """
+    from pipeline.config.load import docs_markdown, load_config, to_yaml
+
+    if docs:
+        print(docs_markdown(), end="")
+        return
+    if config is None:
+        raise ConfigError("config: give a config file, such as configs/quickstart.yaml, or --docs")
+    print(to_yaml(load_config(config, overrides or [])), end="")

@@ -1,0 +1,67 @@
+"""`rushes list`: the runs of a cluster, if there is one, and those of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from jobs.common.command import Group, command
+from jobs.common.options import DEFAULT_RUNS, Address, Debug, RunsFolder, make_console
+from pipeline.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobs.cluster.client import Cluster
+
+
+@command(Group.CLUSTER, name="list")
+def list_runs(address: Address = None, dir_: RunsFolder = DEFAULT_RUNS, debug: Debug = False) -> None:
+    """List the runs of a cluster and of this machine.
+
+    Runs that have ended are included.
+
+    \b
+    Examples:
+      rushes list
+      rushes list --address http://127.0.0.1:8265
+    """
+    from rich.table import Table
+
+    from jobs.cluster import client
+    from jobs.cluster.runs import FolderRun, runs_in
+
+    table, rows = Table("run", "where", "state", "step", "held-out reward", "started"), []
+    in_cluster = client.find_address(address) is not None
+    if in_cluster:
+        rows += _cluster_rows(client.open_cluster(address))
+    listed = {row[0] for row in rows}
+    for run in runs_in(dir_):
+        if run.name not in listed:
+            snapshot = FolderRun(run).snapshot()
+            evals = snapshot["evals"]
+            reward = f"{evals[0]['mean']:.3f} -> {evals[-1]['mean']:.3f}" if evals else "-"
+            started = f"{datetime.fromtimestamp(run.config.stat().st_mtime):%Y-%m-%d %H:%M}"
+            rows.append((run.name, str(dir_), snapshot["state"], _step_text(snapshot), reward, started))
+    if not rows and not in_cluster and not dir_.is_dir():
+        raise ConfigError(f"no Ray cluster was found and there is no folder {dir_}; give --address or --dir")
+    for row in rows:
+        table.add_row(*row)
+    make_console().print(table if rows else "no runs", highlight=False)
+
+
+def _cluster_rows(cluster: Cluster) -> Iterator[tuple[str, ...]]:
+    from jobs.cluster.client import RUN_KEY, TERMINAL
+
+    running = {row["run"]: row for row in cluster.call("overview")}
+    for job in cluster.jobs_of():
+        name = job.metadata[RUN_KEY]
+        started = f"{datetime.fromtimestamp((job.start_time or 0) / 1000):%Y-%m-%d %H:%M}"
+        row = running.pop(name, None) if job.status not in TERMINAL else None
+        state = row["state"] if row else str(job.status.value).lower()
+        yield name, f"job {job.submission_id}", state, _step_text(row), "-", started
+    for name, row in running.items():
+        yield name, cluster.address, row["state"], _step_text(row), "-", "-"
+
+
+def _step_text(row: dict[str, Any] | None) -> str:
+    return f"{row['step']}/{row['steps']}" if row and row["step"] is not None else "-"

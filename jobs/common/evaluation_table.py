@@ -1,0 +1,112 @@
+"""Takes of several checkpoints on the same prompts and seeds, their scores, and the table of `rushes evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jobs.common.estimates import estimate, win_rate
+from jobs.common.load_trained import Trained, load_policy
+from pipeline.config.schema import Config
+from pipeline.core.media import save_takes
+from pipeline.rewards.runner import RewardRunner
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BASE = "before training"
+
+
+def labels_of(sources: list[Trained | None]) -> list[str]:
+    labels: list[str] = []
+    for source in sources:
+        label = source.label if source else BASE
+        labels.append(label if label not in labels else f"{label} ({labels.count(label) + 1})")
+    return labels
+
+
+def sample_and_score(
+    cfg: Config,
+    source: Trained | None,
+    label: str,
+    works: list,
+    runners: dict[str, RewardRunner],
+    ema: bool,
+    folder: Path | None,
+    console: Console,
+) -> dict[str, np.ndarray]:
+    """Scores float64 [N] of all takes per reward, and their weighted sum as 'reward', in the order of `works`. NaN: the
+    reward does not apply to the take's prompt. `folder`: where the takes are written, or None."""
+    from rich.progress import track
+
+    weights = cfg.reward_weights
+    policy = load_policy(cfg, source, ema)
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in runners}
+    for work in track(works, description=f"sampling {label}", console=console, disable=not console.is_terminal):
+        media, _, _ = policy.rollout(work)
+        scored = {name: runner.run(media, work.prompts, None) for name, runner in runners.items()}
+        for name, score in scored.items():
+            scores[name].append(score.values)
+        if folder is not None:
+            version = source.step or 0 if source else 0
+            save_takes(folder, media, work.prompts, work.seeds, version, scored, weights=weights)
+    columns = {name: np.concatenate(parts).astype(np.float64) for name, parts in scores.items()}
+    terms = [np.where(np.isnan(columns[name]), 0.0, weights[name] * columns[name]) for name in runners]
+    columns["reward"] = np.sum(terms, axis=0)
+    return columns
+
+
+def summarise(results: dict[str, dict[str, np.ndarray]], index: np.ndarray, rewards: list[str]) -> list[dict]:
+    """One row per checkpoint: means of the weighted reward and of each reward (NaN: it does not apply to the take;
+    None: to no take); against the first row: paired difference and win rate."""
+    first = next(iter(results.values()))
+    rows = []
+    for number, (label, columns) in enumerate(results.items()):
+        row: dict = {"checkpoint": label, "reward": asdict(estimate(columns["reward"], index))}
+        row["rewards"] = {}
+        for name in rewards:
+            known = ~np.isnan(columns[name])
+            row["rewards"][name] = asdict(estimate(columns[name][known], index[known])) if known.any() else None
+        if number:
+            row["difference"] = asdict(estimate(columns["reward"] - first["reward"], index))
+            row["win_rate"] = asdict(win_rate(columns["reward"], first["reward"], index))
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict], rewards: list[str], console: Console, prompts: int, takes: int) -> None:
+    from rich.table import Table
+
+    text = f"{prompts} prompts, {takes} takes, the same seeds in each row; ± is the 95 % confidence interval"
+    console.print(text, highlight=False, soft_wrap=True)
+    table = Table()
+    table.add_column("checkpoint", overflow="fold")
+    table.add_column("reward", justify="right")
+    for name in rewards if len(rewards) > 1 else []:
+        table.add_column(name, justify="right")
+    if len(rows) > 1:
+        table.add_column(f"against {rows[0]['checkpoint']}", justify="right")
+        table.add_column("win rate", justify="right")
+    for row in rows:
+        cells = [row["checkpoint"], _text(row["reward"])]
+        cells += [_text(row["rewards"][name]) if row["rewards"][name] else "–" for name in rewards] * (len(rewards) > 1)
+        if len(rows) > 1:
+            cells += [
+                _text(row["difference"], "+") if "difference" in row else "",
+                _percent(row.get("win_rate")),
+            ]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _text(value: dict, sign: str = "") -> str:
+    return f"{value['mean']:{sign}.3f}" + (f" ± {value['half']:.3f}" if value["half"] is not None else "")
+
+
+def _percent(value: dict | None) -> str:
+    if not value:
+        return ""
+    return f"{100 * value['mean']:.0f} %" + (f" ± {100 * value['half']:.0f}" if value["half"] is not None else "")

@@ -1,0 +1,97 @@
+"""Pairs of takes that people have judged, read from a parquet table for `rushes agree`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.common.score_files import Item, checked_item
+from pipeline.core.errors import InputError
+from pipeline.core.files import did_you_mean
+
+LABELS = {"a": 1, "b": -1, "tie": 0}
+COLUMNS = ("prompt", "path_a", "path_b", "bytes_a", "bytes_b", "label", "image", "metadata")
+ROWS_AT_ONCE = 64
+# Offset, the bytes there, and the suffix of such a file.
+_MAGIC = (
+    (0, b"\x89PNG", ".png"),
+    (0, b"\xff\xd8\xff", ".jpg"),
+    (8, b"WEBP", ".webp"),
+    (0, b"BM", ".bmp"),
+    (4, b"ftyp", ".mp4"),
+    (0, b"\x1aE\xdf\xa3", ".mkv"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    row: int  # in the table, from 1
+    a: Item
+    b: Item
+    label: int  # +1: a is better, -1: b, 0: tie
+
+
+def check_columns(path: Path) -> None:
+    """Raises `InputError` naming the column, what is there and the nearest fix."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder; give a parquet file' if path.is_dir() else 'no such file'}")
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0][:120]})") from None
+    kind = "bytes" if any(name.startswith("bytes_") for name in columns) else "path"
+    for required in ("label", f"{kind}_a", f"{kind}_b"):
+        if required not in columns:
+            unused = [name for name in columns if name not in COLUMNS]
+            hint = did_you_mean(required, unused).replace("did you mean", "rename").rstrip("?")
+            raise InputError(
+                f"{path}: has no column {required!r} (columns: {', '.join(columns) or 'none'}){hint}; expected path_a "
+                "and path_b, or bytes_a and bytes_b; label (a, b or tie); and usually prompt"
+            )
+
+
+def read_pairs(path: Path, folder: Path) -> Iterator[Pair]:
+    """The rows of the table; bytes are written to `folder`, a few rows at a time. Raises `InputError` with the row."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path)
+    kept = [name for name in table.schema_arrow.names if name in COLUMNS]
+    number = 0
+    for batch in table.iter_batches(ROWS_AT_ONCE, columns=kept):
+        for row in batch.to_pylist():
+            number += 1
+            where = f"{path}, row {number}"
+            label = str(row["label"]).strip().lower()
+            if label not in LABELS:
+                raise InputError(f"{where}: label {row['label']!r:.40} is none of {', '.join(LABELS)}")
+            prompt = row.get("prompt") or ""
+            if not isinstance(prompt, str):
+                raise InputError(f"{where}: prompt must be text, found {prompt!r:.40}")
+            a, b = (_item(row, side, prompt, path, folder, where) for side in "ab")
+            yield Pair(number, a, b, LABELS[label])
+
+
+def _item(row: dict[str, Any], side: str, prompt: str, path: Path, folder: Path, where: str) -> Item:
+    data = row.get(f"bytes_{side}")
+    if isinstance(data, dict):  # an image of the `datasets` library
+        data = data.get("bytes")
+    if isinstance(data, bytes):
+        name = f"sha256:{hashlib.sha256(data).hexdigest()[:24]}"
+        kind = next((suffix for at, magic, suffix in _MAGIC if data[at : at + len(magic)] == magic), ".unknown")
+        file = folder / f"{name[7:]}{kind}"
+        if not file.exists():
+            file.write_bytes(data)
+        return checked_item(name, file, prompt, row.get("metadata"), where, row.get("image"), path.parent)
+    relative_path = row.get(f"path_{side}")
+    if not isinstance(relative_path, str) or not relative_path:
+        column = f"bytes_{side}" if f"bytes_{side}" in row else f"path_{side}"
+        expected = "bytes" if column[0] == "b" else "a path"
+        raise InputError(f"{where}: {column} must be {expected}, found {relative_path!r:.40}")
+    file = path.parent / relative_path
+    return checked_item(str(file), file, prompt, row.get("metadata"), where, row.get("image"), path.parent)

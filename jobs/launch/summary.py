@@ -1,0 +1,89 @@
+"""The end of a run: summary.json, the report, and the lines that `rushes train` prints last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from jobs.common.options import say
+from pipeline.config.schema import Config
+from pipeline.core.files import atomic_write
+from pipeline.core.storage import shown
+from pipeline.rl.group_plan import EVALUATION_SEED
+from pipeline.runs.paths import RunDir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "ray")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return versions
+
+
+def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, console: Console) -> None:
+    """summary.json and the report, whose path is the last line shown."""
+    from pipeline.tools.report.report import build_report
+
+    evals = result["evals"]
+    heldout = None
+    if evals:
+        first, last = evals[0], evals[-1]
+        keys = ("mean", "se", "n")
+        heldout = {
+            "before": {key: first[key] for key in keys},
+            "after": {key: last[key] for key in keys},
+            "rewards": {
+                name: {"before": first["rewards"][name], "after": last["rewards"][name]} for name in last["rewards"]
+            },
+        }
+    started = psutil.Process().create_time()
+
+    def write() -> None:
+        summary = {
+            "status": "finished",
+            "run": run.name,
+            "heldout": heldout,
+            "steps": result["step"],
+            "takes": result["takes"],
+            "groups": result["groups"],
+            "retries": result["retries"],
+            "wall_s": round(time.time() - started, 2),
+            "peak_rss_mb": round(peak / 2**20, 1),
+            "peak_rss_mb_roles": {name: round(size / 2**20, 1) for name, size in sorted(result["peaks"].items())},
+            "seeds": {"run": cfg.run.seed, "evaluation": EVALUATION_SEED},
+            "versions": _versions(),
+            "checkpoint": result["checkpoint"],
+            "export": result["export"],
+            "report": str(run.report),
+        }
+        atomic_write(run.summary, json.dumps(summary, indent=2).encode())
+
+    write()
+    build_report(run.path)
+    write()  # with the report's own time
+    if heldout:
+        before, after = heldout["before"], heldout["after"]
+        gain = after["mean"] - before["mean"]
+        error = (before["se"] ** 2 + after["se"] ** 2) ** 0.5
+        console.print(
+            f"held-out reward {before['mean']:.4f} -> {after['mean']:.4f} "
+            f"({gain:+.4f} ± {error:.4f}, n = {after['n']})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    say(console, f"export  {shown(Path(result['export']))}")
+    say(console, f"report  {shown(run.report)}")
