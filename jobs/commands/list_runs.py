@@ -30,7 +30,8 @@ def list_runs(address: Address = None, dir_: RunsFolder = DEFAULT_RUNS, debug: D
     from jobs.cluster import client
     from jobs.cluster.runs import FolderRun, runs_in
 
-    table, rows = Table("run", "where", "state", "step", "held-out reward", "started"), []
+    table = Table("run", "where", "state", "step", "held-out reward", "started")
+    rows: list[tuple[str, ...]] = []
     in_cluster = client.find_address(address) is not None
     if in_cluster:
         rows += _cluster_rows(client.open_cluster(address))

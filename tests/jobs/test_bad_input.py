@@ -411,7 +411,7 @@ CASES = [
     (cut_checkpoint, ["step-000040 is corrupt", "bytes"], "delete the folder"),
     (no_such_step, ["no checkpoint of step 7"], "there are 40"),
     (generate_without_prompt, ["generate"], '--prompt "some text"'),
-    (generate_over_takes, ["--out", "holds takes already"], "choose another folder"),
+    (generate_over_takes, ["--out", "already holds takes"], "choose another folder"),
     (generate_with_strange_checkpoint, ["empty: is neither a run"], "model_index.json"),
     (resume_of_nothing, ["--resume", "no unfinished run"], "leave --resume out"),
     (resume_or_start_without_name, ["--resume-or-start", "run.name is not set"], "give one"),

@@ -144,10 +144,10 @@ def test_a_large_folder_is_refused_with_its_largest_parts(tmp_path):
     (tmp_path / "models" / "big.safetensors").write_bytes(bytes(3000))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "big").write_bytes(bytes(90_000))
-    submitting.check_size(tmp_path, list(submitting.EXCLUDES), most=4000)
+    submitting.check_size(tmp_path, list(submitting.EXCLUDES), limit=4000)
     with pytest.raises(ConfigError, match="models 0 MiB.*--exclude"):
-        submitting.check_size(tmp_path, list(submitting.EXCLUDES), most=2000)
-    submitting.check_size(tmp_path, [*submitting.EXCLUDES, "*.safetensors"], most=2000)
+        submitting.check_size(tmp_path, list(submitting.EXCLUDES), limit=2000)
+    submitting.check_size(tmp_path, [*submitting.EXCLUDES, "*.safetensors"], limit=2000)
 
 
 def test_the_cluster_decides_which_ray_is_joined(tmp_path, config):

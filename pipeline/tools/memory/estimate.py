@@ -1,4 +1,4 @@
-"""Memory of every role for a config, estimated before any weights are loaded: `rushes inspect --plan CONFIG`.
+"""Memory of every role for a config, estimated before any weights are loaded: `rushes inspect --memory CONFIG`.
 
 Networks are built from their configs without data (`pipeline.tools.memory.meta_pipeline`), so weights are counted and
 not guessed, and activations are what the networks' own code would hold. Returns plain data; all numbers are bytes.
