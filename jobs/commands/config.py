@@ -27,7 +27,8 @@ def config(
       rushes config configs/quickstart.yaml run.steps=20 > my.yaml
       rushes config --docs
     """
-    from pipeline.config.load import docs_markdown, load_config, to_yaml
+    from pipeline.config.load import load_config, to_yaml
+    from pipeline.config.reference import docs_markdown
 
     if docs:
         print(docs_markdown(), end="")

@@ -32,7 +32,7 @@ def print_dry_run(cfg: Config, console: Console) -> None:
         source += f" called through {generator.pipeline}"
     rows = {
         "generator": f"{source}, {size}",
-        "training": cfg.trainable.words,
+        "training": cfg.trainable.description,
         "prompts": f"{len(found.train)} to train on, {len(found.heldout)} held out",
         "each step": f"{algorithm.groups_per_step} prompts x {algorithm.group_size} takes = {takes} takes, "
         f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {', '.join(map(str, noisy))}",

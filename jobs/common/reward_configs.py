@@ -9,6 +9,7 @@ from pipeline.core.errors import ConfigError
 def build_reward_configs(names: list[str], options: list[str]) -> list[RewardConfig]:
     """The config of each --reward with its --set options. Raises `ConfigError` in the words of a run's config."""
     from pipeline.config.load import apply_overrides, validate
+    from pipeline.config.messages import Source
 
     entries: dict = {name: {"scorer": name} for name in dict.fromkeys(names)}
     longest_first = sorted(entries, key=len, reverse=True)  # names such as my.py:score contain dots
@@ -22,7 +23,7 @@ def build_reward_configs(names: list[str], options: list[str]) -> list[RewardCon
     if not entries:
         return []
     plain = {"generator": {"pretrained": "-"}, "prompts": {"train": "-"}, "rewards": entries}
-    rewards = validate(plain, "--set").rewards
+    rewards = validate(plain, Source("--set")).rewards
     return [rewards[name] for name in names]
 
 

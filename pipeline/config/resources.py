@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import PlainSerializer, PlainValidator
 
+from pipeline.config.sections.base import Allowed
 from pipeline.core.files import nearest
 
 ROLES = ("rollout", "reward", "learner", "controller")
@@ -77,12 +78,12 @@ WorkerCount = Annotated[
     WorkerRange,
     PlainValidator(_read_workers),
     PlainSerializer(lambda w: w.min if w.min == w.max else {"min": w.min, "max": w.max}),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "{min: …, max: …}"}]}),
+    Allowed("whole number >= 1 or {min: …, max: …}", numeric=True),
 ]
-_SCHEMA = WithJsonSchema({"const": "mapping such as {CPU: 1, GPU: 0.5}"})
+_ALLOWED = Allowed("mapping such as {CPU: 1, GPU: 0.5}")
 # A mapping that leaves out CPU keeps the default's.
-HalfCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.5})), _SCHEMA]
-TenthCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.1})), _SCHEMA]
+HalfCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.5})), _ALLOWED]
+TenthCpu = Annotated[dict[str, float], PlainValidator(partial(_read_resources, {"CPU": 0.1})), _ALLOWED]
 
 
 def total(parts: Iterable[tuple[WorkerRange, Mapping[str, float]]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.config.schema import SegmentsConfig
+from pipeline.config.sections.rewards import SegmentsConfig
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import ScorerCall
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.load import docs_markdown, leaves, load_config, to_yaml
+from pipeline.config.load import load_config, to_yaml
 from pipeline.config.old_keys import RENAMED, REPLACED
+from pipeline.config.reference import REQUIRED, docs_markdown, leaves
 from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
@@ -113,12 +114,32 @@ def test_workers_and_resources(tmp_path):
         ("rollout.resources.GPU=1.5", ["rollout.resources: GPU: found 1.5", "whole number"]),
         ("rollout.resources=2", ["rollout.resources: found 2", "{CPU: 1, GPU: 0.5}"]),
         ("tracking.backends=[tensorbord]", ["tracking.backends", "tensorboard"]),
+        ("rewards.jpeg.clip=[2, 1]", ["rewards.jpeg.clip: found [2.0, 1.0]", "below the second"]),
+        ("rewards.jpeg.clip=[2]", ["rewards.jpeg.clip", "expected list of 2 (number) or null"]),
+        ("optimizer.betas=[0.9, 1]", ["optimizer.betas", "list of 2 (number >= 0 and < 1)"]),
+        ("sampler.window.range=[0, 12]", ["sampler.window.range", "12", "outside 1..9"]),
+        ("sampler.window.range=[5, 5]", ["sampler.window.range: the first step, 5, must be below the end, 5"]),
     ],
 )
 def test_every_wrong_override_is_one_clear_line(tmp_path, override, parts):
     message = error_of(write(tmp_path), override)
     for part in parts:
         assert part in message, message
+
+
+def test_what_a_key_accepts_is_typed():
+    keys = {leaf.path: leaf for leaf in leaves()}
+    assert {path for path, leaf in keys.items() if leaf.text_only} >= {
+        "run.name",
+        "run.dir",
+        "prompts.train",
+        "ray.address",
+    }
+    assert not keys["trainable.targets"].text_only and not keys["run.steps"].text_only
+    assert keys["rollout.workers"].numeric and keys["rewards.*.segments.aggregate"].numeric
+    assert not keys["generator.compile"].numeric and not keys["rollout.resources"].numeric
+    assert keys["rewards.*.segments.aggregate"].choices == ("mean", "min")
+    assert keys["tracking.backends"].choices == ("tensorboard", "wandb", "mlflow")
 
 
 def test_every_old_key_is_refused_with_what_to_write_instead(tmp_path):
@@ -208,12 +229,12 @@ def test_schema_is_small_and_described():
     assert len(leaves()) <= 100
     assert all(leaf.description for leaf in leaves())
     defaults = {leaf.path: leaf.default for leaf in leaves()}
-    assert defaults["tracking.backends"] == ["tensorboard"] and defaults["generator.pretrained"] is ...
+    assert defaults["tracking.backends"] == ["tensorboard"] and defaults["generator.pretrained"] is REQUIRED
 
 
 def test_docs_are_current():
     assert (ROOT / "docs/config.md").read_text("utf-8") == docs_markdown(), (
-        "stale; run: python -m pipeline.config.load > docs/config.md"
+        "stale; run: rushes config --docs > docs/config.md"
     )
 
 

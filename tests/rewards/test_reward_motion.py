@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from pipeline.config.schema import RewardConfig, SegmentsConfig
+from pipeline.config.sections.rewards import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.models.optical_flow import grey_frames, optical_flow, warp

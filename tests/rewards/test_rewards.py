@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.config.schema import RewardConfig, SegmentsConfig
+from pipeline.config.sections.rewards import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import REGISTRY, Scorer

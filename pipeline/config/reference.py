@@ -1,0 +1,179 @@
+"""The keys of the config as data, for error messages and docs/config.md, which `rushes config --docs` prints."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipeline.config.resources import WorkerRange
+from pipeline.config.schema import Config
+from pipeline.config.sections.base import Allowed
+
+REQUIRED = object()  # default of a key that has none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leaf:
+    """One key that takes a value. `path` has `*` for the user's own names."""
+
+    path: str
+    allowed: str  # the accepted values, as a user would say it
+    default: Any  # `REQUIRED` if there is none
+    description: str
+    choices: tuple[str, ...]  # the words among the accepted values
+    numeric: bool  # accepts a number, so `true` is a mistake
+    text_only: bool  # accepts text or a path and, apart from null, nothing else
+
+
+@functools.cache
+def leaves() -> tuple[Leaf, ...]:
+    """Every key of `Config` that takes a value, in order."""
+    return tuple(_walk(Config, ""))
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[Leaf]:
+    for name, field in section.model_fields.items():
+        path = f"{prefix}{name}"
+        value_type = get_args(field.annotation)[-1] if get_origin(field.annotation) is dict else None
+        if _is_section(field.annotation):
+            yield from _walk(field.annotation, f"{path}.")
+        elif _is_section(value_type):
+            yield from _walk(value_type, f"{path}.*.")
+        else:
+            accepted = _accepted(field.annotation, field.metadata)
+            yield Leaf(
+                path=path,
+                allowed=accepted.text,
+                default=REQUIRED if field.is_required() else field.get_default(call_default_factory=True),
+                description=field.description or "",
+                choices=accepted.choices,
+                numeric=accepted.numeric,
+                text_only=accepted.text_only,
+            )
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """The values that a type accepts."""
+
+    text: str
+    choices: tuple[str, ...] = ()
+    numeric: bool = False
+    text_only: bool = False
+
+
+def _accepted(annotation: Any, metadata: Sequence[Any] = ()) -> _Accepted:
+    if get_origin(annotation) is Annotated:
+        return _accepted(annotation.__origin__, [*annotation.__metadata__, *metadata])
+    limits = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    for item in limits:
+        if isinstance(item, Allowed):
+            return _Accepted(item.text, numeric=item.numeric)
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        options = [_accepted(option) for option in get_args(annotation)]
+        return _Accepted(
+            " or ".join(option.text for option in options),
+            choices=tuple(choice for option in options for choice in option.choices),
+            numeric=any(option.numeric for option in options),
+            text_only=all(option.text_only or option.text == "null" for option in options),
+        )
+    if origin is Literal:
+        choices = tuple(str(choice) for choice in get_args(annotation))
+        return _Accepted(f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0], choices)
+    if origin is list:
+        item = _accepted(*get_args(annotation))
+        length = next((f"{limit.min_length} " for limit in limits if isinstance(limit, MinLen)), "")
+        return _Accepted(f"list of {length}({item.text})", item.choices, item.numeric)
+    if annotation is int or annotation is float:
+        name = "whole number" if annotation is int else "number"
+        return _Accepted(f"{name} {_bounds(limits)}".strip(), numeric=True)
+    if annotation is str or annotation is Path:
+        return _Accepted("text" if annotation is str else "path", text_only=True)
+    if annotation is bool:
+        return _Accepted("true or false")
+    if annotation is types.NoneType:
+        return _Accepted("null")
+    if origin is dict:
+        return _Accepted("mapping")
+    raise TypeError(f"a config key has the type {annotation}, which has no wording yet")
+
+
+def _bounds(limits: Sequence[Any]) -> str:
+    """`>= 0 and < 1`"""
+    bounds = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
+    parts = [
+        f"{sign} {getattr(limit, attribute):g}"
+        for kind, (sign, attribute) in bounds.items()
+        for limit in limits
+        if isinstance(limit, kind)
+    ]
+    return " and ".join(parts)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether `path` is the key `pattern`, in which `*` stands for any name."""
+    names, parts = path.split("."), pattern.split(".")
+    return len(names) == len(parts) and all(p in ("*", name) for name, p in zip(names, parts, strict=True))
+
+
+def leaf_at(path: str) -> Leaf | None:
+    return next((leaf for leaf in leaves() if matches(path, leaf.path)), None)
+
+
+def children(prefix: str) -> list[str]:
+    """Names of the keys directly below `prefix` ('' for the top)."""
+    depth = len(prefix.split(".")) if prefix else 0
+    names: dict[str, None] = {}
+    for leaf in leaves():
+        parts = leaf.path.split(".")
+        if len(parts) > depth and (not prefix or matches(prefix, ".".join(parts[:depth]))):
+            names[parts[depth]] = None
+    return list(names)
+
+
+def docs_markdown() -> str:
+    """docs/config.md."""
+    lines = [
+        "# Config reference",
+        "",
+        "Generated by `rushes config --docs > docs/config.md`; do not edit.",
+        "",
+        "A config is a YAML file; `key=value` after it on the command line overrides a key "
+        "(`rushes train configs/quickstart.yaml run.steps=20 optimizer.lr=3e-4`). `rushes config "
+        "CONFIG` prints the full "
+        "resolved config. `<name>` is a name of your own. Unknown keys are refused.",
+    ]
+    section = None
+    for leaf in leaves():
+        head = leaf.path.split(".")[0]
+        if head != section:
+            section = head
+            lines += ["", f"## {head}", "", "| key | allowed | default | meaning |", "|---|---|---|---|"]
+        default = "**required**" if leaf.default is REQUIRED else f"`{_default_text(leaf.default)}`"
+        key = leaf.path.replace("*", "<name>")
+        lines.append(f"| `{key}` | {_cell(leaf.allowed)} | {default} | {_cell(leaf.description)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default_text(value: Any) -> str:
+    if isinstance(value, WorkerRange | Path):
+        return str(value)
+    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0].strip()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""The larger sections of the config, one file each; `pipeline.config.schema` has the others and the whole."""
