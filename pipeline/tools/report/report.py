@@ -127,7 +127,7 @@ def _facts(config: Config | None, summary: dict | None, metrics: list[dict]) -> 
         )
         facts += [
             ("generator", f"{generator.pretrained} ({shape})"),
-            ("trained", config.trainable.words),
+            ("trained", config.trainable.description),
             ("sampler", _sampler(config)),
             (
                 "algorithm",
