@@ -135,7 +135,7 @@ class Evaluator:
 
     async def _keep(self, jobs: list[Job], shown: set[int], step: int) -> None:
         """A table row per take; media files of the shown prompts only."""
-        from pipeline.core.media import save_takes
+        from pipeline.core.takes_table import save_takes
 
         kept_frames, fps = [], 1.0
         for job in jobs:

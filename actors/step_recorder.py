@@ -131,7 +131,7 @@ class Recorder:
         self._writer.shutdown()
 
     async def _keep_takes(self, kept: list[tuple[Job, ray.ObjectRef]], step: int) -> None:
-        from pipeline.core.media import save_takes
+        from pipeline.core.takes_table import save_takes
 
         folder = self.ctx.run.train_takes(step)
         weights = self.cfg.reward_weights

@@ -50,8 +50,8 @@ def generate(
 
     from jobs.common.load_trained import find_trained, load_policy
     from pipeline.config.load import load_config
-    from pipeline.core.media import save_takes
     from pipeline.core.prompts import check_prompt_lengths, load_prompts
+    from pipeline.core.takes_table import save_takes
     from pipeline.rl.group_plan import eval_works
     from pipeline.tools import preflight
 

@@ -11,7 +11,7 @@ import numpy as np
 from jobs.common.estimates import estimate, win_rate
 from jobs.common.load_trained import Trained, load_policy
 from pipeline.config.schema import Config
-from pipeline.core.media import save_takes
+from pipeline.core.takes_table import save_takes
 from pipeline.rewards.runner import RewardRunner
 
 if TYPE_CHECKING:

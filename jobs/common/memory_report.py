@@ -37,7 +37,7 @@ _IMPORTS = {
     "controller": """
 import tempfile, numpy, actors.controller, actors.train_loop, torch
 from pathlib import Path
-from pipeline.core.media import save_takes
+from pipeline.core.takes_table import save_takes
 from pipeline.runs.tracking import TensorBoardTracker
 from pipeline.core.types import Media, PromptItem
 shape = ({shown}, {frames}, {height}, {width}, 3)

@@ -53,3 +53,11 @@ class RunInterrupted(RushesError):
     """The run was stopped by a signal after saving."""
 
     exit_code = 130
+
+
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """The text of an exception on one line of at most `limit` characters; its type's name where it has none."""
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

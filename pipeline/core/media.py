@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.core.errors import InputError, RushesError
+from pipeline.core.errors import InputError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
-from pipeline.core.types import Media, PromptItem, RewardScores
+from pipeline.core.types import Media
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
@@ -151,7 +150,7 @@ def _read_image(path: Path) -> np.ndarray:
     except UnidentifiedImageError:
         raise InputError(f"{path}: is not a picture, or is corrupt; write it again") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture ({_short(error)}); write it again") from None
+        raise InputError(f"{path}: cannot be read as a picture ({one_line(error, 120)}); write it again") from None
 
 
 def _read_video(path: Path) -> Media:
@@ -239,7 +238,7 @@ def _probe_video(path: Path) -> _VideoInfo:
         raise InputError(f"cannot read {describe_os_error(error, path)}") from None
     except (av.FFmpegError, OSError) as error:
         raise InputError(
-            f"{path}: is not a readable video ({error.strerror or _short(error)}); it is corrupt or "
+            f"{path}: is not a readable video ({error.strerror or one_line(error, 120)}); it is corrupt or "
             "cut off, write it again"
         ) from None
 
@@ -283,94 +282,6 @@ def _undo_view(frames: np.ndarray, comment: str) -> np.ndarray:
     return np.rint(blocks.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
 
 
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:120]
-
-
-# ------------------------------------------------------------------------------------------------- kept takes
-
-
-def save_takes(
-    folder: Path,
-    media: Media | None,
-    prompts: Sequence[PromptItem],
-    seeds: Sequence[int],
-    version: int,
-    scores: dict[str, RewardScores],
-    *,
-    step: int | None = None,
-    weights: dict[str, float] | None = None,
-    keep: Sequence[bool] | None = None,
-) -> list[Path | None]:
-    """Appends one row per take to `folder/takes.parquet` and writes the media. Returns the media paths.
-
-    `weights` (default: all 1) make the `reward` column; `step` defaults to `version`; `keep[k]` False (or media None)
-    leaves that take's media out (its `path` is null). The score of a reward that does not apply is null.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    folder = Path(folder)
-    table = folder / "takes.parquet"
-    rows = read_takes(folder) if table.exists() else []
-    seen: dict[int, int] = {}
-    for row in rows:
-        seen[row["prompt_index"]] = max(seen.get(row["prompt_index"], 0), row["take"] + 1)
-    written: list[Path | None] = []
-    for k, prompt in enumerate(prompts):
-        take = seen.get(prompt.index, 0)
-        seen[prompt.index] = take + 1
-        file = None
-        if media is not None and (keep is None or keep[k]):
-            file = write_media(folder / f"prompt-{prompt.index:05d}-take-{take:02d}", media, k)
-        written.append(file)
-        row = {
-            "prompt": prompt.text,
-            "prompt_index": prompt.index,
-            "seed": int(seeds[k]),
-            "version": int(version),
-            "step": int(version if step is None else step),
-            "take": take,
-            "path": file.name if file else None,
-            "reward": float(
-                sum(
-                    (weights or {}).get(name, 1.0) * float(s.values[k])
-                    for name, s in scores.items()
-                    if not np.isnan(s.values[k])
-                )
-            ),
-        }
-        for name, score in scores.items():
-            applies = not np.isnan(score.values[k])
-            row[f"reward/{name}"] = float(score.values[k]) if applies else None
-            values, shares, frames = score.segment_values, score.segment_weights, score.segment_frames
-            if applies and values is not None and shares is not None and frames is not None:
-                row[f"segments/{name}"] = [float(v) for v in values[k]]
-                row[f"segment_weights/{name}"] = [float(v) for v in (shares if shares.ndim == 1 else shares[k])]
-                row[f"segment_frames/{name}"] = [[int(i) for i in segment] for segment in frames]
-        rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    buffer = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({c: [row.get(c) for row in rows] for c in columns}), buffer)
-    atomic_write(table, buffer.getvalue().to_pybytes())
-    return written
-
-
-def read_takes(folder: Path) -> list[dict]:
-    """Rows of `folder/takes.parquet`. Raises `InputError`."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path = Path(folder) / "takes.parquet"
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({_short(error)})") from None
-
-
 def h264_round_trip() -> float:
     """Encodes and decodes a small clip; returns the largest pixel error (0-255). Raises `RushesError` (doctor)."""
     import tempfile
@@ -384,7 +295,7 @@ def h264_round_trip() -> float:
             path.write_bytes(encode_mp4(frames, 8.0))
         except Exception as error:  # whatever a broken codec build raises
             raise RushesError(
-                f"h264 cannot be written ({_short(error)}); reinstall with: pip install --force-reinstall av"
+                f"h264 cannot be written ({one_line(error, 120)}); reinstall with: pip install --force-reinstall av"
             ) from None
         back = read_media(path)
     if back.frames.shape != (1, *frames.shape):

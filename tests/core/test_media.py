@@ -6,8 +6,8 @@ from PIL import Image
 
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
-from pipeline.core.media import encode_mp4, h264_round_trip, list_media, read_media, read_takes, save_takes, write_media
-from pipeline.core.types import Media, PromptItem, RewardScores
+from pipeline.core.media import encode_mp4, h264_round_trip, list_media, read_media, write_media
+from pipeline.core.types import Media
 
 
 def clip(frames=9, height=48, width=40, seed=0):
@@ -137,31 +137,6 @@ def test_list_media(tmp_path):
     assert [p.name for p in list_media(tmp_path)] == ["a.mp4", "b.png", "c.JPG"]
     with pytest.raises(InputError, match="no images or videos"):
         list_media(tmp_path / "sub" / ".." / "sub2") if (tmp_path / "sub2").mkdir() is None else None
-
-
-def test_save_takes_appends_rows_and_media(tmp_path):
-    media = Media(frames=np.concatenate([clip(seed=1), clip(seed=2)]), fps=8.0)
-    prompts = [PromptItem(index=0, text="a"), PromptItem(index=1, text="b")]
-    scores = {
-        "x": RewardScores(
-            values=np.array([1.0, 2.0], np.float32),
-            segment_values=np.array([[1, 2], [3, 4]], np.float32),
-            segment_weights=np.array([0.25, 0.75], np.float32),
-            segment_frames=np.array([[1], [6]]),
-        ),
-        "y": RewardScores(values=np.array([10.0, 20.0], np.float32)),
-    }
-    weights = {"x": 2.0, "y": 0.5}
-    paths = save_takes(tmp_path, media, prompts, [5, 6], 3, scores, step=4, weights=weights, keep=[True, False])
-    save_takes(tmp_path, media, prompts, [7, 8], 3, scores, step=4, weights=weights)
-    rows = read_takes(tmp_path)
-    assert [(r["prompt"], r["prompt_index"], r["take"], r["seed"]) for r in rows] == [
-        ("a", 0, 0, 5), ("b", 1, 0, 6), ("a", 0, 1, 7), ("b", 1, 1, 8),
-    ]  # fmt: skip
-    assert rows[0]["reward"] == 7.0 and rows[1]["reward/y"] == 20.0 and rows[0]["version"] == 3 and rows[0]["step"] == 4
-    assert rows[1]["path"] is None and paths[1] is None and (tmp_path / rows[0]["path"]).is_file()
-    assert rows[1]["segments/x"] == [3.0, 4.0] and rows[0]["segment_frames/x"] == [[1], [6]]
-    assert rows[0]["segment_weights/x"] == [0.25, 0.75]
 
 
 def test_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):

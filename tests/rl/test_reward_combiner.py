@@ -161,7 +161,7 @@ def test_evaluations_average_a_reward_over_the_takes_it_applies_to():
 
 
 def test_kept_takes_have_no_score_where_a_reward_does_not_apply(tmp_path):
-    from pipeline.core.media import read_takes, save_takes
+    from pipeline.core.takes_table import read_takes, save_takes
 
     items = [PromptItem(index=0, text="a"), PromptItem(index=1, text="b")]
     save_takes(tmp_path, None, items, [1, 2], 0, scored(a=[1, 2], b=[np.nan, 5]), weights={"a": 1.0, "b": 2.0})

@@ -8,7 +8,7 @@ import numpy as np
 from fake_checkpoint import fake_config
 
 from pipeline.config.load import to_yaml
-from pipeline.core.media import save_takes
+from pipeline.core.takes_table import save_takes
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.segments import log_weights, pick_frames
 

@@ -22,7 +22,8 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
-from pipeline.core.media import encode_png, enlarge, read_media, read_takes
+from pipeline.core.media import encode_png, enlarge, read_media
+from pipeline.core.takes_table import read_takes
 from pipeline.rl.group_plan import EVALUATION_SEED, SHOWN_PROMPTS
 from pipeline.runs.tracking import read_jsonl, read_metrics
 from pipeline.tools.report.plots import Line, finite, plot, stacked
