@@ -235,7 +235,7 @@ def test_a_run_is_read_by_its_url(machine, tmp_path, capsys, url):
     status, out, err = command(capsys, "report", f"{url}/read")
     assert status == 0 and Path(out.strip()).name == "report.html", err
     assert url_of(Path(out.strip()).parent) == f"{url}/read" or url.startswith("memory")
-    status, out, err = command(capsys, "plan", f"{url}/read")
+    status, out, err = command(capsys, "size", f"{url}/read")
     assert status == 0 and "rollout.workers=" in out, err
     status, _, err = command(capsys, "report", f"{url}/nothing")
     assert status == 2 and "there is no run" in err and err.count("\n") == 1
