@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,8 +16,9 @@ from actors.ray_errors import describe, is_lost
 from actors.ray_options import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
+from pipeline.core.statistics import with_error
 from pipeline.core.types import Media, PolicyVersion, PromptItem
-from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.evaluation import summarise_scores
 from pipeline.rl.group_plan import SHOWN_PROMPTS, eval_works
 
 log = logging.getLogger("rushes.evaluation")
@@ -130,7 +130,7 @@ class Evaluator:
             self._sink = None
         self.records.append(record)
         self.write()
-        log.info("step %d: %.4f +- %.4f (n = %d)", step, record["mean"], record["se"], record["n"])
+        log.info("step %d: %s (%d prompts)", step, with_error(record["mean"], record["se"]), record["n"])
         return record
 
     async def _keep(self, jobs: list[Job], shown: set[int], step: int) -> None:
@@ -172,19 +172,9 @@ class Evaluator:
 
     def _summary(self, jobs: list[Job]) -> dict[str, Any]:
         values = {name: np.concatenate([job.scores[name].values for job in jobs]) for name in self._weights}
-        applied = {name: scores[~np.isnan(scores)] for name, scores in values.items()}
-        return {
-            **mean_and_error(weighted_rewards(values, self._weights)),
-            "rewards": {name: mean_and_error(scores) for name, scores in applied.items() if len(scores)},
-        }
+        prompts = np.array([prompt.index for job in jobs for prompt in job.work.prompts])
+        return summarise_scores(values, self._weights, prompts).record()
 
     def write(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         atomic_write(self.ctx.run.evals, lines.encode())
-
-
-def mean_and_error(values: np.ndarray) -> dict[str, float | int]:
-    """Mean, standard error (n - 1) and number of takes."""
-    values = np.asarray(values, np.float64)
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "se": error, "n": len(values)}

@@ -77,7 +77,9 @@ class Recorder:
             job.media = None
 
     def evaluation(self, record: dict[str, Any], media: Media | None) -> None:
-        values = {"heldout/mean": record["mean"], "heldout/se": record["se"]}
+        values = {"heldout/mean": record["mean"]}
+        if record["se"] is not None:
+            values["heldout/se"] = record["se"]
         values |= {f"heldout/{name}": entry["mean"] for name, entry in record["rewards"].items()}
         self._gauges.set(values)
         self._write(self._tracker.log, record["step"], values)

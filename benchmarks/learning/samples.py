@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.evaluation import mean_and_error
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
@@ -33,7 +32,7 @@ from pipeline.core.types import GroupBatch, GroupWork, Media
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rewards.runner import build_reward
-from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.evaluation import summarise_scores
 from pipeline.rl.group_plan import eval_works, scoring_seed, train_work
 from pipeline.rl.reward_combiner import Combiner
 
@@ -113,16 +112,18 @@ class Loop:
         ]
         return self.learner.train_step(batch)
 
-    def evaluate(self) -> dict[str, float | int]:
+    def evaluate(self) -> dict[str, Any]:
         """Mean held-out reward and its standard error, with the run's own prompts, seeds and sampler."""
         self.policy.load_weights(self.learner.weights(self.cfg.eval_weights_tag))
         found = defaultdict(list)
-        for work in eval_works(self.cfg, self.heldout, 0):
+        works = eval_works(self.cfg, self.heldout, 0)
+        for work in works:
             for name, scores in self._scores(self.policy.rollout(work)[0], work, None).items():
                 found[name].append(scores.values)
-        return mean_and_error(
-            weighted_rewards({name: np.concatenate(v) for name, v in found.items()}, self.cfg.reward_weights)
-        )
+        prompts = np.array([prompt.index for work in works for prompt in work.prompts])
+        scores = {name: np.concatenate(values) for name, values in found.items()}
+        reward = summarise_scores(scores, self.cfg.reward_weights, prompts).reward
+        return {"mean": reward.mean, "se": reward.se, "n": reward.n}
 
 
 def measure(generator: str, arm: str, seed: int, steps: int, every: int) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def evaluate(
     for number, (label, source) in enumerate(zip(labels_of(sources), sources, strict=True)):
         folder = out / f"{number:02d}-takes" if out is not None else None
         results[label] = sample_and_score(cfg, source, label, works, runners, ema, folder, console)
-    rows = summarise(results, prompt_of_take, list(runners))
+    rows = summarise(results, cfg.reward_weights, prompt_of_take)
     print_table(rows, list(runners), console, len(np.unique(prompt_of_take)), len(prompt_of_take))
     if out is not None:
         atomic_write(out / "results.json", json.dumps(rows, indent=1).encode())

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.common.estimates import t_quantile
 from jobs.common.judged_pairs import LABELS, Pair
 from jobs.common.preference_statistics import accuracy_with_ties, calibration, clustered_variance, hits, proportion
 from jobs.common.score_files import Rows
+from pipeline.core.statistics import t_quantile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,14 +76,14 @@ def compared(
     difference: np.ndarray, other: np.ndarray, label: np.ndarray, prompts: np.ndarray
 ) -> dict[str, Any] | None:
     """Accuracy of the reward with score differences `difference` minus that of `other`, on the decided pairs that both
-    have scored, with its 95 % half width."""
+    have scored, with the half width `ci95` of its 95 % interval."""
     both = ~np.isnan(difference) & ~np.isnan(other) & (label != 0)
     groups = len(np.unique(prompts[both]))
     if groups < 2:
         return None
     gain = hits(difference[both], label[both]) - hits(other[both], label[both])
-    half = t_quantile(groups - 1) * math.sqrt(clustered_variance(gain, prompts[both]))
-    return {"mean": float(gain.mean()), "half": half, "n": int(both.sum())}
+    ci95 = t_quantile(groups - 1) * math.sqrt(clustered_variance(gain, prompts[both]))
+    return {"mean": float(gain.mean()), "ci95": ci95, "n": int(both.sum())}
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -102,7 +102,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         table.add_row(
             row["reward"],
             _share(row["accuracy"]),
-            f"{100 * gap['mean']:+.1f} ± {100 * gap['half']:.1f}" if gap else "",
+            f"{100 * gap['mean']:+.1f} ± {100 * gap['ci95']:.1f}" if gap else "",
             _share(row["with_ties"]),
             f"{fit['log_loss']:.3f}" if fit else "–",
             f"{fit['error']:.3f}" if fit else "–",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.common.estimates import estimate, win_rate
 from jobs.common.load_trained import Trained, load_policy
 from pipeline.config.schema import Config
+from pipeline.core.statistics import estimate, win_rate, with_error
 from pipeline.core.takes_table import save_takes
 from pipeline.rewards.runner import RewardRunner
+from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.evaluation import summarise_scores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,8 +40,8 @@ def sample_and_score(
     folder: Path | None,
     console: Console,
 ) -> dict[str, np.ndarray]:
-    """Scores float64 [N] of all takes per reward, and their weighted sum as 'reward', in the order of `works`. NaN: the
-    reward does not apply to the take's prompt. `folder`: where the takes are written, or None."""
+    """Scores [N] of all takes per reward, in the order of `works`; NaN: the reward does not apply to the take's prompt.
+    `folder`: where the takes are written, or None."""
     from rich.progress import track
 
     weights = cfg.reward_weights
@@ -53,26 +55,25 @@ def sample_and_score(
         if folder is not None:
             version = source.step or 0 if source else 0
             save_takes(folder, media, work.prompts, work.seeds, version, scored, weights=weights)
-    columns = {name: np.concatenate(parts).astype(np.float64) for name, parts in scores.items()}
-    terms = [np.where(np.isnan(columns[name]), 0.0, weights[name] * columns[name]) for name in runners]
-    columns["reward"] = np.sum(terms, axis=0)
-    return columns
+    return {name: np.concatenate(parts) for name, parts in scores.items()}
 
 
-def summarise(results: dict[str, dict[str, np.ndarray]], index: np.ndarray, rewards: list[str]) -> list[dict]:
-    """One row per checkpoint: means of the weighted reward and of each reward (NaN: it does not apply to the take;
-    None: to no take); against the first row: paired difference and win rate."""
-    first = next(iter(results.values()))
+def summarise(
+    results: dict[str, dict[str, np.ndarray]], weights: dict[str, float], prompts: np.ndarray
+) -> list[dict[str, Any]]:
+    """One row per checkpoint from its scores (as of `sample_and_score`): the weighted reward and each reward (None: it
+    applies to no take); against the first row, the paired difference and the win rate. `prompts`: index of each take's
+    prompt [N]."""
+    rewards = {label: weighted_rewards(scores, weights).astype(np.float64) for label, scores in results.items()}
+    first = next(iter(rewards.values()))
     rows = []
-    for number, (label, columns) in enumerate(results.items()):
-        row: dict = {"checkpoint": label, "reward": asdict(estimate(columns["reward"], index))}
-        row["rewards"] = {}
-        for name in rewards:
-            known = ~np.isnan(columns[name])
-            row["rewards"][name] = asdict(estimate(columns[name][known], index[known])) if known.any() else None
+    for number, (label, scores) in enumerate(results.items()):
+        summary = summarise_scores(scores, weights, prompts)
+        row: dict[str, Any] = {"checkpoint": label, "reward": asdict(summary.reward)}
+        row["rewards"] = {name: asdict(summary.rewards[name]) if name in summary.rewards else None for name in weights}
         if number:
-            row["difference"] = asdict(estimate(columns["reward"] - first["reward"], index))
-            row["win_rate"] = asdict(win_rate(columns["reward"], first["reward"], index))
+            row["difference"] = asdict(estimate(rewards[label] - first, prompts))
+            row["win_rate"] = asdict(win_rate(rewards[label], first, prompts))
         rows.append(row)
     return rows
 
@@ -80,7 +81,7 @@ def summarise(results: dict[str, dict[str, np.ndarray]], index: np.ndarray, rewa
 def print_table(rows: list[dict], rewards: list[str], console: Console, prompts: int, takes: int) -> None:
     from rich.table import Table
 
-    text = f"{prompts} prompts, {takes} takes, the same seeds in each row; ± is the 95 % confidence interval"
+    text = f"{prompts} prompts, {takes} takes, the same seeds in each row; ± is the standard error over prompts"
     console.print(text, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("checkpoint", overflow="fold")
@@ -102,11 +103,11 @@ def print_table(rows: list[dict], rewards: list[str], console: Console, prompts:
     console.print(table)
 
 
-def _text(value: dict, sign: str = "") -> str:
-    return f"{value['mean']:{sign}.3f}" + (f" ± {value['half']:.3f}" if value["half"] is not None else "")
+def _text(value: dict[str, Any], sign: str = "") -> str:
+    return with_error(value["mean"], value["se"], sign=sign)
 
 
-def _percent(value: dict | None) -> str:
+def _percent(value: dict[str, Any] | None) -> str:
     if not value:
         return ""
-    return f"{100 * value['mean']:.0f} %" + (f" ± {100 * value['half']:.0f}" if value["half"] is not None else "")
+    return f"{100 * value['mean']:.0f} %" + (f" ± {100 * value['se']:.0f}" if value["se"] is not None else "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.common.estimates import t_quantile
+from pipeline.core.statistics import t_quantile, wins
 
 FOLDS = 5
 BINS = 5  # of confidence, from 0.5 to 1
@@ -57,7 +57,7 @@ def proportion(values: np.ndarray, prompts: np.ndarray) -> Proportion:
 
 def hits(difference: np.ndarray, label: np.ndarray) -> np.ndarray:
     """1 where score(a) - score(b) has the sign of `label` (+1: a is better, -1: b), half for equal scores."""
-    return np.where(difference == 0, 0.5, (np.sign(difference) == label).astype(np.float64))
+    return wins(difference * label)
 
 
 def hits_with_ties(difference: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:

@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.core.statistics import with_error
+
 TREND = 10  # steps on each side of the reward's trend
 
 
@@ -60,7 +62,8 @@ def step_line(record: dict[str, float], records: list[dict[str, float]], steps: 
 
 
 def eval_line(record: dict[str, Any]) -> str:
-    return f"held-out reward at step {record['step']}: {record['mean']:.4f} ± {record['se']:.4f} (n = {record['n']})"
+    reward = with_error(record["mean"], record["se"])
+    return f"held-out reward at step {record['step']}: {reward} ({record['n']} prompts)"
 
 
 HEALTH = {  # metric -> what it is called in one line; those that a run does not have are left out

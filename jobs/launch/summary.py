@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import psutil
 from jobs.common.options import say
 from pipeline.config.schema import Config
 from pipeline.core.files import atomic_write
+from pipeline.core.statistics import with_error
 from pipeline.core.storage import shown
+from pipeline.rl.evaluation import paired_difference
 from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.runs.paths import RunDir
 
@@ -43,9 +46,11 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     if evals:
         first, last = evals[0], evals[-1]
         keys = ("mean", "se", "n")
+        difference = paired_difference(first, last)
         heldout = {
             "before": {key: first[key] for key in keys},
             "after": {key: last[key] for key in keys},
+            "difference": asdict(difference) if difference else None,
             "rewards": {
                 name: {"before": first["rewards"][name], "after": last["rewards"][name]} for name in last["rewards"]
             },
@@ -75,15 +80,8 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     write()
     build_report(run.path)
     write()  # with the report's own time
-    if heldout:
-        before, after = heldout["before"], heldout["after"]
-        gain = after["mean"] - before["mean"]
-        error = (before["se"] ** 2 + after["se"] ** 2) ** 0.5
-        console.print(
-            f"held-out reward {before['mean']:.4f} -> {after['mean']:.4f} "
-            f"({gain:+.4f} ± {error:.4f}, n = {after['n']})",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if evals:
+        gain = with_error(last["mean"] - first["mean"], difference.se if difference else None, sign="+")
+        say(console, f"held-out reward {first['mean']:.4f} -> {last['mean']:.4f} ({gain}, {last['n']} prompts)")
     say(console, f"export  {shown(Path(result['export']))}")
     say(console, f"report  {shown(run.report)}")

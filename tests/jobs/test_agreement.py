@@ -126,9 +126,9 @@ def test_comparisons_are_paired():
     other[:20] *= -1
     gap = compared(other, difference, label, prompts)
     alone = proportion(hits(difference, label), prompts)
-    assert abs(gap["mean"]) < 0.02 and gap["half"] < 0.3 * (alone.high - alone.low)
+    assert abs(gap["mean"]) < 0.02 and gap["ci95"] < 0.3 * (alone.high - alone.low)
     worse = compared(rng.normal(size=1000), difference, label, prompts)
-    assert worse["mean"] + worse["half"] < 0
+    assert worse["mean"] + worse["ci95"] < 0
 
 
 def test_failed_pairs_and_missing_kinds_of_labels():

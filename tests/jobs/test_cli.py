@@ -1,9 +1,8 @@
-"""The `rushes` command in process: help, config, dry run, score, doctor, statistics."""
+"""The `rushes` command in process: config, dry run, report, score, doctor."""
 
 import subprocess
 import sys
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +12,6 @@ from made_up_run import make_run, moving_square
 from PIL import Image
 
 from jobs.commands import doctor
-from jobs.common.estimates import estimate, t_quantile, win_rate
-from jobs.common.evaluation_table import summarise
 from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
 
@@ -156,7 +153,7 @@ def test_score_options_and_list(capsys, folder, tmp_path):
     assert status == 0 and "jpeg_incompressibility" in out
 
 
-# --------------------------------------------------------------------------------------- doctor, statistics
+# --------------------------------------------------------------------------------------- doctor
 
 
 def test_doctor_says_what_fails_and_what_to_do(capsys, tmp_path, monkeypatch):
@@ -170,29 +167,3 @@ def test_doctor_says_what_fails_and_what_to_do(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "check_codecs", broken)
     status, out, _ = run(capsys, "doctor", "--dir", tmp_path)
     assert status == 1 and "FAIL" in out and "libx264 is missing" in out and "do what their lines say" in out
-
-
-@pytest.mark.parametrize(
-    "freedom, value", [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (63, 1.998), (10_000, 1.9602)]
-)
-def test_t_quantiles(freedom, value):
-    assert t_quantile(freedom) == pytest.approx(value, abs=0.001)
-
-
-def test_estimates_treat_prompts_as_the_independent_units():
-    values, prompts = np.array([1.0, 3.0, 5.0, 7.0]), np.array([0, 0, 1, 1])
-    found = estimate(values, prompts)
-    assert found.mean == 4 and found.n == 2 and found.se == pytest.approx(2.0)  # of the means 2 and 6
-    assert win_rate(np.array([1, 2, 3.0]), np.array([0, 2, 5.0]), np.arange(3)).mean == pytest.approx(0.5)
-
-
-def test_evaluation_rows_are_paired():
-    rng = np.random.default_rng(0)
-    base = rng.normal(size=50)
-    results = {"a": {"reward": base, "x": base}, "b": {"reward": base + 0.1, "x": base + 0.1}}
-    first, second = summarise(results, np.arange(50), ["x"])
-    assert "difference" not in first and second["win_rate"]["mean"] == 1.0
-    assert (
-        second["difference"]["mean"] == pytest.approx(0.1)
-        and second["difference"]["half"] < 1e-9 < first["reward"]["half"]
-    )

@@ -147,16 +147,20 @@ def test_evaluations_average_a_reward_over_the_takes_it_applies_to():
     from actors.evaluation import Evaluator
     from jobs.common.evaluation_table import summarise
 
+    def works(*prompts):
+        return SimpleNamespace(prompts=[SimpleNamespace(index=index) for index in prompts])
+
     jobs = [
-        SimpleNamespace(scores=scored(a=[1, 3], b=None, c=None)),
-        SimpleNamespace(scores=scored(a=[np.nan, 5], b=[2, 4], c=None)),
+        SimpleNamespace(scores=scored(a=[1, 3], b=None, c=None), work=works(0, 1)),
+        SimpleNamespace(scores=scored(a=[np.nan, 5], b=[2, 4], c=None), work=works(2, 3)),
     ]
     record = Evaluator._summary(SimpleNamespace(_weights={"a": 1.0, "b": 10.0, "c": 1.0}), jobs)
     assert record["mean"] == (1 + 3 + 20 + 45) / 4 and record["n"] == 4
-    assert record["rewards"]["a"]["mean"] == 3 and record["rewards"]["b"] == {"mean": 3.0, "se": 1.0, "n": 2}
+    b = record["rewards"]["b"]
+    assert record["rewards"]["a"]["mean"] == 3 and (b["mean"], b["se"], b["n"]) == (3.0, 1.0, 2)
     assert "c" not in record["rewards"]
-    columns = {"a": np.array([1, np.nan, 3]), "b": np.full(3, np.nan), "reward": np.array([1.0, 2, 3])}
-    row = summarise({"x": columns}, np.arange(3), ["a", "b"])[0]
+    columns = {"a": np.array([1, np.nan, 3]), "b": np.full(3, np.nan), "c": np.ones(3)}
+    row = summarise({"x": columns}, {"a": 1.0, "b": 1.0, "c": 1.0}, np.arange(3))[0]
     assert row["rewards"]["a"]["mean"] == 2 and row["rewards"]["a"]["n"] == 2 and row["rewards"]["b"] is None
 
 

@@ -63,9 +63,9 @@ def make_run(root: Path, steps: int = 40, frames: int = 9, finished: bool = True
         for step in evals:
             mean = 0.55 + 0.3 * (1 - np.exp(-step / 15))
             rewards = {"scene": {"mean": mean - 0.1, "se": 0.02}, "motion": {"mean": mean / 2, "se": 0.01}}
-            file.write(
-                json.dumps({"step": step, "tag": "train", "mean": mean, "se": 0.02, "n": 64, "rewards": rewards}) + "\n"
-            )
+            record = {"step": step, "tag": "train", "mean": mean, "se": 0.02, "n": 64, "rewards": rewards}
+            record["prompt_means"] = [mean - 0.02 + 0.01 * (step > 0), mean + 0.02 - 0.01 * (step > 0)]
+            file.write(json.dumps(record) + "\n")
     prompts = [PromptItem(index=i, text=f"a red circle moving right slowly, number {i}") for i in range(6)]
     picks = pick_frames(frames, 4, 1, None)
     for step in evals:
@@ -91,6 +91,7 @@ def make_run(root: Path, steps: int = 40, frames: int = 9, finished: bool = True
         heldout = {
             "before": {"mean": 0.55, "se": 0.02, "n": 64},
             "after": {"mean": 0.83, "se": 0.015, "n": 64},
+            "difference": {"mean": 0.28, "se": 0.025, "ci95": 0.05, "n": 64},
             "rewards": {
                 n: {"before": {"mean": 0.5, "se": 0.02}, "after": {"mean": 0.8, "se": 0.02}}
                 for n in ("scene", "motion")

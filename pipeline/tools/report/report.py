@@ -23,7 +23,9 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import encode_png, enlarge, read_media
+from pipeline.core.statistics import with_error
 from pipeline.core.takes_table import read_takes
+from pipeline.rl.evaluation import paired_difference
 from pipeline.rl.group_plan import EVALUATION_SEED, SHOWN_PROMPTS
 from pipeline.runs.tracking import read_jsonl, read_metrics
 from pipeline.tools.report.plots import Line, finite, plot, stacked
@@ -59,6 +61,7 @@ def build_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["with_error"] = lambda value: with_error(value["mean"], value.get("se"), digits=3)
     html = environment.get_template("report.html.j2").render(**_collect(run_dir))
     path = run_dir / "report.html"
     atomic_write(path, html.encode("utf-8"))
@@ -172,10 +175,11 @@ def _headline(summary: dict | None, evals: list[dict]) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = {"before": before, "after": after, "delta": None}
     if after:
+        paired = paired_difference(before, after)
+        error = paired.se if paired else (heldout.get("difference") or {}).get("se")
         result["delta"] = after["mean"] - before["mean"]
-        error = math.hypot(before.get("se") or 0.0, after.get("se") or 0.0)
         result["error"] = error
-        result["in_se"] = result["delta"] / error if error > 0 else None
+        result["in_se"] = result["delta"] / error if error else None
     return result
 
 
@@ -216,7 +220,7 @@ def _heldout_line(evals: list[dict], pick, label: str) -> Line:
         label=label,
         x=[step for step, _ in rows],
         y=[value["mean"] for _, value in rows],
-        error=[value.get("se") or 0.0 for _, value in rows],
+        error=[value.get("se") or 0.0 for _, value in rows],  # a bar of no length for a single prompt
         bars=True,
     )
 

@@ -1,0 +1,66 @@
+"""Means of scores with their standard error, for evaluations during training, `rushes evaluate`, reports and trackers.
+
+Prompts are the independent units: takes of one prompt share its difficulty, so they are averaged first and the error
+is computed over the prompts' means.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over prompts. `se`: its standard error; `ci95`: half width of its 95 % confidence interval; both None for
+    a single prompt."""
+
+    mean: float
+    se: float | None
+    ci95: float | None
+    n: int  # prompts
+
+
+def t_quantile(degrees_of_freedom: int) -> float:
+    """97.5 % quantile of Student's t distribution."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees_of_freedom))
+
+
+def prompt_means(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """`values` [N] of takes and their prompts' indices [N] -> float64 [P], the mean of each prompt, by index."""
+    values = np.asarray(values, np.float64)
+    return np.array([values[prompts == prompt].mean() for prompt in np.unique(prompts)])
+
+
+def estimate(values: np.ndarray, prompts: np.ndarray) -> Estimate:
+    """The mean of `values` [N] of takes of the prompts with indices `prompts` [N]."""
+    return estimate_of_means(prompt_means(values, prompts))
+
+
+def estimate_of_means(means: np.ndarray) -> Estimate:
+    """The mean of independent values [P], such as `prompt_means`."""
+    n = len(means)
+    if n < 2:
+        return Estimate(mean=float(means.mean()), se=None, ci95=None, n=n)
+    se = float(means.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean=float(means.mean()), se=se, ci95=t_quantile(n - 1) * se, n=n)
+
+
+def wins(difference: np.ndarray) -> np.ndarray:
+    """float64 [N]: 1 where the difference is positive, 0 where negative, and half for a tie."""
+    return (1.0 + np.sign(difference)) / 2
+
+
+def win_rate(values: np.ndarray, others: np.ndarray, prompts: np.ndarray) -> Estimate:
+    """How often `values` [N] beat `others` [N], takes of the same prompts and seeds; a tie counts half."""
+    return estimate(wins(np.asarray(values) - np.asarray(others)), prompts)
+
+
+def with_error(mean: float, se: float | None, digits: int = 4, sign: str = "") -> str:
+    """'0.8310 ± 0.0123'; without an error, where there is none, '0.8310'. `sign`: '+' shows it for positive means."""
+    error = "" if se is None else f" ± {se:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}{error}"

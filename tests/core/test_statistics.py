@@ -1,0 +1,85 @@
+"""The standard error: prompts are the independent units, one definition for training, evaluate and the report."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from made_up_run import make_run
+from rich.console import Console
+
+from actors.evaluation import Evaluator
+from jobs.common.evaluation_table import print_table, summarise
+from jobs.common.progress import eval_line
+from pipeline.core.statistics import estimate, t_quantile, win_rate, wins, with_error
+from pipeline.core.types import RewardScores
+from pipeline.rl.evaluation import paired_difference, summarise_scores
+from pipeline.tools.report.report import build_report
+
+PROMPTS = np.array([3, 3, 0, 0, 7, 7])
+TAKES = np.array([0.2, 0.4, 0.1, 0.3, 0.9, 0.7])
+
+
+@pytest.mark.parametrize(
+    "freedom, value", [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (63, 1.998), (10_000, 1.9602)]
+)
+def test_t_quantiles(freedom, value):
+    assert t_quantile(freedom) == pytest.approx(value, abs=0.001)
+
+
+def test_estimates_treat_prompts_as_the_independent_units():
+    values, prompts = np.array([1.0, 3.0, 5.0, 7.0]), np.array([0, 0, 1, 1])
+    result = estimate(values, prompts)
+    assert result.mean == 4 and result.n == 2 and result.se == pytest.approx(2.0)  # of the means 2 and 6
+    assert result.ci95 == pytest.approx(2 * 12.706, abs=0.01)
+    assert win_rate(np.array([1, 2, 3.0]), np.array([0, 2, 5.0]), np.arange(3)).mean == pytest.approx(0.5)
+    assert wins(np.array([-2.0, 0.0, 0.1])).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_single_prompt_has_no_error_instead_of_zero():
+    result = estimate(TAKES, np.zeros(6))
+    assert (result.se, result.ci95, result.n) == (None, None, 1)
+    assert with_error(result.mean, result.se) == "0.4333"
+
+
+def test_evaluation_rows_are_paired():
+    base = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    first, second = summarise({"a": {"x": base}, "b": {"x": base + np.float32(0.1)}}, {"x": 1.0}, np.arange(50))
+    assert "difference" not in first and second["win_rate"]["mean"] == 1.0
+    assert second["difference"]["mean"] == pytest.approx(0.1)
+    assert second["difference"]["ci95"] < 1e-6 < first["reward"]["ci95"]
+
+
+def test_differences_between_evaluations_are_paired_over_prompts():
+    before, after = ({"prompt_means": means} for means in ([0.1, 0.5, 0.9], [0.2, 0.7, 0.9]))
+    difference = paired_difference(before, after)
+    assert difference.mean == pytest.approx(0.1) and difference.se == pytest.approx(0.1 / 3**0.5)
+    assert paired_difference({}, after) is None and paired_difference({"prompt_means": [0.1]}, after) is None
+
+
+def test_train_evaluate_and_report_print_the_same_error(tmp_path):
+    """The same takes: by the evaluation of a run in its log line, by `rushes evaluate`, and in the report."""
+    weights = {"scene": 1.0}
+    groups = [slice(0, 4), slice(4, 6)]  # batches of an evaluation need not end with a prompt
+    jobs = [
+        SimpleNamespace(
+            scores={"scene": RewardScores(values=TAKES[group].astype(np.float32))},
+            work=SimpleNamespace(prompts=[SimpleNamespace(index=index) for index in PROMPTS[group]]),
+        )
+        for group in groups
+    ]
+    record = {"step": 0, "tag": "train", **Evaluator._summary(SimpleNamespace(_weights=weights), jobs)}
+    expected = with_error(np.mean([0.3, 0.2, 0.8]), np.std([0.3, 0.2, 0.8], ddof=1) / 3**0.5)
+    assert eval_line(record) == f"held-out reward at step 0: {expected} (3 prompts)"
+
+    rows = summarise({"try": {"scene": TAKES.astype(np.float32)}}, weights, PROMPTS)
+    with (console := Console(width=120)).capture() as printed:
+        print_table(rows, ["scene"], console, 3, 6)
+    assert expected in printed.get()
+
+    folder = make_run(tmp_path, steps=3, finished=False)
+    (folder / "evals.jsonl").write_text(json.dumps(record) + "\n")
+    html = re.sub(r"<[^>]*>", "", build_report(folder).read_text())
+    assert f"{record['mean']:.3f} ± {record['se']:.3f}" in html and "over 3 prompts" in html
+    assert summarise_scores({"scene": TAKES}, weights, PROMPTS).reward.se == pytest.approx(record["se"])
