@@ -19,7 +19,7 @@ from actors.autoscale import History
 from actors.ray_errors import describe, is_deterministic, root
 from actors.ray_options import MAX_START_S, RunContext, merged_env, ray_resources
 from actors.role_actor import IDLE, RoleActor
-from pipeline.config.resources import WorkerRange, in_words
+from pipeline.config.resources import WorkerRange, describe_resources
 from pipeline.core.errors import RunFailed
 
 STARTING = "starting"
@@ -247,4 +247,4 @@ class WorkerPool:
 
     @property
     def _waiting(self) -> str:
-        return f"waiting for a node with {in_words(self.resources)}"
+        return f"waiting for a node with {describe_resources(self.resources)}"

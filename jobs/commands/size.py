@@ -123,7 +123,7 @@ def show(
     """Prints the measured seconds, the table and the choice; the last line is config keys to copy."""
     from rich.table import Table
 
-    from pipeline.config.resources import WorkerRange, total
+    from pipeline.config.resources import WorkerRange, total_resources
     from pipeline.tools.sizing import choices, choose
 
     rows = choices(times, staleness, max_workers)
@@ -143,7 +143,7 @@ def show(
         )  # fmt: skip
     console.print(table)
     if cfg is not None:
-        needs = total(
+        needs = total_resources(
             [
                 (WorkerRange(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
                 (WorkerRange(best.rollout, best.rollout), cfg.rollout.resources),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class RushesError(Exception):
-    """Base of every error that is the input's or the environment's fault. Pickles across Ray actors."""
+    """Base of every error caused by the input or the environment. Pickles across Ray actors."""
 
     exit_code = 1
 
@@ -42,11 +42,11 @@ class RewardError(RushesError):
 
 
 class RewardUnavailable(RewardError):
-    """The program that computes a reward cannot be reached or refuses everybody: no fault of the takes."""
+    """The program that computes a reward cannot be reached or refuses every request: not the takes' fault."""
 
 
 class RunFailed(RushesError):
-    """The run ended because of repeated failures; names actor, node and cause."""
+    """The run ended after repeated failures; names actor, node and cause."""
 
 
 class RunInterrupted(RushesError):

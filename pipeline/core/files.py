@@ -1,7 +1,4 @@
-"""Atomic file writes and one wording for the errors of the operating system.
-
-A reader never sees a half-written file: the bytes go to a temporary neighbour first, which then replaces the target.
-"""
+"""Atomic file writes, one wording for the operating system's errors, and suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -36,7 +33,8 @@ def describe_os_error(error: OSError, path: str | os.PathLike | None = None) -> 
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` completely or not at all. Raises `RushesError` naming the path and a fix."""
+    """Writes `data` to `path` completely or not at all: to a temporary neighbour, which then replaces the target.
+    Raises `RushesError` naming the path and a fix."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -52,13 +50,13 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise RushesError(f"cannot write {describe_os_error(error, path)}") from error
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The most similar known word, or None when nothing is similar."""
-    found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.55)
-    return found[0] if found else None
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The most similar of the choices, or None when none is similar."""
+    matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.55)
+    return matches[0] if matches else None
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """'; did you mean X?' or ''."""
-    hit = nearest(word, known)
-    return f"; did you mean {hit}?" if hit else ""
+    match = nearest(word, choices)
+    return f"; did you mean {match}?" if match else ""

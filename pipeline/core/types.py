@@ -61,8 +61,8 @@ class GroupWork:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedCall:
     """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are
-    `tensors.PackedTensor`, `wire.SharedSlot` (stored once in `Trajectory.shared`) or `wire.SampleSlot` (the step's own
-    sample)."""
+    `tensors.PackedTensor`, `tensors.SharedSlot` (stored once in `Trajectory.shared`) or `tensors.SampleSlot` (the
+    step's own sample)."""
 
     module: str  # component name, such as transformer, transformer_2, unet
     args: Any
@@ -78,20 +78,20 @@ class RecordedStep:
     sigma: float  # flow: sigma in [0, 1]; ddim: alphas_cumprod at t
     sigma_next: float
     sigma_cap: float  # flow-SDE: in place of sigma = 1 in 1 / (1 - sigma); ddim: clamp of x0; lcm: scaled timestep
-    sample: Any  # wire.Packed [K, ...], x_t as the scheduler was given it (storage dtype)
-    next_sample: Any  # wire.Packed [K, ...], the x_next that was continued from, rounded before its log-prob
+    sample: Any  # tensors.PackedTensor [K, ...], x_t as the scheduler was given it (storage dtype)
+    next_sample: Any  # tensors.PackedTensor [K, ...], the x_next that was continued from, rounded before its log-prob
     log_prob: np.ndarray | None  # [K] float32; None where the step drew no noise
     mean: np.ndarray | None  # [K, ...] float32, kept only for objectives that need the old mean
     guidance_scale: float
     calls: tuple[RecordedCall, ...]
     rule: str = "identity"  # guidance rule of this step (generators.guidance), with its further numbers
     rule_extra: tuple[float, ...] = ()
-    mask: Any = None  # wire.Packed bool [K, ...]: the values of next_sample the policy chose; None: all
+    mask: Any = None  # tensors.PackedTensor bool [K, ...]: the values of next_sample the policy chose; None: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallInputs:
-    """What a pipeline call was asked for, so that the learner can run its text encoders again."""
+    """The inputs of a pipeline call, from which the learner can run the text encoders again."""
 
     prompts: tuple[PromptItem, ...]  # [K]
     seeds: tuple[int, ...]  # [K], of the initial noise
@@ -106,8 +106,8 @@ class TrajectoryPart:
     start: int
     stop: int
     steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
-    shared: tuple[Any, ...]  # wire.Packed: step-invariant denoiser inputs, stored once
-    final: Any  # wire.Packed [K, ...], the finished latents (x0)
+    shared: tuple[Any, ...]  # tensors.PackedTensor: step-invariant denoiser inputs, stored once
+    final: Any  # tensors.PackedTensor [K, ...], the finished latents (x0)
     call_inputs: CallInputs | None = None  # only where text encoders are trained
 
 

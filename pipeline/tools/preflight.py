@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.resources import ROLE_RESOURCES, WorkerRange, total
+from pipeline.config.resources import ROLE_RESOURCES, WorkerRange, total_resources
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.files import describe_os_error, did_you_mean
@@ -318,7 +318,7 @@ def check_ray(cfg: Config, dry: bool = False) -> str:
     if _joins_cluster(cfg):
         return ""
     rewards = cfg.rewards.values()
-    needs = total(
+    needs = total_resources(
         [
             (WorkerRange(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
             (cfg.rollout.workers, cfg.rollout.resources),
