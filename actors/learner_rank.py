@@ -16,7 +16,7 @@ import ray
 from actors.ray_errors import is_lost
 from actors.ray_options import cores
 from actors.role_actor import RoleActor, use_threads
-from pipeline.core.types import GroupBatch, MicroBatchSpecs, WeightSet
+from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
 from pipeline.runs import checkpoint, remote_sync
 
 
@@ -55,16 +55,19 @@ class LearnerActor(RoleActor):
         return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
 
     def train_step(
-        self, groups: list[tuple[int, ray.ObjectRef, np.ndarray, MicroBatchSpecs | None]], first: int, last: bool
+        self,
+        groups: list[tuple[int, ray.ObjectRef, np.ndarray, tuple[MicroBatchSpec, ...] | None]],
+        first: int,
+        last: bool,
     ) -> dict[str, Any]:
-        """`groups`: (id, trajectory reference, advantages [K], outline) in id order, at the places from `first` on of
+        """`groups`: (id, trajectory reference, advantages [K], micro-batch specs) in id order, from position `first` of
         the step, which ends with them if `last`. Of several ranks, each reads the trajectories that it replays.
 
         Returns {"metrics": ..., "version": ...} (without metrics before the last); or {"lost": [ids]} with nothing
         changed, when trajectories are gone.
         """
         with self.doing(f"training step {self.learner.version}"):
-            batch = [GroupBatch(trajectory=None, advantages=each, outline=outline) for _, _, each, outline in groups]
+            batch = [GroupBatch(trajectory=None, advantages=each, micro_batches=specs) for _, _, each, specs in groups]
             lost = []
             for at in sorted(self.learner.groups_to_read(batch, first, last)):
                 group, reference, *_ = groups[at]

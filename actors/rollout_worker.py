@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.ray_options import cores, from_bytes
 from actors.role_actor import RoleActor, use_threads
-from pipeline.core.types import GroupWork, Media, MicroBatchSpecs, PromptItem, RolloutMeta, Trajectory, WeightSet
+from pipeline.core.types import GroupWork, Media, MicroBatchSpec, PromptItem, RolloutMeta, Trajectory, WeightSet
 
 _NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
 
@@ -71,17 +71,17 @@ class RolloutWorker(RoleActor):
                         seconds=seconds,
                         trajectory_bytes=_bytes(trajectory),
                         media_bytes=media.frames.nbytes,
-                        outline=self._outline(trajectory),
+                        micro_batches=self._micro_batches(trajectory),
                     )
                 )
                 objects += [media, trajectory]
         metas[0].seconds["load"] = loaded_s
         return metas, *objects
 
-    def _outline(self, trajectory: Trajectory | None) -> MicroBatchSpecs | None:
+    def _micro_batches(self, trajectory: Trajectory | None) -> tuple[MicroBatchSpec, ...] | None:
         if trajectory is None or self.cfg.learner.ranks == 1:
             return None
-        from pipeline.learner.replica import micro_batch_specs
+        from pipeline.learner.micro_batch import micro_batch_specs
 
         return micro_batch_specs(self.cfg, trajectory)
 

@@ -29,7 +29,8 @@ from actors.worker_pool import WorkerSlot, together
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
 from pipeline.rl import group_plan
-from pipeline.rl.on_policy import ON_POLICY_METRICS, check_on_policy
+from pipeline.rl.objectives import get_objective
+from pipeline.rl.on_policy import check_on_policy
 from pipeline.runs import checkpoint
 from pipeline.runs.tracking import metrics_after_resume
 
@@ -184,8 +185,8 @@ class TrainLoop:
             devices = {
                 str(slot.info["device"]) for slot in [*self._flow.rollouts.slots, *self._learner.slots] if slot.info
             }
-            gap = next(metrics[name] for name in ON_POLICY_METRICS if name in metrics)
-            check_on_policy(self.cfg, self._version, gap, devices)
+            replay_error = metrics[get_objective(self.cfg.algorithm.objective).replay_metric]
+            check_on_policy(self.cfg, self._version, replay_error, devices)
         self._training.consumed(jobs, self._version)
         self._version = answer["version"]
         await self._publish()
@@ -217,7 +218,7 @@ class TrainLoop:
                 continue
             new = scored[places.start :]
             advantages = self._training.advantages(new).advantages
-            items = [(job.group, job.trajectory, advantages[i], job.meta.outline) for i, job in enumerate(new)]
+            items = [(job.group, job.trajectory, advantages[i], job.meta.micro_batches) for i, job in enumerate(new)]
             began, last = time.perf_counter(), len(portions) == 1
             call = asyncio.ensure_future(self._learner.ask("train_step", items, places.start, last))
             if last:

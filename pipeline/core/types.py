@@ -122,9 +122,15 @@ class Trajectory:
     spec: dict[str, Any]  # the probed policy spec (guidance rule, batch axes), see generators.spec
 
 
-# A group's micro-batches, the same on every learner rank: (part, place in the part, takes, (modules that are called, in
-# order; whether its replay can be compared with the rollout's)).
-MicroBatchSpecs = tuple[tuple[int, int, int, tuple[tuple[str, ...], bool]], ...]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatchSpec:
+    """What every learner rank knows of a group's micro-batch, whether or not it has the trajectory."""
+
+    part: int  # of the trajectory
+    position: int  # among the part's micro-batches
+    takes: int
+    modules: tuple[str, ...]  # called in this order, "reference" for a pass of the reference policy
+    extra_replay_check: bool  # comparing its replay with the rollout would cost a forward pass of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,9 +169,8 @@ class RolloutMeta:
     seconds: dict[str, float]  # per phase: encode, denoise, decode, total; load: of new weights before the first group
     trajectory_bytes: int
     media_bytes: int
-    outline: MicroBatchSpecs | None = (
-        None  # where the learner has several ranks, which thus need not read every trajectory
-    )
+    # Only where the learner has several ranks, each of which then reads the trajectories that it replays.
+    micro_batches: tuple[MicroBatchSpec, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +202,7 @@ class GroupBatch:
 
     trajectory: Trajectory | None  # None: of several learner ranks, this one replays no part of it
     advantages: np.ndarray  # float32 [K]
-    outline: MicroBatchSpecs | None = None  # None: read from the trajectory
+    micro_batches: tuple[MicroBatchSpec, ...] | None = None  # None: read from the trajectory
 
     @property
     def held(self) -> Trajectory:

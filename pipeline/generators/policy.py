@@ -46,6 +46,7 @@ from pipeline.generators.replay.replayer import branches_of, to_part
 from pipeline.generators.replay.split_groups import cut_part, joint_sampling
 from pipeline.generators.replay.text_inputs import TextReencoder, to_call_inputs
 from pipeline.generators.spec import PolicySpec
+from pipeline.rl.objectives import get_objective
 
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
 
@@ -77,7 +78,7 @@ class Policy:
         self.embeddings: EmbeddingStore | None = None
         self.offload: Offload | None = None
         self.text = TextReencoder(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
-        self._keep_mean = cfg.algorithm.objective in ("grpo_guard", "flow_dppo")
+        self._keep_mean = get_objective(cfg.algorithm.objective).needs_old_mean
         cache_prompts(pipe)
 
     @classmethod

@@ -26,34 +26,43 @@ from pipeline.core.errors import UnsupportedPolicyError
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between ranks; a dead rank is noticed by its actor's end
 
 
-def assign_micro_batches(kinds: Sequence[Hashable], parts: int, part: int) -> list[tuple[int, bool]]:
-    """Which of the micro-batches a rank computes, in which order: [(index, counts)].
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A micro-batch that a rank computes."""
 
-    `kinds[i]` says which sharded modules micro-batch i calls, how often. Ranks meet in every one of these calls, so all
-    get the same sequence of kinds; where a kind does not divide, a rank repeats a micro-batch that does not count.
-    Neighbours stay together, so that a rank needs the data of few groups.
+    index: int
+    counts: bool  # False: computed only because the other ranks make the same collective calls
+
+
+def assign_micro_batches(kinds: Sequence[Hashable], parts: int, part: int) -> list[Assignment]:
+    """The micro-batches that number `part` of `parts` computes, in order.
+
+    `kinds[i]` says which sharded modules micro-batch i calls, and how often. All ranks take part in each of these
+    calls, so all get the same sequence of kinds; where a kind does not divide evenly, a rank repeats a micro-batch that
+    does not count. Neighbours stay together, so that a rank needs the data of few groups.
     """
     if parts == 1:
-        return [(index, True) for index in range(len(kinds))]
+        return [Assignment(index, True) for index in range(len(kinds))]
     members: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds):
         members.setdefault(kind, []).append(index)
-    shares: list[tuple[int, bool]] = []
+    assigned: list[Assignment] = []
     for indices in members.values():
         size = -(-len(indices) // parts)
         mine = indices[part * size : (part + 1) * size]
-        spare = mine[-1] if mine else indices[0]
-        shares += [(index, True) for index in mine] + [(spare, False)] * (size - len(mine))
-    return shares
+        repeated = mine[-1] if mine else indices[0]
+        assigned += [Assignment(index, True) for index in mine]
+        assigned += [Assignment(repeated, False)] * (size - len(mine))
+    return assigned
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, out of its shards if it is sharded (every rank must call)."""
+    """The unsharded tensor. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A copy of the whole `value`, on the target's device and sharded as it is. No exchange."""
+    """A copy of the unsharded `value`, on the target's device and sharded like it. No communication."""
     value = value.to(target.device, copy=True)
     if not isinstance(target, DTensor):
         return value
@@ -61,7 +70,7 @@ def shard_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Overwrites `target`, sharded or not, with the whole `value`."""
+    """Overwrites `target`, sharded or not, with the unsharded `value`."""
     local = shard_like(value, target)
     if isinstance(target, DTensor) and isinstance(local, DTensor):
         target.to_local().copy_(local.to_local())
@@ -87,41 +96,41 @@ class DistributedContext:
 
     @property
     def data_parallel(self) -> int:
-        """How many micro-batches are computed at a time, each by one context group."""
+        """How many micro-batches are computed at the same time, each by one context-parallel group of ranks."""
         return self.world // self.context
 
-    def assign_micro_batches(self, kinds: Sequence[Hashable]) -> list[tuple[int, bool]]:
-        """This rank's micro-batches, see `share`. Ranks of one context group compute the same ones together."""
+    def assign_micro_batches(self, kinds: Sequence[Hashable]) -> list[Assignment]:
+        """This rank's micro-batches. The ranks of one context-parallel group compute the same ones together."""
         return assign_micro_batches(kinds, self.data_parallel, self.rank // self.context)
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this rank adds to the rows that `collect` sums: one of each context group does."""
+        """Whether this rank adds to the rows that `collect` sums: one of each context-parallel group does."""
         return self.rank % self.context == 0
 
     def loss_scale(self, counts: bool) -> float:
-        """What a rank's part of the loss is scaled by. FSDP2 averages gradients over the ranks, and here they shall be
-        summed. Each rank of a context group holds the gradient of its part of the sequence, so all of them count."""
+        """The factor of a rank's loss. FSDP2 averages gradients over the ranks, and the learner needs their sum. Each
+        rank of a context-parallel group has the gradient of its part of the sequence, so all of them count."""
         return float(self.world) if counts else 0.0
 
-    def collect(self, found: dict[Any, np.ndarray], sizes: Sequence[int] | None) -> list[np.ndarray]:
-        """The rows (float64 [sizes[i]]) that the ranks have found, in order, on every rank. A single rank has all."""
+    def collect(self, rows: dict[Any, np.ndarray], sizes: Sequence[int] | None) -> list[np.ndarray]:
+        """The rows (float64 [sizes[i]]) of all ranks in order, on every rank. `sizes` None: a single rank has all."""
         if sizes is None:
-            return [found[index] for index in sorted(found)]
-        rows = [found.get(index, np.zeros(size)) for index, size in enumerate(sizes)]
-        return np.split(self._summed(np.concatenate(rows)), np.cumsum(sizes)[:-1])
+            return [rows[index] for index in sorted(rows)]
+        padded = [rows.get(index, np.zeros(size)) for index, size in enumerate(sizes)]
+        return np.split(self._summed(np.concatenate(padded)), np.cumsum(sizes)[:-1])
 
     def _summed(self, values: np.ndarray) -> np.ndarray:
         summed = torch.from_numpy(values).to(self.device)
         dist.all_reduce(summed)
         return summed.cpu().numpy()
 
-    def union(self, found: Sequence[int], known: Sequence[int]) -> list[int]:
-        """Those of `known` (the same on every rank) that any rank has found."""
+    def union(self, chosen: Sequence[int], candidates: Sequence[int]) -> list[int]:
+        """Those of `candidates` (the same on every rank) that any rank has chosen."""
         if self.world == 1:
-            return list(found)
-        flags = self._summed(np.array([float(item in found) for item in known]))
-        return [item for item, flag in zip(known, flags, strict=True) if flag > 0]
+            return list(chosen)
+        flags = self._summed(np.array([float(item in chosen) for item in candidates]))
+        return [item for item, flag in zip(candidates, flags, strict=True) if flag > 0]
 
     # ------------------------------------------------------------------------------------------- modules
 

@@ -11,6 +11,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
-from pipeline.core.types import GroupBatch, WeightSet
+from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
 from pipeline.generators import adapters
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import (
@@ -30,19 +31,45 @@ from pipeline.generators.load.pipeline import (
     trained_modules,
 )
 from pipeline.generators.replay.text_inputs import TextReencoder
-from pipeline.learner.accumulator import LOGGED, GradientAccumulator, pairs_of
+from pipeline.learner.accumulator import ROW_SIZE, GradientAccumulator, UpdateStatistics, count_pairs, row_of
 from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
-from pipeline.learner.replica import MicroBatch, Replica, micro_batch_specs
+from pipeline.learner.micro_batch import MicroBatch, micro_batch_specs
+from pipeline.learner.replica import Replica
+from pipeline.rl.objectives import get_objective
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupTask:
+    """A group that one replica replays."""
+
+    position: int  # in the update
+    group: GroupBatch
+    check_replay: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedMicroBatch:
+    """A micro-batch of a wave of groups, as all ranks see it."""
+
+    group: int  # position in the wave
+    spec: MicroBatchSpec
+    check_replay: bool
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for micro-batches that call the same modules equally often."""
+        return self.spec.modules, self.check_replay
 
 
 class Learner:
     """Holds the denoisers (and text encoders, where these are trained), the optimiser and the EMA. `version` counts
     finished optimisation steps."""
 
-    def __init__(self, cfg: Config, device: str = "auto", ranks: DistributedContext | None = None) -> None:
+    def __init__(self, cfg: Config, device: str = "auto", distributed: DistributedContext | None = None) -> None:
         self.cfg = cfg
         self.device = resolve_device(device)
-        self.distributed = ranks or DistributedContext()
+        self.distributed = distributed or DistributedContext()
+        self.objective = get_objective(cfg.algorithm.objective)
         self.version = 0
         self.updates = 0
         self._update = GradientAccumulator(0, 1, frozenset())
@@ -89,10 +116,10 @@ class Learner:
         self.replicas = [Replica(cfg, self.device, self.modules, self.trained, reference, text)]
         self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.replicas - 1)]
         if cfg.generator.compile:
-            for lane in self.replicas[1:]:  # a copy of a compiled module is not compiled
-                for modules in (lane.modules, lane.reference or {}):
+            for replica in self.replicas[1:]:  # a copy of a compiled module is not compiled
+                for modules in (replica.modules, replica.reference or {}):
                     compile_blocks(modules, self.device)
-        self._threads = ThreadPoolExecutor(max(1, len(self.replicas) - 1), "lane")
+        self._threads = ThreadPoolExecutor(max(1, len(self.replicas) - 1), "replica")
         self.parameters = adapters.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -109,160 +136,166 @@ class Learner:
     def train_step(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> dict[str, float]:
         """Trains on the groups of one step, in the order given; returns metrics and raises `version` by one.
 
-        The groups may come in portions, unless a step has several updates: `first` is the place of the batch's first
-        group in the step, `last` whether the step ends with it. Until then gradients are added up and nothing is
-        returned; with `first` 0 they are begun anew. In portions or at once, the result is the same bit for bit where a
-        portion is a multiple of `apart` groups.
+        The groups may come in chunks, unless a step has several updates: `first` is the position in the step of the
+        batch's first group, `last` whether the step ends with this batch. Until then gradients are accumulated and
+        nothing is returned; `first` 0 discards what was accumulated before. In chunks or at once, the result is the
+        same bit for bit where a chunk is a multiple of `groups_at_once`.
         Raises RunFailed when a gradient or the loss is not finite (the weights are left as they were).
         """
-        stats: dict[str, list[Any]] = defaultdict(list)
-        algorithm = self.cfg.algorithm
-        for number, chunk in enumerate(np.array_split(np.arange(len(batch)), algorithm.updates_per_step)):
+        values: dict[str, list[float]] = defaultdict(list)  # metric -> its value in each update
+        ratios: list[np.ndarray] = []
+        replay_error = 0.0
+        for number, chunk in enumerate(np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step)):
             groups = [batch[i] for i in chunk]
             if first == 0:
-                self._begin(groups, last)
+                self._begin_update(groups, last)
             if self._update.done != first:
                 raise RuntimeError(f"group {first} of the step was given, expected was {self._update.done}")
-            for at_once in self._at_once(len(groups)):
-                self._replay([groups[i] for i in at_once])
+            for wave in self._waves(len(groups)):
+                self._accumulate([groups[i] for i in wave])
             if last:
-                self._finish(stats, first=number == 0)
+                statistics, metrics = self._finish_update()
+                for name, value in metrics.items():
+                    values[name].append(value)
+                ratios.append(statistics.ratios)
+                if number == 0:  # later updates are off-policy
+                    replay_error = statistics.replay_error
         if not last:
             return {}
         self.version += 1
-        ratios = np.concatenate(stats.pop("ratio_values"))
-        on_policy = stats.pop("on_policy_gap")
-        metrics = {name: float(np.mean(values)) for name, values in stats.items()}
-        metrics["ratio/mean"] = float(ratios.mean())
-        metrics["ratio/min"] = float(ratios.min())
-        metrics["ratio/max"] = float(ratios.max())
-        metrics["ratio/max_abs_log"] = float(np.abs(np.log(ratios)).max())
-        name = "onpolicy/max_abs_gap" if algorithm.objective == "awm" else "onpolicy/max_abs_log_ratio"
-        metrics[name] = float(max(on_policy))
-        return metrics
+        ratio = np.concatenate(ratios)
+        return {
+            **{name: float(np.mean(entries)) for name, entries in values.items()},
+            "ratio/mean": float(ratio.mean()),
+            "ratio/min": float(ratio.min()),
+            "ratio/max": float(ratio.max()),
+            "ratio/max_abs_log": float(np.abs(np.log(ratio)).max()),
+            self.objective.replay_metric: replay_error,
+        }
 
     @property
-    def data_parallel(self) -> int:
-        """How many groups are replayed at a time."""
+    def groups_at_once(self) -> int:
+        """How many groups are replayed at the same time."""
         return self.distributed.data_parallel * len(self.replicas)
 
     def groups_to_read(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> set[int]:
-        """The places in `batch` of the groups that this rank replays a share of in `train_step`, known from their
-        outlines: of the others it needs no trajectory."""
+        """The positions in `batch` of the groups of which this rank replays micro-batches in `train_step`, known from
+        their specs: of the others it needs no trajectory."""
         if self.distributed.world == 1:
             return set(range(len(batch)))
-        found: set[int] = set()
+        positions: set[int] = set()
         for chunk in np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step):
-            checked = self._looked_at(self._total(len(chunk), last))
-            for at_once in self._at_once(len(chunk)):
-                plan = self._plan([batch[chunk[i]] for i in at_once], [first + i in checked for i in at_once])
-                mine = self.distributed.assign_micro_batches([kind for *_, kind in plan])
-                found |= {int(chunk[at_once[plan[index][0]]]) for index, _ in mine}
-        return found
+            checked = self._checked_groups(self._groups_of_update(len(chunk), last))
+            for wave in self._waves(len(chunk)):
+                planned = self._plan([batch[chunk[i]] for i in wave], [first + i in checked for i in wave])
+                assigned = self.distributed.assign_micro_batches([micro.kind for micro in planned])
+                positions |= {int(chunk[wave[planned[each.index].group]]) for each in assigned}
+        return positions
 
-    def _at_once(self, groups: int) -> list[range]:
-        """Which of an update's next groups are replayed together: all by lanes, which need not wait for one another."""
-        size = self.data_parallel if self.distributed.world > 1 else groups
-        return [range(at, min(at + size, groups)) for at in range(0, groups, size)]
+    def _waves(self, groups: int) -> list[range]:
+        """Which of an update's next groups are replayed together. Replicas: all. Ranks: `groups_at_once`."""
+        size = self.groups_at_once if self.distributed.world > 1 else groups
+        return [range(start, min(start + size, groups)) for start in range(0, groups, size)]
 
-    def _total(self, given: int, last: bool) -> int:
+    def _groups_of_update(self, given: int, last: bool) -> int:
         """Groups of an update whose first `given` ones are there."""
         return given if last else self.cfg.algorithm.groups_per_step
 
-    def _looked_at(self, total: int) -> frozenset[int]:
-        """Places of an update's groups whose replay is compared with the rollout's."""
-        looks = self.distributed.data_parallel  # as many as compute apart, so that none waits for it
-        return frozenset((self.version * looks + i) % total for i in range(looks))
+    def _checked_groups(self, total: int) -> frozenset[int]:
+        """Positions of the groups of an update whose replay is compared with the rollout at the cost of a forward
+        pass: as many as are computed at the same time, so that no rank waits for another's check."""
+        count = self.distributed.data_parallel
+        return frozenset((self.version * count + i) % total for i in range(count))
 
-    def _begin(self, groups: list[GroupBatch], last: bool) -> None:
+    def _begin_update(self, groups: list[GroupBatch], last: bool) -> None:
         """A new update, of which `groups` are the first, and all if `last`."""
-        total = self._total(len(groups), last)
-        divisor = pairs_of(groups) * total // len(groups)
-        self._update = GradientAccumulator(total, divisor=divisor, checked=self._looked_at(total))
-        for lane in self.replicas:
-            for parameter in adapters.trainable(lane.trained).values():
+        total = self._groups_of_update(len(groups), last)
+        divisor = count_pairs(groups) * total // len(groups)
+        self._update = GradientAccumulator(total, divisor=divisor, checked=self._checked_groups(total))
+        for replica in self.replicas:
+            for parameter in adapters.trainable(replica.trained).values():
                 parameter.grad = None
 
-    def _replay(self, groups: list[GroupBatch]) -> None:
+    def _accumulate(self, groups: list[GroupBatch]) -> None:
         """Adds the gradients of the update's next groups, of the loss averaged over all (take, trained step) pairs."""
         update = self._update
-        looks = [update.done + i in update.checked for i in range(len(groups))]
+        checks = [update.done + i in update.checked for i in range(len(groups))]
         if self.distributed.world == 1:
-            work: list[list[tuple[int, GroupBatch, bool]]] = [[] for _ in self.replicas]
-            for i, (group, look) in enumerate(zip(groups, looks, strict=True)):
-                work[i % len(work)].append((update.done + i, group, look))
-            others = [
-                self._threads.submit(self._follow, *pair) for pair in zip(self.replicas[1:], work[1:], strict=True)
+            tasks = [
+                _GroupTask(update.done + i, group, check)
+                for i, (group, check) in enumerate(zip(groups, checks, strict=True))
             ]
-            update.found |= self._follow(self.replicas[0], work[0])
+            shares = [tasks[i :: len(self.replicas)] for i in range(len(self.replicas))]
+            others = [
+                self._threads.submit(self._replay_groups, replica, share)
+                for replica, share in zip(self.replicas[1:], shares[1:], strict=True)
+            ]
+            update.rows |= self._replay_groups(self.replicas[0], shares[0])
             for other in others:
-                update.found |= other.result()
+                update.rows |= other.result()
         else:
-            self._replay_share(groups, looks)
+            self._replay_assigned(groups, checks)
         update.done += len(groups)
-        update.pairs += pairs_of(groups)
+        update.pairs += count_pairs(groups)
 
-    def _follow(self, lane: Replica, work: Sequence[tuple[int, GroupBatch, bool]]) -> dict[tuple[int, int], np.ndarray]:
-        """One lane's groups (place in the update, group, whether its replay is looked at). Returns the micro-batches'
-        rows by (place, number)."""
-        found: dict[tuple[int, int], np.ndarray] = {}
-        for place, group, look in work:
+    def _replay_groups(self, replica: Replica, tasks: Sequence[_GroupTask]) -> dict[tuple[int, int], np.ndarray]:
+        """One replica's groups. Returns the micro-batches' rows by (position of the group, number in the group)."""
+        rows: dict[tuple[int, int], np.ndarray] = {}
+        for task in tasks:
             number = 0
-            for part in range(len(group.held.parts)):
-                micros = lane.micro_batches(group.held, part)
+            for part in range(len(task.group.held.parts)):
+                micros = replica.micro_batches(task.group.held, part)
                 for micro in micros:
-                    found[place, number] = self._backward(lane, group, micro, look, 1.0)
+                    rows[task.position, number] = self._backward(replica, task.group, micro, task.check_replay, 1.0)
                     number += 1
-                if (live := micros[0][0].reencoded) is not None:
-                    live.backward()  # through the text encoders once, with the gradients of all micro-batches
-        return found
+                if (reencoded := micros[0].replayer.reencoded) is not None:
+                    reencoded.backward()  # through the text encoders once, with the gradients of all micro-batches
+        return rows
 
-    def _backward(self, lane: Replica, group: GroupBatch, micro: MicroBatch, look: bool, scale: float) -> np.ndarray:
-        """Adds the gradients of a micro-batch, times `scale`. Returns its row: [gap, LOGGED sums, ratios]."""
-        loss, logs = lane.losses(group, micro, look)
-        (loss.sum() / self._update.divisor * scale).backward()
-        sums = [float(logs[name].sum()) for name in LOGGED]
-        return np.array([float(logs["gap"].abs().max()), *sums, *logs["ratio"].cpu().numpy()])
+    def _replay_assigned(self, groups: list[GroupBatch], checks: list[bool]) -> None:
+        """The micro-batches of the groups that are assigned to this rank."""
+        update, replica = self._update, self.replicas[0]
+        planned = self._plan(groups, checks)
+        before = len(update.row_sizes)
+        loaded: tuple[int, int] | None = None  # group and part of `micros`
+        micros: list[MicroBatch] = []
+        for assigned in self.distributed.assign_micro_batches([micro.kind for micro in planned]):
+            plan = planned[assigned.index]
+            group = groups[plan.group]
+            if loaded != (plan.group, plan.spec.part):
+                micros, loaded = replica.micro_batches(group.held, plan.spec.part), (plan.group, plan.spec.part)
+            scale = self.distributed.loss_scale(assigned.counts)
+            row = self._backward(replica, group, micros[plan.spec.position], checks[plan.group], scale)
+            if assigned.counts and self.distributed.is_reporter:
+                update.rows[before + assigned.index] = row
+        update.row_sizes += [ROW_SIZE + plan.spec.takes for plan in planned]
 
-    def _replay_share(self, groups: list[GroupBatch], looks: list[bool]) -> None:
-        """This rank's share of the groups' micro-batches."""
-        update, lane = self._update, self.replicas[0]
-        plan = self._plan(groups, looks)
-        before = len(update.sizes)
-        place: tuple[int, int] | None = None
-        for index, counts in self.distributed.assign_micro_batches([kind for *_, kind in plan]):
-            group_at, part, at, _, _ = plan[index]
-            group = groups[group_at]
-            if place != (group_at, part):
-                micros, place = lane.micro_batches(group.held, part), (group_at, part)
-            row = self._backward(lane, group, micros[at], looks[group_at], self.distributed.loss_scale(counts))
-            if counts and self.distributed.is_reporter:
-                update.found[before + index] = row
-        update.sizes += [1 + len(LOGGED) + size for *_, size, _ in plan]
+    def _backward(
+        self, replica: Replica, group: GroupBatch, micro: MicroBatch, check_replay: bool, scale: float
+    ) -> np.ndarray:
+        """Adds the gradients of a micro-batch, times `scale`. Returns its row, see `accumulator.row_of`."""
+        loss = replica.losses(group, micro, check_replay)
+        (loss.total.sum() / self._update.divisor * scale).backward()
+        return row_of(loss)
 
-    def _finish(self, stats: dict[str, list[Any]], *, first: bool) -> None:
-        """The optimiser's update, when all its groups have been replayed."""
+    def _finish_update(self) -> tuple[UpdateStatistics, dict[str, float]]:
+        """The optimiser's step, once all groups of the update have been replayed. Returns its metrics too."""
         update = self._update
         if update.done != update.groups:
             raise RuntimeError(f"the update has {update.done} of its {update.groups} groups")
-        self._gather_lanes()
-        rows = update.rows(self.distributed)
-        stats["ratio_values"] += [row[1 + len(LOGGED) :].astype(np.float32) for row in rows]
-        if first:
-            stats["on_policy_gap"] += [float(row[0]) for row in rows]
-        total = update.means(rows)
-        loss_value = total["policy_loss"] + self.cfg.algorithm.kl_beta * total["kl"]
+        self._sum_replica_gradients()
+        statistics = update.statistics(self.distributed)
+        loss = statistics.policy_loss + self.cfg.algorithm.kl_beta * statistics.kl
         if update.correction != 1.0:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad *= update.correction
-        norm = full_tensor(
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.cfg.optimizer.max_grad_norm)
-        )
-        if not (np.isfinite(loss_value) and bool(torch.isfinite(norm))):
+        parameters = list(self.parameters.values())
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.optimizer.max_grad_norm))
+        if not (np.isfinite(loss) and bool(torch.isfinite(norm))):
             self.optimizer.zero_grad(set_to_none=True)
             raise RunFailed(
-                f"learner: loss {loss_value:.3g}, gradient norm {float(norm):.3g} at step {self.version}; "
+                f"learner: loss {loss:.3g}, gradient norm {float(norm):.3g} at step {self.version}; "
                 "lower optimizer.lr or algorithm.clip_high, or train fewer low-noise steps (sampler.window.range)"
             )
         lr = self._learning_rate()
@@ -271,30 +304,31 @@ class Learner:
         self.optimizer.step()
         self.updates += 1
         self._update_ema()
-        stats["loss"].append(loss_value)
-        stats["policy_loss"].append(total["policy_loss"])
-        stats["kl"].append(total["kl"])
-        stats["clip/low"].append(total["clipped_low"])
-        stats["clip/high"].append(total["clipped_high"])
-        stats["grad_norm"].append(float(norm))
-        stats["lr"].append(lr)
+        return statistics, {
+            "loss": loss,
+            "policy_loss": statistics.policy_loss,
+            "kl": statistics.kl,
+            "clip/low": statistics.clipped_low,
+            "clip/high": statistics.clipped_high,
+            "grad_norm": float(norm),
+            "lr": lr,
+        }
 
-    def _gather_lanes(self) -> None:
-        """Adds the other lanes' gradients to the first one's, in order."""
-        for lane in self.replicas[1:]:
-            for name, parameter in adapters.trainable(lane.trained).items():
-                mine, grad = self.parameters[name], parameter.grad
+    def _sum_replica_gradients(self) -> None:
+        """Adds the other replicas' gradients to the first one's, in order."""
+        for replica in self.replicas[1:]:
+            for name, parameter in adapters.trainable(replica.trained).items():
+                total, grad = self.parameters[name], parameter.grad
                 if grad is not None:
-                    mine.grad = grad if mine.grad is None else mine.grad.add_(grad)
+                    total.grad = grad if total.grad is None else total.grad.add_(grad)
                 parameter.grad = None
 
-    def _plan(self, groups: list[GroupBatch], looks: list[bool]) -> list[tuple[int, int, int, int, Hashable]]:
-        """All micro-batches of some groups, the same on every rank: (position of the group, part, position in the part,
-        takes, kind), where those of a kind call the same modules equally often."""
+    def _plan(self, groups: list[GroupBatch], checks: list[bool]) -> list[_PlannedMicroBatch]:
+        """All micro-batches of the groups, the same on every rank."""
         return [
-            (group_at, part, at, takes, (calls, look and looks[group_at]))
-            for group_at, group in enumerate(groups)
-            for part, at, takes, (calls, look) in group.outline or micro_batch_specs(self.cfg, group.held)
+            _PlannedMicroBatch(position, spec, spec.extra_replay_check and checks[position])
+            for position, group in enumerate(groups)
+            for spec in group.micro_batches or micro_batch_specs(self.cfg, group.held)
         ]
 
     def _learning_rate(self) -> float:

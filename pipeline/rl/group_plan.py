@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.config.schema import Config, SamplerConfig
 from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
+from pipeline.rl.objectives import get_objective
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
 _MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped
@@ -60,7 +61,8 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
     shared = cfg.sampler.same_initial_noise
     initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
     window = stochastic_steps(cfg.sampler, seed, step)
-    noisy = () if cfg.algorithm.objective == "awm" else window  # awm: the window says which noise levels train
+    draws_noise = get_objective(cfg.algorithm.objective).draws_noise
+    noisy = window if draws_noise else ()  # without noise, the window still says which noise levels train
     return GroupWork(
         group=group,
         attempt=attempt,

@@ -11,14 +11,14 @@ from collections.abc import Collection
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 
-ON_POLICY_METRICS = ("onpolicy/max_abs_log_ratio", "onpolicy/max_abs_gap")  # the second one: objective awm
 ON_POLICY_TOLERANCE = 1e-5  # in float32
 
 
 def check_on_policy(cfg: Config, step: int, replay_error: float, devices: Collection[str]) -> None:
     """Raises `RunFailed` where learner and rollouts hold the same float32 weights and the replay differs.
 
-    `replay_error`: largest |log-ratio| before the first update, or largest difference of a replayed sample (awm).
+    `replay_error`: largest |log-ratio| before the first update, or largest difference of a replayed sample where the
+    objective has no log-probs (its `replay_metric`).
     `devices`: of the learner and the rollout workers.
     """
     exact = cfg.generator.dtype == "float32" or (cfg.generator.dtype == "auto" and set(devices) == {"cpu"})

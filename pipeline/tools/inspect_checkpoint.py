@@ -19,13 +19,13 @@ from pipeline.generators.call.arguments import parameters_of
 from pipeline.generators.load.pipeline import denoisers_of, load_pipeline, resolve_device
 from pipeline.generators.policy import Policy
 from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
+from pipeline.rl.samplers import get_sampler, stochastic_samplers
 from pipeline.tools.checkpoint_summary import components_of, layout_text, lora_of, memory_by_dtype, rule_text
 from pipeline.tools.probe_sizes import ProbeSize, probe_sizes
 
 _STEPS = 3
 _GUIDED_STEPS = 8  # sampler steps where a guider chooses its rule by the step
 _SAME_FAILURES = 3  # give up after this many sizes that fail for the same reason
-_NOISE = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.7, "ddim": 1.0, "lcm": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,8 @@ def inspect_checkpoint(checkpoint: str, options: InspectOptions | None = None) -
     started = time.perf_counter()
     options = options or InspectOptions()
     device = resolve_device(options.device)
-    pipe = load_pipeline(_config(checkpoint, options, ProbeSize(64, 64, 1), 1.0, "flow_sde").generator, device)
+    any_sampler = next(iter(stochastic_samplers()))
+    pipe = load_pipeline(_config(checkpoint, options, ProbeSize(64, 64, 1), 1.0, any_sampler).generator, device)
     report: dict[str, Any] = {
         "checkpoint": checkpoint,
         "pipeline": type(pipe).__name__,
@@ -86,7 +87,7 @@ def _config(
             },
             "prompts": {"train": "prompts.txt"},
             "rewards": {"reward": {"scorer": "unused"}},
-            "sampler": {"kind": sampler, "noise_level": _NOISE[sampler], "steps": steps},
+            "sampler": {"kind": sampler, "noise_level": get_sampler(sampler).default_noise, "steps": steps},
         }
     )
 

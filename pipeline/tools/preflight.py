@@ -28,6 +28,8 @@ from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import check_reward
+from pipeline.rl.objectives import check_objective
+from pipeline.rl.samplers import check_sampler, samplers_for
 
 _TRACKERS = {
     "tensorboard": ("tensorboardX", "tensorboard"),
@@ -35,7 +37,6 @@ _TRACKERS = {
     "mlflow": ("mlflow", "mlflow"),
 }
 _CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`
-_NOISE_KINDS = ("ddim", "lcm")  # for models that predict epsilon, v or the sample
 _FLOW_CLASSES = ("FlowMatch",)
 
 
@@ -54,6 +55,8 @@ class Preflight:
 def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Preflight:
     """Raises the first thing that is wrong. `run_dir`: the run's folder, if it is known already. `dry`: a machine that
     is too small for the config is noted (`lacking`) and not refused, so that recipes can be checked anywhere."""
+    check_sampler(cfg)
+    check_objective(cfg)
     check_samplers(cfg)
     train, heldout = check_prompts(cfg)
     components = check_generator(cfg, train, heldout)
@@ -211,17 +214,12 @@ def _check_scheduler(cfg: Config, folder: Path, components: dict[str, str]) -> N
         or scheduler.get("prediction_type") == "flow_prediction"
         or bool(scheduler.get("use_flow_sigmas"))
     )
-    noise_model = not flow and scheduler.get("prediction_type") in ("epsilon", "v_prediction", "sample")
-    if flow and cfg.sampler.kind in _NOISE_KINDS:
+    prediction = "flow" if flow else scheduler.get("prediction_type")
+    fitting = samplers_for(str(prediction), components["scheduler"])
+    if fitting and cfg.sampler.kind not in fitting:
         raise ConfigError(
-            f"sampler.kind: {cfg.sampler.kind} is for epsilon/v/sample-prediction models, {folder} is a flow model "
-            f"({components['scheduler']}); use flow_sde, dance_sde or cps"
-        )
-    wanted = "lcm" if components["scheduler"] == "LCMScheduler" else "ddim"
-    if noise_model and cfg.sampler.kind != wanted:
-        raise ConfigError(
-            f"sampler.kind: {cfg.sampler.kind} does not fit {folder}, which predicts {scheduler['prediction_type']} "
-            f"({components['scheduler']}); use {wanted}"
+            f"sampler.kind: {cfg.sampler.kind} does not fit {folder}, which predicts {prediction} "
+            f"({components['scheduler']}); use {' or '.join(fitting)}"
         )
 
 

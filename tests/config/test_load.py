@@ -81,7 +81,6 @@ def test_workers_and_resources(tmp_path):
     [
         ("algorithm.group_sizes=4", ["algorithm.group_sizes", "unknown key", "did you mean algorithm.group_size?"]),
         ("lr=1", ["lr: unknown key", "optimizer.lr"]),
-        ("sampler.kind=flow_sd", ["sampler.kind", "'flow_sd'", "dance_sde", "did you mean flow_sde?"]),
         ("run.steps=abc", ["run.steps", "'abc'", "whole number >= 1"]),
         ("run.steps=0", ["run.steps", "found 0", ">= 1"]),
         ("run.steps=2.5", ["run.steps", "2.5", "whole number"]),

@@ -25,6 +25,7 @@ from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import PolicySpec
 from pipeline.learner.learner import Learner
+from pipeline.learner.micro_batch import MicroBatch
 from pipeline.rl.group_plan import ode_sampling, train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")
@@ -107,9 +108,8 @@ def test_gradients_are_those_of_one_long_graph(start):
         roots = {id(leaf): root for root, leaf in live._roots.values()}
         replayer.overrides = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):
-            takes = slice(0, replayer.total)
-            advantages = learner.replicas[0].advantages(batch, replayer, takes)
-            loss, _ = learner.replicas[0]._policy_loss(trajectory, replayer, j, takes, advantages)
+            micro = MicroBatch(replayer, j, slice(0, replayer.total))
+            loss = learner.replicas[0].losses(batch, micro, check_replay=False).total
             losses.append(loss.sum())
             pairs += len(loss)
     (sum(losses) / pairs).backward()

@@ -21,7 +21,7 @@ from pipeline.generators.spec import PolicySpec
 from pipeline.learner.learner import Learner
 from pipeline.rl.advantages import compute_advantages
 from pipeline.rl.group_plan import train_work
-from pipeline.rl.objectives import matching
+from pipeline.rl.objectives import DenoisingTerms, get_objective
 from pipeline.rl.samplers import transition
 
 PROMPT = PromptItem(index=0, text="a red circle")
@@ -31,7 +31,7 @@ def test_gradient_is_the_advantage_times_the_matching_gradient():
     torch.manual_seed(0)
     velocity = torch.randn(3, 4, 5, requires_grad=True)
     target, advantages = torch.randn(3, 4, 5), torch.tensor([1.5, -0.5, 0.0])
-    matching(velocity, target, advantages)[0].sum().backward()
+    get_objective("awm").loss(DenoisingTerms(velocity, target, advantages)).loss.sum().backward()
     expected = advantages[:, None, None] * 2 * (velocity - target).detach() / 20
     assert torch.allclose(velocity.grad, expected)
 
@@ -50,8 +50,8 @@ def train(sign: float) -> Flow:
         optimizer.zero_grad()
         for t in GRID[:-1]:
             eps = torch.randn(1, 2).expand_as(x)
-            loss, _ = matching(model((1 - t) * x + t * eps, t), eps - x, advantages)
-            (loss.mean() / (len(GRID) - 1)).backward()
+            terms = DenoisingTerms(model((1 - t) * x + t * eps, t), eps - x, advantages)
+            (get_objective("awm").loss(terms).loss.mean() / (len(GRID) - 1)).backward()
         optimizer.step()
     return model
 
@@ -146,18 +146,18 @@ def test_the_kl_at_every_nth_level_of_a_group_is_the_whole_one_on_average(made, 
     for cfg in cfgs:
         other = Learner(cfg, "cpu")
         other.load_state(*learner.state())
-        lane, found, calls = other.replicas[0], {}, []
-        lane.reference = copy.deepcopy(lane.modules)
-        lane.reference["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        replica, found, calls = other.replicas[0], {}, []
+        replica.reference = copy.deepcopy(replica.modules)
+        replica.reference["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)
-        for parameter in lane.reference["transformer"].parameters():
+        for parameter in replica.reference["transformer"].parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
         for number in range(6):
             group = groups(policy, 0)[0]
             group = replace(group, trajectory=replace(group.trajectory, group=number))
-            for micro in lane.micro_batches(group.held, 0):
-                kl = lane.losses(group, micro, look=False)[1]["kl"].reshape(-1, 4).mean(1)
-                first = micro[1] if takes == 4 else 0
+            for micro in replica.micro_batches(group.held, 0):
+                kl = replica.losses(group, micro, check_replay=False).kl.reshape(-1, 4).mean(1)
+                first = micro.step if takes == 4 else 0
                 found |= {(number, first + i): float(value) for i, value in enumerate(kl)}
             assert len(calls) == len({key for key, value in found.items() if value > 0}) or takes == 12
         seen.append(found)

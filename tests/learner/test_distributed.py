@@ -13,10 +13,10 @@ from rank_worker import one_case, run_ranks
 
 from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
-from pipeline.learner.accumulator import pairs_of
+from pipeline.learner.accumulator import count_pairs
 from pipeline.learner.distributed import DistributedContext, assign_micro_batches
 from pipeline.learner.learner import Learner
-from pipeline.learner.replica import micro_batch_specs
+from pipeline.learner.micro_batch import micro_batch_specs
 from pipeline.runs import checkpoint
 
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}
@@ -116,7 +116,7 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
     sections = {"algorithm": {"objective": objective, "groups_per_step": 8, "updates_per_step": 1}}
     cfg = tiny.config(tiny_sd3, **sections, learner={"micro_batch": 2})
     groups = batches(cfg, 1)[0]
-    outlined = [replace(g, trajectory=None, outline=micro_batch_specs(cfg, g.trajectory)) for g in groups]
+    outlined = [replace(g, trajectory=None, micro_batches=micro_batch_specs(cfg, g.trajectory)) for g in groups]
     learners = [Learner(cfg, "cpu", DistributedContext(rank=rank, world=4)) for rank in range(4)]
     assert [learner.groups_to_read(outlined) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
     assert [learner.groups_to_read(outlined[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
@@ -127,7 +127,7 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
         {5},
     ]
     assert Learner(cfg, "cpu").groups_to_read(outlined) == set(range(8))
-    assert pairs_of(outlined) == pairs_of(groups)
+    assert count_pairs(outlined) == count_pairs(groups)
     with pytest.raises(RuntimeError, match="not given the trajectory"):
         _ = outlined[0].held
 
@@ -136,8 +136,8 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
 def test_every_micro_batch_counts_once_and_ranks_meet_in_equal_calls(parts):
     kinds = ["a", "b", "a", "a", "b", "c"] * 3
     shares = [assign_micro_batches(kinds, parts, part) for part in range(parts)]
-    assert sorted(i for mine in shares for i, counts in mine if counts) == list(range(len(kinds)))
-    assert len({tuple(kinds[i] for i, _ in mine) for mine in shares}) == 1
+    assert sorted(each.index for mine in shares for each in mine if each.counts) == list(range(len(kinds)))
+    assert len({tuple(kinds[each.index] for each in mine) for mine in shares}) == 1
     if parts == 1:
         assert shares[0] == [(i, True) for i in range(len(kinds))]
 

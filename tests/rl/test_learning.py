@@ -11,9 +11,8 @@ from toy_flow import GRID, Flow, ode_reward, reward
 
 from pipeline.config.schema import AdvantageConfig
 from pipeline.rl.advantages import compute_advantages
-from pipeline.rl.objectives import OBJECTIVES, Terms
-from pipeline.rl.samplers import log_prob, transition
-from pipeline.rl.samplers.transition import gaussian_kl
+from pipeline.rl.objectives import TransitionTerms, get_objective
+from pipeline.rl.samplers import gaussian_kl, log_prob, transition
 
 
 def train(kind: str, level: float, objective: str, *, noisy: range, sign: float = 1.0, kl_beta: float = 0.0) -> Flow:
@@ -39,8 +38,8 @@ def train(kind: str, level: float, objective: str, *, noisy: range, sign: float 
         optimizer.zero_grad()
         for x, x_next, old, old_mean, times in steps:
             moved = transition(kind, level, "flow", x, model(x, times[0]), *times)
-            terms = Terms(log_prob(x_next, moved), old, advantages, moved, old_mean, 0.2, 0.2)
-            loss, _ = OBJECTIVES[objective](terms)
+            terms = TransitionTerms(log_prob(x_next, moved), old, advantages, moved, old_mean, 0.2, 0.2)
+            loss = get_objective(objective).loss(terms).loss
             if kl_beta:
                 with torch.no_grad():
                     reference = transition(kind, level, "flow", x, start(x, times[0]), *times).mean

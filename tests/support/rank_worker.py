@@ -70,7 +70,7 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
     """Metrics of the steps and the EMA's weight set; a checkpoint in `save`. Also for a learner of one process."""
     from pipeline.core.errors import RushesError
     from pipeline.learner.learner import Learner
-    from pipeline.learner.replica import micro_batch_specs
+    from pipeline.learner.micro_batch import micro_batch_specs
     from pipeline.runs import checkpoint
 
     cfg = Config.model_validate(case["config"])
@@ -86,7 +86,9 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
         needed = learner.groups_to_read(groups)
         read.append(needed)
         given = [
-            replace(g, trajectory=g.trajectory if i in needed else None, outline=micro_batch_specs(cfg, g.trajectory))
+            replace(
+                g, trajectory=g.trajectory if i in needed else None, micro_batches=micro_batch_specs(cfg, g.trajectory)
+            )
             for i, g in enumerate(groups)
         ]
         metrics.append(learner.train_step(given if ranks is not None else groups))

@@ -107,6 +107,21 @@ def test_spoilt_generators_are_named(tmp_path, spoil, parts):
         ({"generator": {"num_frames": 8}}, ["generator.num_frames: found 8", "4 n + 1", "5 or 9"]),
         ({"generator": {"fps": 1000}}, ["generator.fps"]),
         ({"sampler": {"kind": "ddim"}}, ["sampler.kind: ddim", "flow_sde"]),
+        ({"sampler": {"kind": "flow_sd"}}, ["sampler.kind", "'flow_sd'", "dance_sde", "did you mean flow_sde?"]),
+        ({"sampler": {"kind": "ode"}}, ["sampler.kind: found 'ode'", "one of flow_sde, dance_sde, cps"]),
+        ({"algorithm": {"objective": "gpro"}}, ["algorithm.objective", "'gpro'", "did you mean grpo?"]),
+        (
+            {"algorithm": {"objective": "grpo_guard"}, "sampler": {"kind": "cps"}},
+            ["algorithm.objective: grpo_guard needs sampler.kind flow_sde or dance_sde"],
+        ),
+        (
+            {"algorithm": {"objective": "awm", "updates_per_step": 2}},
+            ["algorithm.updates_per_step: found 2", "awm allows at most 1"],
+        ),
+        (
+            {"algorithm": {"objective": "awm"}, "sampler": {"same_initial_noise": True}},
+            ["sampler.same_initial_noise: must be false with algorithm.objective awm"],
+        ),
         ({"rewards": {"a": {"scorer": "jpeg_compresibility"}}}, ["rewards.a", "did you mean jpeg_compressibility?"]),
         ({"rewards": {"a": {"scorer": "nothing.py:score"}}}, ["rewards.a", "nothing.py is not there"]),
         (

@@ -29,7 +29,7 @@ class WindowConfig(Section):
 class SamplerConfig(Section):
     """How training rollouts are sampled."""
 
-    kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "lcm"] = Field(
+    kind: str = Field(  # the names are registered in pipeline.rl.samplers; preflight checks it
         "flow_sde",
         description="Stochastic sampler of the rollouts (ddim: for epsilon, v or sample prediction; lcm: for latent "
         "consistency models).",

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.rl.samplers.transition import CONSISTENCY_KINDS, DIFFUSION_KINDS, FLOW_KINDS
+from pipeline.rl.samplers import samplers_for
 
 # Kept as they are: their grid is DDIM's, and some pipelines ask for the class.
 _KEPT = (DDIMScheduler, CogVideoXDDIMScheduler, LCMScheduler)
@@ -55,9 +55,7 @@ def prediction_of(scheduler: Any) -> str:
 
 def kinds_for(scheduler: Any, prediction: str) -> tuple[str, ...]:
     """The sampler kinds that fit, best first."""
-    if prediction == "flow":
-        return FLOW_KINDS
-    return CONSISTENCY_KINDS if isinstance(scheduler, LCMScheduler) else DIFFUSION_KINDS
+    return samplers_for(prediction, type(scheduler).__name__)
 
 
 def _no_begin_index(begin_index: int = 0) -> None:

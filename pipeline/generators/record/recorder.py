@@ -29,7 +29,8 @@ from pipeline.generators.record.first_order import step_times
 from pipeline.generators.record.outputs import first_tensor, is_first_alone, replace_first
 from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.rl.samplers import log_prob, transition
-from pipeline.rl.samplers.transition import Transition, clean_and_noise, consistency_function
+from pipeline.rl.samplers.base import Transition, clean_and_noise
+from pipeline.rl.samplers.lcm import consistency_function
 
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, np.generic, slice)
 

@@ -19,8 +19,7 @@ from pipeline.generators.record.attention import apply_processors
 from pipeline.generators.record.outputs import first_tensor
 from pipeline.generators.record.recorder import RawStep, Recording
 from pipeline.generators.spec import PolicySpec, map_call_inputs
-from pipeline.rl.samplers import transition
-from pipeline.rl.samplers.transition import Transition
+from pipeline.rl.samplers import Transition, transition
 
 if TYPE_CHECKING:
     from pipeline.generators.replay.text_inputs import ReencodedInputs

@@ -1,8 +1,44 @@
-"""Policy losses by name. A new one: a function of `Terms` in its own file, one line here, one test."""
+"""Objectives by name (`algorithm.objective`): each file here registers one, and nothing else knows its name."""
 
-from pipeline.rl.objectives.awm import matching
-from pipeline.rl.objectives.grpo import Terms, flow_dppo, grpo, grpo_guard
+from __future__ import annotations
 
-OBJECTIVES = {"grpo": grpo, "grpo_guard": grpo_guard, "flow_dppo": flow_dppo}
+from typing import TYPE_CHECKING
 
-__all__ = ["OBJECTIVES", "Terms", "matching"]
+from pipeline.rl.objectives.base import (
+    OBJECTIVES,
+    DenoisingObjective,
+    DenoisingTerms,
+    Objective,
+    PolicyLoss,
+    TransitionObjective,
+    TransitionTerms,
+    register,
+)
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+__all__ = [
+    "DenoisingObjective",
+    "DenoisingTerms",
+    "Objective",
+    "PolicyLoss",
+    "TransitionObjective",
+    "TransitionTerms",
+    "get_objective",
+    "register",
+]
+
+
+def get_objective(name: str) -> Objective:
+    """Raises `ConfigError` with the nearest name."""
+    return OBJECTIVES.get(name)
+
+
+def objective_names() -> list[str]:
+    return list(OBJECTIVES.all())
+
+
+def check_objective(cfg: Config) -> None:
+    """`algorithm.objective` names an objective, and its rules hold. Raises `ConfigError`."""
+    get_objective(cfg.algorithm.objective).check(cfg)

@@ -7,20 +7,21 @@ needed than with the log-probs of injected noise (docs/design.md has the measure
 
 from __future__ import annotations
 
-import torch
+from pipeline.rl.objectives.base import DenoisingObjective, DenoisingTerms, PolicyLoss, register
 
 
-def matching(
-    velocity: torch.Tensor, target: torch.Tensor, advantages: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`velocity`, `target` = eps - x0: [b, ...]; `advantages` [b]. Returns (loss [b], logs [b]).
+@register("awm")
+class AdvantageWeightedMatching(DenoisingObjective):
+    """AWM (arXiv 2509.25050): log p := -mean_D |v - target|^2, loss = -A exp(log p - log p_old).
 
-    log p := -mean_D |v - target|^2, ratio = exp(log p - log p_old) with the same noise on both sides. On-policy the
-    ratio is 1 and the gradient of -A ratio is A grad |v - target|^2.
+    The same noise is on both sides of the ratio, and it is only defined on-policy, where it is 1 and the gradient of
+    the loss is A grad |v - target|^2.
     """
-    log_p = -(velocity - target).pow(2).flatten(1).mean(dim=1)
-    ratio = torch.exp(log_p - log_p.detach())
-    loss = -advantages * ratio
-    none = torch.zeros_like(loss)
-    logs = {"ratio": ratio.detach(), "policy_loss": loss.detach(), "clipped_low": none, "clipped_high": none}
-    return loss, logs
+
+    max_updates_per_step = 1
+
+    def loss(self, terms: DenoisingTerms) -> PolicyLoss:
+        log_p = -(terms.velocity - terms.target).pow(2).flatten(1).mean(dim=1)
+        ratio = (log_p - log_p.detach()).exp()
+        never = ratio.new_zeros(ratio.shape)
+        return PolicyLoss(-terms.advantages * ratio, ratio.detach(), clipped_low=never, clipped_high=never)

@@ -28,6 +28,7 @@ from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
+from pipeline.rl.objectives import get_objective
 from pipeline.tools.memory.meta_pipeline import Call, CannotPlan, MetaPipeline, weight_bytes_of
 
 _PROBED_STEPS = 2  # sampler steps that the ghost takes: the second shows which inputs stay the same
@@ -267,7 +268,7 @@ def _trajectory(cfg: Config, ghost: MetaPipeline, trained: int) -> int:
     same = held[0].keys() & held[1].keys()
     once = sum(held[0][key] for key in same)
     changing = sum(size for key, size in held[0].items() if key not in same)
-    kept = 3 if cfg.algorithm.objective in ("grpo_guard", "flow_dppo") else 2
+    kept = 3 if get_objective(cfg.algorithm.objective).needs_old_mean else 2
     return once + trained * (changing + kept * latents) + latents
 
 
@@ -279,7 +280,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     takes = cfg.algorithm.group_size
     part, lanes = min(takes_of_call(cfg), takes), cfg.learner.replicas
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
-    most = part * trained if cfg.algorithm.objective == "awm" else part  # several trained steps at once
+    most = part * trained if get_objective(cfg.algorithm.objective).joins_steps else part
     micro = min(cfg.learner.micro_batch or part, most)
     ghost = MetaPipeline(cfg.generator, dtype)
     calls = _run(ghost, cfg, micro)

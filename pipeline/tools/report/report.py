@@ -27,6 +27,7 @@ from pipeline.core.statistics import with_error
 from pipeline.core.takes_table import read_takes
 from pipeline.rl.evaluation import paired_difference
 from pipeline.rl.group_plan import EVALUATION_SEED, SHOWN_PROMPTS
+from pipeline.rl.objectives import get_objective
 from pipeline.runs.tracking import read_jsonl, read_metrics
 from pipeline.tools.report.plots import Line, finite, plot, stacked
 from pipeline.tools.report.rewards import RULES, combining_plots, combining_table
@@ -263,7 +264,7 @@ def _diagnostics(metrics: list[dict]) -> list[Markup]:
 
 def _sampler(config: Config) -> str:
     steps = f"{config.sampler.steps} steps"
-    if config.algorithm.objective == "awm":
+    if not get_objective(config.algorithm.objective).draws_noise:
         return f"ODE, {steps}"
     return f"{config.sampler.kind}, {steps}, noise {config.sampler.noise_level:g}"
 
