@@ -28,10 +28,10 @@ def config(
       rushes config --docs
     """
     from pipeline.config.load import load_config, to_yaml
-    from pipeline.config.reference import docs_markdown
+    from pipeline.tools.config_docs import config_docs
 
     if docs:
-        print(docs_markdown(), end="")
+        print(config_docs(), end="")
         return
     if config is None:
         raise ConfigError("config: give a config file, such as configs/quickstart.yaml, or --docs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
@@ -145,8 +145,8 @@ def children(prefix: str) -> list[str]:
     return list(names)
 
 
-def docs_markdown() -> str:
-    """docs/config.md."""
+def docs_markdown(registered: Mapping[str, Sequence[str]]) -> str:
+    """docs/config.md. `registered`: key -> the allowed names, where these are registered outside of the schema."""
     lines = [
         "# Config reference",
         "",
@@ -165,7 +165,8 @@ def docs_markdown() -> str:
             lines += ["", f"## {head}", "", "| key | allowed | default | meaning |", "|---|---|---|---|"]
         default = "**required**" if leaf.default is REQUIRED else f"`{_default_text(leaf.default)}`"
         key = leaf.path.replace("*", "<name>")
-        lines.append(f"| `{key}` | {_cell(leaf.allowed)} | {default} | {_cell(leaf.description)} |")
+        allowed = f"one of {', '.join(registered[leaf.path])}" if leaf.path in registered else leaf.allowed
+        lines.append(f"| `{key}` | {_cell(allowed)} | {default} | {_cell(leaf.description)} |")
     return "\n".join(lines) + "\n"
 
 

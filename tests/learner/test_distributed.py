@@ -14,7 +14,7 @@ from rank_worker import one_case, run_ranks
 from pipeline.config.schema import Config
 from pipeline.core.tensors import unpack
 from pipeline.learner.accumulator import count_pairs
-from pipeline.learner.distributed import DistributedContext, assign_micro_batches
+from pipeline.learner.distributed import Assignment, DistributedContext, assign_micro_batches
 from pipeline.learner.learner import Learner
 from pipeline.learner.micro_batch import micro_batch_specs
 from pipeline.runs import checkpoint
@@ -139,7 +139,7 @@ def test_every_micro_batch_counts_once_and_ranks_meet_in_equal_calls(parts):
     assert sorted(each.index for mine in shares for each in mine if each.counts) == list(range(len(kinds)))
     assert len({tuple(kinds[each.index] for each in mine) for mine in shares}) == 1
     if parts == 1:
-        assert shares[0] == [(i, True) for i in range(len(kinds))]
+        assert shares[0] == [Assignment(i, True) for i in range(len(kinds))]
 
 
 def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, tiny_sd3, tmp_path):
