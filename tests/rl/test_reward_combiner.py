@@ -453,7 +453,7 @@ def test_config_errors_name_the_key(tmp_path):
     path.write_text("generator: {pretrained: x}\nprompts: {train: t.txt}\nrewards: {a: {scorer: ocr}}\n")
     for override, parts in (
         ("rewards.a.normalize=stepp", ["rewards.a.normalize", "did you mean step?"]),
-        ("rewards.a.clip=[1]", ["rewards.a.clip", "list of (number)"]),
+        ("rewards.a.clip=[1]", ["rewards.a.clip", "list of 2 (number)"]),
         ("rewards.a.clip=[2, 1]", ["clip: found [2.0, 1.0]"]),
         ("rewards.a.segments.aggregate=mim", ["rewards.a.segments.aggregate", "'mim'"]),
         ("rewards.a.segments.aggregate=0", ["rewards.a.segments.aggregate", "> 0"]),
