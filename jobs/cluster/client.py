@@ -222,7 +222,9 @@ class JobsCluster(Cluster):
 
 def _value(answer: dict[str, Any]) -> Any:
     if "error" in answer:
-        kind = getattr(errors, answer.get("kind", ""), RunFailed)
+        kind = getattr(errors, str(answer.get("kind")), None)
+        if not (isinstance(kind, type) and issubclass(kind, errors.RushesError)):
+            kind = RunFailed
         raise kind(answer["error"])
     return answer["value"]
 

@@ -35,6 +35,7 @@ def export(
     """
     from jobs.common.load_trained import find_trained, read_weights
     from jobs.common.quiet import quiet_libraries
+    from pipeline.generators.export_folder import check_replaceable
     from pipeline.tools import preflight
 
     console = make_console()
@@ -50,8 +51,10 @@ def export(
     folder = out or trained.path.parent.parent / "exports" / f"step-{trained.step:06d}-{format_}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file; choose another folder")
-    if folder.exists() and any(folder.iterdir()) and not force:
-        raise ConfigError(f"--out {folder}: is not empty; choose another folder or add --force to replace it")
+    if folder.exists() and any(folder.iterdir()):
+        if not force:
+            raise ConfigError(f"--out {folder}: is not empty; choose another folder or add --force to replace it")
+        check_replaceable(folder, "--out", [trained.path, Path(cfg.generator.pretrained).expanduser()])
     preflight.check_writable(folder.parent, "--out")
     preflight.check_generator(cfg, [], [])
 

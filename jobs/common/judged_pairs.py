@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.common.score_files import Item, checked_item
+from jobs.common.score_files import Item, checked_item, item_of_row
 from pipeline.core.errors import InputError
 from pipeline.core.files import did_you_mean
 
@@ -93,5 +93,4 @@ def _item(row: dict[str, Any], side: str, prompt: str, path: Path, folder: Path,
         column = f"bytes_{side}" if f"bytes_{side}" in row else f"path_{side}"
         expected = "bytes" if column[0] == "b" else "a path"
         raise InputError(f"{where}: {column} must be {expected}, found {relative_path!r:.40}")
-    file = path.parent / relative_path
-    return checked_item(str(file), file, prompt, row.get("metadata"), where, row.get("image"), path.parent)
+    return item_of_row(path, relative_path, prompt, row, where)

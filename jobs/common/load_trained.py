@@ -19,7 +19,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError
 from pipeline.core.files import nearest
-from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_safetensors, lora_files
+from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_lora, lora_files
 from pipeline.runs.remote_sync import local_run
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def find_trained(path: Path, step: int | None = None) -> Trained:
         )
     adapters = [] if (path / "model_index.json").exists() else lora_files(path)
     if adapters:
-        for file in adapters:
-            check_safetensors(file)
+        check_lora(adapters)
         return Trained(label=str(path), kind="lora", path=path)
     if (path / "model_index.json").exists():
         check_diffusers_folder(path)

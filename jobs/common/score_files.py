@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ import numpy as np
 from pipeline.core.errors import InputError, RewardError, RushesError
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import list_media, read_media
+from pipeline.core.named_files import FIX, named_file, named_files
 from pipeline.core.prompts import MAX_CHARACTERS
+from pipeline.core.safe_paths import path_inside
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.routing import KEY as ROUTING_KEY
@@ -28,6 +30,7 @@ from pipeline.rewards.runner import RewardRunner
 if TYPE_CHECKING:
     from rich.console import Console
 
+_COPY = "a prompt lies beside its picture: copy the text there"
 SAVE_EVERY_S = 5.0
 BATCH = 16
 BATCH_BYTES = 256 * 2**20  # of decoded frames; larger files are scored in smaller batches
@@ -43,6 +46,7 @@ class Item:
     metadata: dict[str, Any]
     error: str | None = None
     image: str | None = None  # the prompt's own picture: the source of an edit, a reference
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `PromptItem.files`
 
 
 def score_items(items: list[Item], runners: dict[str, RewardRunner], rows: Rows, out: Path, console: Console) -> int:
@@ -81,20 +85,35 @@ def find_items(path: Path, prompt: str | None) -> list[Item]:
     if path.is_dir() and (path / "takes.parquet").exists():  # what `rushes generate` writes
         table = {item.path: item for item in _items_of_table(path / "takes.parquet", None)}
     return [
-        table[file] if file in table and prompt is None else _item_of_file(file, prompt) for file in list_media(path)
+        table[file] if file in table and prompt is None else _item_of_file(file, prompt, path)
+        for file in list_media(path)
     ]
 
 
-def _item_of_file(file: Path, prompt: str | None) -> Item:
+def _item_of_file(file: Path, prompt: str | None, root: Path) -> Item:
     sidecar = file.with_suffix(".txt")
     if prompt is None and sidecar.is_file():
         try:
+            path_inside(root if root.is_dir() else file.parent, str(sidecar.absolute()), str(sidecar), _COPY)
             prompt = sidecar.read_text("utf-8").strip()
         except UnicodeDecodeError:
             return Item(str(file), file, "", {}, f"{sidecar}: is not UTF-8 text; save the file as UTF-8")
         except OSError as error:
             return Item(str(file), file, "", {}, f"cannot read {describe_os_error(error, sidecar)}")
+        except InputError as error:
+            return Item(str(file), file, "", {}, str(error))
     return checked_item(str(file), file, prompt or "", None, str(sidecar))
+
+
+def item_of_row(table: Path, file_name: str, prompt: str, row: dict[str, Any], where: str) -> Item:
+    """The item of a row that names `file_name`, relative to the table. A file outside the table's folder is the item's
+    error."""
+    file = table.parent / file_name
+    try:
+        path_inside(table.parent, file_name, f"{where}: path", FIX)
+    except InputError as error:
+        return Item(str(file), file, prompt[:MAX_CHARACTERS], {}, str(error))
+    return checked_item(str(file), file, prompt, row.get("metadata"), where, row.get("image"), table.parent)
 
 
 def checked_item(
@@ -114,13 +133,13 @@ def checked_item(
         metadata = dict(metadata)
     if metadata is not None and not isinstance(metadata, dict):
         return Item(name, path, prompt, {}, f"{where}: metadata must be a mapping, found {metadata!r:.60}")
-    if image is not None:
-        file = folder / str(image)
-        if not isinstance(image, str) or not file.is_file():
-            text = f"{where}: image {image!r:.80} is not there; paths are relative to the table"
-            return Item(name, path, prompt, {}, text)
-        image = str(file.absolute())
-    return Item(name, path, prompt, {k: v for k, v in (metadata or {}).items() if v is not None}, image=image)
+    kept = {k: v for k, v in (metadata or {}).items() if v is not None}
+    try:
+        image = str(named_file(folder, image, f"{where}: image")) if image is not None else None
+        kept, files = named_files(kept, folder, f"{where}: metadata")
+    except InputError as error:
+        return Item(name, path, prompt, {}, str(error))
+    return Item(name, path, prompt, kept, image=image, files=files)
 
 
 def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
@@ -146,9 +165,7 @@ def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
         text = prompt if prompt is not None else row.get("prompt") or ""
         if not isinstance(row["path"], str) or not isinstance(text, str):
             raise InputError(f"{table}, row {number}: 'path' and 'prompt' must be text")
-        file = table.parent / row["path"]
-        where = f"{table}, row {number}"
-        items.append(checked_item(str(file), file, text, row.get("metadata"), where, row.get("image"), table.parent))
+        items.append(item_of_row(table, row["path"], text, row, f"{table}, row {number}"))
     if not items:
         raise InputError(f"{table}: lists no files; fill the column 'path'")
     return items
@@ -213,7 +230,7 @@ def _score_batch(batch: Batch, runners: dict[str, RewardRunner], rows: Rows, don
 def _takes(index: int, item: Item, media: Media) -> Takes:
     # Routing of prompts to rewards is for training; here the user chose the rewards by name.
     metadata = {key: value for key, value in item.metadata.items() if key != ROUTING_KEY}
-    prompt = PromptItem(index=index, text=item.prompt, image=item.image, metadata=metadata)
+    prompt = PromptItem(index=index, text=item.prompt, image=item.image, metadata=metadata, files=item.files)
     return Takes(media, [prompt], None)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from jobs.shapes.card import evaluate, write_card
 from jobs.shapes.parts import RECIPES, TEXT_LENGTH, ImageParts, Recipe, VideoParts, build_tokenizer
+from pipeline.generators.export_folder import check_replaceable
 from pipeline.rewards.models import scene_world
 
 CAPTION_VARIANTS = 4  # captions drawn per scene, each wrong or right by its own coin
@@ -265,6 +266,8 @@ def main() -> None:
     recipe = replace(recipe, steps=options.steps or recipe.steps)
     recipe = replace(recipe, wrong=recipe.wrong if options.wrong is None else options.wrong)
     out = options.out or Path("models") / f"shapes-{options.kind}"
+    if out.exists():
+        check_replaceable(out, "--out", [])
     out.parent.mkdir(parents=True, exist_ok=True)
 
     started = time.time()

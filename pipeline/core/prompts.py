@@ -1,8 +1,8 @@
 """Prompt sets: .txt (a line each, verbatim; blank lines are skipped), .jsonl or .parquet, and the cursor over them.
 
 Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file), `metadata`
-(a mapping handed to the scorers; in parquet a struct, a map or JSON text). Everything wrong with a row is an
-`InputError` that names file and line (parquet: row, from 1).
+(a mapping handed to the scorers; in parquet a struct, a map or JSON text). Pictures that a row names lie in the file's
+own folder or below it. Everything wrong with a row is an `InputError` that names file and line (parquet: row, from 1).
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.code_names import pipeline_names
 from pipeline.core.errors import CheckpointError, InputError
 from pipeline.core.files import describe_os_error, did_you_mean
+from pipeline.core.named_files import named_file, named_files
 from pipeline.core.types import PromptItem
 
 MAX_CHARACTERS = 4000
@@ -133,18 +135,12 @@ def _item(path: Path, where: str, index: int, row: dict[str, Any]) -> PromptItem
         if value is not None and "\x00" in value:
             raise InputError(f"{place}: the {name} holds a NUL character; remove it")
     if image is not None:
-        if not isinstance(image, str) or not image:
-            raise InputError(f"{place}: 'image' must be a path, found {image!r:.60}")
-        file = path.parent / image
-        if not file.is_file():
-            raise InputError(
-                f"{place}: image {image!r} is not there (looked for {file}); paths are relative to the prompts file"
-            )
-        image = str(file.absolute())
+        image = str(named_file(path.parent, image, f"{place}: image"))
     if metadata is not None and not isinstance(metadata, dict):
         raise InputError(f"{place}: 'metadata' must be a mapping, found {metadata!r:.60}")
     kept = {k: v for k, v in (metadata or {}).items() if v is not None}  # parquet fills absent fields with null
-    return PromptItem(index=index, text=text, negative=negative, image=image, metadata=kept)
+    kept, files = named_files(kept, path.parent, f"{place}: metadata")
+    return PromptItem(index=index, text=text, negative=negative, image=image, metadata=kept, files=files)
 
 
 # -------------------------------------------------------------------------------------- what the encoder can hold
@@ -224,8 +220,10 @@ def _default_sequence_length(folder: Path) -> int | None:
         name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
         import diffusers
 
+        if name not in pipeline_names():
+            return None
         default = inspect.signature(getattr(diffusers, name).__call__).parameters["max_sequence_length"].default
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return default if isinstance(default, int) else None
 

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.safe_paths import relative_name
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _ARROW = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
@@ -97,14 +98,20 @@ class Store:
         return str(PurePosixPath(self._root, name)) if name else self._root
 
     def files(self, below: str = "") -> dict[str, int]:
-        """Name -> bytes of all files below `below`; {} where there is nothing."""
+        """Name -> bytes of all files below `below`; {} where there is nothing.
+
+        Names are relative, without `..`: `InputError` for a store that lists others.
+        """
         from pyarrow import fs
 
         with self._doing("list", below):
             selector = fs.FileSelector(self._path(below), recursive=True, allow_not_found=True)
             found = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
         root = self._path("").rstrip("/") + "/"
-        return {info.path.removeprefix(root): info.size for info in found}
+        sizes = {info.path.removeprefix(root): info.size for info in found}
+        for name in sizes:
+            relative_name(name, f"a file in {self.url}", "delete or rename it in the store")
+        return sizes
 
     def read(self, name: str) -> bytes | None:
         """None where there is no such file."""

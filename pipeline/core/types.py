@@ -20,7 +20,8 @@ class PromptItem:
     text: str
     negative: str | None = None
     image: str | None = None  # path of a conditioning image
-    metadata: dict[str, Any] = field(default_factory=dict)  # for scorers
+    metadata: dict[str, Any] = field(default_factory=dict)  # for scorers; never names a file by itself
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # metadata key -> paths that it named, checked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

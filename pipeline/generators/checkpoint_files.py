@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.code_names import check_kernels, check_lora_settings, check_model_index, check_own_code
 from pipeline.core.errors import InputError
 from pipeline.core.files import describe_os_error
+from pipeline.core.safe_paths import check_regular
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # their component names in diffusers
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights
@@ -29,6 +31,7 @@ def is_local(pretrained: str) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `InputError`."""
+    check_regular(path)
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -45,6 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_safetensors(path: Path) -> dict[str, Any]:
     """Returns the header (name -> dtype, shape, data_offsets). Raises `InputError` if it or the length is wrong."""
     again = "the file is corrupt or cut off, copy it again"
+    check_regular(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -67,8 +71,11 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     return header
 
 
-def check_diffusers_folder(folder: Path) -> dict[str, str]:
-    """Returns component -> class name of a complete diffusers folder. Raises `InputError` naming what is wrong."""
+def check_diffusers_folder(folder: Path, own_class: bool = True) -> dict[str, str]:
+    """Returns component -> class name of a complete diffusers folder. Raises `InputError` naming what is wrong.
+
+    `own_class`: it is loaded as the pipeline class that it names.
+    """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise InputError(
@@ -81,16 +88,12 @@ def check_diffusers_folder(folder: Path) -> dict[str, str]:
             "pipeline.save_pretrained(folder)"
         )
     index = read_json(folder / "model_index.json")
-    if not isinstance(index.get("_class_name"), str):
-        raise InputError(
-            f"{folder / 'model_index.json'}: names no pipeline class (_class_name); copy the checkpoint again"
-        )
+    entries = check_model_index(index, folder / "model_index.json", own_class)
+    check_own_code(folder, entries)
     components = {}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
-            continue
-        components[name] = str(entry[1])
-        _check_component(folder / name, str(entry[1]))
+    for name, (_, cls) in entries.items():
+        components[name] = cls
+        _check_component(folder / name, cls)
     if not components:
         raise InputError(f"{folder / 'model_index.json'}: lists no components; copy the checkpoint again")
     return components
@@ -110,7 +113,7 @@ def _check_component(folder: Path, cls: str) -> None:
         if not any(folder.glob("*.json")):
             raise InputError(f"{folder}: holds no processor settings; copy the checkpoint again")
     else:
-        read_json(folder / "config.json")
+        check_kernels(read_json(folder / "config.json"), folder / "config.json")
         _check_weights(folder)
 
 
@@ -126,7 +129,8 @@ def _check_weights(folder: Path) -> None:
             )
         raise InputError(f"{folder}: holds no .safetensors weights; copy the checkpoint again")
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(read_json(index).get("weight_map", {}).values())
+        places = read_json(index).get("weight_map", {})
+        shards = {str(name) for name in places.values()} if isinstance(places, dict) else set()
         missing = sorted(shards - {file.name for file in files})
         if missing:
             raise InputError(f"{folder / missing[0]}: this part of the weights is missing; copy the checkpoint again")
@@ -140,6 +144,23 @@ def lora_files(folder: Path) -> list[Path]:
     if (folder / "README.md").exists():  # a run's folder has an export inside, but none of its own
         found += [part / name for part in sorted(folder.iterdir()) for name in (LORA_FILE, ADAPTER_FILE)]
     return [path for path in found if path.is_file()]
+
+
+def check_lora(files: list[Path]) -> None:
+    """Whole safetensors, with settings that hold nothing but a LoRA's. Raises `InputError` naming the file."""
+    for file in files:
+        metadata = check_safetensors(file).get("__metadata__") or {}
+        if "lora_adapter_metadata" in metadata:  # diffusers makes PEFT's config of it
+            try:
+                settings = json.loads(metadata["lora_adapter_metadata"])
+            except (TypeError, ValueError):
+                settings = metadata["lora_adapter_metadata"]
+            check_lora_settings(settings, f"{file}: lora_adapter_metadata")
+        if file.name == ADAPTER_FILE:
+            settings = read_json(file.parent / "adapter_config.json")
+            check_lora_settings(settings, str(file.parent / "adapter_config.json"))
+            if settings.get("peft_type") != "LORA":
+                raise InputError(f"{file.parent / 'adapter_config.json'}: has no peft_type LORA; export the LoRA again")
 
 
 def weight_bytes(folder: Path) -> int:

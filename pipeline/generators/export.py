@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import WeightSet
 from pipeline.generators import adapters
-from pipeline.generators.checkpoint_files import ADAPTER_FILE, LORA_FILE, lora_files
+from pipeline.generators.checkpoint_files import ADAPTER_FILE, LORA_FILE, check_lora, lora_files
 from pipeline.generators.load.pipeline import load_pipeline, trained_modules
 
 
@@ -32,7 +33,8 @@ def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
 
 def _fresh(out: Path) -> Path:
     """A scratch folder beside `out`, so that a half-written export is never taken for a whole one."""
-    scratch = out.with_name(out.name + ".partial")
+    out = out.absolute()
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.parent.mkdir(parents=True, exist_ok=True)
     return scratch
@@ -94,11 +96,14 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
 
 
 def load_lora(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Puts an export of `export_lora` in place, as its README says. Raises what diffusers and PEFT raise."""
-    for path in lora_files(folder):
+    """Puts an export of `export_lora` in place, as its README says. Raises InputError for settings that are not a plain
+    LoRA's, and what diffusers and PEFT raise."""
+    files = lora_files(folder)
+    check_lora(files)
+    for path in files:
         name = path.parent.name
         if path.parent == folder:
-            pipe.load_lora_weights(folder)
+            pipe.load_lora_weights(folder, weight_name=LORA_FILE, use_safetensors=True)
         elif path.name == LORA_FILE:
             getattr(pipe, name).load_lora_adapter(path.parent, prefix=None, use_safetensors=True)
         else:

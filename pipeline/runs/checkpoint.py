@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import CheckpointError
+from pipeline.core.errors import CheckpointError, InputError
 from pipeline.core.files import describe_os_error
+from pipeline.core.safe_paths import check_regular, file_inside
 from pipeline.runs import remote_sync
 
 if TYPE_CHECKING:
@@ -187,27 +188,37 @@ def verify(folder: Path) -> None:
 
 def _problem(folder: Path) -> str | None:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(_read(folder / MANIFEST))
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version of Rushes reads {FORMAT}"
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
+    except InputError as error:
+        return str(error)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable JSON of the expected form"
     missing = {TENSORS, STATE, IDENTITY} - set(files)
     if missing:
         return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
     for name, (size, sha) in files.items():
-        path = folder / name
         try:
+            path = file_inside(folder, name, MANIFEST, "copy the checkpoint again")
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, {size} were written"
             if _fingerprint(path)["sha256"] != sha:
                 return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        except InputError as error:
+            return str(error)
     return None
+
+
+def _read(path: Path) -> str:
+    """Raises `InputError` for what is no regular file, else what opening it raises."""
+    check_regular(path)
+    return path.read_text()
 
 
 def latest(root: Path) -> Path | None:
@@ -224,8 +235,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """{"learner": ..., "controller": ...} without reading any tensor."""
     remote_sync.fetch_checkpoint(folder)
     try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(_read(folder / STATE))
+    except (OSError, ValueError, InputError) as error:
         raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read: {error}") from error
 
 
@@ -240,9 +251,9 @@ def _with_defaults(old: dict[str, Any], cfg: Config) -> dict[str, Any]:
 def check_config(folder: Path, cfg: Config) -> None:
     """Refuses to go on with another config. Raises `CheckpointError` naming the first key that differs."""
     try:
-        saved = json.loads((folder / IDENTITY).read_text())
+        saved = json.loads(_read(folder / IDENTITY))
         old, digest = saved["config"], saved["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
         raise CheckpointError(f"checkpoint {folder}: {IDENTITY} cannot be read: {error}") from error
     new = identity(cfg)
     if digest == _digest(new):

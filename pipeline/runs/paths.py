@@ -20,7 +20,7 @@ from pipeline.runs import remote_sync
 
 _HANDLER = "rushes run.log"
 _SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credential)", re.IGNORECASE)
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def default_name(config_path: Path, now: datetime, taken: Path) -> str:
 
 def check_name(name: str) -> None:
     """Raises `ConfigError` for what cannot be a run's name."""
-    if not _RUN_NAME.match(name):
+    if not _RUN_NAME.fullmatch(name):
         raise ConfigError(
             f"run.name: {name!r} cannot be a folder's name; use letters, digits, '.', '_' and '-' (at most 100)"
         )
@@ -120,6 +120,7 @@ def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDi
 def find_resumable(cfg: Config, config_path: Path) -> RunDir:
     """The run that --resume means: run.name, or the newest unfinished run of this config. Raises `ConfigError`."""
     if cfg.run.name:
+        check_name(cfg.run.name)
         run = RunDir(cfg.run.dir / cfg.run.name)
         if remote_sync.exists(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
@@ -154,6 +155,7 @@ def resume_or_create(cfg: Config, config_path: Path) -> tuple[RunDir, bool]:
     """
     if not cfg.run.name:
         raise ConfigError("--resume-or-start: run.name is not set; give one, so that every try means the same run")
+    check_name(cfg.run.name)
     run = RunDir(cfg.run.dir / cfg.run.name)
     if run.path.is_dir() or remote_sync.exists(run.path):
         return find_resumable(cfg, config_path), True

@@ -14,9 +14,11 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RushesError
+from pipeline.core.safe_paths import path_inside
 from pipeline.core.storage import Store, is_url, local_folder, shown, url_of
 
 MANIFEST = "MANIFEST.json"
@@ -24,6 +26,7 @@ LEASE = "WRITER.json"
 INTERVAL_S = 20.0  # between uploads of what has grown; also how often the lease is renewed
 STALE_S = 75.0  # a lease that is not renewed in this time belonged to a process that is gone
 _OWN = ("checkpoints", "export", "exports")  # uploaded by who writes them
+_STEP = re.compile(r"step-(\d{6,})")
 _PARTS = re.compile(
     r"(?P<runs>[a-z][a-z0-9+.-]*://.*?)/(?P<name>[^/?]+)(?P<part>/checkpoints/step-\d+|/exports?(/[^/?]+)?|)/?(?P<query>\?.*|)"
 )
@@ -62,7 +65,7 @@ def fetch_checkpoint(folder: Path) -> None:
     """Makes `folder` a local copy of the store's, unless it is there. A checkpoint that the store does not have
     completely is left for the caller to miss. Raises `RushesError`."""
     store = store_of(folder.parent.parent)
-    if store is None or (folder / MANIFEST).exists():
+    if store is None or not _STEP.fullmatch(folder.name) or (folder / MANIFEST).exists():
         return
     below = f"checkpoints/{folder.name}"
     names = [name.removeprefix(f"{below}/") for name in store.files(below)]
@@ -71,7 +74,7 @@ def fetch_checkpoint(folder: Path) -> None:
     partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     for name in names:
-        store.download(f"{below}/{name}", partial / name)
+        store.download(f"{below}/{name}", _local(partial, name))
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
 
@@ -81,11 +84,24 @@ def fetch_newest_checkpoint(checkpoints: Path) -> None:
     store = store_of(checkpoints.parent)
     if store is None:
         return
-    there = [name.split("/")[1] for name in store.files("checkpoints") if name.endswith(f"/{MANIFEST}")]
-    here = [path.parent.name for path in checkpoints.glob(f"step-*/{MANIFEST}")]
-    if there and max(there) > max(here, default=""):
-        fetch_checkpoint(checkpoints / max(there))
+    there = _steps(name for name in store.files("checkpoints") if name.count("/") == 2)
+    here = _steps(path.relative_to(checkpoints.parent).as_posix() for path in checkpoints.glob(f"step-*/{MANIFEST}"))
+    if there and max(there) > max(here, default=-1):
+        fetch_checkpoint(checkpoints / there[max(there)])
         fetch_files(checkpoints.parent)
+
+
+def _steps(names: Iterable[str]) -> dict[int, str]:
+    """Step -> folder of the `checkpoints/step-N/MANIFEST.json` among the names; other folders are no checkpoints."""
+    parts = [name.split("/") for name in names if name.endswith(f"/{MANIFEST}")]
+    return {int(found[1]): part[1] for part in parts if (found := _STEP.fullmatch(part[1]))}
+
+
+def _local(folder: Path, name: str) -> Path:
+    """Where a file that the store lists goes: inside the folder, whatever links lie there. Raises `InputError`."""
+    return path_inside(
+        folder, name, f"a file in {shown(folder)}", "delete it in the store, or the link on this machine"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- other files
@@ -112,9 +128,10 @@ def fetch_files(run: Path) -> None:
     if store is None:
         return
     for name, size in store.files().items():
-        if name.split("/")[0] in (*_OWN, "takes", LEASE):
+        parts = name.split("/")
+        if parts[0] in (*_OWN, "takes", LEASE) or any(part.startswith(".") for part in parts):
             continue
-        target = run / name
+        target = _local(run, name)
         if not target.exists() or target.stat().st_size != size:
             store.download(name, target)
 
@@ -129,7 +146,7 @@ def local_run(given: str | Path) -> Path:
     if not is_url(text) or Path(given).exists():
         return Path(given)
     found = _PARTS.fullmatch(text)
-    if not found:
+    if not found or ".." in text.split("?")[0].split("/"):
         raise InputError(f"{text}: names no run; give its folder and its name, such as s3://bucket/runs/NAME")
     try:
         run = local_folder(found["runs"] + found["query"]) / found["name"]
@@ -149,7 +166,7 @@ def local_run(given: str | Path) -> Path:
         fetch_newest_checkpoint(run / "checkpoints")
     else:
         for name in store.files(path.relative_to(run).as_posix()):
-            store.download(name, run / name)
+            store.download(name, _local(run, name))
     return path
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config.resources import ROLE_RESOURCES, WorkerRange, total_resources
 from pipeline.config.schema import Config
+from pipeline.core.code_names import pipeline_names
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.files import describe_os_error, did_you_mean
 from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_locations
@@ -30,6 +31,7 @@ from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import check_reward
 from pipeline.rl.objectives import check_objective
 from pipeline.rl.samplers import check_sampler, samplers_for
+from pipeline.runs.paths import check_name
 
 _TRACKERS = {
     "tensorboard": ("tensorboardX", "tensorboard"),
@@ -55,6 +57,8 @@ class Preflight:
 def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Preflight:
     """Raises the first thing that is wrong. `run_dir`: the run's folder, if it is known already. `dry`: a machine that
     is too small for the config is noted (`lacking`) and not refused, so that recipes can be checked anywhere."""
+    if cfg.run.name:
+        check_name(cfg.run.name)
     check_sampler(cfg)
     check_objective(cfg)
     check_samplers(cfg)
@@ -138,7 +142,9 @@ def check_generator(cfg: Config, train: list[PromptItem], heldout: list[PromptIt
     if not is_local(cfg.generator.pretrained):
         return {}
     folder = Path(cfg.generator.pretrained).expanduser()
-    components = _under_key("generator.pretrained", lambda: check_diffusers_folder(folder))
+    components = _under_key(
+        "generator.pretrained", lambda: check_diffusers_folder(folder, cfg.generator.pipeline is None)
+    )
     if not set(DENOISERS) & set(components):
         raise ConfigError(
             f"generator.pretrained: {folder} has none of {', '.join(DENOISERS)} (components: "
@@ -165,11 +171,9 @@ def _check_pipeline_name(name: str | None) -> None:
     """diffusers lists its classes in its __init__, which is read and not imported."""
     if name is None:
         return
-    spec = importlib.util.find_spec("diffusers")
-    source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
-    known = sorted(set(re.findall(r'"(\w+Pipeline)"', source)))
-    if name not in known:
-        hint = did_you_mean(name, known) or "; it must be one of diffusers' own, such as LTXImageToVideoPipeline"
+    if name not in pipeline_names():
+        hint = did_you_mean(name, sorted(pipeline_names()))
+        hint = hint or "; it must be one of diffusers' own, such as LTXImageToVideoPipeline"
         raise ConfigError(f"generator.pipeline: diffusers has no pipeline class {name!r}{hint}")
 
 

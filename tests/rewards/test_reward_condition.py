@@ -56,7 +56,7 @@ def test_a_picture_keeps_to_its_own_edges_and_not_to_anothers(tmp_path):
     path = save(tmp_path, "edges.png", canny(frames[0, 0], 100, 200) * 255)
     values = run("condition", Media(frames=frames, fps=1), tiny.items("a", "a", image=path), kind="edges").values
     assert values[0] == 1.0 and values[1] < 0.5
-    named = tiny.items("a", "a", image="no.png", metadata={"condition": path})
+    named = tiny.items("a", "a", image="no.png", files={"condition": (path,)})
     np.testing.assert_array_equal(run("condition", Media(frames=frames, fps=1), named, kind="edges").values, values)
 
 

@@ -67,7 +67,7 @@ def test_cosine_of_aligned_faces_and_the_usual_mistakes_are_noticed(models, tmp_
     cells = [(8, 9), (11, 17)]
     frames = np.stack([picture([cell], seed=i) for i, cell in enumerate(cells)])
     paths = rows(tmp_path, [(9, 12), (7, 14)])
-    prompts = items("one", "two", metadata={"reference": paths})
+    prompts = items("one", "two", files={"reference": tuple(paths)})
 
     def expected(**options):
         targets = [by_hand(picture([c], seed=50 + i), c, w, b, **options) for i, c in enumerate([(9, 12), (7, 14)])]

@@ -31,8 +31,8 @@ def test_clip_i_dino_and_their_harmonic_use(clip, reference, tmp_path):
     paths = [str(reference / f"{i}.png") for i in range(2)]
     prompts = [
         PromptItem(index=0, text="a", image=paths[0]),
-        PromptItem(index=1, text="b", metadata={"reference": paths}),
-        PromptItem(index=2, text="c", image=paths[1], metadata={"reference": paths[0]}),
+        PromptItem(index=1, text="b", files={"reference": tuple(paths)}),
+        PromptItem(index=2, text="c", image=paths[1], files={"reference": (paths[0],)}),
     ]
     shown = pil(media) + [Image.open(p) for p in paths]
     images, words, _, _ = whole_clip(clip, normalised([centred(p) for p in shown]), ["a", "b", "c", "", ""])

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import InputError, RushesError
+from pipeline.core.safe_paths import check_regular
 from pipeline.core.types import PromptItem, SamplingSpec
 from pipeline.generators.call.quirks import quirk_for
 
@@ -127,6 +128,7 @@ def _load(name: str, value: Any) -> Any:
         return value
     from PIL import Image
 
+    check_regular(path)
     try:
         if suffix in _IMAGE_SUFFIXES:
             return Image.open(path).convert("L" if "mask" in name else "RGB")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeline.config.schema import GeneratorConfig, TrainableConfig
+from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, tree_bytes
 from pipeline.generators.checkpoint_files import DENOISERS
@@ -20,6 +21,13 @@ from pipeline.generators.load.processors import processors_without_torchvision
 
 # Bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB.
 _REMEMBERED = 256 * 2**20
+# What may be advised for installation: packages that diffusers and transformers name themselves. Any other name in an
+# error may have come from the checkpoint.
+_ADVISED = frozenset(
+    "accelerate beautifulsoup4 bitsandbytes blobfile cosmos-guardrail einops ftfy gguf invisible-watermark k-diffusion "
+    "librosa note-seq onnxruntime opencv-python optimum-quanto peft pillow protobuf scipy sentencepiece tiktoken timm "
+    "torchao torchaudio torchsde torchvision".split()
+)
 _CANNOT_LOAD = (
     OSError,
     ValueError,
@@ -50,6 +58,8 @@ def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
     where = "folder" if Path(cfg.pretrained).is_dir() else "hub id"
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     package = missing_package(error)
+    if package is None:
+        cause = re.sub(r"`?pip install [^`;,)]*`?", "(…)", cause)
     if package is not None:
         return InputError(
             f"generator.pretrained: the {where} {cfg.pretrained!r} needs the package {package}, which is not installed "
@@ -62,7 +72,8 @@ def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
 
 
 def missing_package(error: Exception) -> str | None:
-    """The package whose absence an exception of diffusers or transformers speaks of; None where it does not."""
+    """The package whose absence an exception of diffusers or transformers speaks of; None where it does not, or where
+    the name is none of theirs."""
     if isinstance(error, NameError):  # diffusers imports what needs torchvision only where it is installed
         return None if find_spec("torchvision") else "torchvision"
     if not isinstance(error, ImportError):
@@ -70,7 +81,8 @@ def missing_package(error: Exception) -> str | None:
     for pattern in (r"pip install ([\w.\[\]-]+)", r"requires the ([\w-]+) library", r"No module named '(\w+)"):
         found = re.search(pattern, str(error))
         if found:
-            return found[1].lower().strip(".")
+            package = found[1].lower().strip(".")
+            return package if package.replace("_", "-") in _ADVISED else None
     return None
 
 
@@ -85,15 +97,19 @@ def load_pipeline(
     _no_progress_bars()
     quantised = _quantised_pipeline(cfg)
     # Without being told so, diffusers refuses a checkpoint that was saved without a component (SD3's third encoder).
-    absent = [name for name, entry in model_index(cfg).items() if entry in ([None, None], (None, None))]
+    index = model_index(cfg)
+    absent = [name for name, entry in index.items() if entry in ([None, None], (None, None))]
+    kind = pipeline_class(cfg, index)
+    _check_required(kind, index, cfg)
+    never_ask()
     try:
-        pipe = pipeline_class(cfg).from_pretrained(
+        pipe = kind.from_pretrained(
             cfg.pretrained,
             revision=cfg.revision,
             dtype=resolve_dtype(cfg.dtype, device),
             use_safetensors=True,
             **{
-                **processors_without_torchvision(model_index(cfg), cfg.pretrained, cfg.revision),
+                **processors_without_torchvision(index, cfg.pretrained, cfg.revision),
                 **dict.fromkeys([*absent, *skip]),
                 **quantised,
             },
@@ -121,15 +137,22 @@ def channels_last(vae: torch.nn.Module) -> None:
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
-def pipeline_class(cfg: GeneratorConfig) -> type[DiffusionPipeline]:
-    """The class that loads the checkpoint. Raises ConfigError where `generator.pipeline` names none."""
-    if cfg.pipeline is None:
+def pipeline_class(cfg: GeneratorConfig, index: Mapping[str, Any] | None = None) -> type[DiffusionPipeline]:
+    """The class that loads the checkpoint: `generator.pipeline`, else the one that its `index` names.
+
+    Raises ConfigError where diffusers has none of that name.
+    """
+    if cfg.pipeline is None and index is None:
         return DiffusionPipeline
     import diffusers
 
-    found = getattr(diffusers, cfg.pipeline, None)
+    name = cfg.pipeline or str((index or {}).get("_class_name"))
+    found = getattr(diffusers, name, None)
+    if cfg.pipeline is None and hasattr(found, "_backends"):
+        return DiffusionPipeline  # it says which packages the class needs
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
-        raise ConfigError(f"generator.pipeline: diffusers has no pipeline class {cfg.pipeline!r}")
+        where = "generator.pipeline" if cfg.pipeline else f"{cfg.pretrained}/model_index.json: _class_name"
+        raise ConfigError(f"{where}: diffusers has no pipeline class {name!r}; use one of its own")
     return found
 
 
@@ -197,11 +220,25 @@ def _quantised_pipeline(cfg: GeneratorConfig) -> dict[str, Any]:
 
 
 def model_index(cfg: GeneratorConfig) -> dict[str, Any]:
-    """model_index.json. Raises InputError naming the checkpoint."""
+    """model_index.json, with classes of diffusers and transformers only. Raises InputError naming the checkpoint."""
     try:
-        return dict(DiffusionPipeline.load_config(cfg.pretrained, revision=cfg.revision))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        index = dict(DiffusionPipeline.load_config(cfg.pretrained, revision=cfg.revision))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise _explain(cfg, error) from error
+    components = check_model_index(index, f"{cfg.pretrained}/model_index.json", own_class=cfg.pipeline is None)
+    check_own_code(Path(cfg.pretrained), components)
+    return index
+
+
+def _check_required(kind: type[DiffusionPipeline], index: Mapping[str, Any], cfg: GeneratorConfig) -> None:
+    """diffusers takes apart whatever stands for a component, a text of two letters too. Raises InputError."""
+    needed = [name for name, p in inspect.signature(kind.__init__).parameters.items() if p.default is p.empty]
+    for name in [*needed, *kind._optional_components]:
+        if not isinstance(index.get(name), (list, tuple, type(None))):
+            raise InputError(
+                f"{cfg.pretrained}/model_index.json: {name} is {index[name]!r:.80}; expected [library, class]; copy "
+                "the checkpoint again"
+            )
 
 
 def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch.nn.Module | None:
@@ -210,8 +247,9 @@ def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch
     if library is None or cls is None:
         return None
     quantised = {"quantization_config": _quantised(cfg)} if name in DENOISERS and cfg.quantize != "none" else {}
+    factory = component_class(library, cls, f"{cfg.pretrained}/model_index.json: {name}")
+    never_ask()
     try:
-        factory: Any = getattr(importlib.import_module(library), cls)
         return factory.from_pretrained(
             cfg.pretrained,
             subfolder=name,

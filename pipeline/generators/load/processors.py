@@ -51,7 +51,7 @@ def without_video(name: str) -> type | None:
 
     def parts(cls: Any, pretrained: str, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
         made = {
-            part: loaders[part].from_pretrained(pretrained, **kwargs)
+            part: loaders[part].from_pretrained(pretrained, **{**kwargs, "trust_remote_code": False})
             for part in cls.get_attributes()
             if part in loaders
         }

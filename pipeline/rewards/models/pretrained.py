@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.files import did_you_mean
+from pipeline.core.safe_paths import relative_name
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,10 @@ def pretrained(
     logging.set_verbosity_error()  # its table of weights that were not asked for; what is missing is checked here
     try:
         where = None if "state_dict" in kwargs else model
-        loaded, info = cls.from_pretrained(where, use_safetensors=True, dtype=dtype, output_loading_info=True, **kwargs)
+        _check_names(model)
+        loaded, info = cls.from_pretrained(
+            where, use_safetensors=True, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"reward model {model}: {_cause(error)}; {_wanted(model)}") from error
     finally:
@@ -93,6 +97,16 @@ def pretrained(
             f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); it is another kind of model"
         )
     return loaded.eval().requires_grad_(False).to(device)
+
+
+def _check_names(model: str) -> None:
+    """Raises `InputError` where a local checkpoint's config names a kernel of the hub."""
+    from pipeline.core.code_names import check_kernels
+    from pipeline.generators.checkpoint_files import read_json
+
+    file = Path(model) / "config.json"
+    if file.exists():
+        check_kernels(read_json(file), file)
 
 
 def pretrained_config(cls: Any, model: str) -> Any:
@@ -111,7 +125,7 @@ def tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # the tokenizer classes raise anything from KeyError to their own Rust exceptions
         raise InputError(f"tokenizer of {model}: {_cause(error)}; {_wanted(model)}") from error
 
@@ -121,7 +135,7 @@ def image_processor(model: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(model, backend="pil")
+        return AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
     except Exception as error:  # as with tokenizers: a broken JSON, a missing class, a missing file
         raise InputError(f"image processor of {model}: {_cause(error)}; {_wanted(model)}") from error
 
@@ -175,6 +189,8 @@ def read_some(model: str, prefix: str) -> dict[str, torch.Tensor]:
         if index:
             places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
             names = sorted({place for name, place in places.items() if name.startswith(prefix)})
+            for name in names:
+                relative_name(name, str(index), "copy the checkpoint again")
         else:
             names = ["model.safetensors"]
         found: dict[str, torch.Tensor] = {}

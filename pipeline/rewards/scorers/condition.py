@@ -1,15 +1,17 @@
 """Condition consistency (ControlNet++): extract the condition from the picture again and compare it with the given one.
 
-The condition picture comes with the prompt: metadata `condition` (a path), else the prompt's image.
+The condition picture comes with the prompt: metadata `condition` of a prompts file (a path), else the prompt's image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.safe_paths import check_regular
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.canny import canny
@@ -22,6 +24,7 @@ from pipeline.rewards.models.pretrained import (
     pick_device,
     pretrained,
 )
+from pipeline.rewards.scorers.subject import files_of
 
 IGNORED = 255  # class number of pixels that do not count
 
@@ -30,15 +33,14 @@ def condition_picture(prompt: PromptItem, size: tuple[int, int], classes: bool) 
     """uint8 [H, W], resized to `size` (height, width): grey levels, or class numbers as they stand in the file."""
     from PIL import Image
 
-    path = prompt.metadata.get("condition", prompt.image)
-    if not isinstance(path, str) or not path:
-        raise RewardError(f"prompt {prompt.index} has no condition picture; give its row `condition` or an image")
+    path = files_of(prompt, "condition", "`condition` or an image")[0]
     try:
+        check_regular(Path(path))
         with Image.open(path) as file:
             if classes and file.mode not in ("L", "P"):
                 raise RewardError(f"the condition {path} is {file.mode}; class numbers need an 8-bit grey PNG")
             picture = file.copy() if classes else file.convert("L")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, InputError) as error:
         raise RewardError(f"the condition picture {path} cannot be read ({error})") from error
     how = Image.Resampling.NEAREST if classes else Image.Resampling.BILINEAR
     return np.asarray(picture if picture.size == size[::-1] else picture.resize(size[::-1], how))

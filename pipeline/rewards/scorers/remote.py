@@ -66,9 +66,14 @@ class HttpScorer(Scorer):
         return {name: np.concatenate([answer[name] for answer in answers]) for name in names}
 
     def _item(self, frames: np.ndarray, prompt: PromptItem, fps: float) -> dict[str, Any]:
-        item: dict[str, Any] = {"prompt": prompt.text, "metadata": plain(prompt.metadata), "fps": float(fps)}
-        if prompt.image:
-            item["image"] = png_base64(read_picture(prompt.image))
+        metadata, image = prompt.metadata, prompt.image
+        named = [(key, path) for key, paths in prompt.files.items() for path in paths]
+        if not image and len(named) == 1:  # the server reads no files: the one that there is goes along as the picture
+            image = named[0][1]
+            metadata = {key: value for key, value in metadata.items() if key != named[0][0]}
+        item: dict[str, Any] = {"prompt": prompt.text, "metadata": plain(metadata), "fps": float(fps)}
+        if image:
+            item["image"] = png_base64(read_picture(image))
         return item | encode_frames(frames, fps, self.encoding)
 
 

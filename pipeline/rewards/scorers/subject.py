@@ -1,17 +1,20 @@
 """Subject similarity: does the picture show the thing of the reference picture? CLIP-I, DINO, and their use with text.
 
-The reference comes with the prompt: metadata `reference` (a path or a list of paths), else the prompt's image. With
-several references the cosines are averaged, as in DreamBooth's evaluation.
+The reference comes with the prompt: metadata `reference` of a prompts file (a path or a list of paths), else the
+prompt's image. What a client of `rushes serve-reward` writes into metadata is no path here. With several references
+the cosines are averaged, as in DreamBooth's evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.core.errors import RewardError
+from pipeline.core.errors import InputError, RewardError
+from pipeline.core.safe_paths import check_regular
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
@@ -26,13 +29,21 @@ _CACHED = 256  # reference embeddings kept
 
 def references(prompt: PromptItem) -> list[str]:
     """Paths of the prompt's reference pictures. Raises `RewardError` if there is none."""
-    named = prompt.metadata.get("reference", prompt.image)
-    paths = [named] if isinstance(named, str) else named
-    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(p, str) and p for p in paths):
+    return files_of(prompt, "reference", "an image, or `reference` (a path or a list)")
+
+
+def files_of(prompt: PromptItem, key: str, give: str) -> list[str]:
+    """The files that the prompt's row names under `key` of its metadata, else its image. Raises `RewardError`."""
+    if key in prompt.files:
+        return list(prompt.files[key])
+    if key in prompt.metadata:
         raise RewardError(
-            f"prompt {prompt.index} has no reference picture; give its row an image, or `reference` (a path or a list)"
+            f"prompt {prompt.index}: metadata.{key} is {prompt.metadata[key]!r:.80}, which is no picture beside a "
+            "prompts file; correct the path there, or send the picture itself as `image`"
         )
-    return list(paths)
+    if not prompt.image:
+        raise RewardError(f"prompt {prompt.index} has no {key} picture; give its row {give}")
+    return [prompt.image]
 
 
 def read_picture(path: str) -> np.ndarray:
@@ -40,9 +51,10 @@ def read_picture(path: str) -> np.ndarray:
     from PIL import Image
 
     try:
+        check_regular(Path(path))
         with Image.open(path) as file:
             picture = file.convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, InputError) as error:
         raise RewardError(f"the reference picture {path} cannot be read ({error})") from error
     white = Image.new("RGBA", picture.size, "white")
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

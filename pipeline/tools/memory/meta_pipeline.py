@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.config.schema import GeneratorConfig
+from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
 from pipeline.core.errors import InputError, RushesError
 from pipeline.generators.checkpoint_files import DENOISERS, read_json
 from pipeline.generators.load.processors import processors_without_torchvision
@@ -121,33 +122,29 @@ class MetaPipeline:
     def _pipeline(self) -> Any:
         """The pipeline of networks without data, and of tokenizers and schedulers as they are."""
         import diffusers
-        import transformers
 
-        index = read_json(self.folder / "model_index.json")
-        libraries: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+        file = self.folder / "model_index.json"
+        index = read_json(file)
+        components = check_model_index(index, file, own_class=self.cfg.pipeline is None)
+        check_own_code(self.folder, components)
+        never_ask()
         given: dict[str, Any] = processors_without_torchvision(index, str(self.folder))
         for name, entry in index.items():
             if name.startswith("_") or name in given:
                 continue
-            if not (isinstance(entry, list) and len(entry) == 2):
-                given[name] = entry  # an option, such as boundary_ratio
+            if name not in components:
+                given[name] = None if entry == [None, None] else entry  # an option, such as boundary_ratio
                 continue
-            library, cls = entry
-            home = libraries.get(library) or getattr(diffusers.pipelines, str(library), None)
-            kind = getattr(home, cls, None) if cls else None
-            if cls and kind is None:
-                raise CannotPlan(f"{self.folder}: {name} is of the unknown class {library}.{cls}")
-            if kind is None:
-                given[name] = None
-            elif isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            kind = component_class(*components[name], f"{file}: {name}")
+            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
                 given[name] = self.modules[name] = self._network(kind, self.folder / name)
             else:
                 given[name] = kind.from_pretrained(str(self.folder / name))
-        kind = getattr(diffusers, pipeline_name(self.cfg), None)
-        if kind is None:
+        cls: Any = getattr(diffusers, pipeline_name(self.cfg), None)
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
             raise CannotPlan(f"{self.folder}: diffusers has no pipeline class {pipeline_name(self.cfg)}")
-        names = inspect.signature(kind.__init__).parameters
-        return kind(**{name: value for name, value in given.items() if name in names})
+        names = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+        return cls(**{name: value for name, value in given.items() if name in names})
 
     def _network(self, kind: type[torch.nn.Module], folder: Path) -> torch.nn.Module:
         before = torch.get_default_dtype()

@@ -23,16 +23,19 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import encode_png, enlarge, read_media
+from pipeline.core.safe_paths import file_inside
 from pipeline.core.statistics import with_error
 from pipeline.core.takes_table import read_takes
 from pipeline.rl.evaluation import paired_difference
 from pipeline.rl.group_plan import EVALUATION_SEED, SHOWN_PROMPTS
 from pipeline.rl.objectives import get_objective
-from pipeline.runs.tracking import read_jsonl, read_metrics
+from pipeline.runs.tracking import METRICS_FILE, read_jsonl, read_metrics
 from pipeline.tools.report.plots import Line, finite, plot, stacked
 from pipeline.tools.report.rewards import RULES, combining_plots, combining_table
 
 TEMPLATE = Path(__file__).parent / "templates"
+READ = ("config.yaml", METRICS_FILE, "evals.jsonl", "summary.json")  # what of a run is shown, besides takes
+_COPY = "a report shows what lies in the run's own folder: copy the file there"
 MAX_EMBEDDED = 40 * 2**20  # bytes of media inside the file; beyond it they are linked
 THUMBNAIL = 72  # pixels, longer side of a segment's frame
 
@@ -57,6 +60,9 @@ def build_report(run_dir: Path) -> Path:
         raise InputError(f"{run_dir}: no such run folder")
     if not (run_dir / "config.yaml").exists() and not (run_dir / "metrics.jsonl").exists():
         raise InputError(f"{run_dir}: is not a run folder (it has neither config.yaml nor metrics.jsonl)")
+    for name in READ:
+        if (run_dir / name).exists():
+            file_inside(run_dir, name, str(run_dir), _COPY)
     import jinja2
 
     environment = jinja2.Environment(
@@ -307,6 +313,8 @@ def _pairs(run_dir: Path, config: Config | None, problems: list[str]) -> list[di
     cells: dict[tuple[int, int], dict[str, Any]] = defaultdict(lambda: {"before": None, "after": None})
     for column, (step, folder) in zip(("before", "after"), ends, strict=False):
         try:
+            table = f"{folder.relative_to(run_dir)}/takes.parquet"
+            file_inside(run_dir, table, str(run_dir), _COPY)
             rows = read_takes(folder)
         except InputError as error:
             problems.append(str(error))
@@ -324,15 +332,21 @@ def _pairs(run_dir: Path, config: Config | None, problems: list[str]) -> list[di
 
 
 def _cell(run_dir: Path, folder: Path, step: int, row: dict, budget: list[int], problems: list[str]) -> dict[str, Any]:
-    path = folder / row["path"]
+    try:
+        path = file_inside(folder, row["path"], f"{folder / 'takes.parquet'}: path", _COPY)
+    except InputError as error:
+        problems.append(str(error))
+        path = None
     cell: dict[str, Any] = {
         "step": step,
         "reward": row["reward"],
         "scores": {key[7:]: value for key, value in row.items() if key.startswith("reward/") and value is not None},
-        "video": path.suffix == ".mp4",
+        "video": path is not None and path.suffix == ".mp4",
         "src": None,
         "segments": [],
     }
+    if path is None:
+        return cell
     try:
         media = read_media(path)
         data = path.read_bytes()
@@ -344,7 +358,7 @@ def _cell(run_dir: Path, folder: Path, step: int, row: dict, budget: list[int], 
         kind = "video/mp4" if cell["video"] else "image/png"
         cell["src"] = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     else:
-        cell["src"] = path.relative_to(run_dir).as_posix()
+        cell["src"] = path.relative_to(run_dir.absolute()).as_posix()
     cell["segments"] = _segments(row, media.frames[0])
     return cell
 

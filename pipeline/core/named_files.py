@@ -1,0 +1,52 @@
+"""The pictures and clips that the rows of a prompts file or table name: `image`, and in `metadata` `condition`,
+`reference` (a path or a list) and `conditions` (argument of the generator -> file).
+
+They lie in the folder of the file that names them, or below it: whoever is handed a prompts file must not have other
+files of this machine read, and sent to the program that computes a reward.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.safe_paths import file_inside, path_inside
+
+FILE_KEYS = ("condition", "reference")  # in metadata: what scorers read
+SUFFIXES = tuple(f".{kind}" for kind in "png jpg jpeg webp bmp gif tif tiff mp4 m4v mov webm mkv avi".split())
+FIX = "paths are relative to the prompts file or table: put that into a folder above, or copy the picture beside it"
+
+
+def named_file(folder: Path, name: Any, where: str) -> Path:
+    """The file `name` of a row whose table lies in `folder`. Raises `InputError`."""
+    return file_inside(folder, name, where, FIX)
+
+
+def named_files(
+    metadata: dict[str, Any], folder: Path, where: str
+) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """(metadata with the paths in `conditions` made absolute, the files behind `FILE_KEYS`). Raises `InputError`.
+
+    A text without the suffix of a picture or clip is no path. A `condition` or `reference` that is not there is left to
+    the scorer that wants it: a reward of the user's own may mean something else by the key.
+    """
+    files = {}
+    for key in FILE_KEYS:
+        value = metadata.get(key)
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list) and names and all(_is_path(name) for name in names):
+            paths = [path_inside(folder, name, f"{where}.{key}", FIX) for name in names]
+            if all(path.exists() for path in paths):
+                files[key] = tuple(str(named_file(folder, name, f"{where}.{key}")) for name in names)
+    conditions = metadata.get("conditions")
+    if isinstance(conditions, dict):
+        found = {
+            name: str(named_file(folder, value, f"{where}.conditions.{name}")) if _is_path(value) else value
+            for name, value in conditions.items()
+        }
+        metadata = {**metadata, "conditions": found}
+    return metadata, files
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().endswith(SUFFIXES)
