@@ -23,7 +23,7 @@ from pipeline.core.errors import InputError, RewardError
 from pipeline.core.prompts import load_prompts
 from pipeline.core.safe_paths import check_regular, file_inside, path_inside, relative_name
 from pipeline.core.types import PromptItem
-from pipeline.rewards.runner import build_scorer
+from pipeline.rewards.runner import build_reward
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ class Shown:
     """Takes a request as `rushes serve-reward` does."""
 
     def __init__(self, scorer, **args):
-        self.runner = build_scorer("r", RewardConfig(scorer=scorer, args=args))
+        self.runner = build_reward("r", RewardConfig(scorer=scorer, args=args))
 
     def __call__(self, folder, metadata):
         pixels = io.BytesIO()
@@ -185,7 +185,7 @@ def test_a_client_names_no_file_of_the_server(place, tmp_path, scorer, kind):
 def test_the_one_file_of_a_prompt_goes_along_as_the_picture(place, serve):
     root, _ = place
     server = serve(lambda path, payload, number: (200, {"scores": [1.0] * len(payload["items"])}))
-    remote = build_scorer("remote", RewardConfig(scorer="http", args={"url": server.url}))
+    remote = build_reward("remote", RewardConfig(scorer="http", args={"url": server.url}))
     fine = str(root / "sub/fine.png")
     one = PromptItem(index=0, text="a", metadata={"reference": "sub/fine.png", "n": 1}, files={"reference": (fine,)})
     remote.run(tiny_rewards.pictures(1), [one], None)
