@@ -16,8 +16,8 @@ from http_server import items
 from PIL import Image
 from traps import KINDS, picture, traps, within
 
-from jobs.commands import agree, serve_reward
-from jobs.commands.score import find_items
+from jobs.common import judged_pairs, reward_service
+from jobs.common.score_files import find_items
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.prompts import load_prompts
@@ -133,7 +133,7 @@ def test_tables_of_files_stay_in_their_folder(place, kind):
     assert third.error is None
     pairs = {"path_a": [names[kind]], "path_b": ["sub/fine.png"], "label": ["a"], "prompt": ["p"]}
     pq.write_table(pa.table(pairs), root / "pairs.parquet")
-    pair = next(agree.read_pairs(root / "pairs.parquet", root.parent))
+    pair = next(judged_pairs.read_pairs(root / "pairs.parquet", root.parent))
     assert (pair.a.error or not pair.a.path.is_file()) and pair.b.error is None
 
 
@@ -159,7 +159,7 @@ class Shown:
         Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(pixels, "PNG")
         frame = base64.b64encode(pixels.getvalue()).decode()
         body = {"version": 1, "items": [{"prompt": "a", "metadata": metadata, "frames": [frame]}]}
-        groups, _ = serve_reward._groups_of(json.dumps(body).encode(), folder)
+        groups, _ = reward_service._groups_of(json.dumps(body).encode(), folder)
         return self.runner.run(groups[0].media, groups[0].prompts, None)
 
 

@@ -18,7 +18,7 @@ from traps import KINDS, picture, traps, within
 
 from jobs import cli
 from jobs.commands.export import export
-from jobs.commands.train import train
+from jobs.launch.training import run_training
 from pipeline.config.load import to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RushesError
 from pipeline.core.storage import Store, local_folder
@@ -51,8 +51,8 @@ def test_no_run_lies_outside_its_folder(tmp_path, name):
         lambda: find_resumable(cfg, Path("c.yaml")),
         lambda: resume_or_create(cfg, Path("c.yaml")),
         lambda: preflight.check_all(cfg, dry=True),
-        lambda: train(cfg, Path("c.yaml"), resume=True, console=quiet),
-        lambda: train(cfg, Path("c.yaml"), or_start=True, console=quiet),
+        lambda: run_training(cfg, Path("c.yaml"), resume=True, console=quiet),
+        lambda: run_training(cfg, Path("c.yaml"), or_start=True, console=quiet),
     ):
         with pytest.raises(ConfigError, match="run.name: .*letters, digits"):
             way()
@@ -274,7 +274,7 @@ def test_force_replaces_exports_only(trained, tmp_path, monkeypatch):
         Path("/"),
     ):
         with pytest.raises(ConfigError, match="^--out .*choose another|^--out .*is a link"):
-            export(trained, out=out, step=None, format_=None, ema=True, force=True, console=Console(file=io.StringIO()))
+            export(trained, out=out, force=True)
     assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
 
 
