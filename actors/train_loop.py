@@ -32,7 +32,7 @@ from pipeline.rl import group_plan
 from pipeline.rl.objectives import get_objective
 from pipeline.rl.on_policy import check_on_policy
 from pipeline.runs import checkpoint
-from pipeline.runs.tracking import metrics_after_resume
+from pipeline.runs.tracking import drop_metrics_since
 
 log = logging.getLogger("rushes.loop")
 
@@ -98,7 +98,7 @@ class TrainLoop:
         await self._guard(together(self._learner.start(self._resume_from), self._flow.start()))
         self._check_version()
         # Only now, when everything has come up, are the lines after the checkpoint dropped.
-        metrics_after_resume(self.ctx.run.path, self._version + 1)
+        drop_metrics_since(self.ctx.run.path, self._version + 1)
         self._evaluator.write()
         self._recorder = Recorder(self.ctx, self._flow, self._fatal)
         await self._surviving(self._go_on)
@@ -321,7 +321,7 @@ class TrainLoop:
         await self._guard(self._learner.start(str(folder) if folder is not None else None))
         self._check_version()
         await self._record.flush()
-        metrics_after_resume(self.ctx.run.path, back_to + 1)
+        drop_metrics_since(self.ctx.run.path, back_to + 1)
         self._evaluator.records = [record for record in self._evaluator.records if record["step"] <= back_to]
         self._evaluator.write()
         self._training = BatchBuilder(self.cfg, self._flow, self._prompts)

@@ -1,7 +1,7 @@
-"""Media files in and out: PyAV writes h264 mp4, decord reads it, PIL does pictures.
+"""Reads and writes media files: PyAV writes h264 mp4, decord reads it, PIL reads and writes pictures.
 
-Small clips are enlarged by whole pixels for viewing; the factor and the original size are written into the file, and
-`read_media` undoes it, so that what is scored is what was generated (up to h264's loss). Writes are atomic.
+Small clips are enlarged by a whole factor for viewing. The factor and the original size are stored in the file, and
+`read_media` undoes the enlargement, so that scorers see what was generated (up to h264's loss). Writes are atomic.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pipeline.core.types import Media
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
-VIEW_PIXELS = 240  # clips smaller than this are enlarged by a whole factor up to about it
-MAX_DECODED_BYTES = 4 * 2**30  # of one clip; a quarter of the free memory where that is less
+VIEW_PIXELS = 240  # smaller clips are enlarged by a whole factor to about this size
+MAX_DECODED_BYTES = 4 * 2**30  # of one clip; or a quarter of the free memory, if that is less
 _TAG = "rushes-view:"
 _UNDECODABLE = "cannot be decoded; the file is corrupt or cut off, write it again"
 
 
 def view_scale(height: int, width: int) -> int:
-    """Whole enlargement factor that makes a small clip comfortable to look at. Even, where it is not 1: h264 halves
-    the colour resolution, and even blocks keep every original pixel's own colour."""
+    """Whole factor by which a small clip is enlarged for viewing. 1 or even: h264 halves the colour resolution, and
+    even blocks keep the colour of every original pixel."""
     scale = VIEW_PIXELS // max(height, width)
     return max(1, scale - scale % 2)
 
@@ -102,17 +102,17 @@ def list_media(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    known = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-    found = sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in known and not p.name.startswith(".") and p.is_file()
+    suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+    files = sorted(
+        p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
     )
-    if not found:
-        raise InputError(f"{path}: holds no images or videos ({' '.join(known)})")
-    return found
+    if not files:
+        raise InputError(f"{path}: holds no images or videos ({' '.join(suffixes)})")
+    return files
 
 
 def read_media(path: Path) -> Media:
-    """One file -> Media with K = 1. Grayscale becomes RGB; alpha is laid over white. Raises `InputError`."""
+    """One file -> Media with K = 1. Greyscale becomes RGB; alpha is composited over white. Raises `InputError`."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, not a media file' if path.is_dir() else 'no such file'}")
@@ -162,8 +162,8 @@ def _read_video(path: Path) -> Media:
             f"{path}: {info.frames} frames of {info.width}x{info.height} would take {size / 2**30:.1f} GiB of memory "
             f"(limit {limit / 2**30:.1f} GiB); cut the clip or make it smaller"
         )
-    # decord2 3.4 pads rows of frames narrower than 64 pixels and hands them out as pixels: wrong colours, no error. On
-    # some processors it also refuses a width of 72.
+    # decord2 3.4 pads rows of frames narrower than 64 pixels and returns the padding as pixels: wrong colours, no
+    # error. On some processors it also refuses a width of 72.
     frames, fps = _decode_narrow(path) if info.width < 96 else _decode(path)
     if len(frames) < info.frames:
         raise InputError(
@@ -178,22 +178,22 @@ def _decode(path: Path) -> tuple[np.ndarray, float]:
     """(uint8 [F, H, W, 3], fps) by decord."""
     import decord
 
-    decord.logging.set_level(decord.logging.QUIET)  # ffmpeg would write to stderr; our error says it once
+    decord.logging.set_level(decord.logging.QUIET)  # or ffmpeg writes to stderr, beside our own error
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
-    except (decord.DECORDError, RuntimeError, IndexError, ValueError):  # its text is a C++ stack, no help to a user
+    except (decord.DECORDError, RuntimeError, IndexError, ValueError):  # whose text is a C++ stack trace
         raise InputError(f"{path}: {_UNDECODABLE}") from None
 
 
 def _decode_narrow(path: Path) -> tuple[np.ndarray, float]:
-    """The same by PyAV."""
+    """The same by PyAV, for narrow frames."""
     import av
 
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            stream.codec_context.options = {"err_detect": "explode"}  # refuse, rather than paint over, broken data
+            stream.codec_context.options = {"err_detect": "explode"}  # raise on broken data instead of concealing it
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
             return np.stack(frames), float(stream.average_rate or 0)
     except (av.FFmpegError, ValueError):
@@ -209,7 +209,8 @@ class _VideoInfo:
 
 
 def _probe_video(path: Path) -> _VideoInfo:
-    """Walks the packets, without decoding: catches what a decoder would crash or guess on. Raises `InputError`."""
+    """Walks the packets without decoding them: catches files on which a decoder would crash or guess. Raises
+    `InputError`."""
     import av
 
     _refuse_cut_mp4(path)
@@ -244,7 +245,7 @@ def _probe_video(path: Path) -> _VideoInfo:
 
 
 def _refuse_cut_mp4(path: Path) -> None:
-    """An mp4 is a row of boxes, each led by its length: one that reaches past the end means a cut file."""
+    """An mp4 is a sequence of boxes that begin with their length: one that ends beyond the file means a cut file."""
     if path.suffix.lower() not in (".mp4", ".m4v", ".mov"):
         return
     size, position = path.stat().st_size, 0
@@ -256,7 +257,7 @@ def _refuse_cut_mp4(path: Path) -> None:
             if length == 1:
                 length = int.from_bytes(head[8:16], "big")
             if length == 0 or not head[4:8].isascii():
-                return  # reaches to the end by definition, or is no mp4 at all: the decoder will say
+                return  # extends to the end of the file by definition, or not an mp4 at all: the decoder will tell
             if position + length > size:
                 raise InputError(f"{path}: is not a complete video (cut off at {size} bytes); write it again")
             if length < 8:
@@ -265,16 +266,16 @@ def _refuse_cut_mp4(path: Path) -> None:
 
 
 def _undo_view(frames: np.ndarray, comment: str) -> np.ndarray:
-    """Averages the blocks that `encode_mp4` made of each pixel. [F, H*s, W*s, 3] -> [F, H, W, 3]."""
+    """Averages the block that `encode_mp4` made of each pixel. [F, H*s, W*s, 3] -> [F, H, W, 3]."""
     if not comment.startswith(_TAG):
         return frames
     try:
         view = json.loads(comment[len(_TAG) :])
         scale, height, width = int(view["scale"]), int(view["height"]), int(view["width"])
     except (ValueError, KeyError, TypeError):
-        return frames  # somebody else's comment
+        return frames  # a comment by another program
     if scale < 1 or frames.shape[1] < height * scale or frames.shape[2] < width * scale:
-        return frames  # resized since: take it as it is
+        return frames  # resized since then
     blocks = frames[:, : height * scale, : width * scale]
     if scale == 1:
         return blocks
@@ -293,7 +294,7 @@ def h264_round_trip() -> float:
         path = Path(folder) / "clip.mp4"
         try:
             path.write_bytes(encode_mp4(frames, 8.0))
-        except Exception as error:  # whatever a broken codec build raises
+        except Exception as error:  # a broken codec build raises many kinds
             raise RushesError(
                 f"h264 cannot be written ({one_line(error, 120)}); reinstall with: pip install --force-reinstall av"
             ) from None

@@ -1,4 +1,4 @@
-"""Metrics and media out of a run: metrics.jsonl always, TensorBoard / W&B / MLflow behind the same three methods."""
+"""Where a run's metrics and media go: always to metrics.jsonl, and to TensorBoard, W&B or MLflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import enlarge, view_scale
 from pipeline.core.types import Media
@@ -34,12 +34,12 @@ class Tracker(ABC):
         return
 
     def close(self) -> None:
-        """Flushes what is still held back."""
+        """Flushes what is buffered."""
         return
 
 
 def check_finite(step: int, metrics: dict[str, float]) -> None:
-    """Raises `RushesError` naming the metric: a NaN in the metrics means a broken step, not a number to draw."""
+    """Raises `RushesError` naming the metric: a NaN means a broken step."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         values = ", ".join(f"{name} = {metrics[name]}" for name in bad[:4])
@@ -180,19 +180,18 @@ def make_tracker(cfg: Config, run_dir: Path) -> Tracker:
     """metrics.jsonl and the configured backends. Raises `ConfigError` when one cannot start."""
     run_dir = Path(run_dir)
     members: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE)]
-    build = {
+    builders = {
         "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard"),
         "wandb": lambda: WandbTracker(cfg, run_dir),
         "mlflow": lambda: MlflowTracker(cfg, run_dir),
     }
     for backend in cfg.tracking.backends:
         try:
-            members.append(build[backend]())
-        except Exception as error:  # each backend has its own kinds
+            members.append(builders[backend]())
+        except Exception as error:  # each backend raises its own kinds
             raise ConfigError(
-                f"tracking.backends: {backend} did not start ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}); "
-                "fix that or remove it from the list"
+                f"tracking.backends: {backend} did not start ({type(error).__name__}: {one_line(error)}); fix that or "
+                "remove it from the list"
             ) from error
     return Trackers(members)
 
@@ -214,17 +213,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: the writer was stopped in the middle
+            if number == len(lines):  # no newline after it: the writer was killed while writing it
                 break
             raise RushesError(f"{path}:{number}: is not valid JSON ({error.msg}); remove the line") from None
     return rows
 
 
-def metrics_after_resume(run_dir: Path, step: int) -> int:
-    """Drops the lines of metrics.jsonl and evals.jsonl with `step` or later, which the resumed run writes again.
-
-    Returns how many were dropped.
-    """
+def drop_metrics_since(run_dir: Path, step: int) -> int:
+    """Drops the lines of metrics.jsonl and evals.jsonl from `step` on, which a resumed run writes again. Returns their
+    number."""
     dropped = 0
     for name in (METRICS_FILE, "evals.jsonl"):
         path = Path(run_dir) / name

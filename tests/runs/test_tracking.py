@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.types import Media
-from pipeline.runs.tracking import make_tracker, media_grid, metrics_after_resume, read_metrics
+from pipeline.runs.tracking import make_tracker, media_grid, drop_metrics_since, read_metrics
 
 
 def config(*backends):
@@ -55,7 +55,7 @@ def test_resume_drops_later_lines_and_a_cut_one(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "x"')
     (tmp_path / "evals.jsonl").write_text('{"step": 0}\n{"step": 4}\n')
-    assert metrics_after_resume(tmp_path, 3) == 3
+    assert drop_metrics_since(tmp_path, 3) == 3
     assert [r["x"] for r in read_metrics(tmp_path)] == [0, 1, 2]
     assert json.loads((tmp_path / "evals.jsonl").read_text()) == {"step": 0}
 
