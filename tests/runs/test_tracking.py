@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.types import Media
-from pipeline.runs.tracking import make_tracker, media_grid, drop_metrics_since, read_metrics
+from pipeline.runs.tracking import drop_metrics_since, make_tracker, media_grid, read_metrics
 
 
 def config(*backends):
