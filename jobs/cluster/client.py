@@ -11,16 +11,14 @@ import json
 import logging
 import os
 import shlex
-import socket
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
 from jobs.cluster import run_api
-from jobs.cluster.ray_session import CLUSTER_FILE
 from pipeline.core import errors
+from pipeline.core.cluster_address import cluster_address, is_listening
 from pipeline.core.errors import ConfigError, RunFailed
 
 if TYPE_CHECKING:
@@ -33,36 +31,21 @@ TERMINAL = ("STOPPED", "SUCCEEDED", "FAILED")
 _NEED = "give --address http://HOST:8265 (the dashboard), or HOST:6379 on a machine of the cluster"
 
 
-def find_address(given: str | None) -> str | None:
-    """--address, RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the cluster that `ray start` runs on this machine."""
-    for address in (given, os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")):
-        if address and address not in ("local", "auto"):
-            return address.rstrip("/")
-    with contextlib.suppress(OSError):
-        found = CLUSTER_FILE.read_text().strip()
-        if found and _answers(found):
-            return found
-    return None
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens there; Ray itself would try for a minute."""
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    port = parts.port or {"http": 80, "https": 443, "ray": 10001}.get(parts.scheme, 8265)
-    with contextlib.suppress(OSError, ValueError), socket.create_connection((parts.hostname or "", port), timeout=3):
-        return True
-    return False
+def find_address(option: str | None) -> str | None:
+    """The address of --address, RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or of the cluster of this machine."""
+    address = cluster_address(option, os.environ.get("RAY_API_SERVER_ADDRESS"))
+    return None if address == "auto" else address  # only a driver can leave the search to Ray
 
 
 def reachable(address: str | None) -> str:
-    """`address`, where something answers. Raises `ConfigError`."""
+    """`address`, if something listens there. Raises `ConfigError`."""
     if address is None:
         raise ConfigError(f"no Ray cluster was found (--address, RAY_ADDRESS, or ray start on this machine); {_NEED}")
     try:
-        up = _answers(address)
+        listening = is_listening(address)
     except ValueError:
         raise ConfigError(f"--address {address}: is not HOST:PORT or http://HOST:PORT; {_NEED}") from None
-    if not up:
+    if not listening:
         raise ConfigError(f"no Ray cluster answers at {address}; is it up, and the port forwarded? {_NEED}")
     return address
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +15,10 @@ import psutil
 import pipeline
 from pipeline.config.resources import ROLE_RESOURCES
 from pipeline.config.schema import Config
+from pipeline.core.cluster_address import cluster_address
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.files import describe_os_error
 
-CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`, not by a Ray that a program started
 NAMESPACE = "rushes"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,21 +35,6 @@ _UNSEEN = {
     "RAY_event_stats": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
 }
-
-
-def cluster_address(cfg: Config) -> str | None:
-    """The cluster to join: ray.address, RAY_ADDRESS, or one that `ray start` runs on this machine; None: start one."""
-    address = cfg.ray.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        return None if address == "local" else address
-    try:
-        found = CLUSTER_FILE.read_text().strip()
-    except OSError:
-        return None
-    host, _, port = found.rpartition(":")
-    with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=2):
-        return found
-    return None  # a left-over of a cluster that is gone
 
 
 def _messages_to_the_log() -> None:
@@ -112,7 +96,7 @@ class RaySession:
 
         _messages_to_the_log()
         _keep_our_signals()
-        address = cluster_address(self.cfg)
+        address = cluster_address(self.cfg.ray.address)
         common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if address is not None:
             try:

@@ -154,17 +154,17 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_ray() -> Iterator[Finding]:
-    current = Path("/tmp/ray/ray_current_cluster")
-    if os.environ.get("RAY_ADDRESS"):
-        yield Finding("OK", "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: runs join this cluster")
-    elif current.exists():
-        yield Finding(
-            "OK",
-            "ray",
-            f"a cluster runs at {current.read_text().strip()}: runs join it (ray.address=local starts their own)",
-        )
-    else:
+    from pipeline.core.cluster_address import cluster_address
+
+    address = cluster_address()
+    if address is None:
         yield Finding("OK", "ray", "none running: each run starts a local one")
+    elif os.environ.get("RAY_ADDRESS"):
+        yield Finding("OK", "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: runs join this cluster")
+    else:
+        yield Finding(
+            "OK", "ray", f"a cluster runs at {address}: runs join it (ray.address=local makes them start their own)"
+        )
 
 
 def check_codecs() -> Iterator[Finding]:

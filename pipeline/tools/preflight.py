@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config.resources import ROLE_RESOURCES, WorkerRange, total_resources
 from pipeline.config.schema import Config
+from pipeline.core.cluster_address import cluster_address
 from pipeline.core.code_names import pipeline_names
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.files import describe_os_error, did_you_mean
@@ -38,7 +39,6 @@ _TRACKERS = {
     "wandb": ("wandb", "wandb"),
     "mlflow": ("mlflow", "mlflow"),
 }
-_CLUSTER_FILE = Path("/tmp/ray/ray_current_cluster")  # written by `ray start`
 _FLOW_CLASSES = ("FlowMatch",)
 
 
@@ -300,16 +300,8 @@ def _gpu_count() -> int:
 
 
 def _joins_cluster(cfg: Config) -> bool:
-    """Whether the run will use an existing Ray rather than start a local one."""
-    address = cfg.ray.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        return address != "local"
-    try:
-        host, _, port = _CLUSTER_FILE.read_text().strip().rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=1):
-            return True
-    except (OSError, ValueError):  # no such file, or a left-over of a cluster that is gone
-        return False
+    """Whether the run will use an existing Ray instead of starting a local one."""
+    return cluster_address(cfg.ray.address) is not None
 
 
 def check_ray(cfg: Config, dry: bool = False) -> str:

@@ -16,6 +16,7 @@ from jobs.cluster import submission as submitting
 from jobs.cluster.client import RUN_KEY, find_address, refused, tail
 from jobs.commands.scale import parse_targets
 from pipeline.config.load import to_yaml
+from pipeline.core import cluster_address
 from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
 from pipeline.runs.paths import RunDir, RunLock, writer_of
 
@@ -26,7 +27,7 @@ NOWHERE = "http://127.0.0.1:1"  # nothing listens on port 1
 def no_cluster(monkeypatch, tmp_path):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(client, "CLUSTER_FILE", tmp_path / "none")
+    monkeypatch.setattr(cluster_address, "CLUSTER_FILE", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from jobs import cli
 from pipeline.config.load import load_config
+from pipeline.core import cluster_address
 from pipeline.core.prompts import load_prompts
 from pipeline.rewards.scorers.ocr import target_text
 from pipeline.tools import preflight
@@ -26,7 +27,7 @@ ASKED_FOR = (
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(preflight, "_CLUSTER_FILE", ROOT / "no such file")
+    monkeypatch.setattr(cluster_address, "CLUSTER_FILE", ROOT / "no such file")
 
 
 def test_the_recipes_asked_for_are_there():
