@@ -38,7 +38,7 @@ class LearnerActor(RoleActor):
         """Loads the denoisers, and a checkpoint's state. `address`: where the ranks meet, if there are several;
         `on_node`: how many of them share this node's cores. Raises `RushesError` (bad generator or checkpoint).
         """
-        from pipeline.generators.load.pipeline import resolve_device
+        from pipeline.core.devices import resolve_device
         from pipeline.learner.distributed import DistributedContext, join
         from pipeline.learner.learner import Learner
 

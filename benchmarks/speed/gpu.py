@@ -46,7 +46,6 @@ from pipeline.core.files import atomic_write
 from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.generators.spec import PolicySpec
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
 
@@ -214,7 +213,7 @@ def measure_one(name: str, say: Callable[[str], None], device: str = "cuda", bat
     rollout = seconds_of(lambda: policy.rollout(work))
     learn = seconds_of(lambda: learner.train_step(groups))
     say(f"{name}: bare passes")
-    spec = PolicySpec.from_dict(trajectory.spec)
+    spec = trajectory.spec
     part = trajectory.parts[0]
     takes = slice(0, part.stop - part.start)
     share = work.takes / (part.stop - part.start)  # of the group in one part

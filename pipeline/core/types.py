@@ -68,7 +68,21 @@ class RecordedCall:
     module: str  # component name, such as transformer, transformer_2, unet
     args: Any
     kwargs: Any
-    processors: dict[str, str] = field(default_factory=dict)  # attention layer -> class put there while sampling
+    processors: dict[str, str] = field(default_factory=dict)  # attention layer -> class installed while sampling
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The whole input tree; its leaf paths are those of generators.spec.InputKey."""
+        return {"args": self.args, "kwargs": self.kwargs}
+
+
+@dataclass(frozen=True, slots=True)
+class StepGuidance:
+    """How the denoiser outputs of one step become what the scheduler receives (see pipeline.generators.guidance)."""
+
+    rule: str = "identity"  # a key of guidance.RULES, or guidance.LINEAR_FIT
+    scale: float = 1.0
+    extra: tuple[float, ...] = ()  # the rule's further numbers: a rescale factor, a cap, or the weights of a linear fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +97,8 @@ class RecordedStep:
     next_sample: Any  # tensors.PackedTensor [K, ...], the x_next that was continued from, rounded before its log-prob
     log_prob: np.ndarray | None  # [K] float32; None where the step drew no noise
     mean: np.ndarray | None  # [K, ...] float32, kept only for objectives that need the old mean
-    guidance_scale: float
+    guidance: StepGuidance
     calls: tuple[RecordedCall, ...]
-    rule: str = "identity"  # guidance rule of this step (generators.guidance), with its further numbers
-    rule_extra: tuple[float, ...] = ()
     mask: Any = None  # tensors.PackedTensor bool [K, ...]: the values of next_sample the policy chose; None: all
 
 
@@ -120,7 +132,7 @@ class Trajectory:
     version: int
     sampling: SamplingSpec
     parts: tuple[TrajectoryPart, ...]
-    spec: dict[str, Any]  # the probed policy spec (guidance rule, batch axes), see generators.spec
+    spec: Any  # generators.spec.PolicySpec of the probed pipeline (guidance rules, batch axes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

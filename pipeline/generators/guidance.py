@@ -1,8 +1,8 @@
-"""Guidance rules: how a pipeline turns its denoiser outputs into what the scheduler is given.
+"""Guidance rules: how a pipeline combines its denoiser outputs into what the scheduler receives.
 
-The rule is found by comparison, never assumed, and compared again at every recorded step. Named rules repeat the
-pipelines' own arithmetic in the same order, so that the replayed value can be bitwise equal. Where none fits, any
-combination that is linear in the outputs and the sample is found by least squares (several scales, skipped layers,
+The rule is identified by comparison, never assumed, and compared again at every recorded step. Named rules repeat the
+pipelines' own arithmetic in the same order, so that the replayed value can be bitwise equal. Where none fits, a
+combination that is linear in the outputs and the sample is fitted by least squares (several scales, skipped layers,
 x0-space preconditioning).
 """
 
@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from pipeline.core.types import StepGuidance
 
 Branches = Sequence[torch.Tensor]  # denoiser outputs, each [B, ...]
 
@@ -69,28 +72,35 @@ def _first_channels(b: Branches, g: float, conditional: int) -> torch.Tensor:
     return torch.cat([uncond[:, :3] + g * (cond[:, :3] - uncond[:, :3]), cond[:, 3:]], dim=1)
 
 
-Rule = Callable[..., torch.Tensor]  # (branches, scale[, extra]) -> value
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A guidance formula that pipelines use."""
 
-RULES: dict[str, tuple[int, Rule]] = {
-    # name: (number of branches, rule)
-    "identity": (1, lambda b, g: b[0]),
-    "cfg uncond-first": (2, _uncond_first),
-    "cfg cond-first": (2, _cond_first),
-    "cfg cond-first, scale g+1": (2, _cond_first_plus),
-    "cfg uncond-first, scale g+1": (2, _uncond_first_plus),
-    "cfg cond-first, first 3 channels": (2, lambda b, g: _first_channels(b, g, 0)),
-    "cfg uncond-first, first 3 channels": (2, lambda b, g: _first_channels(b, g, 1)),
-    "cfg cond-first, token norm": (2, lambda b, g: _norm_rescaled(_cond_first(b, g), b[0])),
-    "cfg uncond-first, token norm": (2, lambda b, g: _norm_rescaled(_uncond_first(b, g), b[1])),
-    "cfg cond-first, token norm cap": (2, lambda b, g, low=0.0: _norm_bounded(_cond_first(b, g), b[0], low)),
-    "cfg cond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_cond_first(b, g), b[0], phi)),
-    "cfg uncond-first, sample std": (2, lambda b, g, phi=1.0: _sample_rescaled(_uncond_first(b, g), b[1], phi)),
-    "cfg cond-first, scale g+1, norm cap": (2, lambda b, g, cap=1.0: _norm_capped(_cond_first_plus(b, g), b[0], cap)),
+    branches: int  # denoiser outputs that it combines
+    function: Callable[..., torch.Tensor]  # (branches, scale[, extra]) -> value [B, ...]
+
+
+RULES: dict[str, Rule] = {
+    "identity": Rule(1, lambda b, g: b[0]),
+    "cfg uncond-first": Rule(2, _uncond_first),
+    "cfg cond-first": Rule(2, _cond_first),
+    "cfg cond-first, scale g+1": Rule(2, _cond_first_plus),
+    "cfg uncond-first, scale g+1": Rule(2, _uncond_first_plus),
+    "cfg cond-first, first 3 channels": Rule(2, lambda b, g: _first_channels(b, g, 0)),
+    "cfg uncond-first, first 3 channels": Rule(2, lambda b, g: _first_channels(b, g, 1)),
+    "cfg cond-first, token norm": Rule(2, lambda b, g: _norm_rescaled(_cond_first(b, g), b[0])),
+    "cfg uncond-first, token norm": Rule(2, lambda b, g: _norm_rescaled(_uncond_first(b, g), b[1])),
+    "cfg cond-first, token norm cap": Rule(2, lambda b, g, low=0.0: _norm_bounded(_cond_first(b, g), b[0], low)),
+    "cfg cond-first, sample std": Rule(2, lambda b, g, phi=1.0: _sample_rescaled(_cond_first(b, g), b[0], phi)),
+    "cfg uncond-first, sample std": Rule(2, lambda b, g, phi=1.0: _sample_rescaled(_uncond_first(b, g), b[1], phi)),
+    "cfg cond-first, scale g+1, norm cap": Rule(
+        2, lambda b, g, cap=1.0: _norm_capped(_cond_first_plus(b, g), b[0], cap)
+    ),
 }
 LINEAR = [name for name in RULES if name.startswith("cfg") and not name.endswith(("norm", "std", "cap"))]
 WITH_EXTRA = [name for name in RULES if name.endswith(("std", "cap"))]  # take a second number
 
-# How an output is cut to the scheduler's sample where it is larger.
+# How an output is sliced to the scheduler's sample where it is larger.
 OUTPUT_SLICES: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
     "whole": lambda out, like: out,
     "reshaped": lambda out, like: out.reshape(like),
@@ -101,7 +111,7 @@ OUTPUT_SLICES: dict[str, Callable[[torch.Tensor, torch.Size], torch.Tensor]] = {
 
 
 def output_slice_for(output: torch.Size, like: torch.Size) -> str | None:
-    """Which cut makes `output` the shape `like`; None if none does."""
+    """The key of OUTPUT_SLICES that gives `output` the shape `like`; None if there is none."""
     if tuple(output) == tuple(like):
         return "whole"
     if [n for n in output[1:] if n > 1] == [n for n in like[1:] if n > 1]:
@@ -113,28 +123,31 @@ def output_slice_for(output: torch.Size, like: torch.Size) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A rule with its numbers, and how well it gives the target (largest error relative to the largest value)."""
+    """A rule with its numbers, and how closely it gives the target."""
 
-    rule: str
-    scale: float
-    extra: tuple[float, ...]  # phi or cap of a named rule; the weights of a linear fit (outputs, then the sample)
+    guidance: StepGuidance
     sign: float
-    error: float
-    known: bool = True  # the scale is one that the call itself names, not one that was solved for
+    error: float  # largest difference, relative to the target's largest value
+    named: bool = True  # the scale is one that the pipeline call itself names, not one that was solved for
+
+    @property
+    def rule(self) -> str:
+        return self.guidance.rule
 
     @property
     def order(self) -> tuple[bool, bool, bool, float]:
-        """Sorts fits: exact to rounding first, among these the ones whose scale is known, then positive (the same
-        guidance with its branches the other way round needs a negative one)."""
-        return self.error > 1e-6, not self.known, self.scale < 0.0, self.error
+        """Sorts fits: exact to rounding first; among these, named scales, then positive ones (the same guidance with
+        its branches swapped needs a negative scale)."""
+        return self.error > 1e-6, not self.named, self.guidance.scale < 0.0, self.error
 
 
-def evaluate(rule: str, branches: Branches, sample: torch.Tensor, scale: float, extra: Sequence[float], sign: float):
-    """What the scheduler is given, by a rule and its numbers."""
-    if rule == LINEAR_FIT:
-        value = sum(w * b for w, b in zip(extra, branches, strict=False))
+def evaluate(guidance: StepGuidance, branches: Branches, sample: torch.Tensor, sign: float) -> torch.Tensor:
+    """What the scheduler receives [B, ...], by a rule and its numbers."""
+    extra = guidance.extra
+    if guidance.rule == LINEAR_FIT:
+        value: Any = sum(w * b for w, b in zip(extra, branches, strict=False))
         return value if extra[-1] == 0.0 else value + extra[-1] * sample
-    value = RULES[rule][1](branches, scale, *extra)
+    value = RULES[guidance.rule].function(branches, guidance.scale, *extra)
     return -value if sign < 0 else value
 
 
@@ -143,7 +156,7 @@ def solve_scale(name: str, branches: Branches, target: torch.Tensor) -> float | 
 
     Each linear rule is affine in g: rule(g) = rule(0) + g (rule(1) - rule(0)).
     """
-    rule = RULES[name][1]
+    rule = RULES[name].function
     at_zero = rule(branches, 0.0).double()
     slope = (rule(branches, 1.0).double() - at_zero).flatten()
     power = float(slope @ slope)
@@ -154,17 +167,18 @@ def solve_scale(name: str, branches: Branches, target: torch.Tensor) -> float | 
 
 def _linear_weights(branches: Branches, sample: torch.Tensor, target: torch.Tensor) -> tuple[float, ...] | None:
     """Least-squares weights of the outputs and of the sample (0 where it is not needed); None if undetermined."""
+    weights: tuple[float, ...] | None = None
     for columns in (list(branches), [*branches, sample]):
         matrix = torch.stack([c.flatten().double() for c in columns], 1)
         gram = matrix.T @ matrix
         if float(torch.linalg.cond(gram)) > 1e12:
             return None
-        weights = torch.linalg.solve(gram, matrix.T @ target.flatten().double())
-        gap = float((matrix @ weights - target.flatten().double()).abs().max())
-        found = tuple(float(f"{w:.9g}") for w in weights.tolist())
-        if gap <= 1e-5 * max(float(target.abs().max()), 1e-30):
-            return found if len(columns) > len(branches) else (*found, 0.0)
-    return found
+        solution = torch.linalg.solve(gram, matrix.T @ target.flatten().double())
+        error = float((matrix @ solution - target.flatten().double()).abs().max())
+        weights = tuple(float(f"{w:.9g}") for w in solution.tolist())
+        if error <= 1e-5 * max(float(target.abs().max()), 1e-30):
+            return weights if len(columns) > len(branches) else (*weights, 0.0)
+    return weights
 
 
 def _rounded(value: float | None) -> list[float]:
@@ -174,35 +188,36 @@ def _rounded(value: float | None) -> list[float]:
 def candidates(branches: Branches, sample: torch.Tensor, target: torch.Tensor, scales: Iterable[float]) -> list[Fit]:
     """Every rule for this number of branches with the numbers that suit it best, best first.
 
-    `scales`: numbers that the pipeline call itself knows (guidance scales, rescale factors); they come first, so that
+    `scales`: numbers that the pipeline call itself names (guidance scales, rescale factors); they come first, so that
     a rule is bitwise equal where it can be. Named rules are preferred to a linear fit when they are good enough.
     """
-    numbers = list(dict.fromkeys(float(s) for s in scales))
+    named_scales = list(dict.fromkeys(float(scale) for scale in scales))
     peak = float(target.abs().max()) or 1.0
-    found: list[Fit] = []
+    fits: list[Fit] = []
 
-    def consider(name: str, scale: float, extra: tuple[float, ...], sign: float) -> None:
-        gap = float((evaluate(name, branches, sample, scale, extra, sign) - target).abs().max()) / peak
-        known = scale in numbers and name != LINEAR_FIT
-        found.append(Fit(name, scale, extra, sign, gap if gap == gap else float("inf"), known))
+    def consider(rule: str, scale: float, extra: tuple[float, ...], sign: float) -> None:
+        guidance = StepGuidance(rule, scale, extra)
+        error = float((evaluate(guidance, branches, sample, sign) - target).abs().max()) / peak
+        named = scale in named_scales and rule != LINEAR_FIT
+        fits.append(Fit(guidance, sign, float("inf") if math.isnan(error) else error, named))
 
-    for name, (number, _) in RULES.items():
-        if number != len(branches):
+    for name, rule in RULES.items():
+        if rule.branches != len(branches):
             continue
         for sign in (1.0, -1.0):
-            if number == 1:
+            if rule.branches == 1:
                 consider(name, 1.0, (), sign)
                 continue
             solved = _rounded(solve_scale(name, branches, sign * target)) if name in LINEAR else []
-            for scale in [*numbers, *solved]:
+            for scale in [*named_scales, *solved]:
                 consider(name, scale, (), sign)
-                for extra in numbers if name in WITH_EXTRA else []:
+                for extra in named_scales if name in WITH_EXTRA else []:
                     if 0.0 < extra <= 2.0 and extra != 1.0:
                         consider(name, scale, (extra,), sign)
-    named = sorted(found, key=lambda fit: fit.order)
-    if named and named[0].error <= 1e-5:
-        return named
+    ranked = sorted(fits, key=lambda fit: fit.order)
+    if ranked and ranked[0].error <= 1e-5:
+        return ranked
     weights = _linear_weights(branches, sample, target)
     if weights is not None:
         consider(LINEAR_FIT, 1.0, weights, 1.0)
-    return sorted(found, key=lambda fit: fit.order)
+    return sorted(fits, key=lambda fit: fit.order)

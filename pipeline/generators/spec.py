@@ -1,50 +1,86 @@
-"""What probing found out about a pipeline: all that replay needs to know, as plain data."""
+"""What a probe learns about a pipeline: everything that replay needs, as plain data that travels with a trajectory."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-LIST = -1  # Layout.axis of a list with an entry per take
+from pipeline.generators.guidance import OUTPUT_SLICES
+
+LIST = -1  # Layout.axis of a list with one entry per take
+Takes = slice | list[int]  # positions of takes in a batch
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class CallKey:
+    """A denoiser call within a sampler step. Steps that make a different number of calls are keyed apart, because a
+    pipeline that drops a guidance branch at some steps calls its denoiser differently there."""
+
+    calls: int  # how many denoiser calls the step makes
+    number: int  # position of this call among them
+
+    def __str__(self) -> str:
+        return f"{self.calls}.{self.number}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class InputKey:
+    """One input of a denoiser call."""
+
+    call: CallKey
+    path: str  # of the leaf in {"args": ..., "kwargs": ...}, such as "kwargs.hidden_states"
+
+    def __str__(self) -> str:
+        return f"{self.call}:{self.path}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class StepInputKey:
+    """One input of a denoiser call at one sampler step."""
+
+    step: int
+    input: InputKey
+
+
+def call_keys(calls: int) -> list[CallKey]:
+    """The keys of a step that makes `calls` denoiser calls, in order."""
+    return [CallKey(calls, number) for number in range(calls)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Where the takes are in a tensor: `axis` holds `copies` x B entries, ordered copy-major ("tile", as in a doubled
-    guidance batch) or take-major ("repeat", as with frames folded into the batch). `inner` entries in a row belong to
-    one take of one copy (a doubled guidance batch of folded frames). Axis LIST: a list rather than a tensor."""
+    guidance batch) or take-major ("repeat", as with frames folded into the batch). `inner` consecutive entries belong
+    to one take of one copy (a doubled guidance batch of folded frames). Axis LIST: a list rather than a tensor."""
 
     axis: int
     copies: int
     order: str
     inner: int = 1
 
-    def select(self, tensor: torch.Tensor, takes: slice | list[int], total: int) -> torch.Tensor:
+    def select(self, tensor: torch.Tensor, takes: Takes, total: int) -> torch.Tensor:
         """The entries of the takes in `takes` (of `total`), in the order given.
 
         Tiled copies are counted from the tensor itself, since a pipeline may drop a branch at some steps.
         """
         if self.order == "tile":
             copies = tensor.shape[self.axis] // (total * self.inner)
-            split, at = tensor.unflatten(self.axis, (copies, total, self.inner)), self.axis + 1
+            split, take_axis = tensor.unflatten(self.axis, (copies, total, self.inner)), self.axis + 1
         else:
-            split, at = tensor.unflatten(self.axis, (total, self.copies)), self.axis
-        index = [slice(None)] * split.ndim
-        index[at] = takes
-        taken = split[tuple(index)].flatten(self.axis, self.axis + (2 if self.order == "tile" else 1))
-        return taken.contiguous()  # as recorded inputs are: some models call `view` on them
+            split, take_axis = tensor.unflatten(self.axis, (total, self.copies)), self.axis
+        index: list[Takes] = [slice(None)] * split.ndim
+        index[take_axis] = takes
+        selected = split[tuple(index)].flatten(self.axis, self.axis + (2 if self.order == "tile" else 1))
+        return selected.contiguous()  # as recorded inputs are: some models call `view` on them
 
-    def select_list(self, entries: list[Any] | tuple[Any, ...], takes: slice | list[int], total: int) -> list[Any]:
-        """The same for a list."""
-        index = self.select(torch.arange(len(entries)), takes, total) if self.axis == 0 else None
-        if index is None:
-            index = Layout(axis=0, copies=self.copies, order=self.order, inner=self.inner).select(
-                torch.arange(len(entries)), takes, total
-            )
-        return [entries[i] for i in index.tolist()]
+    def select_list(self, entries: list[Any] | tuple[Any, ...], takes: Takes, total: int) -> list[Any]:
+        """As `select`, for a list with an entry per take and copy."""
+        positions = Layout(axis=0, copies=self.copies, order=self.order, inner=self.inner)
+        return [entries[i] for i in positions.select(torch.arange(len(entries)), takes, total).tolist()]
 
     def branches(self, output: torch.Tensor, total: int) -> list[torch.Tensor]:
         """A denoiser output [copies x B x inner, ...] -> one [B, ...] (or [B, inner, ...]) per copy."""
@@ -54,49 +90,52 @@ class Layout:
         return list(split.unbind(0))
 
 
+Layouts = Mapping[InputKey, Layout]  # of the inputs that hold the takes; absent: the same for all takes
+
+
 def map_call_inputs(
-    node: Any, path: str, layouts: dict[str, Layout], key: str, takes: slice | list[int], total: int, leaf: Any
+    tree: Any, layouts: Layouts, call: CallKey, takes: Takes | None, total: int, leaf: Callable[[str, Any], Any]
 ) -> Any:
-    """Rebuilds the input tree of call `key` with leaves `leaf(path, leaf)`; lists with an entry per take are cut to the
-    takes."""
-    if isinstance(node, dict):
-        return {
-            k: map_call_inputs(v, f"{path}.{k}" if path else str(k), layouts, key, takes, total, leaf)
-            for k, v in node.items()
-        }
-    if isinstance(node, (list, tuple)):
-        built = [map_call_inputs(v, f"{path}[{i}]", layouts, key, takes, total, leaf) for i, v in enumerate(node)]
-        layout = layouts.get(f"{key}:{path}")
-        if layout is not None and layout.axis == LIST:
-            built = layout.select_list(built, takes, total)
+    """Rebuilds the input tree of a denoiser call with leaves `leaf(path, leaf)`; lists with an entry per take are cut
+    to `takes` (of `total`; None: all, where `layouts` is empty)."""
+
+    def rebuild(node: Any, path: str) -> Any:
+        if isinstance(node, dict):
+            return {key: rebuild(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
+        if not isinstance(node, (list, tuple)):
+            return leaf(path, node)
+        entries = [rebuild(value, f"{path}[{i}]") for i, value in enumerate(node)]
+        layout = layouts.get(InputKey(call, path))
+        if layout is not None and layout.axis == LIST and takes is not None:
+            entries = layout.select_list(entries, takes, total)
         if isinstance(node, list):
-            return built
-        return type(node)(*built) if hasattr(node, "_fields") else tuple(built)
-    return leaf(path, node)
+            return entries
+        return type(node)(*entries) if hasattr(node, "_fields") else tuple(entries)
+
+    return rebuild(tree, "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicySpec:
     """A pipeline as a policy."""
 
-    pipeline: str
+    pipeline: str  # class name
     prediction: str  # flow | epsilon | v_prediction | sample
-    rules: dict[str, str]  # "<branches>" of a step -> a key of guidance.RULES, or guidance.LINEAR_FIT
+    rules: dict[int, str]  # number of guidance branches in a step -> a key of guidance.RULES, or guidance.LINEAR_FIT
     sign: float  # -1: the pipeline hands the scheduler the negated value
     output_slice: str  # a key of guidance.OUTPUT_SLICES, or "gather"
-    gather: np.ndarray | None  # int32 [...]: for each value the scheduler is given, its place in a branch's output
-    layouts: dict[str, Layout] | None  # "<calls>.<call>:<path>" -> where the takes are; absent: the same for all takes.
-    # None: not found; a part is then replayed whole and cut afterwards
-    outputs: dict[str, Layout]  # "<calls>.<call>" -> where takes and branches are in the output
+    gather: np.ndarray | None  # int32 [...]: for each value the scheduler receives, its position in a branch's output
+    layouts: dict[InputKey, Layout] | None  # see Layouts. None: unknown; a part is then replayed whole and cut after
+    outputs: dict[CallKey, Layout]  # where takes and branches are in each call's output
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PolicySpec:
-        layouts = data["layouts"]
-        return cls(
-            **{k: v for k, v in data.items() if k not in ("layouts", "outputs")},
-            layouts=None if layouts is None else {key: Layout(**value) for key, value in layouts.items()},
-            outputs={key: Layout(**value) for key, value in data["outputs"].items()},
-        )
+    def branches(self, outputs: list[torch.Tensor], shape: torch.Size) -> list[torch.Tensor]:
+        """The denoiser outputs of one step -> a tensor per guidance branch, in the sample's `shape` [B, ...]."""
+        branches = []
+        for key, output in zip(call_keys(len(outputs)), outputs, strict=True):
+            for branch in self.outputs[key].branches(output, shape[0]):
+                if self.gather is not None:
+                    positions = torch.from_numpy(self.gather).to(branch.device).flatten().long()
+                    branches.append(branch.flatten(1).index_select(1, positions).reshape(shape))
+                else:
+                    branches.append(OUTPUT_SLICES[self.output_slice](branch, shape))
+        return branches

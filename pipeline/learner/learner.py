@@ -18,18 +18,12 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import Config
+from pipeline.core.devices import resolve_device, resolve_dtype
 from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
 from pipeline.generators import adapters
 from pipeline.generators.load.compiling import compile_blocks
-from pipeline.generators.load.pipeline import (
-    denoisers_of,
-    load_denoisers,
-    load_pipeline,
-    resolve_device,
-    resolve_dtype,
-    trained_modules,
-)
+from pipeline.generators.load.pipeline import denoisers_of, load_denoisers, load_pipeline, trained_modules
 from pipeline.generators.replay.text_inputs import TextReencoder
 from pipeline.learner.accumulator import ROW_SIZE, GradientAccumulator, UpdateStatistics, count_pairs, row_of
 from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
@@ -73,7 +67,7 @@ class Learner:
         self.version = 0
         self.updates = 0
         self._update = GradientAccumulator(0, 1, frozenset())
-        wire = resolve_dtype(cfg.generator.dtype, self.device)
+        wire = resolve_dtype(cfg.generator.dtype, self.device.type)
         full = cfg.trainable.kind == "full"
         # Full weights are mastered in float32; under a LoRA the frozen base may stay in the sampling dtype.
         base = torch.float32 if full or cfg.learner.autocast != "none" else wire

@@ -15,7 +15,6 @@ from pipeline.config.schema import Config
 from pipeline.core.types import GroupBatch, MicroBatchSpec, RecordedStep, SamplingSpec, Trajectory
 from pipeline.generators.replay.merge_steps import merged
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.generators.spec import PolicySpec
 from pipeline.rl.objectives import get_objective
 from pipeline.rl.samplers import Transition
 
@@ -105,7 +104,7 @@ def micro_batch_specs(cfg: Config, trajectory: Trajectory) -> tuple[MicroBatchSp
     extra_check = get_objective(cfg.algorithm.objective).extra_replay_check
     specs = []
     for number, part in enumerate(trajectory.parts):
-        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), {}, torch.device("cpu"))
+        replayer = Replayer(part, trajectory.spec, {}, torch.device("cpu"))
         for position, micro in enumerate(micro_batches_of(cfg, replayer)):
             modules = [call.module for call in micro.recorded.calls]
             modules += [REFERENCE] * len(micro.kl_takes(cfg, trajectory.group))

@@ -19,7 +19,6 @@ from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators import adapters
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
-from pipeline.generators.spec import PolicySpec
 from pipeline.learner.micro_batch import MicroBatch, micro_batches_of
 from pipeline.rl.objectives import (
     DenoisingObjective,
@@ -74,8 +73,7 @@ class Replica:
 
     def micro_batches(self, trajectory: Trajectory, number: int) -> list[MicroBatch]:
         """Those of one part of a trajectory, on the replica's device."""
-        spec = PolicySpec.from_dict(trajectory.spec)
-        replayer = Replayer(trajectory.parts[number], spec, self.modules, self.device)
+        replayer = Replayer(trajectory.parts[number], trajectory.spec, self.modules, self.device)
         if self.text is not None:
             self.text.override_text(replayer, trajectory.sampling)
         return micro_batches_of(self.cfg, replayer)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from pipeline.config.schema import Config
+from pipeline.core.devices import resolve_device
 from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
-from pipeline.generators.call.arguments import parameters_of
-from pipeline.generators.load.pipeline import denoisers_of, load_pipeline, resolve_device
-from pipeline.generators.policy import Policy
+from pipeline.generators.call.signature import parameters_of
+from pipeline.generators.load.pipeline import denoisers_of, load_pipeline
+from pipeline.generators.policy_pipeline import PolicyPipeline
+from pipeline.generators.probe.probe import probe
 from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
 from pipeline.rl.samplers import get_sampler, stochastic_samplers
 from pipeline.tools.checkpoint_summary import components_of, layout_text, lora_of, memory_by_dtype, rule_text
@@ -72,7 +74,7 @@ def inspect_checkpoint(checkpoint: str, options: InspectOptions | None = None) -
 def _config(
     checkpoint: str, options: InspectOptions, size: ProbeSize, guidance_scale: float, sampler: str, steps: int = _STEPS
 ) -> Config:
-    """The config that a `Policy` is probed with. Its prompts and rewards are placeholders that nothing reads."""
+    """The config that a pipeline is probed with. Its prompts and rewards are placeholders that nothing reads."""
     return Config.model_validate(
         {
             "generator": {
@@ -110,7 +112,7 @@ def _probe(checkpoint: str, options: InspectOptions, pipe: Any, device: torch.de
     for size in probe_sizes(pipe, modules, options.height, options.width, options.num_frames):
         cfg = _config(checkpoint, options, size, scale, samplers[0], steps)
         try:
-            probe = Policy(cfg, pipe, device).probe()
+            probed = probe(PolicyPipeline(cfg, pipe, device)).report
         except RushesError as error:
             if isinstance(error, UnsupportedPolicyError) and not isinstance(error, CannotRun):
                 raise _with_alternative(pipe, device, cfg, error) from error
@@ -119,18 +121,18 @@ def _probe(checkpoint: str, options: InspectOptions, pipe: Any, device: torch.de
             if len({str(e) for e in failures}) == 1 and len(failures) == _SAME_FAILURES:
                 break
             continue
-        report["probe"] = probe
+        report["probe"] = probed
         report["probed_with"] = {
             "height": size.height,
             "width": size.width,
             "num_frames": size.num_frames,
             "guidance_scale": scale,
             "steps": steps,
-            "takes": [2, 3] if probe["call_mode"] != "one take a call" else [1],
+            "takes": [2, 3] if probed["call_mode"] != "one take a call" else [1],
         }
-        report["guidance"] = rule_text(probe)
-        report["layout"] = layout_text(probe)
-        report["lora"] = lora_of({name: modules[name] for name in probe["denoisers"]})
+        report["guidance"] = rule_text(probed)
+        report["layout"] = layout_text(probed)
+        report["lora"] = lora_of({name: modules[name] for name in probed["denoisers"]})
         return
     raise _main_failure(failures) if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
 
@@ -160,7 +162,7 @@ def _with_alternative(
     for description, changes in alternatives.items():
         changed = cfg.model_copy(update={"generator": generator.model_copy(update=changes)})
         try:
-            Policy(changed, pipe, device).probe()
+            probe(PolicyPipeline(changed, pipe, device))
         except RushesError:
             continue
         return UnsupportedPolicyError(f"{error}. {description} it can be trained")

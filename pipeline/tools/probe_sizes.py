@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.generators.call.arguments import FRAMES, parameters_of
+from pipeline.generators.call.signature import FRAMES, parameters_of
 
 _LARGEST = 256  # pixels; a probe needs no more
 _LARGEST_LATENT = 64  # latent positions a side: beyond it a VAE's attention takes gigabytes

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.core.types import PromptItem
 from pipeline.generators.load.embedding_cache import EmbeddingStore, model_key
-from pipeline.generators.load.pipeline import cache_prompts, forget_prompts
+from pipeline.generators.load.prompt_cache import cache_prompts, forget_prompts
 from pipeline.generators.policy import Policy
 from pipeline.rl.group_plan import train_work
 
@@ -136,7 +136,7 @@ def test_what_is_remembered_in_memory_is_bounded_by_its_size():
             return torch.full((size, 256), 1.0), None  # 1 KiB for each
 
     pipe = Pipe()
-    cache_prompts(pipe, most=2048)
+    cache_prompts(pipe, max_bytes=2048)
     for prompt in "abacab":  # b goes when c comes, c when b comes again
         pipe.encode_prompt(prompt)[0].zero_()  # a copy: what is remembered stays as it is
     assert encoded == ["a", "b", "c", "b"] and bool((pipe.encode_prompt("a")[0] == 1).all())

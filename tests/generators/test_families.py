@@ -27,7 +27,7 @@ from diffusers import (
 from peft import PeftModel
 
 from pipeline.core.types import GroupBatch, GroupWork
-from pipeline.generators.call.arguments import to_floats
+from pipeline.generators.call.output import to_floats
 from pipeline.generators.export import export_full, export_lora
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.generators.policy import Policy
@@ -60,8 +60,7 @@ class Case:
         sections = {"trainable": {"kind": kind, "rank": 4}, "optimizer": {"lr": 1e-2 if kind == "lora" else 1e-3}}
         cfg = families.config(self.name, self.folder, **sections)
         policy = Policy.load(cfg, "cpu", threads=1)
-        for found in ("spec", "mode", "placeholders", "fixed_guidance"):
-            setattr(policy, found, getattr(self.policy, found))
+        policy.probed = self.policy.probed
         policy.add_adapters()
         learner = Learner(cfg, "cpu")
         assert policy.load_weights(learner.weights()) == learner.weights().checksum
@@ -86,7 +85,7 @@ class Case:
         )
         return np.concatenate(
             [
-                policy.sample(work.prompts[a:b], work.seeds[a:b], None, work.sampling, keep_steps=set())[0]
+                policy.sample(work.prompts[a:b], work.seeds[a:b], None, work.sampling).values
                 for a, b in policy.calls(work)
             ]
         )
@@ -98,7 +97,7 @@ class Case:
         if hasattr(pipe, "vae"):
             channels_last(pipe.vae)  # the layout of weights alone moves a decode by more than is allowed here
         made = []
-        batched = self.policy.mode.batched
+        batched = self.policy.plan.mode.batched
         for start in (0,) if batched else (0, 1):
             takes = slice(start, start + (2 if batched else 1))
             kwargs = self.policy.call_arguments(self.prompts[:2][takes], ode_sampling(self.policy.cfg, 3))

@@ -48,7 +48,7 @@ def watched(pipe, log: list[tuple[str, str]], monkeypatch) -> None:
 
 def offloaded(folder: Path, kind: str, **sections) -> Policy:
     policy = Policy.load(tiny.config(folder, **sections), "cpu", threads=1)
-    policy.offload = Offload(kind, policy.pipe, policy.modules, FAKE)
+    policy.pipeline.offload = Offload(kind, policy.pipe, policy.modules, FAKE)
     return policy
 
 
@@ -62,7 +62,7 @@ def test_idle_modules_are_away_while_the_denoiser_runs(folder, monkeypatch):
     log: list[tuple[str, str]] = []
     policy = Policy.load(tiny.config(folder), "cpu", threads=1)
     watched(policy.pipe, log, monkeypatch)
-    policy.offload = Offload("idle", policy.pipe, policy.modules, FAKE)
+    policy.pipeline.offload = Offload("idle", policy.pipe, policy.modules, FAKE)
     assert {place for _, place in log} == {"cpu"}  # everything starts there
     policy.probe()
     where = dict.fromkeys(policy.pipe.components, "cpu")
@@ -108,4 +108,4 @@ def test_group_offload_gives_the_same_takes_and_trains(folder):
 def test_nothing_is_done_without_an_accelerator(tiny_sd3):
     for kind in ("idle", "group"):
         policy = Policy.load(tiny.config(tiny_sd3, generator={"offload": kind}), "cpu", threads=1)
-        assert policy.offload is None and not policy.pipe.vae.use_tiling
+        assert policy.pipeline.offload is None and not policy.pipe.vae.use_tiling

@@ -9,13 +9,13 @@ import torch
 
 from pipeline.core.errors import InputError, UnsupportedPolicyError
 from pipeline.core.tensors import SampleSlot, SharedSlot
-from pipeline.core.types import GroupWork, PromptItem
+from pipeline.core.types import GroupWork, PromptItem, StepGuidance
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
-from pipeline.generators.probe.fit import branches_distinguishable, find_rule
-from pipeline.generators.record.recorder import RawCall, RawStep
+from pipeline.generators.probe.fit import bare_spec, branches_distinguishable, fit_guidance, fit_rules
+from pipeline.generators.record.recording import RawCall, RawStep
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.generators.spec import Layout
+from pipeline.generators.spec import CallKey, Layout, PolicySpec
 from pipeline.rl.group_plan import ode_sampling, train_work
 from pipeline.rl.samplers import log_prob, transition
 
@@ -75,7 +75,7 @@ def test_a_take_depends_on_its_seed_alone(folder):
 
 def test_same_initial_noise_is_shared(folder):
     policy = make(
-        folder, sampler={"same_initial_noise": True, "window": {"kind": "random", "size": 1, "range": [1, 7]}}
+        folder, sampler={"same_initial_noise": True, "window": {"kind": "random", "size": 1, "range": [1, 3]}}
     )
     _, trajectory, _ = policy.rollout(train_work(policy.cfg, 0, 0, PROMPTS[0]))
     step = trajectory.parts[0].steps[0]
@@ -183,27 +183,36 @@ def test_missing_checkpoint_is_one_clear_error(tmp_path):
 
 def raw_step(rule: str, scale: float) -> RawStep:
     generator = torch.Generator().manual_seed(0)
-    branches = [torch.randn(2, 4, 6, 6, generator=generator) for _ in range(RULES[rule][0])]
+    branches = [torch.randn(2, 4, 6, 6, generator=generator) for _ in range(RULES[rule].branches)]
     call = RawCall(module="transformer", args=(), kwargs={}, origin={}, output=torch.cat(branches))
     sample = torch.zeros(2, 4, 6, 6)
-    return RawStep(0, 1.0, 0.9, 0.9, 99.0, sample, RULES[rule][1](branches, scale), sample, sample, None, [call])
+    received = RULES[rule].function(branches, scale)
+    nominal = StepGuidance(scale=99.0)
+    return RawStep(0, 1.0, 0.9, 0.9, nominal, sample, received, sample, sample, None, [call])
+
+
+def fitted(step: RawStep, copies: int) -> tuple[PolicySpec, float, StepGuidance]:
+    """(spec, error, guidance of the step) as a probe finds them."""
+    spec = bare_spec(step, {CallKey(1, 0): Layout(axis=0, copies=copies, order="tile")}, "Pipeline", "flow")
+    rules = fit_rules(spec, [step], [2.5])
+    branches = spec.branches(step.outputs, step.sample.shape)
+    return spec, rules.error, fit_guidance(branches, step, rules.rules[copies], rules.sign, [2.5])
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_every_guidance_rule_is_found(rule):
     """Also when the pipeline's guidance_scale attribute says something else (99): the linear ones solve for it."""
-    outputs = [Layout(axis=0, copies=RULES[rule][0], order="tile")]
-    step = raw_step(rule, 2.5)
-    found, cut, scale, error = find_rule([step], outputs, 2.5)
-    remade = RULES[found][1](step.calls[0].output.chunk(RULES[rule][0]), 99.0 if scale is None else scale)
-    assert torch.allclose(remade, step.model_output, atol=1e-5) and error < 1e-5 and cut == "whole"
+    step, copies = raw_step(rule, 2.5), RULES[rule].branches
+    spec, error, guidance = fitted(step, copies)
+    remade = RULES[guidance.rule].function(step.outputs[0].chunk(copies), guidance.scale)
+    assert torch.allclose(remade, step.model_output, atol=1e-5) and error < 1e-5 and spec.output_slice == "whole"
 
 
 def test_unknown_guidance_is_refused_with_numbers():
     step = raw_step("cfg cond-first", 2.5)
     step.model_output = step.model_output.tanh()
     with pytest.raises(UnsupportedPolicyError, match=r"closest: .*\d"):
-        find_rule([step], [Layout(axis=0, copies=2, order="tile")], 2.5)
+        fitted(step, 2)
 
 
 @pytest.mark.parametrize(("share", "enough"), [(0.0, False), (1e-5, False), (0.1, True)])
@@ -211,7 +220,7 @@ def test_branches_that_are_alike_are_not_concluded_from(share, enough):
     step = raw_step("cfg cond-first", 2.5)
     first, second = step.calls[0].output.chunk(2)
     step.calls[0].output = torch.cat([first, first + share * second])
-    assert branches_distinguishable({"1.0": Layout(axis=0, copies=2, order="tile")}, [step]) is enough
+    assert branches_distinguishable({CallKey(1, 0): Layout(axis=0, copies=2, order="tile")}, [step]) is enough
 
 
 def test_layouts_take_the_right_entries():

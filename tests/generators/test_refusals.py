@@ -29,8 +29,10 @@ from diffusers.models import attention_processor
 
 from jobs.cli import main
 from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.types import StepGuidance
 from pipeline.generators.load import pipeline
 from pipeline.generators.policy import Policy
+from pipeline.generators.policy_pipeline import PolicyPipeline
 from pipeline.rl.group_plan import train_work
 
 
@@ -81,7 +83,7 @@ def test_processors_put_in_place_while_sampling_must_be_known(sd, monkeypatch):
         return own(*args, **kwargs)
 
     monkeypatch.setattr(policy.pipe, "encode_prompt", encode)
-    with pytest.raises(UnsupportedPolicyError, match="attention processor Blurred, put in place while sampling"):
+    with pytest.raises(UnsupportedPolicyError, match="attention processor Blurred, installed while sampling"):
         policy.probe(families.prompts("StableDiffusion", sd))
 
 
@@ -115,7 +117,7 @@ def test_the_rule_is_found_where_the_text_changes_next_to_nothing(sd, share):
     assert report["alike_outputs"] and report["guidance_rule"] == "cfg uncond-first"
     work = train_work(policy.cfg, 0, 0, families.prompts("StableDiffusion", sd)[0])
     steps = policy.rollout(work)[1].parts[0].steps
-    assert {(step.rule, step.guidance_scale) for step in steps} == {("cfg uncond-first", 3.0)}
+    assert {step.guidance for step in steps} == {StepGuidance("cfg uncond-first", 3.0)}
 
 
 def test_a_fixed_number_of_steps_is_refused(sd, monkeypatch):
@@ -147,7 +149,7 @@ def test_other_schedulers_are_swapped_for_ddim(sd, scheduler):
     policy = policy_with(lambda pipe: None, folder=sd)
     pipe = policy.pipe
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    again = Policy(policy.cfg, pipe, policy.device)
+    again = Policy(PolicyPipeline(policy.cfg, pipe, policy.device))
     assert type(pipe.scheduler) is DDIMScheduler
     assert again.probe(families.prompts("StableDiffusion", sd))["guidance_error"] <= 1e-5
 
@@ -170,7 +172,7 @@ def test_flow_schedulers_that_draw_noise_or_call_twice_take_plain_steps(root, sc
     folder = families.make("StableDiffusion3", root)
     pipe = families.policy("StableDiffusion3", folder).pipe
     pipe.scheduler = scheduler
-    policy = Policy(families.config("StableDiffusion3", folder), pipe, torch.device("cpu"))
+    policy = Policy(PolicyPipeline(families.config("StableDiffusion3", folder), pipe, torch.device("cpu")))
     assert policy.probe()["guidance_error"] <= 1e-5
 
 
@@ -179,7 +181,7 @@ def test_steps_that_change_the_latents_size_are_refused(root):
     pipe = families.policy("StableDiffusion3", folder).pipe
     pipe.scheduler = FlowMatchLCMScheduler(scale_factors=[0.5, 1.0])
     with pytest.raises(UnsupportedPolicyError, match="scale_factors changes the latents' size"):
-        Policy(families.config("StableDiffusion3", folder), pipe, torch.device("cpu"))
+        Policy(PolicyPipeline(families.config("StableDiffusion3", folder), pipe, torch.device("cpu")))
 
 
 def test_inspect_reports_in_words_and_json(sd, capsys):
@@ -271,7 +273,7 @@ def test_a_denoising_strength_that_is_rounded_otherwise_still_gives_the_steps_as
     folder = families.make("ChromaImg2Img", root)
     policy = families.policy("ChromaImg2Img", folder)
     report = policy.probe(families.prompts("ChromaImg2Img", folder))
-    assert report["replay_whole"] <= 1e-5 and policy.steps_to_request == {3: 3}
+    assert report["replay_whole"] <= 1e-5 and policy.plan.steps_to_request == {3: 3}
 
 
 def test_a_checkpoint_without_an_optional_encoder_loads(root):

@@ -12,6 +12,7 @@ import torch
 from pipeline.core.types import PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.record.shared_prefix import SharedPrefix
+from pipeline.generators.spec import CallKey, InputKey
 from pipeline.rl.group_plan import train_work
 
 PROMPTS = [PromptItem(index=i, text=t) for i, t in enumerate(("a red circle", "b blue square"))]
@@ -52,7 +53,7 @@ def test_one_row_until_the_first_noise_and_the_same_takes(policy, rows, monkeypa
     media, trajectory, _ = policy.rollout(work)
     shared = rows.copy()
     rows.clear()
-    monkeypatch.setattr(SharedPrefix, "cut", lambda *_: None)
+    monkeypatch.setattr(SharedPrefix, "distinct_inputs", lambda *_: None)
     whole, expected, _ = policy.rollout(work)
     ahead = len(rows) // 2  # three of six steps come before the noise
     assert sum(shared[:ahead]) * work.takes == sum(rows[:ahead]) and shared[ahead:] == rows[ahead:]
@@ -85,15 +86,15 @@ def test_takes_with_their_own_noise_are_computed_apart(policy, rows):
 
 def test_a_call_whose_rows_differ_is_left_whole(policy):
     """Whatever was said of their origins."""
-    twins = SharedPrefix(["same"] * 4, 3, policy.spec)
-    assert twins.helps and twins.kept == [0]
-    layout = policy.spec.layouts[f"{twins.calls}.0:kwargs.hidden_states"]
+    prefix = SharedPrefix(["same"] * 4, 3, policy.spec)
+    assert prefix.active and prefix.distinct == [0]
+    layout = policy.spec.layouts[InputKey(CallKey(prefix.calls, 0), "kwargs.hidden_states")]
     equal = torch.ones(4 * layout.copies, 2)
-    cut = twins.cut(0, (), {"hidden_states": equal})
-    assert cut is not None and cut[1]["hidden_states"].shape == (layout.copies, 2)
+    distinct = prefix.distinct_inputs(0, (), {"hidden_states": equal})
+    assert distinct is not None and distinct[1]["hidden_states"].shape == (layout.copies, 2)
     equal[1] = 0.5
-    assert twins.cut(0, (), {"hidden_states": equal}) is None
-    assert twins.cut(twins.calls, (), {"hidden_states": torch.ones(4, 2)}) is None
+    assert prefix.distinct_inputs(0, (), {"hidden_states": equal}) is None
+    assert prefix.distinct_inputs(prefix.calls, (), {"hidden_states": torch.ones(4, 2)}) is None
 
 
 def test_a_denoiser_with_further_outputs_is_called_whole(policy, rows, monkeypatch):
@@ -104,6 +105,6 @@ def test_a_denoiser_with_further_outputs_is_called_whole(policy, rows, monkeypat
     monkeypatch.setattr(module, "forward", lambda *args, **kwargs: (*forward(*args, **kwargs), torch.ones(2)))
     rows.clear()
     media = policy.rollout(work)[0]
-    calls = policy.cfg.sampler.steps * (len(policy.spec.outputs) if policy.spec.outputs.keys() != {"1.0"} else 1)
+    calls = policy.cfg.sampler.steps * len(policy.spec.outputs)
     assert len(rows) == calls + 1  # the first call again, for all takes
     assert int(np.abs(expected.frames.astype(int) - media.frames).max()) <= 1

@@ -18,12 +18,11 @@ from pydantic import ValidationError
 from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, GroupWork, PromptItem
-from pipeline.generators.call.arguments import to_floats
+from pipeline.generators.call.output import to_floats
 from pipeline.generators.export import export_full, export_lora, load_lora
 from pipeline.generators.load.pipeline import text_encoders_of
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.generators.spec import PolicySpec
 from pipeline.learner.learner import Learner
 from pipeline.learner.micro_batch import MicroBatch
 from pipeline.rl.group_plan import ode_sampling, train_work
@@ -103,7 +102,7 @@ def test_gradients_are_those_of_one_long_graph(start):
     losses, pairs = [], 0
     trajectory = batch.trajectory
     for part in trajectory.parts:
-        replayer = Replayer(part, PolicySpec.from_dict(trajectory.spec), learner.modules, learner.device)
+        replayer = Replayer(part, trajectory.spec, learner.modules, learner.device)
         live = learner.replicas[0].text.override_text(replayer, trajectory.sampling)
         roots = {id(leaf): root for root, leaf in live._roots.values()}
         replayer.overrides = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
@@ -169,7 +168,7 @@ def test_exports_give_the_same_pictures_in_plain_diffusers(start, tmp_path):
     prompts, sampling = (PROMPT,) * 2, ode_sampling(cfg, 3)
 
     def ours(of: Policy) -> np.ndarray:
-        return of.sample(prompts, (5, 6), None, sampling, keep_steps=set())[0]
+        return of.sample(prompts, (5, 6), None, sampling).values
 
     before = ours(policy)
     advance(policy, learner, range(3))

@@ -14,10 +14,9 @@ from toy_flow import GRID, Flow, ode_reward, reward
 
 from pipeline.config.schema import AdvantageConfig
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.core.types import GroupBatch, PromptItem, StepGuidance
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.merge_steps import merge_steps
-from pipeline.generators.spec import PolicySpec
 from pipeline.learner.learner import Learner
 from pipeline.rl.advantages import compute_advantages
 from pipeline.rl.group_plan import train_work
@@ -128,8 +127,8 @@ def test_several_trained_steps_in_one_call_give_the_same_gradient(made, takes, c
         metrics = other.train_step(batch)
         results[size] = metrics, other.weights()
         assert len(seen) == 2 * 2 * (calls if size else 3) + 1
-    part, spec = batch[0].trajectory.parts[0], PolicySpec.from_dict(batch[0].trajectory.spec)
-    odd = replace(part, steps=(part.steps[0], replace(part.steps[1], guidance_scale=2.0)))
+    part, spec = batch[0].trajectory.parts[0], batch[0].trajectory.spec
+    odd = replace(part, steps=(part.steps[0], replace(part.steps[1], guidance=StepGuidance(scale=2.0))))
     assert merge_steps(part, spec, [0, 1]) is not None and merge_steps(odd, spec, [0, 1]) is None
     assert results[takes][0] == pytest.approx(results[0][0], rel=1e-4, abs=1e-7)
 

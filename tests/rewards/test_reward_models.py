@@ -12,10 +12,10 @@ from reward_math import centred, cosine, letterboxed, normalised, pil, run, whol
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel
 
+from pipeline.core.devices import resolve_device
 from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD, Preprocess, place, preprocess
-from pipeline.rewards.models.pretrained import pick_device
 from pipeline.rewards.scorers.image_reward import transformers_name
 
 TEXTS = ("a red cat", "Eine Tür, 猫 und кот!", "", "a red cat")
@@ -320,6 +320,6 @@ def test_wrong_options_are_config_errors(clip, scorer, args, message):
 
 
 def test_device():
-    assert pick_device("auto").type in ("cpu", "cuda") and pick_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda") and resolve_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="device: found 'gpu'"):
-        pick_device("gpu")
+        resolve_device("gpu")

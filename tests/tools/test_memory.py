@@ -17,6 +17,7 @@ from pipeline.core.tensors import tree_bytes
 from pipeline.core.types import PromptItem
 from pipeline.generators.load.pipeline import load_pipeline
 from pipeline.generators.policy import Policy
+from pipeline.generators.policy_pipeline import PolicyPipeline
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
@@ -82,7 +83,7 @@ def test_activations_are_what_autograd_keeps(case):
 
 def test_trajectories_and_media_are_what_a_rollout_leaves(case):
     cfg, pipe, _ = case
-    policy = Policy(cfg, pipe, torch.device("cpu"))
+    policy = Policy(PolicyPipeline(cfg, pipe, torch.device("cpu")))
     policy.probe()
     media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PromptItem(index=0, text="a red circle")))
     held = sum(

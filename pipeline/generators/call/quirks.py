@@ -9,19 +9,17 @@ from typing import Any
 from pipeline.config.schema import GeneratorConfig
 
 
-def _nothing(_: GeneratorConfig) -> dict[str, Any]:
+def _no_arguments(_: GeneratorConfig) -> dict[str, Any]:
     return {}
 
 
 @dataclass(frozen=True, slots=True)
 class Quirk:
-    """`call`: further arguments of the pipeline's __call__ (generator.call_kwargs overrides them). `prepare`: what has
-    to be done to the pipeline before it runs at all. `refuse`: why this class cannot be a policy, where running it
-    would not show it."""
+    """What is special about a pipeline class."""
 
-    call: Callable[[GeneratorConfig], dict[str, Any]] = _nothing
-    prepare: Callable[[Any], None] | None = None
-    refuse: str = ""
+    call: Callable[[GeneratorConfig], dict[str, Any]] = _no_arguments  # further arguments of its __call__
+    prepare: Callable[[Any], None] | None = None  # applied to the pipeline before its first call
+    refuse: str = ""  # why this class cannot be a policy, where running it would not show it
 
 
 def _kontext(cfg: GeneratorConfig) -> dict[str, Any]:

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import GeneratorConfig
+from pipeline.core.devices import resolve_dtype
 from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.generators.call.arguments import CallMode
-from pipeline.generators.load.pipeline import load_component, model_index, resolve_dtype
+from pipeline.generators.load.pipeline import load_component, model_index
 
 log = logging.getLogger("rushes.generators")
 
@@ -47,7 +48,7 @@ class EmbeddingStore:
 
     def __init__(self, cfg: GeneratorConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
-        self.dtype = resolve_dtype(cfg.dtype, device)
+        self.dtype = resolve_dtype(cfg.dtype, device.type)
         self.folder = Path(cfg.embedding_cache).expanduser() / model_key(cfg, self.dtype)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ class EmbeddingStore:
                 f"generator.embedding_cache: cannot write {describe_os_error(error, self.folder)}"
             ) from None
         self.hits = self.misses = 0
-        self.loaded: Callable[[str, torch.nn.Module], Any] = lambda _, module: module.to(self.device)
+        self.on_loaded: Callable[[str, torch.nn.Module], Any] = lambda _, module: module.to(self.device)
 
     # -- what is left out when loading --------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class EmbeddingStore:
                 if module is not None:
                     module.eval().requires_grad_(False)
                     setattr(pipe, name, module)
-                    self.loaded(name, module)
+                    self.on_loaded(name, module)
 
     def _read(self, path: Path, device: torch.device | str) -> tuple[Any] | None:
         """The stored tree in a tuple (it may itself be None); None where there is no sound file."""

@@ -14,13 +14,11 @@ from diffusers import DiffusionPipeline
 
 from pipeline.config.schema import GeneratorConfig, TrainableConfig
 from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
+from pipeline.core.devices import resolve_dtype
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
-from pipeline.core.tensors import map_leaves, tree_bytes
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.processors import processors_without_torchvision
 
-# Bytes of prompt embeddings, on the device: those of one group of a large model are tens of MB.
-_REMEMBERED = 256 * 2**20
 # What may be advised for installation: packages that diffusers and transformers name themselves. Any other name in an
 # error may have come from the checkpoint.
 _ADVISED = frozenset(
@@ -38,20 +36,6 @@ _CANNOT_LOAD = (
     TypeError,
     NameError,
 )
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on the CPU, where bfloat16 is slower."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
 
 
 def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
@@ -106,7 +90,7 @@ def load_pipeline(
         pipe = kind.from_pretrained(
             cfg.pretrained,
             revision=cfg.revision,
-            dtype=resolve_dtype(cfg.dtype, device),
+            dtype=resolve_dtype(cfg.dtype, device.type),
             use_safetensors=True,
             **{
                 **processors_without_torchvision(index, cfg.pretrained, cfg.revision),
@@ -271,56 +255,3 @@ def load_denoisers(cfg: GeneratorConfig, device: torch.device, dtype: torch.dtyp
     for module in modules.values():
         module.eval().requires_grad_(False).to(device)
     return modules
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_plain(entry) for entry in value)
-    if isinstance(value, dict):
-        return all(_plain(entry) for entry in value.values())
-    return isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device))
-
-
-def cache_prompts(pipe: Any, most: int = _REMEMBERED) -> None:
-    """Remembers `encode_prompt` results by argument, so that a prompt is encoded once and not once per group.
-
-    Only calls with plain arguments (no pictures or tensors) are remembered: the last ones, up to `most` bytes of
-    tensors. Results are handed out as copies.
-    """
-    encode = getattr(pipe, "encode_prompt", None)
-    if encode is None or getattr(encode, "remembers", False):
-        return
-    cache: dict[str, tuple[Any, int]] = {}  # result and its bytes, the last used at the end
-    held = 0
-
-    def cached(*args: Any, **kwargs: Any) -> Any:
-        nonlocal held
-        if not _plain(args) or not _plain(kwargs):
-            return encode(*args, **kwargs)
-        key = repr((args, sorted(kwargs.items())))
-        if key in cache:
-            found = cache.pop(key)
-        else:
-            result = encode(*args, **kwargs)
-            found = result, tree_bytes(result)
-            held += found[1]
-        cache[key] = found
-        while held > most:
-            held -= cache.pop(next(iter(cache)))[1]
-        return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, found[0])
-
-    def forget() -> None:
-        nonlocal held
-        cache.clear()
-        held = 0
-
-    cached.remembers = True
-    cached.forget = forget
-    pipe.encode_prompt = cached
-
-
-def forget_prompts(pipe: Any) -> None:
-    """Empties the cache of `cache_prompts`: the text encoders have changed."""
-    forget = getattr(getattr(pipe, "encode_prompt", None), "forget", None)
-    if forget is not None:
-        forget()

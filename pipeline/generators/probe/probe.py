@@ -1,41 +1,56 @@
-"""Puts a policy's pipeline through its probe: how it can be called, what `probe` finds in two batches, and that replay
-repeats the rollout. What is found is left in the policy.
+"""Finds out how a pipeline works as a policy, by running it on small batches, before any weights are trained.
+
+Each way to call the pipeline is tried until one works. A batch of 2 compared with a batch of 3 shows where the takes
+are; the recorded outputs show the guidance rule; then a rollout is replayed, and must give the same log-probs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
-from pipeline.core.types import PromptItem, SamplingSpec
-from pipeline.generators.call.arguments import call_modes, condition_arguments, conditions_of, parameters_of
-from pipeline.generators.load.pipeline import forget_prompts
-from pipeline.generators.probe import fit as probing
+from pipeline.core.types import PromptItem, SamplingSpec, StepGuidance
+from pipeline.generators.call.arguments import CallMode, call_modes
+from pipeline.generators.call.conditions import condition_arguments, conditions_of
+from pipeline.generators.call.signature import parameters_of
+from pipeline.generators.load.prompt_cache import forget_prompts
+from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline
+from pipeline.generators.probe.fit import (
+    ReplaceOutput,
+    bare_spec,
+    branches_distinguishable,
+    check_linear_weights,
+    fit_rules,
+    trace_output,
+)
+from pipeline.generators.probe.layouts import find_layouts, find_outputs, single_outputs
+from pipeline.generators.probe.result import ProbeResult
 from pipeline.generators.record.attention import reset_processors
-from pipeline.generators.record.recorder import RawStep, Recording
-from pipeline.generators.replay.replayer import Replayer, to_part
-from pipeline.generators.replay.text_inputs import same_inputs, to_call_inputs
+from pipeline.generators.record.inputs import same_inputs
+from pipeline.generators.record.packing import pack_recording
+from pipeline.generators.record.recording import RawStep, Recording, RecordOptions
+from pipeline.generators.replay.replayer import Replayer
+from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.group_plan import ode_sampling
 from pipeline.rl.samplers import log_prob
 
-if TYPE_CHECKING:
-    from pipeline.generators.policy import Policy
-
+RATIO_TOLERANCE = 1e-5  # |log-ratio| of an on-policy replay in float32
+_LOW_PRECISION_RATIO_TOLERANCE = 1e-2
 _STEPS = 3
+_FIRST_SEED = 11
 _TEXTS = ("a red circle on a table", "a dog", "the blue sea")  # the longest first: padding is then the same
 
 
-def probe(policy: Policy, prompts: list[PromptItem] | None = None) -> dict[str, Any]:
-    """Finds the policy spec and checks that replay repeats the rollout, before weights are attached or after.
+def probe(pipeline: PolicyPipeline, prompts: list[PromptItem] | None = None) -> ProbeResult:
+    """Learns how to call the pipeline and checks that replay repeats a rollout.
 
-    `prompts`: some to probe with; what they bring besides text decides which conditions are given. None: made-up
-    texts, and made-up conditions where the pipeline takes any. Returns a plain-data report.
-    Raises UnsupportedPolicyError with the numbers.
+    `prompts`: some to probe with; their images and other conditions decide which conditions are passed. None: made-up
+    texts, and made-up conditions where the pipeline takes any.
+    Raises UnsupportedPolicyError with the numbers, CannotRun where the pipeline cannot be called at all.
     """
     if prompts:
         trio = [replace((prompts * 3)[i], image=prompts[0].image, metadata=prompts[0].metadata) for i in range(3)]
@@ -43,208 +58,248 @@ def probe(policy: Policy, prompts: list[PromptItem] | None = None) -> dict[str, 
         placeholder_options: list[list[str]] = [[]]
     else:
         trio = [PromptItem(index=i, text=text) for i, text in enumerate(_TEXTS)]
-        placeholder_options = condition_arguments(policy.pipe)
-    failures: dict[str, Exception] = {}
+        placeholder_options = condition_arguments(pipeline.pipe)
+    failures: dict[str, Exception] = {}  # description of a call -> why it failed
     for placeholders in placeholder_options:
-        guided = "negative_prompt" in parameters_of(policy.pipe)
-        options = call_modes(bool(placeholders) or bool(conditions_of(trio[0])), guided)
-        for mode in policy.embeddings.in_order(options) if policy.embeddings is not None else options:
-            policy.reset(mode, placeholders)
+        for mode in _modes(pipeline, conditioned=bool(placeholders) or bool(conditions_of(trio[0]))):
             try:
-                return _probe(policy, trio)
+                return _Probe(pipeline, CallPlan(mode, tuple(placeholders)), trio).run()
             except Exception as error:  # a pipeline may refuse a mode in any way; all are reported below
-                failures[f"{mode.describe()}{' with ' + ', '.join(placeholders) if placeholders else ''}"] = error
+                failures[mode.describe() + (f" with {', '.join(placeholders)}" if placeholders else "")] = error
     refusals = [error for error in failures.values() if isinstance(error, RushesError)]
     if refusals:
         raise refusals[0]
-    causes: dict[str, str] = {}  # the same cause is told once
-    for words, error in failures.items():
-        causes.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", words)
-    told = "; ".join(f"{words}: {cause}" for cause, words in list(causes.items())[:3])
-    raise CannotRun(
-        f"{policy.name} could not be run ({told}); arguments of its __call__ can be set in generator.call_kwargs"
-    ) from next(iter(failures.values()))
+    raise _cannot_run(pipeline.name, failures) from next(iter(failures.values()))
 
 
-def _probe(policy: Policy, trio: list[PromptItem]) -> dict[str, Any]:
-    cfg = policy.cfg
-    sampling = SamplingSpec(
-        kind=cfg.sampler.kind,
-        noise_level=cfg.sampler.noise_level,
-        num_steps=_STEPS,
-        stochastic_steps=(0, 1),
-        trained_steps=(0, 1),
-        guidance_scale=cfg.generator.guidance_scale,
+def _modes(pipeline: PolicyPipeline, conditioned: bool) -> list[CallMode]:
+    modes = call_modes(conditioned, negative="negative_prompt" in parameters_of(pipeline.pipe))
+    return modes if pipeline.embeddings is None else pipeline.embeddings.in_order(modes)
+
+
+def _cannot_run(name: str, failures: dict[str, Exception]) -> CannotRun:
+    calls: dict[str, str] = {}  # cause -> the first call that failed so
+    for call, error in failures.items():
+        calls.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", call)
+    listed = "; ".join(f"{call}: {cause}" for cause, call in list(calls.items())[:3])
+    return CannotRun(
+        f"{name} could not be run ({listed}); arguments of its __call__ can be set in generator.call_kwargs"
     )
 
-    def run(first: int, stop: int, **options: Any) -> Recording:
-        seeds = tuple(range(11 + first, 11 + stop))
-        return policy.sample(trio[first:stop], seeds, None, sampling, keep_steps={0, 1}, check_first=True, **options)[1]
 
-    batched = policy.mode.batched
-    couple, others = ((0, 2), (0, 3)) if batched else ((0, 1), (1, 2))
-    small, large = run(*couple), run(*others, stop_early=True)
-    if batched:
-        outputs = probing.find_outputs(small.steps, large.steps)
-        layouts, note = probing.find_layouts(small.steps, large.steps)
-    else:
-        outputs, layouts, note = probing.single_outputs(small.steps), {}, ""
-    takes = small.steps[0].sample.shape[0]
-    one, other = small.steps, large.steps
-    alike = not probing.branches_distinguishable(outputs, one + other)
-    run_steps: list[RawStep] = []  # of a run's own sampler, whose guidance may change with the step
-    if alike:
-        one, other = (_made_up_steps(policy, trio[:takes], seed, sampling) for seed in (0, 1))
-        run_steps = _made_up_steps(policy, trio[:takes], 2, _whole_run(policy))
-    spec = replace(probing.bare_spec(small.steps[0], outputs, policy.name, policy.prediction), layouts=layouts)
-    spec, error = _with_rules(policy, spec, one + other + run_steps, trio[:takes], sampling)
-    probing.check_linear_weights(spec, one, other)
-    policy.spec = spec
-    policy.fixed_guidance = _numbers(policy, one) if alike else {}
-    for step in large.steps:
-        policy.fit_step(step)
-    report = probing.report(spec, small, large, error)
-    report["call_mode"] = policy.mode.describe()
-    report["conditions"] = sorted({*policy.placeholders, *conditions_of(trio[0])})
-    report["takes_note"] = note
-    report["alike_outputs"] = alike
-    report.update(check_replay(policy, large, sampling))
-    if getattr(policy.pipe, "guider", None) is not None and not alike:
-        _check_later_steps(policy, trio[:takes])
-    if policy.text is not None:
-        inputs = to_call_inputs(
-            trio[slice(*others)], [11 + i for i in range(*others)], policy.mode, policy.placeholders
+class _Probe:
+    """One way to call the pipeline, tried on three prompts."""
+
+    def __init__(self, pipeline: PolicyPipeline, plan: CallPlan, trio: list[PromptItem]) -> None:
+        cfg = pipeline.cfg
+        self.pipeline, self.plan, self.trio = pipeline, plan, trio
+        self.sampling = SamplingSpec(
+            kind=cfg.sampler.kind,
+            noise_level=cfg.sampler.noise_level,
+            num_steps=_STEPS,
+            stochastic_steps=(0, 1),
+            trained_steps=(0, 1),
+            guidance_scale=cfg.generator.guidance_scale,
         )
-        report["text_inputs"] = policy.text.check(large.steps, inputs, sampling)
-    if policy.embeddings is not None:
-        forget_prompts(policy.pipe)
-        policy.embeddings.settle(policy.pipe, policy.mode, lambda: same_inputs(small.steps, run(*couple).steps))
-    policy.fixed_guidance = _numbers(policy, run_steps)
-    return report
+        # Which of the prompts the two calls that are compared are given.
+        self.small, self.large = (slice(0, 2), slice(0, 3)) if plan.mode.batched else (slice(0, 1), slice(1, 2))
+        self.takes = self.small.stop
 
-
-def _with_rules(
-    policy: Policy, spec: PolicySpec, steps: list[RawStep], prompts: Sequence[PromptItem], sampling: SamplingSpec
-) -> tuple[PolicySpec, float]:
-    """The spec with its guidance rules, its outputs traced value by value where shapes do not say how they are cut."""
-    if spec.output_slice == "first tokens":  # the sample's tokens may also come behind the text's
-        last = replace(spec, output_slice="last tokens")
+    def run(self) -> ProbeResult:
+        pipeline, batched = self.pipeline, self.plan.mode.batched
+        small, large = self._record(self.small), self._record(self.large, stop_early=True)
+        outputs = find_outputs(small.steps, large.steps) if batched else single_outputs(small.steps)
+        spec = bare_spec(small.steps[0], outputs, pipeline.name, pipeline.prediction)
+        note = ""
         try:
-            rules, sign, error = probing.fit_steps(last, steps, policy.scales)
-            return replace(last, rules=rules, sign=sign), error
-        except UnsupportedPolicyError:
-            pass  # so they come first, as the shapes suggest
-    try:
-        if spec.output_slice == "gather":
-            raise UnsupportedPolicyError("shapes differ")
-        rules, sign, error = probing.fit_steps(spec, steps, policy.scales)
-    except UnsupportedPolicyError as by_shape:
-        seeds = tuple(range(11, 11 + len(prompts)))
-        try:
-            places = probing.trace_output(
-                lambda send: policy.sample(
-                    prompts, seeds, None, sampling, keep_steps={0}, on_output=send, stop_early=True
-                )[1],
-                spec.outputs,
-                len(prompts),
+            spec = replace(spec, layouts=find_layouts(small.steps, large.steps) if batched else {})
+        except UnsupportedPolicyError as error:
+            note = str(error)
+        steps, others = small.steps, large.steps
+        run_steps: list[RawStep] = []  # of a run's own sampler, whose guidance may change with the step
+        distinguishable = branches_distinguishable(outputs, steps + others)
+        if not distinguishable:
+            steps, others = (self._steps_with_random_outputs(seed, self.sampling) for seed in (0, 1))
+            run_steps = self._steps_with_random_outputs(2, self._run_sampling())
+        spec, error = self._with_rules(spec, steps + others + run_steps)
+        check_linear_weights(spec, steps, others)
+        result = ProbeResult(spec=spec, plan=self.plan, scales=pipeline.scales)
+        checked = result if distinguishable else replace(result, fixed_guidance=_read_guidance(result, steps))
+        for step in large.steps:
+            checked.fit_step(step)
+        report = {
+            **_report(spec, small, large, error),
+            "call_mode": self.plan.mode.describe(),
+            "conditions": sorted({*self.plan.placeholders, *conditions_of(self.trio[0])}),
+            "takes_note": note,
+            "alike_outputs": not distinguishable,
+            **check_replay(pipeline, spec, large, self.sampling),
+        }
+        if getattr(pipeline.pipe, "guider", None) is not None and distinguishable:
+            self._check_later_steps(result)
+        if pipeline.text is not None:
+            inputs = to_call_inputs(
+                self.trio[self.large], self._seeds(self.large), self.plan.mode, self.plan.placeholders
             )
-        except UnsupportedPolicyError as by_trace:
-            raise (by_trace if spec.output_slice == "gather" else by_shape) from by_trace
-        spec = replace(spec, output_slice="gather", gather=places)
-        rules, sign, error = probing.fit_steps(spec, steps, policy.scales)
-    return replace(spec, rules=rules, sign=sign), error
+            report["text_inputs"] = pipeline.text.check(large.steps, inputs, self.sampling)
+        if pipeline.embeddings is not None:
+            forget_prompts(pipeline.pipe)
+            pipeline.embeddings.settle(
+                pipeline.pipe, self.plan.mode, lambda: same_inputs(small.steps, self._record(self.small).steps)
+            )
+        return replace(result, fixed_guidance=_read_guidance(result, run_steps), report=report)
 
+    # -- pipeline calls -------------------------------------------------------------------------------------------
 
-def _whole_run(policy: Policy) -> SamplingSpec:
-    """A run's sampler, with every step that the run may train."""
-    sampler = policy.cfg.sampler
-    steps = tuple(range(sampler.window.bounds(sampler.steps)[1]))
-    return replace(ode_sampling(policy.cfg, sampler.steps), stochastic_steps=steps, trained_steps=steps)
+    @staticmethod
+    def _seeds(takes: slice) -> range:
+        return range(_FIRST_SEED + takes.start, _FIRST_SEED + takes.stop)
 
+    def _record(self, takes: slice, stop_early: bool = False) -> Recording:
+        """The probe's sampler on some of the prompts."""
+        options = RecordOptions(keep_steps=frozenset({0, 1}), check_first=True, stop_early=stop_early)
+        return self._sample(takes, self.sampling, options)
 
-def _made_up_steps(policy: Policy, prompts: Sequence[PromptItem], seed: int, sampling: SamplingSpec) -> list[RawStep]:
-    """The trained steps of a rollout with random numbers in place of the denoiser's outputs.
+    def _sample(self, takes: slice, sampling: SamplingSpec, options: RecordOptions) -> Recording:
+        seeds = self._seeds(takes)
+        return self.pipeline.sample(self.plan, self.trio[takes], seeds, None, sampling, options).recording
 
-    Weights that were never trained can answer prompt and negative prompt alike (modulations start at zero), so that
-    any guidance rule would fit; these numbers differ.
-    """
-    source = torch.Generator().manual_seed(seed)
+    def _run_sampling(self) -> SamplingSpec:
+        """A run's sampler, with every step that the run may train."""
+        cfg = self.pipeline.cfg
+        steps = tuple(range(cfg.sampler.window.bounds(cfg.sampler.steps)[1]))
+        return replace(ode_sampling(cfg, cfg.sampler.steps), stochastic_steps=steps, trained_steps=steps)
 
-    def send(_step: int, _name: str, output: torch.Tensor) -> torch.Tensor:
-        return torch.randn(output.shape, generator=source).to(output)
+    def _steps_with_random_outputs(self, seed: int, sampling: SamplingSpec) -> list[RawStep]:
+        """The trained steps of a rollout with random numbers in place of the denoiser's outputs.
 
-    return policy.sample(
-        prompts,
-        tuple(range(11, 11 + len(prompts))),
-        None,
-        sampling,
-        keep_steps=set(sampling.trained_steps),
-        on_output=send,
-        on_step=None,
-        stop_early=len(sampling.trained_steps) < sampling.num_steps,
-    )[1].steps
+        Weights that were never trained can answer prompt and negative prompt alike (modulations start at zero), so that
+        any guidance rule would fit; these numbers differ.
+        """
+        source = torch.Generator().manual_seed(seed)
 
+        def replace_output(_step: int, _name: str, output: torch.Tensor) -> torch.Tensor:
+            return torch.randn(output.shape, generator=source).to(output)
 
-def _numbers(policy: Policy, steps: list[RawStep]) -> dict[int, tuple[str, float, tuple[float, ...]]]:
-    """Sampler step -> (rule, scale, extra), read from steps whose outputs tell them."""
-    policy.fixed_guidance = {}
-    for step in steps:
-        policy.fit_step(step)
-    return {step.index: (step.rule, step.guidance_scale, step.rule_extra) for step in steps}
+        options = RecordOptions(
+            keep_steps=frozenset(sampling.trained_steps),
+            replace_output=replace_output,
+            stop_early=len(sampling.trained_steps) < sampling.num_steps,
+        )
+        return self._sample(slice(0, self.takes), sampling, options).steps
 
+    # -- what they show -------------------------------------------------------------------------------------------
 
-def _check_later_steps(policy: Policy, prompts: Sequence[PromptItem]) -> None:
-    """Guiders choose their rule by the number of the step, so all steps that a run may train are looked at.
+    def _with_rules(self, spec: PolicySpec, steps: list[RawStep]) -> tuple[PolicySpec, float]:
+        """(spec with its guidance rules, their error). Traces outputs value by value where shapes do not tell how they
+        are sliced."""
+        scales = self.pipeline.scales
+        if spec.output_slice == "first tokens":  # the sample's tokens may also come after the text's
+            last = replace(spec, output_slice="last tokens")
+            try:
+                fitted = fit_rules(last, steps, scales)
+                return replace(last, rules=fitted.rules, sign=fitted.sign), fitted.error
+            except UnsupportedPolicyError:
+                pass  # they come first, as the shapes suggest
+        try:
+            if spec.output_slice == "gather":
+                raise UnsupportedPolicyError("shapes differ")
+            fitted = fit_rules(spec, steps, scales)
+        except UnsupportedPolicyError as by_shape:
+            try:
+                gather = trace_output(self._traced, spec.outputs, self.takes)
+            except UnsupportedPolicyError as by_trace:
+                raise (by_trace if spec.output_slice == "gather" else by_shape) from by_trace
+            spec = replace(spec, output_slice="gather", gather=gather)
+            fitted = fit_rules(spec, steps, scales)
+        return replace(spec, rules=fitted.rules, sign=fitted.sign), fitted.error
 
-    Raises UnsupportedPolicyError, with the window that can be trained where there is one.
-    """
-    sampling = _whole_run(policy)
-    fitted: list[int] = []
+    def _traced(self, replace_output: ReplaceOutput) -> Recording:
+        options = RecordOptions(keep_steps=frozenset({0}), replace_output=replace_output, stop_early=True)
+        return self._sample(slice(0, self.takes), self.sampling, options)
 
-    def fit(step: RawStep) -> None:
-        policy.fit_step(step)
-        fitted.append(step.index)
+    def _check_later_steps(self, result: ProbeResult) -> None:
+        """Guiders choose their rule by the step number, so every step that a run may train is checked.
 
-    try:
-        policy.sample(
-            prompts,
-            range(11, 11 + len(prompts)),
-            None,
-            sampling,
-            keep_steps=set(sampling.trained_steps),
+        Raises UnsupportedPolicyError, with the window that can be trained where there is one.
+        """
+        sampling = self._run_sampling()
+        fitted: list[int] = []
+
+        def fit(step: RawStep) -> None:
+            result.fit_step(step)
+            fitted.append(step.index)
+
+        options = RecordOptions(
+            keep_steps=frozenset(sampling.trained_steps),
             on_step=fit,
             stop_early=len(sampling.trained_steps) < sampling.num_steps,
         )
-    except UnsupportedPolicyError as error:
-        cause = f"{policy.name}: its guider {type(policy.pipe.guider).__name__} changes its rule; {error}"
-        if len(fitted) > 1:
-            cause += f". Earlier steps can be trained: sampler.window.range=[0,{len(fitted)}]"
-        raise UnsupportedPolicyError(cause) from error
+        try:
+            self._sample(slice(0, self.takes), sampling, options)
+        except UnsupportedPolicyError as error:
+            guider = type(self.pipeline.pipe.guider).__name__
+            cause = f"{self.pipeline.name}: its guider {guider} changes its rule; {error}"
+            if len(fitted) > 1:
+                cause += f". Earlier steps can be trained: sampler.window.range=[0,{len(fitted)}]"
+            raise UnsupportedPolicyError(cause) from error
+
+
+def _read_guidance(result: ProbeResult, steps: list[RawStep]) -> dict[int, StepGuidance]:
+    """Sampler step -> guidance, fitted to steps whose outputs differ enough to tell."""
+    for step in steps:
+        result.fit_step(step)
+    return {step.index: step.guidance for step in steps}
+
+
+def _report(spec: PolicySpec, small: Recording, large: Recording, error: float) -> dict[str, Any]:
+    """What was measured, as plain data."""
+    steps = small.steps + large.steps
+    return {
+        "pipeline": spec.pipeline,
+        "prediction": spec.prediction,
+        "guidance_rule": " / ".join(dict.fromkeys(spec.rules.values())) + (", negated" if spec.sign < 0 else ""),
+        "guidance_scale": large.steps[0].guidance.scale,
+        "guidance_weights": list(large.steps[0].guidance.extra),
+        "guidance_error": error,
+        "output_slice": spec.output_slice,
+        "denoiser_calls_per_step": max(len(step.calls) for step in steps),
+        "denoisers": sorted({call.module for step in steps for call in step.calls}),
+        "takes_axis": {str(key): [v.axis, v.copies, v.order] for key, v in (spec.layouts or {}).items()},
+        "chosen_share": min(small.chosen_share, large.chosen_share),
+        "sample_shape": list(large.steps[0].sample.shape[1:]),
+    }
 
 
 @torch.no_grad()
-def check_replay(policy: Policy, recording: Recording, sampling: SamplingSpec) -> dict[str, float]:
-    """Replays steps out of order, whole and take by take; the log-ratio must be 0 to rounding."""
+def check_replay(
+    pipeline: PolicyPipeline, spec: PolicySpec, recording: Recording, sampling: SamplingSpec
+) -> dict[str, float]:
+    """Replays steps out of order, whole and take by take. Returns the largest |log-ratio| of each.
+
+    Raises UnsupportedPolicyError where it is more than rounding.
+    """
     takes = recording.steps[0].sample.shape[0]
-    part = to_part(recording, 0, takes, keep_mean=False)
-    replayer = Replayer(part, policy.spec, policy.modules, policy.device)
+    part = pack_recording(recording, 0, takes, keep_mean=False)
+    replayer = Replayer(part, spec, pipeline.denoisers, pipeline.device)
     worst = {"replay_whole": 0.0, "replay_single": 0.0}
+    singles = [slice(i, i + 1) for i in range(takes)]
     for j in (1, 0, 1):
-        singles = [slice(i, i + 1) for i in range(takes)]
-        for key, cuts in (("replay_whole", [slice(0, takes)]), ("replay_single", singles)):
-            for cut in cuts:
-                sample, next_sample, old = replayer.step_tensors(j, cut)
-                out = replayer.model_output(j, cut, sample)
-                moved = replayer.move(j, cut, sample, out, sampling)
-                gap = float((log_prob(next_sample, moved) - old).abs().max())
-                worst[key] = max(worst[key], gap)
-    reset_processors(policy.modules.values())
-    exact = all(p.dtype == torch.float32 for m in policy.modules.values() for p in m.parameters())
-    bound = probing.RATIO_TOLERANCE if exact else 1e-2
+        for key, slices in (("replay_whole", [slice(0, takes)]), ("replay_single", singles)):
+            for entries in slices:
+                sample, next_sample, old = replayer.step_tensors(j, entries)
+                out = replayer.model_output(j, entries, sample)
+                gaussian = replayer.move(j, entries, sample, out, sampling)
+                ratio = float((log_prob(next_sample, gaussian) - old).abs().max())
+                worst[key] = max(worst[key], ratio)
+    reset_processors(pipeline.denoisers.values())
+    parameters = [p for module in pipeline.denoisers.values() for p in module.parameters()]
+    exact = all(parameter.dtype == torch.float32 for parameter in parameters)
+    bound = RATIO_TOLERANCE if exact else _LOW_PRECISION_RATIO_TOLERANCE
     # Single takes run through other kernels; over few latent values their rounding shows more.
     if not (worst["replay_whole"] < bound and worst["replay_single"] < 10 * bound):
         raise UnsupportedPolicyError(
-            f"{policy.name}: replaying a rollout gives log-ratios of up to {max(worst.values()):.1e} "
+            f"{pipeline.name}: replaying a rollout gives log-ratios of up to {max(worst.values()):.1e} "
             f"(allowed {bound:.0e}); does it keep state between calls, or change its model while sampling "
             "(caching, a stateful guider, attention processors of its own, dropout)?"
         )

@@ -1,6 +1,6 @@
-"""Attention processors that a pipeline puts into its denoiser while it samples (perturbed-attention guidance).
+"""Attention processors that a pipeline installs in its denoiser while it samples (perturbed-attention guidance).
 
-They go with the recorded call by class name, and replay puts them in place before it makes the call.
+They are recorded with each denoiser call by class name; replay installs them before it makes the call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from diffusers.models import attention_processor
 
 from pipeline.core.errors import UnsupportedPolicyError
 
-_OWN: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()  # what `apply_processors` has replaced
+# What `apply_processors` has replaced, by attention layer.
+_REPLACED: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 def processors_of(module: torch.nn.Module) -> dict[str, Any]:
@@ -26,48 +27,49 @@ def processors_of(module: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def changed(module: torch.nn.Module, own: dict[str, Any]) -> dict[str, str]:
-    """Path -> class name, where a processor is of another class than in `own`.
+def changed_processors(module: torch.nn.Module, before: dict[str, Any]) -> dict[str, str]:
+    """Path -> class name, where a processor is of another class than in `before`.
 
     Raises UnsupportedPolicyError where it has settings, or is not one of diffusers' own.
     """
-    found = {}
+    changed = {}
     for path, processor in processors_of(module).items():
-        kind = type(processor)
-        if path not in own or kind is type(own[path]):
+        cls = type(processor)
+        if path not in before or cls is type(before[path]):
             continue
-        if getattr(attention_processor, kind.__name__, None) is not kind or vars(processor):
+        if getattr(attention_processor, cls.__name__, None) is not cls or vars(processor):
             raise UnsupportedPolicyError(
-                f"attention processor {kind.__name__}, put in place while sampling, cannot be recorded and replayed"
+                f"attention processor {cls.__name__}, installed while sampling, cannot be recorded and replayed"
             )
-        found[path] = kind.__name__
-    return found
+        changed[path] = cls.__name__
+    return changed
 
 
-def restore_processors(module: torch.nn.Module, own: dict[str, Any]) -> None:
-    """Processors as they were."""
-    for path, processor in own.items():
-        layer = module.get_submodule(path)
+def restore_processors(module: torch.nn.Module, processors: dict[str, Any]) -> None:
+    """Installs these processors again where others have replaced them."""
+    for path, processor in processors.items():
+        layer: Any = module.get_submodule(path)
         if layer.processor is not processor:
             layer.set_processor(processor)
 
 
-def apply_processors(module: torch.nn.Module, names: dict[str, str]) -> None:
-    """Gives `module` the processors of a recorded call; none of another call stay behind.
+def apply_processors(module: torch.nn.Module, class_names: dict[str, str]) -> None:
+    """Installs the processors of a recorded call, and removes those of any call before it.
 
     They stay until the next call, since activation checkpointing runs a layer again in the backward pass.
     """
-    if module in _OWN:
-        restore_processors(module, _OWN.pop(module))
-    if not names:
+    if module in _REPLACED:
+        restore_processors(module, _REPLACED.pop(module))
+    if not class_names:
         return
-    own = processors_of(module)
-    _OWN[module] = {path: own[path] for path in names}
-    for path, name in names.items():
-        module.get_submodule(path).set_processor(getattr(attention_processor, name)())
+    before = processors_of(module)
+    _REPLACED[module] = {path: before[path] for path in class_names}
+    for path, name in class_names.items():
+        layer: Any = module.get_submodule(path)
+        layer.set_processor(getattr(attention_processor, name)())
 
 
 def reset_processors(modules: Iterable[torch.nn.Module]) -> None:
-    """Ends what `apply_processors` began."""
+    """Removes what `apply_processors` installed."""
     for module in modules:
         apply_processors(module, {})

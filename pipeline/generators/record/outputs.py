@@ -1,4 +1,4 @@
-"""The tensor of a denoiser's output, in whatever it is wrapped."""
+"""Reads and replaces the tensor of a denoiser's output, whatever structure it is wrapped in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def first_tensor(output: Any) -> torch.Tensor:
     """The tensor of a denoiser's output: itself, the first of a tuple, or `.sample`; a list of tensors is stacked."""
     if isinstance(output, torch.Tensor):
         return output
-    if isinstance(output, list) and output and all(isinstance(entry, torch.Tensor) for entry in output):
+    if _is_tensor_list(output):
         if any(entry.shape != output[0].shape for entry in output):
             raise UnsupportedPolicyError("the denoiser returns tensors of different shapes for the takes of a batch")
         return torch.stack(output)
@@ -29,7 +29,7 @@ def replace_first(output: Any, value: torch.Tensor) -> Any:
     """`output` with its first tensor (see `first_tensor`) replaced."""
     if isinstance(output, torch.Tensor):
         return value
-    if isinstance(output, list) and output and all(isinstance(entry, torch.Tensor) for entry in output):
+    if _is_tensor_list(output):
         return list(value.unbind(0))
     if hasattr(output, "sample"):
         output = type(output)(**output)
@@ -38,8 +38,12 @@ def replace_first(output: Any, value: torch.Tensor) -> Any:
     return type(output)([replace_first(output[0], value), *output[1:]])
 
 
-def is_first_alone(output: Any) -> bool:
-    """Whether an output holds no other tensor than its first."""
-    left: list[Any] = []
-    map_leaves(lambda _, leaf: left.append(leaf), replace_first(output, torch.zeros(0)))
-    return not any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in left)
+def has_one_tensor(output: Any) -> bool:
+    """Whether an output holds no tensor besides its first."""
+    leaves: list[Any] = []
+    map_leaves(lambda _, leaf: leaves.append(leaf), replace_first(output, torch.zeros(0)))
+    return not any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in leaves)
+
+
+def _is_tensor_list(output: Any) -> bool:
+    return isinstance(output, list) and bool(output) and all(isinstance(entry, torch.Tensor) for entry in output)

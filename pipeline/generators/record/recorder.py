@@ -1,376 +1,262 @@
-"""Runs a diffusers pipeline unchanged while its scheduler draws policy steps and its denoiser calls are recorded.
+"""Runs a diffusers pipeline unchanged while policy steps replace its scheduler's and its denoiser calls are recorded.
 
-The pipeline keeps its own loop, guidance, conditions and decoding. Two things are replaced for one call:
-`scheduler.step` (draws from `samplers.transition` with each take's own generator) and, through hooks, nothing but a
-look at what each denoiser is called with. Inputs are cloned at call time, since some pipelines edit in place.
+The pipeline keeps its own loop, guidance, conditions and decoding. For one call, `scheduler.step` is replaced (it draws
+from `pipeline.rl.samplers` with each take's own generator), and hooks on the denoisers copy what they are called with.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from types import MethodType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import LCMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.tensors import map_leaves
-from pipeline.core.types import SamplingSpec
-from pipeline.generators.record.attention import changed, processors_of, restore_processors
-from pipeline.generators.record.first_order import step_times
-from pipeline.generators.record.outputs import first_tensor, is_first_alone, replace_first
-from pipeline.generators.record.shared_prefix import SharedPrefix
-from pipeline.rl.samplers import log_prob, transition
-from pipeline.rl.samplers.base import Transition, clean_and_noise
-from pipeline.rl.samplers.lcm import consistency_function
-
-_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, np.generic, slice)
-
-
-@dataclass(slots=True)
-class RawCall:
-    """One denoiser call as it happened: trees of cloned tensors, and the identity of each original."""
-
-    module: str
-    args: Any
-    kwargs: Any
-    origin: dict[str, tuple[int, int]]  # leaf path -> (id, in-place version) of the original tensor
-    output: torch.Tensor | None = None
-    processors: dict[str, str] = field(default_factory=dict)  # see generators.attention
-
-
-@dataclass(slots=True)
-class RawStep:
-    """One scheduler step as it happened. Tensors [B, ...], B takes, in the pipeline's dtype unless said otherwise;
-    frames that a pipeline folds into the batch are unfolded into axis 1."""
-
-    index: int
-    sigma: float
-    sigma_next: float
-    sigma_cap: float
-    guidance_scale: float
-    sample: torch.Tensor
-    model_output: torch.Tensor
-    next_sample: torch.Tensor
-    mean: torch.Tensor  # float32
-    log_prob: torch.Tensor | None  # float32 [B]; None where the step is deterministic
-    calls: list[RawCall]
-    std: float = 0.0
-    rule: str = "identity"
-    rule_extra: tuple[float, ...] = ()
-    mask: torch.Tensor | None = None  # bool, like next_sample; None: the policy chose every value
-
-
-@dataclass(slots=True)
-class Recording:
-    """What one pipeline call left behind."""
-
-    steps: list[RawStep] = field(default_factory=list)
-    # (id, in-place version) -> (original, its clone); holding the original keeps its id unique
-    clones: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    num_steps: int = 0
-    denoise_started: float = 0.0
-    denoise_ended: float = 0.0
-    final: torch.Tensor | None = None  # [takes, ...], what the last step gave
-    chosen_share: float = 1.0  # share of the latent values that the policy chose, least over the steps
-    stopped: bool = False
+from pipeline.core.types import SamplingSpec, StepGuidance
+from pipeline.generators.record.attention import changed_processors, processors_of, restore_processors
+from pipeline.generators.record.first_order import StepTimes, step_times
+from pipeline.generators.record.outputs import first_tensor, has_one_tensor, replace_first
+from pipeline.generators.record.policy_step import check_first_step, clean_prediction, infer_mask, policy_transition
+from pipeline.generators.record.recording import RawCall, RawStep, Recording, RecordOptions, clone_call
+from pipeline.rl.samplers import Transition, log_prob
 
 
 class StopRecording(Exception):
-    """Ends a probing run once its steps are recorded, before the VAE decodes."""
+    """Ends a pipeline call once its kept steps are complete, before the VAE decodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _WholeInputs:
+    """The inputs of a call of which the denoiser was given only the distinct takes."""
+
+    args: Any
+    kwargs: Any
+
+
+class PipelineRecorder:
+    """A context manager around one pipeline call; yields the growing `Recording`.
+
+    `generators`: one CPU generator per take for the policy's noise, so a take does not depend on its batch.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        denoisers: dict[str, torch.nn.Module],
+        prediction: str,
+        sampling: SamplingSpec,
+        generators: Sequence[torch.Generator],
+        options: RecordOptions,
+    ) -> None:
+        self.pipe, self.scheduler, self.denoisers = pipe, pipe.scheduler, denoisers
+        self.prediction, self.sampling, self.options = prediction, sampling, options
+        self.generators = generators
+        self.takes = len(generators)
+        self.name = type(pipe).__name__
+        self.recording = Recording()
+        self._calls: list[RawCall] = []  # of the step that is being denoised
+        self._whole_inputs: list[_WholeInputs | None] = []  # per call of that step; None: it was given all takes
+        self._last_step: RawStep | None = None  # kept; its mask shows only in the next step's sample
+        self._processors: dict[str, dict[str, Any]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Recording:
+        for name, module in self.denoisers.items():
+            self._processors[name] = processors_of(module)
+            self._hooks.append(module.register_forward_pre_hook(partial(self.on_denoiser_call, name), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(partial(self.on_denoiser_output, name), with_kwargs=True))
+        self.scheduler.step = _PolicyStep(self.scheduler, self.scheduler_step)
+        return self.recording
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        for name, processors in self._processors.items():  # a stopped pipeline has not restored them itself
+            restore_processors(self.denoisers[name], processors)
+        self.scheduler.__dict__.pop("step", None)  # the class's own method shows again
+        for hook in self._hooks:
+            hook.remove()
+        return isinstance(error, StopRecording)
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def on_denoiser_call(self, name: str, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """Before a denoiser runs: records its inputs; returns those of the distinct takes where that is enough."""
+        step, prefix = self.recording.num_steps, self.options.shared_prefix
+        if not self.recording.denoise_started:
+            self.recording.denoise_started = time.perf_counter()
+        if step in self.options.keep_steps:
+            call = clone_call(name, args, kwargs, self.recording.clones, self.options.keep_graph)
+            call.processors = changed_processors(module, self._processors[name])
+            self._calls.append(call)
+        distinct = None
+        if prefix is not None and step < prefix.until:
+            distinct = prefix.distinct_inputs(len(self._whole_inputs), args, kwargs)
+        self._whole_inputs.append(None if distinct is None else _WholeInputs(args, kwargs))
+        return distinct
+
+    def on_denoiser_output(self, name: str, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """After a denoiser has run: expands its output to all takes, replaces and records it as the options say."""
+        step, prefix, whole = self.recording.num_steps, self.options.shared_prefix, self._whole_inputs[-1]
+        if whole is not None and prefix is not None:
+            if has_one_tensor(output):
+                expanded = prefix.expand_output(len(self._whole_inputs) - 1, first_tensor(output))
+                output = replace_first(output, expanded)
+            else:  # where the takes are in the other outputs is not known
+                prefix.active = False
+                output = module.forward(*whole.args, **whole.kwargs)
+        if self.options.replace_output is not None:
+            output = replace_first(output, self.options.replace_output(step, name, first_tensor(output)))
+        if step in self.options.keep_steps:
+            self._calls[-1].output = first_tensor(output).detach().clone()
+        return output
+
+    def scheduler_step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        generator: Any,
+        return_dict: bool,
+        **rest: Any,
+    ) -> Any:
+        """In place of `scheduler.step`: draws x_next, records the step, and returns what the scheduler would.
+
+        Raises StopRecording, and UnsupportedPolicyError where the step cannot be a policy's.
+        """
+        step, recording, options = self.recording.num_steps, self.recording, self.options
+        times, position = step_times(self.scheduler, self.prediction, step, timestep)
+        x, out = self._policy_inputs(model_output, sample, times, reverse=rest.get("per_token_timesteps") is not None)
+        if self._last_step is not None:
+            infer_mask(self._last_step, x, recording, self.name)
+            self._last_step = None
+        if options.stop_early and step > max(options.keep_steps):
+            recording.stopped = True
+            raise StopRecording
+        last = position + 1 >= len(self.scheduler.timesteps)
+        draw = partial(policy_transition, self.scheduler, self.sampling, self.prediction, x, out, times)
+        if options.check_first and step == 0:
+            noiseless = draw(noisy=False, last=False, generator=generator).mean.reshape(sample.shape)
+            arguments = {"model_output": model_output, "timestep": timestep, "sample": sample, **rest}
+            check_first_step(self.scheduler, noiseless, arguments)
+        noisy = step in self.sampling.stochastic_steps
+        gaussian = draw(noisy=noisy, last=last, generator=generator)
+        # Rounded to the pipeline's dtype before its log-prob is taken: replay sees exactly this tensor.
+        next_sample = self._draw(gaussian, noisy).to(sample.dtype)
+        if step in options.keep_steps:
+            self._keep_step(times, x, out, gaussian, next_sample, noisy)
+        self._calls.clear()
+        self._whole_inputs.clear()
+        recording.num_steps += 1
+        recording.final = next_sample.detach()
+        recording.denoise_ended = time.perf_counter()
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = position + 1
+        previous = next_sample.reshape(sample.shape)
+        clean = clean_prediction(self.scheduler, self.prediction, x, out, times).to(sample.dtype).reshape(sample.shape)
+        if return_dict:
+            return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=clean)
+        return (previous,) if self.prediction == "flow" else (previous, clean)
+
+    # -- parts of a step ------------------------------------------------------------------------------------------
+
+    def _policy_inputs(
+        self, model_output: torch.Tensor, sample: torch.Tensor, times: StepTimes, reverse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, model output), both [takes, ...] with the sign of a sigma that falls. `reverse`: FlowMatchEuler with
+        per-token timesteps steps in the opposite direction (LTXCondition)."""
+        out = -model_output if reverse else model_output
+        if out.shape != sample.shape and out.shape[1] == 2 * sample.shape[1]:
+            out = out[:, : sample.shape[1]]  # without the learned variance, which DDPM's step splits off
+        if out.shape != sample.shape:
+            raise UnsupportedPolicyError(
+                f"{self.name} hands the scheduler {list(out.shape)} for a sample {list(sample.shape)}"
+            )
+        return self._unfold(sample), self._unfold(-out if times.flip else out)
+
+    def _unfold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[takes x frames, ...] -> [takes, frames, ...]"""
+        if tensor.shape[0] == self.takes:
+            return tensor
+        if tensor.shape[0] % self.takes:
+            raise UnsupportedPolicyError(
+                f"{self.name} hands the scheduler {tensor.shape[0]} samples for {self.takes} takes"
+            )
+        return tensor.unflatten(0, (self.takes, tensor.shape[0] // self.takes))
+
+    def _draw(self, gaussian: Transition, noisy: bool) -> torch.Tensor:
+        """x_next, with each take's own noise."""
+        replacement = self.options.samples.get(self.recording.num_steps + 1)
+        next_sample = gaussian.mean
+        if noisy:
+            shape = gaussian.mean.shape[1:]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+            next_sample = gaussian.mean + gaussian.std * noise.to(gaussian.mean.device)
+        return next_sample if replacement is None else replacement.to(next_sample.device)
+
+    def _keep_step(
+        self,
+        times: StepTimes,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        gaussian: Transition,
+        next_sample: torch.Tensor,
+        noisy: bool,
+    ) -> None:
+        nominal = _as_scale(getattr(self.pipe, "guidance_scale", None), self.sampling.guidance_scale)
+        step = RawStep(
+            index=self.recording.num_steps,
+            sigma=times.sigma,
+            sigma_next=times.sigma_next,
+            sigma_cap=times.cap,
+            guidance=StepGuidance(scale=nominal),
+            sample=x.detach().clone(),
+            model_output=out.detach().clone(),
+            next_sample=next_sample.detach().clone(),
+            mean=gaussian.mean,
+            log_prob=log_prob(next_sample, gaussian) if noisy and gaussian.std > 0 else None,
+            calls=list(self._calls),
+            std=gaussian.std if noisy else 0.0,
+        )
+        if self.options.on_step is not None:
+            self.options.on_step(step)
+            for call in step.calls:
+                call.output = None
+        self.recording.steps.append(step)
+        self._last_step = step
 
 
 class _PolicyStep:
-    """Stands in for `scheduler.step`. A copy of the scheduler (for a second modality) gets its own step back."""
+    """Replaces `scheduler.step`. A copy of the scheduler (for a second modality) gets its class's own step back."""
 
-    def __init__(self, scheduler: Any, act: Callable[..., Any]) -> None:
-        own = type(scheduler).step
-        self._scheduler, self._own, self._act = scheduler, own, act
-        parameters = list(inspect.signature(own).parameters.values())
+    def __init__(self, scheduler: Any, policy_step: Callable[..., Any]) -> None:
+        class_step = type(scheduler).step
+        self._scheduler, self._class_step, self._policy_step = scheduler, class_step, policy_step
+        parameters = list(inspect.signature(class_step).parameters.values())
         self.__signature__ = inspect.Signature(parameters[1:])  # pipelines look for eta and generator
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        known = self.__signature__.parameters  # a step of another scheduler may have been given more
-        given = self.__signature__.bind(*args, **{k: v for k, v in kwargs.items() if k in known}).arguments
-        return self._act(**{"generator": None, "return_dict": True, **given})
+        accepted = self.__signature__.parameters  # the checkpoint's own scheduler may have accepted more
+        kwargs = {name: value for name, value in kwargs.items() if name in accepted}
+        arguments = self.__signature__.bind(*args, **kwargs).arguments
+        return self._policy_step(**{"generator": None, "return_dict": True, **arguments})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._scheduler))
-        return self if copied is None else MethodType(self._own, copied)  # None: its __dict__ alone is copied
+        return self if copied is None else MethodType(self._class_step, copied)  # None: its __dict__ alone is copied
 
 
-@contextmanager
-def record(
-    pipe: Any,
-    denoisers: dict[str, torch.nn.Module],
-    prediction: str,
-    sampling: SamplingSpec,
-    generators: list[torch.Generator],
-    *,
-    keep_steps: set[int],
-    on_step: Callable[[RawStep], None] | None = None,
-    on_output: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
-    stop_early: bool = False,
-    keep_graph: bool = False,
-    samples: dict[int, torch.Tensor] | None = None,
-    check_first: bool = False,
-    twins: SharedPrefix | None = None,
-) -> Iterator[Recording]:
-    """Patches the pipeline for the duration of one call and yields the growing recording.
-
-    `generators`: one CPU generator per take for the policy's noise, so a take does not depend on its batch.
-    `keep_steps`: step indices whose inputs are stored. `on_step` sees each of them with its outputs and may fill in
-    the guidance; the outputs are then dropped unless it is None. `on_output` may replace a denoiser's output.
-    `stop_early`: the call is ended as soon as the kept steps are complete (`recording.stopped`). `keep_graph`:
-    recorded inputs stay differentiable. `samples`: what steps after the first are given, whatever the one before gave.
-    `check_first`: the first step without noise is compared with the scheduler's own (UnsupportedPolicyError where they
-    differ). `twins`: takes that are computed as one until their ways part.
-    """
-    scheduler = pipe.scheduler
-    recording = Recording()
-    pending: list[RawCall] = []
-    cuts: list[Any] = []  # of the calls of this step: the inputs of all takes where one of each kind was given, or None
-    open_step: RawStep | None = None  # its mask shows only when the next step's sample is seen
-    count = 0
-    takes = len(generators)
-
-    def before(name: str):
-        def hook(_module, args, kwargs):
-            if not recording.denoise_started:
-                recording.denoise_started = time.perf_counter()
-            if count in keep_steps:
-                pending.append(_clone_call(name, args, kwargs, recording.clones, keep_graph))
-                pending[-1].processors = changed(denoisers[name], processors[name])
-            few = twins.cut(len(cuts), args, kwargs) if twins is not None and count < twins.until else None
-            cuts.append(None if few is None else (args, kwargs))
-            return few
-
-        return hook
-
-    def after(name: str):
-        def hook(module, _args, _kwargs, output):
-            if cuts[-1] is not None and is_first_alone(output):
-                output = replace_first(output, twins.spread(len(cuts) - 1, first_tensor(output)))
-            elif cuts[-1] is not None:  # where takes are in further outputs is not known
-                twins.helps = False
-                output = module.forward(*cuts[-1][0], **cuts[-1][1])
-            if on_output is not None:
-                output = replace_first(output, on_output(count, name, first_tensor(output)))
-            if count in keep_steps:
-                pending[-1].output = first_tensor(output).detach().clone()
-            return output
-
-        return hook
-
-    def unfold(tensor: torch.Tensor) -> torch.Tensor:
-        """[takes x frames, ...] -> [takes, frames, ...]"""
-        if tensor.shape[0] == takes:
-            return tensor
-        if tensor.shape[0] % takes:
-            raise UnsupportedPolicyError(
-                f"{type(pipe).__name__} hands the scheduler {tensor.shape[0]} samples for {takes} takes"
-            )
-        return tensor.unflatten(0, (takes, tensor.shape[0] // takes))
-
-    def act(model_output, timestep, sample, generator, return_dict, **rest):
-        nonlocal count, open_step
-        given = model_output
-        if rest.get("per_token_timesteps") is not None:  # FlowMatchEuler then steps the other way (LTXCondition)
-            model_output = -model_output
-        times, index = step_times(scheduler, prediction, count, timestep)
-        shape = sample.shape
-        if model_output.shape != shape and model_output.shape[1] == 2 * shape[1]:
-            model_output = model_output[:, : shape[1]]  # the learned-variance half, which DDPM's step takes apart
-        if model_output.shape != shape:
-            raise UnsupportedPolicyError(
-                f"{type(pipe).__name__} hands the scheduler {list(model_output.shape)} for a sample {list(shape)}"
-            )
-        x, out = unfold(sample), unfold(-model_output if times.flip else model_output)
-        if open_step is not None:
-            _infer_mask(open_step, x, recording, type(pipe).__name__)
-            open_step = None
-        if stop_early and count > max(keep_steps):
-            recording.stopped = True
-            raise StopRecording
-        if check_first and count == 0:
-            still = _policy_transition(
-                scheduler, sampling, prediction, x, out, times, False, False, generator
-            ).mean.reshape(shape)
-            _compare_with_own(scheduler, still, {"model_output": given, "timestep": timestep, "sample": sample, **rest})
-        last = index + 1 >= len(scheduler.timesteps)
-        noisy = count in sampling.stochastic_steps
-        moved = _policy_transition(scheduler, sampling, prediction, x, out, times, noisy, last, generator)
-        next_sample = moved.mean
-        if noisy:
-            noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
-            next_sample = moved.mean + moved.std * noise.to(moved.mean.device)
-        if samples is not None and count + 1 in samples:
-            next_sample = samples[count + 1].to(next_sample.device)
-        # Rounded to the pipeline's dtype before its log-prob is taken: replay sees exactly this tensor.
-        next_sample = next_sample.to(sample.dtype)
-        if count in keep_steps:
-            open_step = RawStep(
-                index=count,
-                sigma=times.sigma,
-                sigma_next=times.sigma_next,
-                sigma_cap=times.cap,
-                guidance_scale=_number(getattr(pipe, "guidance_scale", None), sampling.guidance_scale),
-                sample=x.detach().clone(),
-                model_output=out.detach().clone(),
-                next_sample=next_sample.detach().clone(),
-                mean=moved.mean,
-                log_prob=log_prob(next_sample, moved) if noisy and moved.std > 0 else None,
-                calls=list(pending),
-                std=moved.std if noisy else 0.0,
-            )
-            if on_step is not None:
-                on_step(open_step)
-                for call in open_step.calls:
-                    call.output = None
-            recording.steps.append(open_step)
-        pending.clear()
-        cuts.clear()
-        count += 1
-        recording.num_steps = count
-        recording.final = next_sample.detach()
-        recording.denoise_ended = time.perf_counter()
-        if hasattr(scheduler, "_step_index"):
-            scheduler._step_index = index + 1
-        clean = _clean(scheduler, prediction, x, out, times).to(sample.dtype).reshape(shape)
-        moved_on = next_sample.reshape(shape)
-        if return_dict:
-            return DDIMSchedulerOutput(prev_sample=moved_on, pred_original_sample=clean)
-        return (moved_on,) if prediction == "flow" else (moved_on, clean)
-
-    hooks = []
-    processors = {name: processors_of(module) for name, module in denoisers.items()}
-    for name, module in denoisers.items():
-        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
-    scheduler.step = _PolicyStep(scheduler, act)
-    try:
-        yield recording
-    except StopRecording:
-        pass
-    finally:
-        for name, own in processors.items():  # the pipeline may have had no chance to take its own ones away
-            restore_processors(denoisers[name], own)
-        scheduler.__dict__.pop("step", None)  # the class's own method shows again
-        for hook in hooks:
-            hook.remove()
-
-
-def _compare_with_own(scheduler: Any, ours: torch.Tensor, given: dict[str, Any]) -> None:
-    """The scheduler's own first step must be the one that is taken here without noise: multi-step solvers start with a
-    first-order step, so this holds for them too. Raises UnsupportedPolicyError with the difference."""
-    if isinstance(scheduler, LCMScheduler):
-        return  # draws noise of its own
-    try:
-        theirs = copy.deepcopy(scheduler).step(**given, return_dict=False)[0]
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-        return  # it cannot be asked out of turn
-    if theirs.shape != ours.shape:
-        return
-    per_token = given.get("per_token_timesteps")
-    if per_token is not None:  # tokens at another timestep are conditions, which the pipeline puts back
-        ours = torch.where((per_token == given["timestep"]).unsqueeze(-1), ours, theirs.float())
-    moved = float((theirs.float() - given["sample"].float()).abs().max())
-    gap = float((theirs.float() - ours.float()).abs().max())
-    if gap > (1e-3 if given["sample"].dtype == torch.float32 else 5e-2) * max(moved, 1e-6) + 1e-6:
-        raise UnsupportedPolicyError(
-            f"the first step without noise differs from that of {type(scheduler).__name__} by {gap:.1e} (it moves by "
-            f"{moved:.1e}): the scheduler has no first-order counterpart here, or is called in a way that is not known"
-        )
-
-
-def _number(value: Any, default: float) -> float:
-    """A scale as a float; `default` where the pipeline has none, or one per frame."""
+def _as_scale(value: Any, default: float) -> float:
+    """A guidance scale as a float; `default` where the pipeline has none, or one per frame."""
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         return default
     try:
         return float(value)
     except (TypeError, ValueError):
         return default
-
-
-def _policy_transition(
-    scheduler: Any, sampling: SamplingSpec, prediction: str, x, out, times, noisy: bool, last: bool, generator: Any
-) -> Transition:
-    """The step's Gaussian; a deterministic one where the policy draws no noise."""
-    if not isinstance(scheduler, LCMScheduler):
-        kind = sampling.kind if noisy else "ode"
-        return transition(kind, sampling.noise_level, prediction, x, out, times.sigma, times.sigma_next, times.cap)
-    moved = transition("lcm", 1.0, prediction, x, out, times.sigma, times.sigma_next, times.cap)
-    if noisy:
-        return moved
-    if last:
-        return replace(moved, mean=consistency_function(x.float(), out.float(), times.sigma, times.cap, prediction))
-    # Noise belongs to the sampler itself: without the policy's, it comes from the pipeline's own generators.
-    sources = generator if isinstance(generator, list) else [generator] * x.shape[0]
-    noise = torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in sources])
-    return replace(moved, mean=moved.mean + moved.std * noise.to(x.device).float())
-
-
-def _clean(scheduler: Any, prediction: str, x, out, times) -> torch.Tensor:
-    """The x0 prediction, which some pipelines read from the scheduler's answer."""
-    x, out = x.float(), out.float()
-    if prediction == "flow":
-        return x - times.sigma * out
-    if isinstance(scheduler, LCMScheduler):
-        return consistency_function(x, out, times.sigma, times.cap, prediction)
-    if times.sigma == 0.0 and prediction == "epsilon":
-        return torch.zeros_like(x)
-    return clean_and_noise(x, out, times.sigma, prediction)[0]
-
-
-def _infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, name: str) -> None:
-    """Finds what the pipeline kept of a step, now that the next step's sample is known."""
-    if sample.shape != step.next_sample.shape:
-        raise UnsupportedPolicyError(
-            f"{name} changes the sample's shape after step {step.index}, from {list(step.next_sample.shape)} to "
-            f"{list(sample.shape)}; such a step has no log-prob"
-        )
-    kept = sample == step.next_sample
-    if bool(kept.all()):
-        return
-    share = float(kept.float().mean())
-    recording.chosen_share = min(recording.chosen_share, share)
-    if not bool(kept.flatten(1).any(1).all()):
-        raise UnsupportedPolicyError(
-            f"{name} replaces every value of the sample after step {step.index}; the policy chooses nothing that lasts"
-        )
-    step.mask = kept
-    if step.log_prob is not None:
-        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept))
-
-
-def _clone_call(
-    name: str, args: Any, kwargs: Any, clones: dict[tuple[int, int], tuple[Any, Any]], keep_graph: bool
-) -> RawCall:
-    origin: dict[str, tuple[int, int]] = {}
-
-    def clone(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            key = origin[path] = (id(leaf), leaf._version)
-            if key not in clones:
-                clones[key] = (leaf, (leaf if keep_graph else leaf.detach()).clone())
-            return clones[key][1]
-        if isinstance(leaf, _PLAIN):
-            return leaf
-        if isinstance(leaf, np.ndarray):
-            return leaf.copy()
-        raise UnsupportedPolicyError(
-            f"{name} is called with {path.split('.', 1)[-1]} of type {type(leaf).__name__}, "
-            "which cannot be recorded and replayed"
-        )
-
-    tree = map_leaves(clone, {"args": tuple(args), "kwargs": dict(kwargs)})
-    return RawCall(module=name, args=tree["args"], kwargs=tree["kwargs"], origin=origin)

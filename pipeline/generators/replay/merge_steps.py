@@ -1,7 +1,7 @@
-"""Several trained steps of a part as one step with their takes side by side.
+"""Merges several trained steps of a part into one step whose takes lie side by side.
 
-A denoiser call on few small takes is mostly overhead; one call for several noise levels costs less than one for each.
-Where the noise level reaches the denoiser by take (a timestep for each), the steps' recorded inputs can be joined.
+A denoiser call on a few small takes is mostly overhead; one call for several noise levels costs less than one for each.
+The learner merges steps where the denoiser is given a timestep per take, so that their recorded inputs can be joined.
 """
 
 from __future__ import annotations
@@ -13,63 +13,63 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves
-from pipeline.core.types import RecordedStep, TrajectoryPart
+from pipeline.core.types import RecordedCall, RecordedStep, TrajectoryPart
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.generators.spec import LIST, Layout, PolicySpec
+from pipeline.generators.spec import LIST, CallKey, InputKey, Layout, Layouts, PolicySpec, call_keys
 
 
 class MergedReplayer(Replayer):
     """Replays several trained steps of one part in one call; `plain` replays them one by one."""
 
-    def __init__(self, plain: Replayer, chosen: Sequence[int], part: TrajectoryPart) -> None:
+    def __init__(self, plain: Replayer, positions: Sequence[int], part: TrajectoryPart) -> None:
+        """`part`: the steps at these `positions` of `plain`'s part, merged."""
         super().__init__(part, plain.spec, plain.modules, plain.device)
-        self._plain, self.chosen = plain, tuple(chosen)
+        self._plain, self.positions = plain, tuple(positions)
 
     @property
     def plain(self) -> Replayer:
         return self._plain
 
     def steps_of(self, j: int) -> list[RecordedStep]:
-        return [self._plain.part.steps[i] for i in self.chosen]
+        return [self._plain.part.steps[i] for i in self.positions]
 
 
 def merged(plain: Replayer, takes: int) -> list[Replayer]:
     """Replayers that together cover all trained steps of `plain`, each with at most `takes` takes in its one call;
-    an empty list where its steps cannot be joined, or no two of them fit."""
-    at_once, steps = takes // plain.total, range(len(plain.part.steps))
-    if at_once < 2 or len(steps) < 2:
+    an empty list where its steps cannot be merged, or no two of them fit."""
+    steps_per_call, steps = takes // plain.total, range(len(plain.part.steps))
+    if steps_per_call < 2 or len(steps) < 2:
         return []
-    found: list[Replayer] = []
-    for start in range(0, len(steps), at_once):
-        chosen = steps[start : start + at_once]
-        part = merge_steps(plain.part, plain.spec, chosen)
+    replayers: list[Replayer] = []
+    for start in range(0, len(steps), steps_per_call):
+        positions = steps[start : start + steps_per_call]
+        part = merge_steps(plain.part, plain.spec, positions)
         if part is None:
             return []
-        found.append(MergedReplayer(plain, chosen, part))
-    return found
+        replayers.append(MergedReplayer(plain, positions, part))
+    return replayers
 
 
-class _CannotJoin(Exception):
+class _CannotMerge(Exception):
     """The steps differ in something that all takes of a call share."""
 
 
-def merge_steps(part: TrajectoryPart, spec: PolicySpec, chosen: Sequence[int]) -> TrajectoryPart | None:
-    """The trained steps `chosen` (positions) of a part as a part of one step with len(chosen) x K takes, in step order.
+def merge_steps(part: TrajectoryPart, spec: PolicySpec, positions: Sequence[int]) -> TrajectoryPart | None:
+    """The trained steps at `positions` of a part as a part of one step with len(positions) x K takes, in step order.
 
-    Its inputs and `final` are those of all of them; its step's numbers are the first one's. None where the steps cannot
-    be joined: the takes' places are not known, or the steps differ in what is not given by take.
+    Inputs and `final` are those of all steps; sigmas and guidance are the first step's. None where the steps cannot be
+    merged: the layouts are unknown, or the steps differ in an input that is not given per take.
     """
-    steps = [part.steps[j] for j in chosen]
+    steps = [part.steps[j] for j in positions]
     first = steps[0]
-    guidance = [(step.guidance_scale, step.rule, step.rule_extra) for step in steps]
     modules = [[(call.module, call.processors) for call in step.calls] for step in steps]
     if spec.layouts is None or any(step.mask is not None for step in steps):
         return None
-    if any(entry != guidance[0] for entry in guidance) or any(entry != modules[0] for entry in modules):
+    if any(step.guidance != first.guidance for step in steps) or any(entry != modules[0] for entry in modules):
         return None
     try:
-        calls = tuple(_join_call(steps, number, part, spec.layouts) for number in range(len(first.calls)))
-    except _CannotJoin:
+        calls = tuple(_merge_call(steps, key, part, spec.layouts) for key in call_keys(len(first.calls)))
+    except _CannotMerge:
         return None
     total = part.stop - part.start
     merged = replace(
@@ -84,43 +84,43 @@ def merge_steps(part: TrajectoryPart, spec: PolicySpec, chosen: Sequence[int]) -
     return TrajectoryPart(start=0, stop=total * len(steps), steps=(merged,), shared=(), final=final)
 
 
-def _join_call(steps: list[RecordedStep], number: int, part: TrajectoryPart, layouts: dict[str, Layout]) -> Any:
-    calls = [step.calls[number] for step in steps]
-    key = f"{len(steps[0].calls)}.{number}"
-    if any(name.startswith(f"{key}:") and layout.axis == LIST for name, layout in layouts.items()):
-        raise _CannotJoin
+def _merge_call(steps: list[RecordedStep], key: CallKey, part: TrajectoryPart, layouts: Layouts) -> RecordedCall:
+    calls = [step.calls[key.number] for step in steps]
+    if any(entry.call == key and layout.axis == LIST for entry, layout in layouts.items()):
+        raise _CannotMerge
     leaves = [_leaves(call) for call in calls]
-    if any(found.keys() != leaves[0].keys() for found in leaves):
-        raise _CannotJoin
+    if any(step_leaves.keys() != leaves[0].keys() for step_leaves in leaves):
+        raise _CannotMerge
 
-    def join(path: str, leaf: Any) -> Any:
-        return _join([found[path] for found in leaves], part, layouts.get(f"{key}:{path}"))
+    def merge(path: str, leaf: Any) -> Any:
+        return _merge_input([step_leaves[path] for step_leaves in leaves], part, layouts.get(InputKey(key, path)))
 
-    tree = map_leaves(join, {"args": calls[0].args, "kwargs": calls[0].kwargs})
-    return replace(calls[0], args=tree["args"], kwargs=tree["kwargs"])
-
-
-def _leaves(call: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    map_leaves(found.setdefault, {"args": call.args, "kwargs": call.kwargs})
-    return found
+    inputs = map_leaves(merge, calls[0].inputs)
+    return replace(calls[0], args=inputs["args"], kwargs=inputs["kwargs"])
 
 
-def _join(leaves: list[Any], part: TrajectoryPart, layout: Layout | None) -> Any:
+def _leaves(call: RecordedCall) -> dict[str, Any]:
+    """Path -> leaf."""
+    leaves: dict[str, Any] = {}
+    map_leaves(leaves.setdefault, call.inputs)
+    return leaves
+
+
+def _merge_input(leaves: list[Any], part: TrajectoryPart, layout: Layout | None) -> Any:
     """One input of all steps."""
-    arrays = [part.shared[leaf.index] if isinstance(leaf, SharedSlot) else leaf for leaf in leaves]
-    first = arrays[0]
-    if not isinstance(first, PackedTensor) or any(not isinstance(leaf, PackedTensor) for leaf in arrays):
+    values = [part.shared[leaf.index] if isinstance(leaf, SharedSlot) else leaf for leaf in leaves]
+    first = values[0]
+    if not isinstance(first, PackedTensor) or any(not isinstance(value, PackedTensor) for value in values):
         if isinstance(first, (PackedTensor, np.ndarray)) or any(
-            type(a) is not type(first) or a != first for a in arrays
+            type(value) is not type(first) or value != first for value in values
         ):
-            raise _CannotJoin
+            raise _CannotMerge
         return SampleSlot(first.copies) if isinstance(first, SampleSlot) else first
     if layout is None:  # the same for all takes of a call: it must be the same at all steps
-        if any(not np.array_equal(packed.data, first.data) for packed in arrays):
-            raise _CannotJoin
+        if any(not np.array_equal(packed.data, first.data) for packed in values):
+            raise _CannotMerge
         return first
-    return PackedTensor(_side_by_side([packed.data for packed in arrays], layout, part.stop - part.start), first.dtype)
+    return PackedTensor(_side_by_side([packed.data for packed in values], layout, part.stop - part.start), first.dtype)
 
 
 def _side_by_side(arrays: list[np.ndarray], layout: Layout, total: int) -> np.ndarray:

@@ -1,18 +1,18 @@
-"""Trained text encoders: a recorded rollout's text inputs computed anew, differentiably, in the learner.
+"""Trained text encoders: the learner computes a recorded rollout's text inputs again, with gradients.
 
-The pipeline's own `__call__` runs again on the recorded prompts, without its `no_grad` and with stand-ins for the
-denoisers, up to the last trained step. What the denoisers are given there still hangs on the text encoders' weights,
-whatever the pipeline did in between (layers picked, encoders joined, negative prompts stacked); replay puts it in place
-of the recorded inputs.
+The pipeline's own `__call__` runs on the recorded prompts, without its `no_grad` and with stand-ins for the denoisers,
+up to the last trained step. The denoiser inputs it produces depend on the text encoders' weights through everything the
+pipeline does (layers picked, encoders joined, negative prompts stacked); replay uses them in place of the recorded
+ones.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -21,30 +21,33 @@ import torch
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import map_leaves, unpack
-from pipeline.core.types import CallInputs, SamplingSpec
+from pipeline.core.types import CallInputs, PromptItem, SamplingSpec
 from pipeline.generators.call.arguments import CallMode, call_arguments
 from pipeline.generators.load.pipeline import denoisers_of, text_encoders_of
 from pipeline.generators.record.first_order import first_order_scheduler
-from pipeline.generators.record.recorder import RawStep, record
+from pipeline.generators.record.inputs import TOLERANCE, denoiser_inputs, relative_difference
+from pipeline.generators.record.recorder import PipelineRecorder
+from pipeline.generators.record.recording import RawStep, RecordOptions
 from pipeline.generators.replay.replayer import Replayer
+from pipeline.generators.spec import StepInputKey
 
-Key = tuple[int, str]  # (sampler step, "<calls>.<call>:<path>"), as in Replayer.overrides
 _INSTEAD = "use trainable.modules: denoiser"
-_TOLERANCE = 1e-5  # relative; the same code on the same prompts comes out equal
+TextInputs = dict[StepInputKey, torch.Tensor]
 
 
 class ReencodedInputs:
-    """Text inputs of one trajectory part: leaves for the replay, and what they came from.
+    """Text inputs of one trajectory part: leaves for the replay, and the graph they were detached from.
 
-    Many micro-batches put gradients into the leaves; `backward` sends them through the text encoders once.
+    Many micro-batches accumulate gradients in the leaves; `backward` sends them through the text encoders once.
     """
 
-    def __init__(self, made: dict[Key, torch.Tensor], again: Callable[[], dict[Key, torch.Tensor]]) -> None:
-        self._again = again
-        self._reference: dict[Key, torch.Tensor] | None = None
+    def __init__(self, inputs: TextInputs, reencode: Callable[[], TextInputs]) -> None:
+        """`inputs`: with gradients; `reencode`: computes them again, without."""
+        self._reencode = reencode
+        self._reference: TextInputs | None = None
         self._roots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # one leaf for an input met at several steps
-        self.tensors: dict[Key, torch.Tensor] = {}
-        for key, root in made.items():
+        self.tensors: TextInputs = {}
+        for key, root in inputs.items():
             if id(root) not in self._roots:
                 self._roots[id(root)] = (root, root.detach().requires_grad_())
             self.tensors[key] = self._roots[id(root)][1]
@@ -55,115 +58,109 @@ class ReencodedInputs:
         if pairs:
             torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
 
-    def reference(self) -> dict[Key, torch.Tensor]:
+    def reference(self) -> TextInputs:
         """The same inputs of the starting policy. Call with the adapters off; computed once."""
         if self._reference is None:
-            made = self._again()
-            self._reference = {key: made[key] for key in self.tensors}
+            inputs = self._reencode()
+            self._reference = {key: inputs[key] for key in self.tensors}
         return self._reference
 
 
 class TextReencoder:
-    """Runs a pipeline from prompts to denoiser inputs. Changes its scheduler's class as a `Policy` does."""
+    """Runs a pipeline from prompts to denoiser inputs. Replaces its scheduler by the first-order one."""
 
     def __init__(self, pipe: Any, cfg: GeneratorConfig) -> None:
         self.pipe, self.cfg = pipe, cfg
         self.name = type(pipe).__name__
         self.denoisers = denoisers_of(pipe)
         self.prediction = first_order_scheduler(pipe)
-        self._outputs: dict[Any, Any] = {}
+        self._outputs: dict[str, Any] = {}  # of the denoisers, by the shapes of a call
 
     def override_text(self, replayer: Replayer, sampling: SamplingSpec) -> ReencodedInputs:
-        """Gives a replayer fresh text inputs with gradients. Raises UnsupportedPolicyError where none come through."""
+        """Gives a replayer new text inputs with gradients. Raises UnsupportedPolicyError where none has a gradient."""
         call_inputs = replayer.part.call_inputs
         if call_inputs is None:
             raise UnsupportedPolicyError("this trajectory was recorded without its prompts; the text cannot be trained")
-
         samples = {step.index: unpack(step.sample, replayer.device) for step in replayer.part.steps}
 
-        def make(gradients: bool) -> dict[Key, torch.Tensor]:
+        def reencode(gradients: bool) -> TextInputs:
             steps = self._run(call_inputs, sampling, samples, gradients)
-            made = {key: leaf for key, leaf in inputs_of(steps) if leaf.requires_grad or not gradients}
-            return {key: self._like_recorded(replayer, key, leaf) for key, leaf in made.items()}
+            inputs = {key: leaf for key, leaf in denoiser_inputs(steps) if leaf.requires_grad or not gradients}
+            return {key: _like_recorded(replayer, key, leaf) for key, leaf in inputs.items()}
 
-        made = make(True)
-        if not made:
+        inputs = reencode(True)
+        if not inputs:
             raise UnsupportedPolicyError(f"{self.name}: {_no_gradients()}")
-        replayer.reencoded = ReencodedInputs(made, lambda: make(False))
+        replayer.reencoded = ReencodedInputs(inputs, lambda: reencode(False))
         replayer.overrides = replayer.reencoded.tensors
         return replayer.reencoded
 
-    def _like_recorded(self, replayer: Replayer, key: Key, leaf: torch.Tensor) -> torch.Tensor:
-        """In the recorded input's dtype: under autocast the learner's denoiser may have another one."""
-        recorded = replayer.recorded(*key)
-        return leaf if recorded is None else leaf.to(recorded.dtype)
-
     def check(self, steps: list[RawStep], call_inputs: CallInputs, sampling: SamplingSpec) -> list[str]:
-        """Compares fresh text inputs with recorded ones (before any weights are attached, so that both are equal).
+        """Compares new text inputs with recorded ones (before any weights are attached, so that both are equal).
 
         Returns the paths of the inputs that depend on the text encoders. Raises UnsupportedPolicyError where one
         comes out differently, or depends on them without a gradient.
         """
-        recorded = dict(inputs_of(steps))
+        recorded = dict(denoiser_inputs(steps))
         samples = {step.index: step.sample for step in steps}
-        with self._at_embeddings(lambda output: output.detach().requires_grad_()):
-            made = dict(inputs_of(self._run(call_inputs, sampling, samples, gradients=True)))
-        with self._at_embeddings(lambda output: output * 1.05):
-            moved = dict(inputs_of(self._run(call_inputs, sampling, samples, gradients=False)))
-        if made.keys() != recorded.keys():
-            odd = sorted(made.keys() ^ recorded.keys())[0]
-            raise UnsupportedPolicyError(f"{self.name}: replayed without its denoiser it makes other calls ({odd[1]})")
-        trained = {key for key, leaf in made.items() if leaf.requires_grad}
+        with self._changed_embeddings(lambda output: output.detach().requires_grad_()):
+            inputs = dict(denoiser_inputs(self._run(call_inputs, sampling, samples, gradients=True)))
+        with self._changed_embeddings(lambda output: output * 1.05):
+            shifted = dict(denoiser_inputs(self._run(call_inputs, sampling, samples, gradients=False)))
+        if inputs.keys() != recorded.keys():
+            key = min(inputs.keys() ^ recorded.keys())
+            raise UnsupportedPolicyError(
+                f"{self.name}: replayed without its denoiser it makes different calls ({key.input})"
+            )
+        trained = {key for key, leaf in inputs.items() if leaf.requires_grad}
         if not trained:
             raise UnsupportedPolicyError(f"{self.name}: {_no_gradients()}")
         for key in trained:
-            gap = distance_between(made[key].detach(), recorded[key])
-            if not gap <= _TOLERANCE:
+            error = relative_difference(inputs[key].detach(), recorded[key])
+            if not error <= TOLERANCE:
                 raise UnsupportedPolicyError(
-                    f"{self.name}: {_path(key)} comes out differently when its prompts are encoded again ({gap:.1e}, "
-                    f"allowed {_TOLERANCE:.0e}); {_INSTEAD}"
+                    f"{self.name}: {_path(key)} comes out differently when its prompts are encoded again ({error:.1e}, "
+                    f"allowed {TOLERANCE:.0e}); {_INSTEAD}"
                 )
-        samples = {key for key, leaf in recorded.items() if leaf.dtype.is_floating_point}
-        for key in sorted(samples - trained):
-            if distance_between(moved[key], made[key].detach()) > _TOLERANCE:
+        floating = {key for key, leaf in recorded.items() if leaf.dtype.is_floating_point}
+        for key in sorted(floating - trained):
+            if relative_difference(shifted[key], inputs[key].detach()) > TOLERANCE:
                 raise UnsupportedPolicyError(
                     f"{self.name}: {_path(key)} depends on the text encoders, but no gradient comes through; {_INSTEAD}"
                 )
         return sorted({_path(key) for key in trained})
 
     def _run(
-        self, call_inputs: CallInputs, sampling: SamplingSpec, samples: dict[int, torch.Tensor], gradients: bool
+        self, call_inputs: CallInputs, sampling: SamplingSpec, samples: Mapping[int, torch.Tensor], gradients: bool
     ) -> list[RawStep]:
-        """The denoiser calls of the steps in `samples` (step -> the recorded sample, which they get again, so that what
-        a ControlNet makes of it comes out the same), their inputs differentiable where asked for."""
+        """The denoiser calls of the steps in `samples`, their inputs differentiable where `gradients` is set.
+
+        `samples`: step -> the recorded sample. It is used again, so that what a ControlNet computes from it is equal.
+        """
         mode = CallMode(**call_inputs.mode)
-        quiet = replace(sampling, kind="ode", noise_level=0.0, stochastic_steps=(), trained_steps=())
-        kwargs = call_arguments(self.pipe, self.cfg, call_inputs.prompts, quiet, mode, call_inputs.placeholders)
+        noiseless = replace(sampling, kind="ode", noise_level=0.0, stochastic_steps=(), trained_steps=())
+        kwargs = call_arguments(self.pipe, self.cfg, call_inputs.prompts, noiseless, mode, call_inputs.placeholders)
         noise = [torch.Generator().manual_seed(seed % 2**63) for seed in call_inputs.seeds]
         kwargs["generator"] = noise if mode.batched else noise[0]
+        recorder = PipelineRecorder(
+            self.pipe,
+            self.denoisers,
+            self.prediction,
+            noiseless,
+            [torch.Generator() for _ in call_inputs.prompts],
+            RecordOptions(keep_steps=frozenset(samples), samples=samples, stop_early=True, keep_graph=True),
+        )
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
-            stack.enter_context(self._own_methods())
+            stack.enter_context(self._undecorated_methods())
             stack.enter_context(self._stand_ins())
-            recording = stack.enter_context(
-                record(
-                    self.pipe,
-                    self.denoisers,
-                    self.prediction,
-                    quiet,
-                    [torch.Generator() for _ in call_inputs.prompts],
-                    keep_steps=set(samples),
-                    samples=samples,
-                    stop_early=True,
-                    keep_graph=True,
-                )
-            )
+            recording = stack.enter_context(recorder)
             inspect.unwrap(type(self.pipe).__call__)(self.pipe, **kwargs)  # without its no_grad
         return recording.steps
 
     @contextmanager
-    def _own_methods(self) -> Iterator[None]:
-        """The class's own methods for the block, out of `no_grad` decorators and prompt caches."""
+    def _undecorated_methods(self) -> Iterator[None]:
+        """The class's own methods, without `no_grad` decorators and prompt caches."""
         cls, before = type(self.pipe), dict(self.pipe.__dict__)
         for name in dir(cls):
             if name.startswith("__"):
@@ -177,28 +174,28 @@ class TextReencoder:
             for name in self.pipe.__dict__.keys() - before.keys():
                 if isinstance(self.pipe.__dict__[name], MethodType):
                     del self.pipe.__dict__[name]
-            self.pipe.__dict__.update({name: v for name, v in before.items() if callable(v)})
+            self.pipe.__dict__.update({name: value for name, value in before.items() if callable(value)})
 
     @contextmanager
     def _stand_ins(self) -> Iterator[None]:
-        """Denoisers that answer at once, with what they gave when first asked for these shapes."""
+        """Denoisers that return at once what they computed the first time they were called with these shapes."""
 
-        def standing_in(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(own)
-            def forward(*args: Any, **kwargs: Any) -> Any:
+        def remembering(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(forward)
+            def stand_in(*args: Any, **kwargs: Any) -> Any:
                 shapes: list[Any] = [name]
                 map_leaves(lambda path, leaf: shapes.append((path, getattr(leaf, "shape", None))), [args, kwargs])
                 key = repr(shapes)
                 if key not in self._outputs:
                     with torch.no_grad():
-                        self._outputs[key] = own(*args, **kwargs)
+                        self._outputs[key] = forward(*args, **kwargs)
                 return self._outputs[key]
 
-            return forward
+            return stand_in
 
         before = {name: module.__dict__.get("forward") for name, module in self.denoisers.items()}
         for name, module in self.denoisers.items():
-            module.__dict__["forward"] = standing_in(name, module.forward)
+            module.__dict__["forward"] = remembering(name, module.forward)
         try:
             yield
         finally:
@@ -208,8 +205,8 @@ class TextReencoder:
                     module.__dict__["forward"] = before[name]
 
     @contextmanager
-    def _at_embeddings(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Changes what every token embedding of the text encoders gives."""
+    def _changed_embeddings(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Applies `change` to the output of every token embedding of the text encoders."""
         layers = [
             layer
             for encoder in text_encoders_of(self.pipe).values()
@@ -224,58 +221,36 @@ class TextReencoder:
                 hook.remove()
 
 
-def to_call_inputs(prompts: Any, seeds: Any, mode: CallMode, placeholders: list[str]) -> CallInputs:
+def to_call_inputs(
+    prompts: Sequence[PromptItem], seeds: Sequence[int], mode: CallMode, placeholders: Sequence[str]
+) -> CallInputs:
     """A pipeline call's inputs as they travel with a trajectory."""
-    return CallInputs(prompts=tuple(prompts), seeds=tuple(seeds), mode=asdict(mode), placeholders=tuple(placeholders))
+    return CallInputs(prompts=tuple(prompts), seeds=tuple(seeds), mode=mode.to_dict(), placeholders=tuple(placeholders))
 
 
-def reference_inputs(replayer: Replayer) -> Any:
+def reference_inputs(replayer: Replayer) -> AbstractContextManager[None]:
     """A context in which a replayer uses the starting policy's text. Enter it with the adapters off."""
-    return nullcontext() if replayer.reencoded is None else _with_reference(replayer)
+    reencoded = replayer.reencoded
+    return nullcontext() if reencoded is None else _with_reference(replayer, reencoded)
 
 
 @contextmanager
-def _with_reference(replayer: Replayer) -> Iterator[None]:
-    replayer.overrides = replayer.reencoded.reference()
+def _with_reference(replayer: Replayer, reencoded: ReencodedInputs) -> Iterator[None]:
+    replayer.overrides = reencoded.reference()
     try:
         yield
     finally:
-        replayer.overrides = replayer.reencoded.tensors
+        replayer.overrides = reencoded.tensors
 
 
-def inputs_of(steps: list[RawStep]) -> Iterator[tuple[Key, torch.Tensor]]:
-    """Every tensor that the denoisers are given."""
-    for step in steps:
-        for number, call in enumerate(step.calls):
-            found: list[tuple[str, torch.Tensor]] = []
-
-            def look(path: str, leaf: Any, found: list[tuple[str, torch.Tensor]] = found) -> None:
-                if isinstance(leaf, torch.Tensor):
-                    found.append((path, leaf))
-
-            map_leaves(look, {"args": call.args, "kwargs": call.kwargs})
-            for path, leaf in found:
-                yield (step.index, f"{len(step.calls)}.{number}:{path}"), leaf
+def _like_recorded(replayer: Replayer, key: StepInputKey, leaf: torch.Tensor) -> torch.Tensor:
+    """In the recorded input's dtype: under autocast the learner's denoiser may have another one."""
+    recorded = replayer.recorded(key)
+    return leaf if recorded is None else leaf.to(recorded.dtype)
 
 
-def same_inputs(one: list[RawStep], other: list[RawStep]) -> bool:
-    """Whether the denoisers are given the same, to rounding."""
-    a, b = dict(inputs_of(one)), dict(inputs_of(other))
-    return a.keys() == b.keys() and all(distance_between(a[key], b[key]) <= _TOLERANCE for key in a)
-
-
-def distance_between(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value; infinite where shapes differ."""
-    if a.shape != b.shape:
-        return float("inf")
-    if a.numel() == 0:
-        return 0.0
-    a, b = a.float(), b.to(a.device).float()
-    return float((a - b).abs().max()) / max(float(b.abs().max()), 1e-6)
-
-
-def _path(key: Key) -> str:
-    return key[1].split(":", 1)[1].removeprefix("kwargs.")
+def _path(key: StepInputKey) -> str:
+    return key.input.path.removeprefix("kwargs.")
 
 
 def _no_gradients() -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.models.clip_layout import from_open_clip, is_open_clip
@@ -15,8 +16,6 @@ from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
     check_choice,
-    pick_device,
-    pick_dtype,
     pretrained,
     pretrained_config,
     read_safetensors,
@@ -54,7 +53,7 @@ class ClipEmbedder:
         """`text` False loads the image tower only. `weights`: a safetensors file to be used in place of `model`'s
         own, under transformers' or open_clip's names. `fit`, `odd`: see `Preprocess`."""
         self.long_prompts = check_choice("long_prompts", long_prompts, ("cut", "error"))
-        self.batch, self.device, self.dtype = check_batch(batch), pick_device(device), pick_dtype(dtype)
+        self.batch, self.device, self.dtype = check_batch(batch), resolve_device(device), named_dtype(dtype)
         from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
         config = pretrained_config(CLIPConfig, model)

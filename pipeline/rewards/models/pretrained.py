@@ -13,31 +13,6 @@ from pipeline.core.safe_paths import relative_name
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto`: the GPU if there is one, else the CPU. Raises `ConfigError` for a device that is not there."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device: found {device!r}; expected auto, cpu, cuda or cuda:0") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: found {device!r}, but torch sees no GPU here; use auto or cpu")
-    return chosen
-
-
-def pick_dtype(dtype: str) -> torch.dtype:
-    import torch
-
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return getattr(torch, dtype)
-
 
 def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:

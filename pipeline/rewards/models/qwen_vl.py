@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError, RewardError
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
-    pick_device,
-    pick_dtype,
     pretrained,
     pretrained_config,
     read_safetensors,
@@ -86,7 +85,7 @@ class QwenVlReader:
         an adapter that is still apart in the weights."""
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
-        self.device, self.dtype, self.batch = pick_device(device), pick_dtype(dtype), check_batch(batch)
+        self.device, self.dtype, self.batch = resolve_device(device), named_dtype(dtype), check_batch(batch)
         path = weight_file(weights)
         backbone, head = split_weights(merged(read_safetensors(path), lora))
         embedding = backbone.get("language_model.embed_tokens.weight")

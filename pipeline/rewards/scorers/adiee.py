@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.models.pretrained import (
-    batches,
-    check_batch,
-    image_processor,
-    pick_device,
-    pick_dtype,
-    pretrained,
-    read_some,
-    tokenizer,
-)
+from pipeline.rewards.models.pretrained import batches, check_batch, image_processor, pretrained, read_some, tokenizer
 from pipeline.rewards.scorers.subject import read_picture
 
 if TYPE_CHECKING:
@@ -61,7 +53,7 @@ class Adiee(Scorer):
         """`model`: the published checkpoint's folder or hub id (weights, tokenizer, processor)."""
         from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-        self.device, self.dtype, self.batch = pick_device(device), pick_dtype(dtype), check_batch(batch)
+        self.device, self.dtype, self.batch = resolve_device(device), named_dtype(dtype), check_batch(batch)
         self.words = tokenizer(model)
         if TOKEN not in self.words.get_vocab():
             raise InputError(f"{model}: its tokenizer has no {TOKEN}; give a checkpoint of ADIEE")

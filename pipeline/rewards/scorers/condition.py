@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.core.devices import resolve_device
 from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.safe_paths import check_regular
 from pipeline.core.types import Media, PromptItem
@@ -21,7 +22,6 @@ from pipeline.rewards.models.pretrained import (
     check_choice,
     check_number,
     image_processor,
-    pick_device,
     pretrained,
 )
 from pipeline.rewards.scorers.subject import files_of
@@ -99,7 +99,7 @@ class Condition(Scorer):
             from transformers import AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
 
             cls = AutoModelForDepthEstimation if kind == "depth" else AutoModelForSemanticSegmentation
-            self.device = pick_device(device)
+            self.device = resolve_device(device)
             self.model, self.processor = pretrained(cls, model, self.device, torch.float32), image_processor(model)
         compare: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
             "edges": lambda found, wanted: f1(found, wanted > 127),

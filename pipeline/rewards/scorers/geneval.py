@@ -8,19 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.devices import resolve_device
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
 from pipeline.rewards.models.geneval_rules import COLORS, Detection, check_metadata, judge, keep
-from pipeline.rewards.models.pretrained import (
-    batches,
-    check_batch,
-    check_number,
-    image_processor,
-    pick_device,
-    pretrained,
-)
+from pipeline.rewards.models.pretrained import batches, check_batch, check_number, image_processor, pretrained
 
 # GenEval's class names that COCO detectors spell otherwise
 ALIASES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
@@ -54,7 +48,7 @@ class Geneval(Scorer):
         import torch
 
         self.partial, self.max_overlap = partial, check_number("max_overlap", max_overlap, 0.0, 1.0)
-        self.batch, self.device = check_batch(batch), pick_device(device)
+        self.batch, self.device = check_batch(batch), resolve_device(device)
         self.model = pretrained(AutoModelForObjectDetection, model, self.device, torch.float32)
         self.processor = image_processor(model)
         self.labels = {int(i): str(name) for i, name in self.model.config.id2label.items()}

@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.core.devices import resolve_device
 from pipeline.core.errors import InputError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.images import Preprocess, preprocess
-from pipeline.rewards.models.pretrained import (
-    batches,
-    check_batch,
-    pick_device,
-    read_safetensors,
-    tokenizer,
-    weight_file,
-)
+from pipeline.rewards.models.pretrained import batches, check_batch, read_safetensors, tokenizer, weight_file
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +81,7 @@ class ImageReward(Scorer):
 
     def __init__(self, model: str, tokenizer_of: str | None = None, device: str = "auto", batch: int = 16) -> None:
         """`model`: folder with the weights as one safetensors file and BERT's tokenizer (or `tokenizer_of`)."""
-        self.device, self.batch = pick_device(device), check_batch(batch)
+        self.device, self.batch = resolve_device(device), check_batch(batch)
         self.model = build(Path(model)).to(self.device)
         self.tokenizer = tokenizer(tokenizer_of or model)
         self.preprocess = Preprocess(size=self.model["vision_model"].config.image_size, odd="round")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -23,8 +24,6 @@ from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
     check_number,
-    pick_device,
-    pick_dtype,
     pretrained,
     pretrained_config,
     read_safetensors,
@@ -66,7 +65,7 @@ class Mps(Scorer):
         """`weights`: safetensors of the whole model; `model`: CLIP's config and tokenizer. `threshold`: prompt tokens
         whose similarity to the condition is below this share of the largest are not looked at (the published
         evaluation's 0.3; training used 0.01). `scale` divides the score."""
-        self.device, self.dtype, self.batch = pick_device(device), pick_dtype(dtype), check_batch(batch)
+        self.device, self.dtype, self.batch = resolve_device(device), named_dtype(dtype), check_batch(batch)
         self.threshold, self.scale = check_number("threshold", threshold, 0.0, 1.0), check_number("scale", scale, 1e-6)
         from transformers import CLIPConfig, CLIPModel
 

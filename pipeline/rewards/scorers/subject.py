@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.safe_paths import check_regular
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
 from pipeline.rewards.models.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, preprocess
-from pipeline.rewards.models.pretrained import batches, check_batch, check_number, pick_device, pick_dtype, pretrained
+from pipeline.rewards.models.pretrained import batches, check_batch, check_number, pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ class DinoEmbedder:
     def __init__(self, model: str, device: str, dtype: str, batch: int) -> None:
         from transformers import AutoModel
 
-        self.batch, self.device, self.dtype = check_batch(batch), pick_device(device), pick_dtype(dtype)
+        self.batch, self.device, self.dtype = check_batch(batch), resolve_device(device), named_dtype(dtype)
         self.model = pretrained(AutoModel, model, self.device, self.dtype, unused="pooler.")
         trained = self.model.config.image_size  # DINOv2's is 518; like DINO it is used at 224
         size = min(224, trained)

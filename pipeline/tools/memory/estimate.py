@@ -14,16 +14,13 @@ from typing import Any
 import torch
 
 from pipeline.config.schema import Config
+from pipeline.core.devices import resolve_dtype
 from pipeline.core.prompts import load_prompts
 from pipeline.core.types import PromptItem
 from pipeline.generators import adapters
-from pipeline.generators.call.arguments import (
-    call_arguments,
-    call_modes,
-    condition_arguments,
-    conditions_of,
-    parameters_of,
-)
+from pipeline.generators.call.arguments import call_arguments, call_modes
+from pipeline.generators.call.conditions import condition_arguments, conditions_of
+from pipeline.generators.call.signature import parameters_of
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
@@ -103,13 +100,6 @@ def _device(wanted: str, resources: Mapping[str, float]) -> str:
     return "cuda" if wanted.startswith("cuda") else "cpu"
 
 
-def _dtype(cfg: Config, on: str) -> torch.dtype:
-    name = cfg.generator.dtype
-    if name == "auto":
-        return torch.bfloat16 if on == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
 def _run(ghost: MetaPipeline, cfg: Config, takes: int) -> list[Call]:
     """The pipeline's own call for `takes` takes; returns the first step's denoiser calls.
 
@@ -168,7 +158,7 @@ def _bytes(parameters: Sequence[torch.Tensor], each: int = 0) -> int:
 def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     """The plan of a worker, and the bytes of a group's trajectory and media."""
     on = _device(cfg.rollout.device, cfg.rollout.resources)
-    ghost = MetaPipeline(cfg.generator, _dtype(cfg, on))
+    ghost = MetaPipeline(cfg.generator, resolve_dtype(cfg.generator.dtype, on))
     if cfg.generator.offload != "none" and on != "cpu":
         decode_in_pieces(ghost.pipe)
     takes = cfg.algorithm.group_size
@@ -276,7 +266,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     """The plan of the learner, and the bytes of what it trains, in float32."""
     on = _device(cfg.learner.device, cfg.learner.resources)
     full = cfg.trainable.kind == "full"
-    dtype = torch.float32 if full or cfg.learner.autocast != "none" else _dtype(cfg, on)
+    dtype = torch.float32 if full or cfg.learner.autocast != "none" else resolve_dtype(cfg.generator.dtype, on)
     takes = cfg.algorithm.group_size
     part, lanes = min(takes_of_call(cfg), takes), cfg.learner.replicas
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
@@ -287,7 +277,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
     text = cfg.trainable.modules != "denoiser"  # it then holds the whole pipeline, to run it on the prompts again
     weights = sum(_held(m, cfg, n) for n, m in ghost.modules.items() if n in DENOISERS)
     if text:  # the others in the sampling dtype
-        share = _dtype(cfg, on).itemsize / dtype.itemsize
+        share = resolve_dtype(cfg.generator.dtype, on).itemsize / dtype.itemsize
         weights += sum(int(share * weight_bytes_of(m)) for n, m in ghost.modules.items() if n not in DENOISERS)
     without = max((ghost.peaks[name] for name in ghost.peaks if name in DENOISERS), default=0)
     parameters = list(_attach(ghost, cfg).values())

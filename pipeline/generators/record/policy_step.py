@@ -1,0 +1,117 @@
+"""A policy step in place of the scheduler's own: its Gaussian, its clean prediction, and what the pipeline kept of it.
+
+The formulas are those of `pipeline.rl.samplers`; this file knows which of them a scheduler class calls for.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler
+
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.types import SamplingSpec
+from pipeline.generators.record.first_order import StepTimes
+from pipeline.generators.record.recording import RawStep, Recording
+from pipeline.rl.samplers import Transition, log_prob, transition
+from pipeline.rl.samplers.base import clean_and_noise
+from pipeline.rl.samplers.lcm import consistency_function
+
+
+def policy_transition(
+    scheduler: Any,
+    sampling: SamplingSpec,
+    prediction: str,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    times: StepTimes,
+    *,
+    noisy: bool,
+    last: bool,
+    generator: Any,
+) -> Transition:
+    """The step's Gaussian; a deterministic one where the policy draws no noise (`noisy` false).
+
+    `generator`: the pipeline's own, used by samplers that need noise at every step.
+    """
+    if not isinstance(scheduler, LCMScheduler):
+        kind = sampling.kind if noisy else "ode"
+        return transition(kind, sampling.noise_level, prediction, x, out, times.sigma, times.sigma_next, times.cap)
+    consistency = transition("lcm", 1.0, prediction, x, out, times.sigma, times.sigma_next, times.cap)
+    if noisy:
+        return consistency
+    if last:
+        mean = consistency_function(x.float(), out.float(), times.sigma, times.cap, prediction)
+        return replace(consistency, mean=mean)
+    # Noise is part of the LCM sampler itself: without the policy's, it comes from the pipeline's own generators.
+    sources = generator if isinstance(generator, list) else [generator] * x.shape[0]
+    noise = torch.stack([torch.randn(x.shape[1:], generator=source, dtype=x.dtype) for source in sources])
+    return replace(consistency, mean=consistency.mean + consistency.std * noise.to(x.device).float())
+
+
+def clean_prediction(
+    scheduler: Any, prediction: str, x: torch.Tensor, out: torch.Tensor, times: StepTimes
+) -> torch.Tensor:
+    """The x0 prediction, which some pipelines read from the scheduler's output."""
+    x, out = x.float(), out.float()
+    if prediction == "flow":
+        return x - times.sigma * out
+    if isinstance(scheduler, LCMScheduler):
+        return consistency_function(x, out, times.sigma, times.cap, prediction)
+    if times.sigma == 0.0 and prediction == "epsilon":
+        return torch.zeros_like(x)
+    return clean_and_noise(x, out, times.sigma, prediction)[0]
+
+
+def infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, pipeline: str) -> None:
+    """Sets which values of a step's result the pipeline kept, now that the next step's `sample` is known.
+
+    Raises UnsupportedPolicyError where it kept none, or changed the sample's shape.
+    """
+    if sample.shape != step.next_sample.shape:
+        raise UnsupportedPolicyError(
+            f"{pipeline} changes the sample's shape after step {step.index}, from {list(step.next_sample.shape)} to "
+            f"{list(sample.shape)}; such a step has no log-prob"
+        )
+    kept = sample == step.next_sample
+    if bool(kept.all()):
+        return
+    recording.chosen_share = min(recording.chosen_share, float(kept.float().mean()))
+    if not bool(kept.flatten(1).any(1).all()):
+        raise UnsupportedPolicyError(
+            f"{pipeline} replaces every value of the sample after step {step.index}; nothing that the policy chooses "
+            "is kept"
+        )
+    step.mask = kept
+    if step.log_prob is not None:
+        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept))
+
+
+def check_first_step(scheduler: Any, ours: torch.Tensor, arguments: dict[str, Any]) -> None:
+    """Compares our first step without noise, `ours`, with the scheduler's own for the same `arguments` of `step`.
+
+    Multi-step solvers start with a first-order step, so this holds for them too. Raises UnsupportedPolicyError with
+    the difference.
+    """
+    if isinstance(scheduler, LCMScheduler):
+        return  # draws noise of its own
+    try:
+        theirs = copy.deepcopy(scheduler).step(**arguments, return_dict=False)[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return  # its step cannot be called on its own
+    if theirs.shape != ours.shape:
+        return
+    per_token = arguments.get("per_token_timesteps")
+    if per_token is not None:  # tokens at another timestep are conditions, which the pipeline restores
+        ours = torch.where((per_token == arguments["timestep"]).unsqueeze(-1), ours, theirs.float())
+    sample = arguments["sample"]
+    distance = float((theirs.float() - sample.float()).abs().max())
+    error = float((theirs.float() - ours.float()).abs().max())
+    if error > (1e-3 if sample.dtype == torch.float32 else 5e-2) * max(distance, 1e-6) + 1e-6:
+        raise UnsupportedPolicyError(
+            f"the first step without noise differs from that of {type(scheduler).__name__} by {error:.1e} (it moves by "
+            f"{distance:.1e}): the scheduler has no first-order counterpart here, or is called in an unknown way"
+        )
