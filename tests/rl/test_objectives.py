@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from objective_terms import D, moved_terms, ratio_terms
 
-from pipeline.rl.objectives import TransitionObjective, TransitionTerms, get_objective, objective_names
+from pipeline.rl.objectives import TransitionObjective, get_objective, objective_names
 from pipeline.rl.samplers import Transition, log_prob
 from pipeline.rl.samplers.base import flow_step
-
-D = 64
-
-
-def terms(
-    advantage: float, shift: float = 0.0, clip: float = 1e-4, seed: int = 0
-) -> tuple[TransitionTerms, torch.Tensor]:
-    """One take whose policy mean is moved by `shift` stds from the rollout's; returns terms and the velocity leaf."""
-    generator = torch.Generator().manual_seed(seed)
-    x, v = torch.randn(1, D, generator=generator).double(), torch.randn(1, D, generator=generator).double()
-    old = flow_step(x, v, 0.8, 0.7, 0.6)
-    x_next = old.mean + old.std * torch.randn(1, D, generator=generator)
-    slope = (1 + 0.36 * 0.2 / 1.6) * -0.1
-    leaf = (v + shift * old.std / slope).requires_grad_()
-    new = flow_step(x, leaf, 0.8, 0.7, 0.6)
-    made = TransitionTerms(
-        log_prob=((-0.5 * ((x_next - new.mean) / new.std) ** 2).mean(1)),
-        old_log_prob=((-0.5 * ((x_next - old.mean) / old.std) ** 2).mean(1)),
-        advantages=torch.tensor([advantage]).double(),
-        step=new,
-        old_mean=old.mean,
-        clip_low=clip,
-        clip_high=clip,
-    )
-    return made, leaf
 
 
 def test_gradient_at_ratio_one():
     """d loss / d v = -A (x' - mean) / (std^2 D) * d mean / d v."""
-    made, leaf = terms(1.7)
+    made, leaf = moved_terms(1.7)
     result = get_objective("grpo").loss(made)
     result.loss.sum().backward()
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +26,7 @@ def test_gradient_at_ratio_one():
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_small_step_raises_good_and_lowers_bad_takes(advantage):
-    made, leaf = terms(advantage)
+    made, leaf = moved_terms(advantage)
     result = get_objective("grpo").loss(made)
     result.loss.sum().backward()
     better = Transition(made.step.mean.detach(), made.step.std, made.step.dt)
@@ -64,12 +40,6 @@ def test_a_small_step_raises_good_and_lowers_bad_takes(advantage):
         x_next.float(), Transition(better.mean.float(), better.std, better.dt)
     )
     assert (float(gain) > 0) == (advantage > 0), x_next_logp
-
-
-def ratio_terms(advantage: float, ratio: float, clip: float = 0.1) -> tuple[TransitionTerms, torch.Tensor]:
-    logp = torch.tensor([ratio]).log().requires_grad_()
-    step = Transition(torch.zeros(1, 4), 0.5, 0.1)
-    return TransitionTerms(logp, torch.zeros(1), torch.tensor([advantage]), step, torch.zeros(1, 4), clip, clip), logp
 
 
 @pytest.mark.parametrize(
@@ -87,7 +57,7 @@ def test_clipping_stops_only_moves_further_away(advantage, ratio, flows):
 def test_equal_rewards_give_zero_gradient():
     objectives = [get_objective(name) for name in objective_names()]
     for objective in [each for each in objectives if isinstance(each, TransitionObjective)]:
-        made, leaf = terms(0.0)
+        made, leaf = moved_terms(0.0)
         objective.loss(made).loss.sum().backward()
         assert torch.equal(leaf.grad, torch.zeros_like(leaf.grad)), objective.name
 
@@ -96,7 +66,7 @@ def test_guard_recentres_the_ratio():
     """A moved mean pulls GRPO's ratio below 1 on average; with Guard's correction the mean log-ratio is 0."""
     plain, guard = [], []
     for seed in range(400):
-        made, _ = terms(1.0, shift=0.5, seed=seed)
+        made, _ = moved_terms(1.0, shift=0.5, seed=seed)
         plain.append(get_objective("grpo").loss(made).ratio.log())
         guard.append(get_objective("grpo_guard").loss(made).ratio.log())
     assert float(torch.stack(plain).mean()) == pytest.approx(-0.125, abs=0.01)
@@ -104,13 +74,13 @@ def test_guard_recentres_the_ratio():
 
 
 def test_dppo_drops_only_takes_beyond_the_threshold_that_move_away():
-    near, near_leaf = terms(1.0, shift=1e-3, clip=1e-3)
+    near, near_leaf = moved_terms(1.0, shift=1e-3, clip=1e-3)
     get_objective("flow_dppo").loss(near).loss.sum().backward()
     assert float(near_leaf.grad.abs().max()) > 0
     outcomes = set()
     for seed in range(20):
         for advantage in (1.0, -1.0):
-            far, leaf = terms(advantage, shift=0.5, clip=1e-3, seed=seed)
+            far, leaf = moved_terms(advantage, shift=0.5, clip=1e-3, seed=seed)
             result = get_objective("flow_dppo").loss(far)
             result.loss.sum().backward()
             away = (float(result.ratio) > 1) == (advantage > 0)

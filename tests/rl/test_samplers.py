@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from gaussian_flow import M, S, exact_velocity, simulate
 
 from pipeline.rl.samplers import gaussian_kl, log_prob, transition
 from pipeline.rl.samplers.base import flow_step
@@ -13,26 +14,10 @@ from pipeline.rl.samplers.cps import cps_step
 from pipeline.rl.samplers.ddim import ddim_step
 from pipeline.rl.samplers.flow_sde import flow_sde_noise
 
-M, S = 0.5, 0.6  # data N(M, S^2), for which the exact velocity is known
 
-
-def exact_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-    """v = eps^ - x0^ for x_t = (1 - t) x0 + t eps with x0 ~ N(M, S^2)."""
-    variance = (1 - t) ** 2 * S**2 + t**2
-    centred = x - (1 - t) * M
-    return t / variance * centred - (M + (1 - t) * S**2 / variance * centred)
-
-
-def simulate(steps: int, noise, paths: int = 40_000) -> torch.Tensor:
-    """Draws `paths` samples through the SDE; `noise(t, cap)` gives g; the last step is the ODE."""
-    generator = torch.Generator().manual_seed(0)
-    grid = [1.0 - i / steps for i in range(steps)] + [0.0]
-    x = torch.randn(paths, 1, generator=generator, dtype=torch.float64)
-    for i in range(steps):
-        g = 0.0 if i == steps - 1 else noise(grid[i], grid[1])
-        step = flow_step(x, exact_velocity(x, grid[i]), grid[i], grid[i + 1], g)
-        x = step.mean + step.std * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    return x
+def with_noise(noise):
+    """The SDE step whose noise g is `noise(t, cap)`."""
+    return lambda x, v, t, t_next, cap: flow_step(x, v, t, t_next, noise(t, cap))
 
 
 @pytest.mark.parametrize(
@@ -44,14 +29,14 @@ def simulate(steps: int, noise, paths: int = 40_000) -> torch.Tensor:
     ],
 )
 def test_sde_keeps_the_marginal(name, noise):
-    x = simulate(200, noise)
+    x = simulate(with_noise(noise))
     assert abs(float(x.mean()) - M) < 0.006, name
     assert abs(float(x.std()) - S) < 0.01, name
 
 
 def test_more_steps_come_closer_to_the_data():
     def error(steps: int) -> float:
-        return abs(float(simulate(steps, lambda t, cap: 0.3, 20_000).std()) - S)
+        return abs(float(simulate(with_noise(lambda t, cap: 0.3), steps, 20_000).std()) - S)
 
     assert error(200) < error(10)
 
