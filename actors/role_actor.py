@@ -19,7 +19,7 @@ import ray
 from actors.prometheus import RoleMetrics
 from actors.ray_errors import WorkerPreempted
 from actors.ray_options import RunContext
-from pipeline.runs.paths import setup_logging
+from pipeline.runs.log import setup_logging
 
 IDLE = "idle"
 

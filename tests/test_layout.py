@@ -21,7 +21,6 @@ MAX_LINES = 400
 OPEN_CIRCLES = {
     ("pipeline.generators.policy", "pipeline.generators.probe.probe"),
     ("pipeline.generators.replay.replayer", "pipeline.generators.replay.text_inputs"),
-    ("pipeline.runs.paths", "pipeline.runs.remote_sync"),
 }
 
 

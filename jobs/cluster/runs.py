@@ -13,7 +13,8 @@ from typing import Any
 from jobs.cluster import client
 from jobs.cluster.client import TERMINAL, Cluster
 from pipeline.core.errors import ConfigError, RushesError
-from pipeline.runs.paths import RunDir, writer_of
+from pipeline.runs.lock import writer_of
+from pipeline.runs.paths import RunDir
 from pipeline.runs.remote_sync import local_run
 
 POLL_S = 1.0

@@ -30,7 +30,7 @@ def stop(
       rushes stop runs/try
     """
     from jobs.cluster import runs
-    from pipeline.runs.paths import writer_of
+    from pipeline.runs.lock import writer_of
 
     try:
         target = runs.find_run(run, address, dir_)

@@ -16,7 +16,7 @@ from jobs.common.options import say
 from pipeline.config.schema import Config
 from pipeline.core.files import atomic_write
 from pipeline.core.statistics import with_error
-from pipeline.core.storage import shown
+from pipeline.core.storage import display_path
 from pipeline.rl.evaluation import paired_difference
 from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.runs.paths import RunDir
@@ -83,5 +83,5 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     if evals:
         gain = with_error(last["mean"] - first["mean"], difference.se if difference else None, sign="+")
         say(console, f"held-out reward {first['mean']:.4f} -> {last['mean']:.4f} ({gain}, {last['n']} prompts)")
-    say(console, f"export  {shown(Path(result['export']))}")
-    say(console, f"report  {shown(run.report)}")
+    say(console, f"export  {display_path(Path(result['export']))}")
+    say(console, f"report  {display_path(run.report)}")

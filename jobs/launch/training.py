@@ -17,7 +17,11 @@ from pipeline.core.errors import ConfigError, RunInterrupted
 from pipeline.core.files import atomic_write
 from pipeline.core.storage import url_of
 from pipeline.runs import checkpoint
-from pipeline.runs.paths import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
+from pipeline.runs.lock import RunLock
+from pipeline.runs.log import setup_logging
+from pipeline.runs.paths import RunDir
+from pipeline.runs.remote_sync import RemoteSync
+from pipeline.runs.resume import create, find_resumable, resume_or_create
 
 
 def run_training(
@@ -43,7 +47,7 @@ def run_training(
         run, resume = resume_or_create(cfg, Path(config_path))
     else:
         run = find_resumable(cfg, Path(config_path)) if resume else create(cfg, Path(config_path))
-    with RunLock(run):
+    with RunLock(run), RemoteSync(run):
         saved = checkpoint.latest(run.checkpoints) if resume else None
         if or_start and _complete(cfg, run, saved):
             say(console, f"run {run.path} has finished all {cfg.run.steps} steps")

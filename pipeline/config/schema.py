@@ -17,10 +17,10 @@ from pipeline.config.sections.base import Count, DecayRate, Natural, NonNegative
 from pipeline.config.sections.generator import GeneratorConfig, TrainableConfig
 from pipeline.config.sections.rewards import RewardConfig
 from pipeline.config.sections.sampler import SamplerConfig
-from pipeline.core.storage import local_folder, shown
+from pipeline.core.storage import display_path, local_folder
 
 # A URL is replaced by its scratch folder (pipeline.core.storage) and written back as the URL.
-RunsFolder = Annotated[Path, BeforeValidator(local_folder), PlainSerializer(shown, return_type=str)]
+RunsFolder = Annotated[Path, BeforeValidator(local_folder), PlainSerializer(display_path, return_type=str)]
 
 
 class RunConfig(Section):

@@ -62,8 +62,8 @@ def url_of(path: Path) -> str | None:
     return None
 
 
-def shown(path: Path) -> str:
-    """The URL of a scratch folder, else the path: what a person has written."""
+def display_path(path: Path) -> str:
+    """A path as the user wrote it: the URL of a scratch folder, else the path."""
     return url_of(path) or str(path)
 
 

@@ -18,7 +18,8 @@ from jobs.commands.scale import parse_targets
 from pipeline.config.load import to_yaml
 from pipeline.core import cluster_address
 from pipeline.core.errors import CheckpointError, ConfigError, RunFailed
-from pipeline.runs.paths import RunDir, RunLock, writer_of
+from pipeline.runs.lock import RunLock, writer_of
+from pipeline.runs.paths import RunDir
 
 NOWHERE = "http://127.0.0.1:1"  # nothing listens on port 1
 
@@ -313,7 +314,8 @@ def test_a_run_that_has_no_controller_yet(capsys, live_cluster, monkeypatch):
 HOLD = """
 import signal, sys, time
 from pathlib import Path
-from pipeline.runs.paths import RunDir, RunLock
+from pipeline.runs.lock import RunLock
+from pipeline.runs.paths import RunDir
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 with RunLock(RunDir(Path(sys.argv[1]))):

@@ -23,7 +23,8 @@ from pipeline.config.load import to_yaml
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RushesError
 from pipeline.core.storage import Store, local_folder
 from pipeline.runs import checkpoint, remote_sync
-from pipeline.runs.paths import RunDir, create, find_resumable, resume_or_create
+from pipeline.runs.paths import RunDir
+from pipeline.runs.resume import create, find_resumable, resume_or_create
 from pipeline.tools import preflight
 from pipeline.tools.report.report import build_report
 

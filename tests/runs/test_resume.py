@@ -1,19 +1,21 @@
-"""Run folders: unique names, which run --resume means, one writer at a time, log lines without secrets."""
+"""Which folder a run gets: unique names, one that exists is refused or resumed, and a retried job starts once."""
 
+import io
 import json
-import logging
-import multiprocessing
-import os
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+import pipeline.tools.preflight
+from jobs.launch import training
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError
 from pipeline.runs import checkpoint
-from pipeline.runs.paths import RunDir, RunLock, create, find_resumable, resume_or_create, setup_logging
+from pipeline.runs.paths import RunDir
+from pipeline.runs.resume import create, find_resumable, resume_or_create
 
 NOW = datetime(2026, 11, 23, 15, 4, 5)
 
@@ -66,13 +68,6 @@ def test_resume_takes_the_newest_unfinished_run_of_this_config(tmp_path):
 
 
 def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatch):
-    import io
-
-    from rich.console import Console
-
-    import pipeline.tools.preflight
-    from jobs.launch import training
-
     first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
     assert (first[1], again[1]) == (False, True) and first[0] == again[0] == RunDir(tmp_path / "mine")
     with pytest.raises(ConfigError, match="run.name is not set"):
@@ -93,40 +88,3 @@ def test_the_folder_cannot_be_made(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(ConfigError, match="run.dir: .* is a file"):
         create(config(tmp_path / "runs"), Path("c.yaml"))
-
-
-def _hold(path, ready, done):
-    with RunLock(RunDir(path)):
-        ready.set()
-        done.wait(20)
-
-
-def test_one_process_writes_a_run(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready, done))
-    process.start()
-    assert ready.wait(20)
-    with pytest.raises(RushesError, match=f"process {process.pid}"):
-        RunLock(RunDir(tmp_path)).acquire()
-    process.kill()  # the system frees the lock of a killed process
-    process.join()
-    with RunLock(RunDir(tmp_path)):
-        pass
-
-
-def test_log_lines_name_their_place_and_hide_secrets(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "abcdef0123456789")
-    setup_logging(RunDir(tmp_path), "rollout", "rollout-1")
-    log = logging.getLogger("rushes.test")
-    log.info("made %d takes", 4, extra={"group": 17})
-    try:
-        raise ValueError("key abcdef0123456789 refused")
-    except ValueError:
-        log.exception("header %s", os.environ["WANDB_API_KEY"])
-    text = (tmp_path / "run.log").read_text()
-    assert f"run={tmp_path.name} role=rollout worker=rollout-1 group=17 rushes.test: made 4 takes" in text
-    assert "group=- rushes.test: header ***" in text and "abcdef0123456789" not in text
-    for handler in [h for h in logging.getLogger().handlers if h.name == "rushes run.log"]:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

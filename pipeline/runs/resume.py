@@ -1,0 +1,91 @@
+"""Which folder a run is written to: a new one, or that of the run which `--resume` continues."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pipeline.config.schema import Config
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.files import describe_os_error
+from pipeline.core.storage import display_path, url_of
+from pipeline.runs import remote_sync
+from pipeline.runs.paths import RunDir, check_name, default_name
+
+
+def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDir:
+    """A new run's folder. Raises `ConfigError` when the name is taken or cannot be a folder, `RushesError` on I/O."""
+    name = cfg.run.name or default_name(config_path, now or datetime.now(), cfg.run.dir)
+    check_name(name)
+    run = RunDir(cfg.run.dir / name)
+    if run.path.exists() or remote_sync.exists(run.path):
+        raise ConfigError(
+            f"run.name: a run {name!r} exists in {display_path(cfg.run.dir)}; continue it with --resume or choose "
+            "another name"
+        )
+    if cfg.run.dir.exists() and not cfg.run.dir.is_dir():
+        raise ConfigError(f"run.dir: {cfg.run.dir} is a file; give the folder that holds all runs")
+    try:
+        cfg.run.dir.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir()
+    except OSError as error:
+        raise RushesError(f"cannot create the run's folder {describe_os_error(error, run.path)}") from error
+    return run
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class _Candidate:
+    """An unfinished run, ordered by how much it is the one to resume: one that failed before its first checkpoint must
+    not hide an older one that can be continued."""
+
+    has_checkpoint: bool
+    started: str  # YYYYmmdd-HHMMSS
+    number: int  # of the runs that started in that second
+    path: Path
+
+
+def find_resumable(cfg: Config, config_path: Path) -> RunDir:
+    """The run that --resume means: run.name, or the newest unfinished run of this config. Raises `ConfigError`."""
+    if cfg.run.name:
+        check_name(cfg.run.name)
+        run = RunDir(cfg.run.dir / cfg.run.name)
+        if remote_sync.exists(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        if not run.path.is_dir():
+            raise ConfigError(
+                f"--resume: there is no run {cfg.run.name!r} in {display_path(cfg.run.dir)}; leave --resume out "
+                "to start it"
+            )
+        return run
+    if url := url_of(cfg.run.dir):
+        raise ConfigError(f"--resume: name the run in {url} to continue, such as run.name=NAME")
+    stem = re.escape(config_path.stem)
+    pattern = re.compile(rf"{stem}-(\d{{8}}-\d{{6}})(?:-(\d+))?$")
+    candidates: list[_Candidate] = []
+    for path in cfg.run.dir.iterdir() if cfg.run.dir.is_dir() else []:
+        match = pattern.match(path.name)
+        if match and path.is_dir() and not RunDir(path).finished:
+            saved = any((path / "checkpoints").glob(f"step-*/{remote_sync.MANIFEST}"))
+            candidates.append(_Candidate(saved, match.group(1), int(match.group(2) or 1), path))
+    if not candidates:
+        raise ConfigError(
+            f"--resume: no unfinished run of {config_path.stem!r} in {cfg.run.dir}; "
+            "name one with run.name=..., or leave --resume out to start a new one"
+        )
+    return RunDir(max(candidates).path)
+
+
+def resume_or_create(cfg: Config, config_path: Path) -> tuple[RunDir, bool]:
+    """The run `run.name` and whether it was there already; else a new one of that name, for jobs that are retried.
+
+    Raises `ConfigError` when run.name is not set: a retry could not find the run.
+    """
+    if not cfg.run.name:
+        raise ConfigError("--resume-or-start: run.name is not set; give one, so that every try means the same run")
+    check_name(cfg.run.name)
+    run = RunDir(cfg.run.dir / cfg.run.name)
+    if run.path.is_dir() or remote_sync.exists(run.path):
+        return find_resumable(cfg, config_path), True
+    return create(cfg, config_path), False
