@@ -21,7 +21,7 @@ from pipeline.generators.policy_pipeline import PolicyPipeline
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
-from pipeline.tools.memory.estimate import _attach, _held, _run, plan_memory, training_bytes
+from pipeline.tools.memory.estimate import _add_adapters, _held, _run, plan_memory, training_bytes
 from pipeline.tools.memory.meta_pipeline import MetaPipeline, weight_bytes_of
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_activations_are_what_autograd_keeps(case):
     cfg, pipe, ghost = case
     calls = _run(ghost, cfg, 2)
     measured = saved_bytes(pipe, calls)
-    _attach(ghost, cfg)
+    _add_adapters(ghost, cfg)
     with ghost.training(calls) as (live, _):
         planned = live.live
     assert abs(planned / measured - 1) < 0.2, (planned, measured)

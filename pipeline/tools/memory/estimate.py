@@ -6,12 +6,14 @@ not guessed, and activations are what the networks' own code would hold. Returns
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from pipeline.config.schema import Config
 from pipeline.core.devices import resolve_dtype
@@ -135,20 +137,34 @@ def _run(ghost: MetaPipeline, cfg: Config, takes: int) -> list[Call]:
     ) from failure
 
 
-def _attach(ghost: MetaPipeline, cfg: Config) -> dict[str, torch.nn.Parameter]:
-    """What is trained, on the networks without data."""
+def _add_adapters(ghost: MetaPipeline, cfg: Config) -> dict[str, torch.nn.Parameter]:
+    """Adds what is trained to the networks without data; LoRA layers in float32, as the learner keeps them."""
     modules = trained_modules(ghost.pipe, cfg.trainable)
-    before, to = torch.get_default_dtype(), torch.nn.Module.to
-    torch.set_default_dtype(torch.float32)  # as the learner keeps LoRA layers
-    # PEFT moves its layers to the others' device; fake ones cannot be moved, and are nowhere.
-    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
-        with ghost.mode:
+        with ghost.mode, _modules_stay_in_place():
             adapters.add_adapters(modules, cfg.trainable, 0)
     finally:
-        torch.set_default_dtype(before)
-        torch.nn.Module.to = to  # type: ignore[method-assign]
+        torch.set_default_dtype(default_dtype)
     return adapters.trainable(modules)
+
+
+@contextmanager
+def _modules_stay_in_place() -> Iterator[None]:
+    """Within the block `Module.to` does nothing, for every module of the process.
+
+    PEFT moves the layers it adds to the device and dtype of the layers they adapt. For networks without data there is
+    no device to move to, `Module.to` fails on fake parameters that have weak references, and the layers are wanted in
+    float32. PEFT has no switch for it, so the method itself is replaced while the layers are added. Safe here because
+    `rushes inspect` runs in one thread and nothing else moves modules meanwhile.
+    """
+    original = torch.nn.Module.to
+    torch.nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = original  # type: ignore[method-assign]
 
 
 def _bytes(parameters: Sequence[torch.Tensor], each: int = 0) -> int:
@@ -171,7 +187,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RolePlan, dict[str, int]]:
     frames = cfg.generator.num_frames * cfg.generator.height * cfg.generator.width * 3
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
     trajectory = _trajectory(cfg, ghost, trained) * takes // batch  # of a group
-    lora = _bytes(list(_attach(ghost, cfg).values())) if cfg.trainable.kind == "lora" else 0
+    lora = _bytes(list(_add_adapters(ghost, cfg).values())) if cfg.trainable.kind == "lora" else 0
     merged = _merged_base(ghost) if cfg.rollout.merge_lora and lora else 0
     plan = RolePlan(
         processes=cfg.rollout.workers.max,
@@ -234,8 +250,6 @@ def _unpacked(cfg: Config, ghost: MetaPipeline) -> int:
 
 def _merged_base(ghost: MetaPipeline) -> int:
     """Copies of the base weights that merging keeps aside."""
-    from peft.tuners.lora import LoraLayer
-
     return sum(
         layer.get_base_layer().weight.numel() * layer.get_base_layer().weight.element_size()
         for module in ghost.modules.values()
@@ -280,7 +294,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RolePlan, int]:
         share = resolve_dtype(cfg.generator.dtype, on).itemsize / dtype.itemsize
         weights += sum(int(share * weight_bytes_of(m)) for n, m in ghost.modules.items() if n not in DENOISERS)
     without = max((ghost.peaks[name] for name in ghost.peaks if name in DENOISERS), default=0)
-    parameters = list(_attach(ghost, cfg).values())
+    parameters = list(_add_adapters(ghost, cfg).values())
     encodings = 0
     if text:  # kept from the first micro-batch of a call's takes to the last
         _run(ghost, cfg, part)
