@@ -65,10 +65,10 @@ def print_memory(config: Path, overrides: list[str], *, json_out: bool) -> None:
     quiet_libraries()
     given = [entry if "=" in entry else f"generator.pretrained={entry}" for entry in overrides]
     cfg = load_config(config, given)
-    from pipeline.tools.memory.estimate import plan_memory
+    from pipeline.tools.memory.estimate import estimate_memory
     from pipeline.tools.memory.meta_pipeline import pipeline_name
 
-    estimate = plan_memory(cfg, bases(cfg, pipeline_name(cfg.generator)))
+    estimate = estimate_memory(cfg, bases(cfg, pipeline_name(cfg.generator)))
     print(json.dumps(estimate, indent=2) if json_out else as_text(estimate))
 
 

@@ -21,7 +21,7 @@ from pipeline.generators.policy_pipeline import PolicyPipeline
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
-from pipeline.tools.memory.estimate import _add_adapters, _held, _run, plan_memory, training_bytes
+from pipeline.tools.memory.estimate import _add_adapters, _run, _weight_bytes, estimate_memory, training_bytes
 from pipeline.tools.memory.meta_pipeline import MetaPipeline, weight_bytes_of
 
 ROOT = Path(__file__).parents[2]
@@ -38,15 +38,15 @@ def in_the_repository(monkeypatch):
 def case(request):
     """(config, the pipeline with its weights, the one without)"""
     cfg = load_config(ROOT / "configs" / f"{request.param}.yaml", SMALL)
-    own = cfg.generator.model_copy(update={"pretrained": str(ROOT / cfg.generator.pretrained)})
-    cfg = cfg.model_copy(update={"generator": own})
-    return cfg, load_pipeline(own, torch.device("cpu")), MetaPipeline(own, torch.float32)
+    generator = cfg.generator.model_copy(update={"pretrained": str(ROOT / cfg.generator.pretrained)})
+    cfg = cfg.model_copy(update={"generator": generator})
+    return cfg, load_pipeline(generator, torch.device("cpu")), MetaPipeline(generator, torch.float32)
 
 
 def test_weights_are_exact(case):
-    _, pipe, ghost = case
+    _, pipe, meta = case
     loaded = {n: weight_bytes_of(m) for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
-    assert loaded == {name: weight_bytes_of(module) for name, module in ghost.modules.items()}
+    assert loaded == {name: weight_bytes_of(module) for name, module in meta.modules.items()}
 
 
 def saved_bytes(pipe, calls) -> int:
@@ -69,16 +69,16 @@ def saved_bytes(pipe, calls) -> int:
 
 
 def test_activations_are_what_autograd_keeps(case):
-    cfg, pipe, ghost = case
-    calls = _run(ghost, cfg, 2)
+    cfg, pipe, meta = case
+    calls = _run(meta, cfg, 2)
     measured = saved_bytes(pipe, calls)
-    _add_adapters(ghost, cfg)
-    with ghost.training(calls) as (live, _):
-        planned = live.live
+    _add_adapters(meta, cfg)
+    with meta.training(calls) as (allocated, _):
+        planned = allocated.live
     assert abs(planned / measured - 1) < 0.2, (planned, measured)
-    assert training_bytes(ghost, calls, cfg) >= planned
-    again = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"activation_checkpointing": True})})
-    assert training_bytes(ghost, calls, again) < 0.7 * planned
+    assert training_bytes(meta, calls, cfg) >= planned
+    checkpointed = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"activation_checkpointing": True})})
+    assert training_bytes(meta, calls, checkpointed) < 0.7 * planned
 
 
 def test_trajectories_and_media_are_what_a_rollout_leaves(case):
@@ -90,7 +90,7 @@ def test_trajectories_and_media_are_what_a_rollout_leaves(case):
         tree_bytes([part.shared, part.final, [[s.sample, s.next_sample, inputs(s)] for s in part.steps]])
         for part in trajectory.parts
     )
-    planned = plan_memory(cfg, NONE)["a_group"]
+    planned = estimate_memory(cfg, NONE)["a_group"]
     assert planned["media"] == media.frames.nbytes
     assert abs(planned["trajectory"] / held - 1) < 0.2, (planned, held)
 
@@ -119,7 +119,7 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         live = learner.replicas[0].text.override_text(replayer, trajectory.sampling)
-    parts = plan_memory(cfg, NONE)["roles"]["learner"]["parts"]
+    parts = estimate_memory(cfg, NONE)["roles"]["learner"]["parts"]
     planned, measured = parts["text encoders' activations"], sum(held.values())
     del live
     assert abs(planned / measured - 1) < 0.2, (planned, measured)
@@ -131,7 +131,7 @@ def test_offloaded_and_int8_weights(tiny_sd3):
     """Group offload leaves the weights in main memory but for two layers; int8 takes a byte a weight and its scales."""
     gpu = {"rollout": {"resources": {"GPU": 1}}}
     roles = {
-        name: plan_memory(tiny.config(tiny_sd3, generator=generator, **gpu), NONE)["roles"]
+        name: estimate_memory(tiny.config(tiny_sd3, generator=generator, **gpu), NONE)["roles"]
         for name, generator in {
             "none": {},
             "idle": {"offload": "idle"},
@@ -139,7 +139,7 @@ def test_offloaded_and_int8_weights(tiny_sd3):
             "int8": {"quantize": "int8"},
         }.items()
     }
-    on_device = {name: found["rollout"]["parts"]["weights"] for name, found in roles.items()}
+    on_device = {name: plan["rollout"]["parts"]["weights"] for name, plan in roles.items()}
     assert max(on_device["idle"], on_device["int8"]) < on_device["none"]
     # The tiny model's token embedding is most of it: no more than the whole is ever there.
     parts = roles["group"]["rollout"]["parts"]
@@ -149,7 +149,7 @@ def test_offloaded_and_int8_weights(tiny_sd3):
 
         cfg = tiny.config(tiny_sd3, generator={"quantize": "int8"}, rollout={"resources": {"GPU": 0}})
         loaded = load_denoisers(cfg.generator, torch.device("cpu"), torch.float32)["transformer"]
-        planned = _held(MetaPipeline(cfg.generator, torch.float32).modules["transformer"], cfg, "transformer")
+        planned = _weight_bytes(MetaPipeline(cfg.generator, torch.float32).modules["transformer"], cfg, "transformer")
         assert abs(planned / stored_bytes(loaded) - 1) < 0.02
 
 
@@ -167,18 +167,18 @@ def test_the_controller_is_planned_with_the_takes_it_writes():
     small = load_config(ROOT / "configs" / "quickstart.yaml", SMALL)
     large = load_config(ROOT / "configs" / "quickstart.yaml", [*SMALL, "generator.height=240", "generator.width=416"])
     assert memory_report.shown_takes(small) == 18
-    one, other = (memory_report.base("controller", cfg, "WanPipeline") for cfg in (small, large))
-    assert other > one + memory_report.shown_takes(large) * 9 * 240 * 416 * 3
+    small_base, large_base = (memory_report.base("controller", cfg, "WanPipeline") for cfg in (small, large))
+    assert large_base > small_base + memory_report.shown_takes(large) * 9 * 240 * 416 * 3
 
 
 def test_the_command_prints_roles_and_json(monkeypatch, capsys):
     monkeypatch.setattr(memory_report, "bases", lambda cfg, name: dict.fromkeys(NONE, 2**29))
     assert cli.main(["inspect", "--memory", "configs/quickstart-image.yaml", *SMALL, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    learner = found["roles"]["learner"]
+    plan = json.loads(capsys.readouterr().out)
+    learner = plan["roles"]["learner"]
     weights = learner["parts"]["weights"]
     assert learner["parts"]["reference"] == weights and learner["parts"]["optimiser (two moments)"] > 1.9 * weights
-    assert learner["host_bytes"] == sum(learner["parts"].values()) and found["roles"]["rollout"]["processes"] == 2
+    assert learner["host_bytes"] == sum(learner["parts"].values()) and plan["roles"]["rollout"]["processes"] == 2
     assert cli.main(["inspect", "--memory", "configs/quickstart-image.yaml", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "rollout x 2: " in out and "activations" in out and "object store: " in out and "together: " in out
@@ -186,7 +186,7 @@ def test_the_command_prints_roles_and_json(monkeypatch, capsys):
 
 def test_on_a_gpu_weights_leave_main_memory():
     cfg = load_config(ROOT / "configs" / "quickstart-image.yaml", [*SMALL, "learner.resources={CPU: 1, GPU: 1}"])
-    learner = plan_memory(cfg, NONE)["roles"]["learner"]
+    learner = estimate_memory(cfg, NONE)["roles"]["learner"]
     assert learner["on"] == "cuda" and learner["device_bytes"] > learner["parts"]["weights"] > 0
     assert learner["host_bytes"] + learner["device_bytes"] == sum(learner["parts"].values())
 

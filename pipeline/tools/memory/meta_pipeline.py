@@ -142,7 +142,7 @@ class MetaPipeline:
                 given[name] = kind.from_pretrained(str(self.folder / name))
         cls: Any = getattr(diffusers, pipeline_name(self.cfg), None)
         if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
-            raise CannotPlan(f"{self.folder}: diffusers has no pipeline class {pipeline_name(self.cfg)}")
+            raise CannotEstimate(f"{self.folder}: diffusers has no pipeline class {pipeline_name(self.cfg)}")
         names = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
         return cls(**{name: value for name, value in given.items() if name in names})
 
@@ -269,5 +269,5 @@ def weight_bytes_of(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in held.values())
 
 
-class CannotPlan(RushesError):
+class CannotEstimate(RushesError):
     """The pipeline could not be run without weights; the message says where."""
