@@ -20,13 +20,9 @@ from pipeline.core.devices import resolve_dtype
 from pipeline.core.prompts import load_prompts
 from pipeline.core.types import PromptItem
 from pipeline.generators import adapters
-from pipeline.generators.call.arguments import (
-    call_arguments,
-    call_modes,
-    condition_arguments,
-    conditions_of,
-    parameters_of,
-)
+from pipeline.generators.call.arguments import call_arguments, call_modes
+from pipeline.generators.call.conditions import condition_arguments, conditions_of
+from pipeline.generators.call.signature import parameters_of
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
