@@ -7,8 +7,9 @@ import re
 
 from ray import exceptions as rx
 
-from pipeline.core.errors import RushesError
+from pipeline.core.errors import RushesError, one_line
 
+_LIMIT = 600  # characters of a described error
 _LOST = (
     rx.ObjectLostError,
     rx.ObjectFetchTimedOutError,
@@ -48,15 +49,15 @@ def describe(error: BaseException) -> str:
     """One line, without a traceback or Ray's own wording."""
     error = root(error)
     if isinstance(error, RushesError | WorkerPreempted):
-        return _line(str(error))
+        return one_line(str(error), _LIMIT)
     if isinstance(error, asyncio.TimeoutError | TimeoutError):
-        return _line(str(error)) or "timed out"
+        return one_line(str(error), _LIMIT) or "timed out"
     if isinstance(error, rx.RayActorError):
         detail = re.search(r"Worker exit detail: (.+?)(?:\n|$)", str(error))
         reason = re.search(r"Worker exit type: (\w+)", str(error))
         if "node" in str(error).lower() and "died" in str(error).lower() and not detail:
             return "its process died with its node"
-        text = _line(detail.group(1)) if detail else ""
+        text = one_line(detail.group(1), _LIMIT) if detail else ""
         text = re.split(r"(?<=\.) There are some potential root causes", text)[0]
         kind = f" ({reason.group(1)})" if reason and not detail else ""
         return f"its process died{kind}{': ' + text if text else ''}"
@@ -64,10 +65,5 @@ def describe(error: BaseException) -> str:
         return "killed by Ray because the node ran out of memory"
     if isinstance(error, _LOST):
         return f"data lost from the object store ({type(error).__name__})"
-    text = _line(str(error))
+    text = one_line(str(error), _LIMIT)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 600 else text[:597] + "..."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jobs.cluster import run_api
 from pipeline.core import errors
 from pipeline.core.cluster_address import cluster_address, is_listening
-from pipeline.core.errors import ConfigError, RunFailed
+from pipeline.core.errors import ConfigError, RunFailed, one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -52,7 +52,7 @@ def reachable(address: str | None) -> str:
 
 def refused(address: str, error: BaseException) -> ConfigError:
     """One line for what Ray says when it does not let us in."""
-    text = " ".join(str(error).split())
+    text = one_line(error, 600)
     if type(error).__name__ == "AuthenticationError" or "401" in text[:80] or "403" in text[:80]:
         return ConfigError(
             f"{address}: the cluster wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
@@ -178,7 +178,7 @@ class JobsCluster(Cluster):
                         yield _value(json.loads(line.removeprefix(run_api.ANSWER)))
             if not answered:
                 last = " ".join(self._jobs.get_job_logs(job).split())[-300:]
-                message = " ".join((self._jobs.get_job_info(job).message or "").split())[:200]
+                message = one_line(self._jobs.get_job_info(job).message or "")
                 raise RunFailed(f"{self.address}: asking the cluster failed: {message} {last}")
         finally:
             self._clean_up(job, stop=operation in run_api.STREAMS)
@@ -235,7 +235,7 @@ def tail(client: JobSubmissionClient, job: str) -> Iterator[str]:
             except (RuntimeError, aiohttp.ClientError, ConnectionError, OSError) as error:
                 failures += 1
                 if failures > 5:
-                    raise RunFailed(f"job {job}: its log cannot be followed: {' '.join(str(error).split())}") from error
+                    raise RunFailed(f"job {job}: its log cannot be followed: {one_line(error, 600)}") from error
                 time.sleep(POLL_S * 2**failures)
                 continue
             finally:  # also after Ctrl-C, which leaves the task where it was

@@ -16,7 +16,7 @@ import pipeline
 from pipeline.config.resources import ROLE_RESOURCES
 from pipeline.config.schema import Config
 from pipeline.core.cluster_address import cluster_address
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import describe_os_error
 
 NAMESPACE = "rushes"
@@ -102,7 +102,7 @@ class RaySession:
             try:
                 ray.init(address=address, **common)
             except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-                text = " ".join(str(error).split())[:200]
+                text = one_line(error)
                 raise ConfigError(
                     f"ray.address: no Ray answers at {address} ({text}); start it, correct ray.address or RAY_ADDRESS, "
                     "or set ray.address=local"
@@ -136,7 +136,7 @@ class RaySession:
             raise RushesError(f"Ray could not start: {describe_os_error(error)}") from error
         except Exception as error:  # Ray raises the base class for a node that does not come up in time
             self.close()
-            raise RushesError(f"Ray could not start: {' '.join(str(error).split())[:300]}") from error
+            raise RushesError(f"Ray could not start: {one_line(error, 300)}") from error
         if unseen:
             _end_log_monitor()
         return self

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jobs.cluster.client import RUN_KEY, TERMINAL, refused
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, InputError, RunInterrupted
+from pipeline.core.errors import ConfigError, InputError, RunInterrupted, one_line
 from pipeline.runs.paths import check_name, default_name
 
 if TYPE_CHECKING:
@@ -138,5 +138,5 @@ def exit_code(client: JobSubmissionClient, job: str, note: Callable[[str], None]
     if info.status == "STOPPED":
         return RunInterrupted.exit_code
     if info.driver_exit_code is None or info.driver_exit_code < 0:  # its node is gone, or a signal
-        note(f"job {job} failed: {' '.join((info.message or 'no reason given').split())[:300]}")
+        note(f"job {job} failed: {one_line(info.message or 'no reason given', 300)}")
     return abs(info.driver_exit_code or 1) % 256 or 1

@@ -17,7 +17,7 @@ import typer
 
 from jobs.common.command import Group, command
 from jobs.common.options import Debug, make_console, say
-from pipeline.core.errors import RushesError
+from pipeline.core.errors import RushesError, one_line
 
 PACKAGES = (
     "torch",
@@ -82,7 +82,7 @@ def findings(run_dir: Path) -> Iterator[Finding]:
             yield Finding(
                 "FAIL",
                 name,
-                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; reinstall: pip install -e .",
+                f"{type(error).__name__}: {one_line(error)}; reinstall: pip install -e .",
             )
 
 

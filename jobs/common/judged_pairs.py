@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.common.score_files import Item, checked_item, item_of_row
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, one_line
 from pipeline.core.files import did_you_mean
 
 LABELS = {"a": 1, "b": -1, "tie": 0}
@@ -44,7 +44,7 @@ def check_columns(path: Path) -> None:
     try:
         columns = pyarrow.parquet.read_schema(path).names
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0][:120]})") from None
+        raise InputError(f"{path}: cannot be read as parquet ({one_line(error, 120)})") from None
     kind = "bytes" if any(name.startswith("bytes_") for name in columns) else "path"
     for required in ("label", f"{kind}_a", f"{kind}_b"):
         if required not in columns:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.common.quiet import quiet_libraries
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.core.errors import CheckpointError, ConfigError, InputError
+from pipeline.core.errors import CheckpointError, ConfigError, InputError, one_line
 from pipeline.core.files import nearest
 from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_lora, lora_files
 from pipeline.runs.remote_sync import local_run
@@ -150,7 +150,7 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
             load_lora(policy.pipe, trained.path)
         except Exception as error:  # diffusers and peft raise many kinds for a LoRA of another model
             raise InputError(
-                f"{trained.path / LORA_FILE}: does not fit {cfg.generator.pretrained} ({_first_line(error)}); "
+                f"{trained.path / LORA_FILE}: does not fit {cfg.generator.pretrained} ({one_line(error, 160)}); "
                 "give the generator it was trained on"
             ) from error
     return policy
@@ -158,7 +158,3 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
 
 def _same_folder(a: str, b: str) -> bool:
     return a == b or (Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

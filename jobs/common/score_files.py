@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core.errors import InputError, RewardError, RushesError
+from pipeline.core.errors import InputError, RewardError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import list_media, read_media
 from pipeline.core.named_files import FIX, named_file, named_files
@@ -151,9 +151,7 @@ def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
     try:
         data = pyarrow.parquet.read_table(table)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"{table}: cannot be read as parquet ({str(error).splitlines()[0][:120]}); write it again"
-        ) from None
+        raise InputError(f"{table}: cannot be read as parquet ({one_line(error, 120)}); write it again") from None
     if "path" not in data.column_names:
         raise InputError(
             f"{table}: has no column 'path' (columns: {', '.join(data.column_names)}); add one with the files"

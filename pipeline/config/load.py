@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipeline.config.messages import Source, error_message, refuse_bools, show, type_name
 from pipeline.config.reference import leaf_at
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, one_line
 from pipeline.core.files import describe_os_error, did_you_mean
 
 
@@ -103,7 +103,7 @@ def _read(path: Path) -> str:
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())
+    return one_line(getattr(error, "problem", None) or error)
 
 
 def _yaml_message(path: Path, error: yaml.YAMLError) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.code_names import pipeline_names
-from pipeline.core.errors import CheckpointError, InputError
+from pipeline.core.errors import CheckpointError, InputError, one_line
 from pipeline.core.files import describe_os_error, did_you_mean
 from pipeline.core.named_files import named_file, named_files
 from pipeline.core.types import PromptItem
@@ -89,7 +89,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({_first_line(error)}); write it again") from None
+        raise InputError(f"{path}: cannot be read as parquet ({one_line(error, 160)}); write it again") from None
     if "prompt" not in table.column_names:
         raise InputError(
             f"{path}: has no column 'prompt' (columns: {', '.join(table.column_names) or 'none'}); rename one"
@@ -105,10 +105,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         elif isinstance(metadata, list):  # a parquet map
             row["metadata"] = dict(metadata)
         yield where, row
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _item(path: Path, where: str, index: int, row: dict[str, Any]) -> PromptItem:
@@ -194,7 +190,7 @@ def _tokenizers(folder: Path, call_kwargs: dict[str, Any]) -> list[tuple[Any, in
             )
         except Exception as error:  # the tokenizers library raises bare Exception
             raise InputError(
-                f"{file}: is not a readable tokenizer ({_first_line(error)}); copy the checkpoint again"
+                f"{file}: is not a readable tokenizer ({one_line(error, 160)}); copy the checkpoint again"
             ) from None
         tokenizer.no_truncation()
         tokenizer.no_padding()

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.safe_paths import relative_name
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -84,7 +84,7 @@ class Store:
                 files, self._root = fsspec.core.url_to_fs(url)
                 self._fs = fs.PyFileSystem(fs.FSSpecHandler(files))
         except (ImportError, ValueError) as error:  # an unknown scheme, or one whose package is missing
-            raise ConfigError(f"run.dir: {url}: {_line(error)}; use s3://, gs:// or a folder") from None
+            raise ConfigError(f"run.dir: {url}: {one_line(error, 300)}; use s3://, gs:// or a folder") from None
         self._local = scheme == "file"
 
     @contextmanager
@@ -92,7 +92,7 @@ class Store:
         try:
             yield
         except (OSError, ValueError) as error:  # pyarrow's errors are both
-            raise RushesError(f"cannot {what} {self.url}/{name}: {_line(error)}") from error
+            raise RushesError(f"cannot {what} {self.url}/{name}: {one_line(error, 300)}") from error
 
     def _path(self, name: str) -> str:
         return str(PurePosixPath(self._root, name)) if name else self._root
@@ -163,10 +163,6 @@ class Store:
                 self._fs.delete_file(self._path(name))
             except FileNotFoundError:
                 pass
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def check_store(url: str) -> None:

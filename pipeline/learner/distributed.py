@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError, one_line
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between ranks; a dead rank is noticed by its actor's end
 
@@ -177,7 +177,7 @@ class DistributedContext:
                 module.enable_parallelism(config=config)  # type: ignore[operator]
             except ValueError as error:
                 raise UnsupportedPolicyError(
-                    f"learner.context_parallel: {type(module).__name__} ({name}): {' '.join(str(error).split())}"
+                    f"learner.context_parallel: {type(module).__name__} ({name}): {one_line(error, 600)}"
                 ) from error
 
 

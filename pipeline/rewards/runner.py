@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.schema import RewardConfig
-from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError, one_line
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scored, Scorer, ScorerCall, check_output
 from pipeline.rewards.function import is_function_spec
@@ -107,7 +107,7 @@ class RewardRunner:
         except Exception as error:
             raise RewardError(
                 f"reward {self.name}: {self.cfg.scorer} raised {type(error).__name__}: "
-                f"{' '.join(str(error).split())}{_line_of(error)}"
+                f"{one_line(error, 600)}{_line_of(error)}"
             ) from error
         return check_output(self.name, output, len(prompts))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.errors import UnsupportedPolicyError, one_line
 
 log = logging.getLogger("rushes.generators")
 _SHAPES = 64  # compiled per class of blocks; further ones run without
@@ -70,7 +70,7 @@ def cannot_compile(device: str) -> str | None:
     try:
         torch.compile(_trial, **_options(device))(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing or broken compiler leads to
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{type(error).__name__}: {one_line(error)}"
     return None
 
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from pipeline.config.schema import GeneratorConfig, TrainableConfig
 from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
 from pipeline.core.devices import resolve_dtype
-from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
+from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError, one_line
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.processors import processors_without_torchvision
 
@@ -40,7 +40,7 @@ _CANNOT_LOAD = (
 
 def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
     where = "folder" if Path(cfg.pretrained).is_dir() else "hub id"
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    cause = f"{type(error).__name__}: {one_line(error, 400)}"
     package = missing_package(error)
     if package is None:
         cause = re.sub(r"`?pip install [^`;,)]*`?", "(…)", cause)

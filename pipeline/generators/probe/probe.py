@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError
+from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError, one_line
 from pipeline.core.types import PromptItem, SamplingSpec, StepGuidance
 from pipeline.generators.call.arguments import CallMode, call_modes
 from pipeline.generators.call.conditions import condition_arguments, conditions_of
@@ -80,7 +80,7 @@ def _modes(pipeline: PolicyPipeline, conditioned: bool) -> list[CallMode]:
 def _cannot_run(name: str, failures: dict[str, Exception]) -> CannotRun:
     calls: dict[str, str] = {}  # cause -> the first call that failed so
     for call, error in failures.items():
-        calls.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", call)
+        calls.setdefault(f"{type(error).__name__}: {one_line(error)}", call)
     listed = "; ".join(f"{call}: {cause}" for cause, call in list(calls.items())[:3])
     return CannotRun(
         f"{name} could not be run ({listed}); arguments of its __call__ can be set in generator.call_kwargs"

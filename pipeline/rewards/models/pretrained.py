@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.errors import ConfigError, InputError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.core.safe_paths import relative_name
 
@@ -62,7 +62,7 @@ def pretrained(
             where, use_safetensors=True, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"reward model {model}: {_cause(error)}; {_wanted(model)}") from error
+        raise InputError(f"reward model {model}: {one_line(error)}; {_wanted(model)}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(k for k in info["missing_keys"] if not (unused and k.startswith(unused)))
@@ -89,7 +89,7 @@ def pretrained_config(cls: Any, model: str) -> Any:
     try:
         config, _ = cls.get_config_dict(model)
     except (OSError, ValueError) as error:
-        raise InputError(f"reward model {model}: {_cause(error)}; {_wanted(model)}") from error
+        raise InputError(f"reward model {model}: {one_line(error)}; {_wanted(model)}") from error
     if config.get("model_type") != cls.model_type:
         raise InputError(f"reward model {model}: found a {config.get('model_type')} model; expected {cls.model_type}")
     return cls.from_dict(config)
@@ -102,7 +102,7 @@ def tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # the tokenizer classes raise anything from KeyError to their own Rust exceptions
-        raise InputError(f"tokenizer of {model}: {_cause(error)}; {_wanted(model)}") from error
+        raise InputError(f"tokenizer of {model}: {one_line(error)}; {_wanted(model)}") from error
 
 
 def image_processor(model: str) -> Any:
@@ -112,7 +112,7 @@ def image_processor(model: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
     except Exception as error:  # as with tokenizers: a broken JSON, a missing class, a missing file
-        raise InputError(f"image processor of {model}: {_cause(error)}; {_wanted(model)}") from error
+        raise InputError(f"image processor of {model}: {one_line(error)}; {_wanted(model)}") from error
 
 
 def weight_file(model: str, name: str | None = None, suffix: str = ".safetensors") -> Path:
@@ -135,7 +135,7 @@ def weight_file(model: str, name: str | None = None, suffix: str = ".safetensors
         try:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         except Exception as error:  # the hub client raises its own tree of errors, and those of its HTTP library
-            raise InputError(f"weights {model}: {_cause(error)}") from error
+            raise InputError(f"weights {model}: {one_line(error)}") from error
     raise InputError(f"weights {model}: no such file; give a {suffix} file or owner/repo/file{suffix}")
 
 
@@ -173,17 +173,13 @@ def read_some(model: str, prefix: str) -> dict[str, torch.Tensor]:
             with safe_open(file(name), "pt") as weights:
                 found |= {key: weights.get_tensor(key) for key in weights.keys() if key.startswith(prefix)}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"weights of {model}: {_cause(error)}; {_wanted(model)}") from error
+        raise InputError(f"weights of {model}: {one_line(error)}; {_wanted(model)}") from error
     return found
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _cause(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _wanted(model: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, one_line
 from pipeline.core.types import Media
 from pipeline.rewards.models.web import png_base64
 
@@ -151,7 +151,7 @@ def _decode_png(data: bytes) -> np.ndarray:
                 raise InputError(f"found a {image.mode} PNG; send RGB, 8 bits a channel")
             return np.asarray(image, dtype=np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"a frame is no readable PNG ({' '.join(str(error).split())[:80]})") from None
+        raise InputError(f"a frame is no readable PNG ({one_line(error, 80)})") from None
 
 
 def _decode_mp4(data: bytes) -> Media:

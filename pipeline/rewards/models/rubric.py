@@ -28,7 +28,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.core.types import PromptItem
 
@@ -151,7 +151,7 @@ def load_rubric(source: str) -> Rubric:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"rubric {source}: not YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"rubric {source}: not YAML ({one_line(error, 600)})") from error
     return parse_rubric(data, source)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.errors import ConfigError, InputError, RewardError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.rewards.models.chat import Answer, ChatModel, Question
 from pipeline.rewards.models.images import shrunk
@@ -117,7 +117,7 @@ class Engine(ChatModel):
                 **settings,
             )
         except Exception as error:  # anything from a missing file to too little memory
-            why = " ".join(str(error).split())
+            why = one_line(error, 600)
             raise InputError(f"judge {model}: vLLM could not start: {type(error).__name__}: {why:.600}") from error
         self.tokenizer = self.llm.get_tokenizer()
         added = self.tokenizer.added_tokens_decoder.values()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.core.errors import ConfigError, InputError, RewardError
+from pipeline.core.errors import ConfigError, InputError, RewardError, one_line
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_batch, check_number, weight_file
@@ -58,7 +58,7 @@ class Identity(Scorer):
             self.aligner = cv2.FaceRecognizerSF.create(paths[1], "")
             self.embedder = cv2.dnn.readNetFromONNX(paths[1])
         except cv2.error as error:
-            raise InputError(f"OpenCV cannot load {paths[0]} and {paths[1]}: {' '.join(str(error).split())}") from error
+            raise InputError(f"OpenCV cannot load {paths[0]} and {paths[1]}: {one_line(error, 600)}") from error
         self.known: dict[str, np.ndarray] = {}
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
@@ -101,7 +101,7 @@ class Identity(Scorer):
             self.embedder.setInput(blob)
             vector = self.embedder.forward().reshape(-1)
         except self.cv2.error as error:
-            raise RewardError(f"the face embedder failed: {' '.join(str(error).split())}") from error
+            raise RewardError(f"the face embedder failed: {one_line(error, 600)}") from error
         length = float(np.linalg.norm(vector))
         if not np.isfinite(length) or length == 0.0:
             raise RewardError(f"the face embedder gave a vector of length {length}")

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 
 from pipeline.config.schema import Config
 from pipeline.core.devices import resolve_dtype
+from pipeline.core.errors import one_line
 from pipeline.core.prompts import load_prompts
 from pipeline.core.types import PromptItem
 from pipeline.generators import adapters
@@ -131,7 +132,7 @@ def _run(meta: MetaPipeline, cfg: Config, takes: int) -> list[Call]:
                 continue
             if meta.calls:
                 return [call for call in meta.calls if call.step == 0]
-    cause = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}" if failure else "no denoiser call"
+    cause = f"{type(failure).__name__}: {one_line(failure)}" if failure else "no denoiser call"
     raise CannotEstimate(
         f"{cfg.generator.pretrained}: {type(meta.pipe).__name__} could not be run without weights ({cause}); its "
         "memory cannot be estimated. Train one step and read the peak memory in the run's summary.json instead"

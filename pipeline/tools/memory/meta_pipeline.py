@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
-from pipeline.core.errors import InputError, RushesError
+from pipeline.core.errors import InputError, RushesError, one_line
 from pipeline.generators.checkpoint_files import DENOISERS, read_json
 from pipeline.generators.load.processors import processors_without_torchvision
 
@@ -256,7 +256,7 @@ def configs_folder(cfg: GeneratorConfig) -> Path:
                 snapshot_download(cfg.pretrained, revision=cfg.revision, allow_patterns=small, local_files_only=local)
             )
         except Exception as error:  # the hub's own errors, the network's, a name that is no hub id
-            cause = " ".join(str(error).split())[:160]
+            cause = one_line(error, 160)
     raise InputError(
         f"generator.pretrained: the configs of {cfg.pretrained!r} are not here and could not be fetched ({cause}); "
         f"memory is planned from them: hf download {cfg.pretrained} --include '*.json' '*.txt' '*.model'"
