@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -19,6 +20,9 @@ import psutil
 from pipeline.core.errors import InputError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.types import Media
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
@@ -126,6 +130,16 @@ def read_media(path: Path) -> Media:
     raise InputError(f"{path}: unknown kind of file; give {' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
 
 
+def on_white(image: PilImage) -> np.ndarray:
+    """uint8 [H, W, 3] of a PIL picture; transparent parts become white."""
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
 def _read_image(path: Path) -> np.ndarray:
     """uint8 [H, W, 3]."""
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -140,11 +154,7 @@ def _read_image(path: Path) -> np.ndarray:
                     top = 65535.0 if grey.max(initial=0) > 255 else 255.0
                     grey8 = np.clip(np.rint(grey * (255.0 / top)), 0, 255).astype(np.uint8)
                     return np.repeat(grey8[..., None], 3, axis=-1)
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    rgba = image.convert("RGBA")
-                    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-                    image = Image.alpha_composite(white, rgba)
-                return np.asarray(image.convert("RGB"), dtype=np.uint8)
+                return on_white(image)
     except PermissionError as error:
         raise InputError(f"cannot read {describe_os_error(error, path)}") from None
     except UnidentifiedImageError:

@@ -16,7 +16,7 @@ from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import batches, check_batch, image_processor, pretrained, read_some, tokenizer
-from pipeline.rewards.scorers.subject import read_picture
+from pipeline.rewards.models.prompt_pictures import read_picture
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from pipeline.rewards.models.pretrained import (
     image_processor,
     pretrained,
 )
-from pipeline.rewards.scorers.subject import files_of
+from pipeline.rewards.models.prompt_pictures import picture_paths
 
 IGNORED = 255  # class number of pixels that do not count
 
@@ -33,7 +33,7 @@ def condition_picture(prompt: PromptItem, size: tuple[int, int], classes: bool) 
     """uint8 [H, W], resized to `size` (height, width): grey levels, or class numbers as they stand in the file."""
     from PIL import Image
 
-    path = files_of(prompt, "condition", "`condition` or an image")[0]
+    path = picture_paths(prompt, "condition", "`condition` or an image")[0]
     try:
         check_regular(Path(path))
         with Image.open(path) as file:

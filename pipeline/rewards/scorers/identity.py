@@ -15,7 +15,7 @@ from pipeline.core.errors import ConfigError, InputError, RewardError, one_line
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_batch, check_number, weight_file
-from pipeline.rewards.scorers.subject import read_picture, references
+from pipeline.rewards.models.prompt_pictures import read_picture, references
 
 DETECT_SIDE = 640  # pixels of the long side while detecting: YuNet finds faces of 10 to 300 pixels
 _CACHED = 256  # reference embeddings kept

@@ -24,9 +24,9 @@ from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import batches, check_batch, check_choice
+from pipeline.rewards.models.prompt_pictures import read_picture
 from pipeline.rewards.models.protocol import ENCODINGS, encode_frames
 from pipeline.rewards.models.web import JsonClient, png_base64
-from pipeline.rewards.scorers.subject import read_picture
 
 
 @register("http")

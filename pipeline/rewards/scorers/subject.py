@@ -1,4 +1,4 @@
-"""Subject similarity: does the picture show the thing of the reference picture? CLIP-I, DINO, and their use with text.
+"""Subject similarity: does the picture show the subject of the reference picture? CLIP-I, DINO, and both with text.
 
 The reference comes with the prompt: metadata `reference` of a prompts file (a path or a list of paths), else the
 prompt's image. What a client of `rushes serve-reward` writes into metadata is no path here. With several references
@@ -8,19 +8,17 @@ the cosines are averaged, as in DreamBooth's evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.core.devices import named_dtype, resolve_device
-from pipeline.core.errors import InputError, RewardError
-from pipeline.core.safe_paths import check_regular
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
 from pipeline.rewards.models.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, preprocess
 from pipeline.rewards.models.pretrained import batches, check_batch, check_number, pretrained
+from pipeline.rewards.models.prompt_pictures import read_picture, references
 
 if TYPE_CHECKING:
     import torch
@@ -28,45 +26,12 @@ if TYPE_CHECKING:
 _CACHED = 256  # reference embeddings kept
 
 
-def references(prompt: PromptItem) -> list[str]:
-    """Paths of the prompt's reference pictures. Raises `RewardError` if there is none."""
-    return files_of(prompt, "reference", "an image, or `reference` (a path or a list)")
-
-
-def files_of(prompt: PromptItem, key: str, give: str) -> list[str]:
-    """The files that the prompt's row names under `key` of its metadata, else its image. Raises `RewardError`."""
-    if key in prompt.files:
-        return list(prompt.files[key])
-    if key in prompt.metadata:
-        raise RewardError(
-            f"prompt {prompt.index}: metadata.{key} is {prompt.metadata[key]!r:.80}, which is no picture beside a "
-            "prompts file; correct the path there, or send the picture itself as `image`"
-        )
-    if not prompt.image:
-        raise RewardError(f"prompt {prompt.index} has no {key} picture; give its row {give}")
-    return [prompt.image]
-
-
-def read_picture(path: str) -> np.ndarray:
-    """uint8 [H, W, 3]; a transparent picture is laid on white."""
-    from PIL import Image
-
-    try:
-        check_regular(Path(path))
-        with Image.open(path) as file:
-            picture = file.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, InputError) as error:
-        raise RewardError(f"the reference picture {path} cannot be read ({error})") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
-
-
 class ReferenceSimilarity:
-    """Mean cosine of each picture with its prompt's references; each reference is read and embedded once."""
+    """Mean cosine of each picture with its prompt's references; embeddings of references are cached."""
 
     def __init__(self, embed: Callable[[np.ndarray], torch.Tensor]) -> None:
         self.embed = embed
-        self.known: dict[str, torch.Tensor] = {}
+        self.cache: dict[str, torch.Tensor] = {}  # by path
 
     def __call__(self, frames: np.ndarray, prompts: Sequence[PromptItem]) -> np.ndarray:
         import torch
@@ -79,11 +44,11 @@ class ReferenceSimilarity:
         return torch.stack(rows).cpu().numpy()
 
     def _reference(self, path: str) -> torch.Tensor:
-        if path not in self.known:
-            if len(self.known) >= _CACHED:
-                self.known.pop(next(iter(self.known)))
-            self.known[path] = self.embed(read_picture(path)[None])[0]
-        return self.known[path]
+        if path not in self.cache:
+            if len(self.cache) >= _CACHED:
+                self.cache.pop(next(iter(self.cache)))
+            self.cache[path] = self.embed(read_picture(path)[None])[0]
+        return self.cache[path]
 
 
 class DinoEmbedder:
@@ -168,7 +133,8 @@ class Subject(Scorer):
         dtype: str = "float32",
         batch: int = 32,
     ) -> None:
-        """`balance`: lambda, the part of the subject. Cosines below `floor` count as `floor`, or the mean has poles."""
+        """`balance`: lambda, the weight of the subject. Cosines below `floor` count as `floor`: the harmonic mean has
+        poles at 0."""
         self.balance = check_number("balance", balance, 0.0, 1.0)
         self.floor = check_number("floor", floor, 1e-6, 1.0)
         self.clip = ClipEmbedder(model, device=device, dtype=dtype, batch=batch, odd="round")

@@ -21,8 +21,8 @@ from pipeline.rewards.models.chat import Answer, Question
 from pipeline.rewards.models.chat_backend import chat_backend, check_backend
 from pipeline.rewards.models.pairwise import matches_by_prompt, win_rates
 from pipeline.rewards.models.pretrained import check_batch, check_number
+from pipeline.rewards.models.prompt_pictures import read_picture
 from pipeline.rewards.models.rubric import Rubric, Unparseable, load_rubric
-from pipeline.rewards.scorers.subject import read_picture
 
 T = TypeVar("T")
 
