@@ -1,4 +1,4 @@
-"""Prompt sets: .txt (a line each, verbatim; blank lines are skipped), .jsonl or .parquet, and the cursor over them.
+"""Prompt sets: .txt (one per line, verbatim; blank lines are skipped), .jsonl or .parquet, and the cursor over them.
 
 Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file), `metadata`
 (a mapping handed to the scorers; in parquet a struct, a map or JSON text). Pictures that a row names lie in the file's
@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,26 @@ COLUMNS = ("prompt", "negative", "image", "metadata")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One prompt of a file, unchecked. `where`: 'line 3' or 'row 3'."""
+
+    where: str
+    columns: dict[str, Any]
+
+
 def load_prompts(path: Path) -> list[PromptItem]:
     """All prompts of a file, in order. Raises `InputError`."""
     path = Path(path)
-    return [_item(path, where, index, row) for index, (where, row) in enumerate(_checked_rows(path))]
+    return [_item(path, row, index) for index, row in enumerate(_checked_rows(path))]
 
 
 def prompt_locations(path: Path) -> list[str]:
     """'line 3' / 'row 3' of each prompt of a file, by `PromptItem.index`."""
-    return [where for where, _ in _checked_rows(Path(path))]
+    return [row.where for row in _checked_rows(Path(path))]
 
 
-def _checked_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _checked_rows(path: Path) -> list[_Row]:
     if path.suffix not in SUFFIXES:
         raise InputError(
             f"{path}: prompts must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, found "
@@ -55,7 +64,7 @@ def _checked_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _text_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _text_rows(path: Path) -> Iterator[_Row]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -69,20 +78,20 @@ def _text_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         if path.suffix == ".txt":
-            yield where, {"prompt": line}
+            yield _Row(where, {"prompt": line})
             continue
         try:
-            row = json.loads(line)
+            columns = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}, {where}: is not valid JSON ({error.msg}, column {error.colno}); write one object a line"
             ) from None
-        if not isinstance(row, dict):
+        if not isinstance(columns, dict):
             raise InputError(f'{path}, {where}: is not a JSON object; write {{"prompt": "…"}}')
-        yield where, row
+        yield _Row(where, columns)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path) -> Iterator[_Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -94,32 +103,32 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(
             f"{path}: has no column 'prompt' (columns: {', '.join(table.column_names) or 'none'}); rename one"
         )
-    for number, row in enumerate(table.to_pylist(), start=1):
-        metadata = row.get("metadata")
+    for number, columns in enumerate(table.to_pylist(), start=1):
+        metadata = columns.get("metadata")
         where = f"row {number}"
         if isinstance(metadata, str):
             try:
-                row["metadata"] = json.loads(metadata)
+                columns["metadata"] = json.loads(metadata)
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}, {where}: metadata is not valid JSON ({error.msg})") from None
         elif isinstance(metadata, list):  # a parquet map
-            row["metadata"] = dict(metadata)
-        yield where, row
+            columns["metadata"] = dict(metadata)
+        yield _Row(where, columns)
 
 
-def _item(path: Path, where: str, index: int, row: dict[str, Any]) -> PromptItem:
-    place = f"{path}, {where}"
-    for key in row:
+def _item(path: Path, row: _Row, index: int) -> PromptItem:
+    place = f"{path}, {row.where}"
+    for key in row.columns:
         if key not in COLUMNS:
             hint = did_you_mean(key, COLUMNS) or "; put what scorers need into 'metadata'"
             raise InputError(f"{place}: unknown key {key!r}{hint} (keys: {', '.join(COLUMNS)})")
-    if "prompt" not in row:
+    if "prompt" not in row.columns:
         raise InputError(f"{place}: the key 'prompt' is missing")
-    text, negative, image, metadata = (row.get(key) for key in COLUMNS)
+    text, negative, image, metadata = (row.columns.get(key) for key in COLUMNS)
     if not isinstance(text, str):
         raise InputError(f"{place}: 'prompt' must be text, found {text!r:.60}")
     if not text.strip():
-        raise InputError(f"{place}: the prompt is empty; write one or remove the {where.split()[0]}")
+        raise InputError(f"{place}: the prompt is empty; write one or remove the {row.where.split()[0]}")
     for name, value in (("prompt", text), ("negative", negative)):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{place}: {name!r} must be text, found {value!r:.60}")
@@ -134,47 +143,56 @@ def _item(path: Path, where: str, index: int, row: dict[str, Any]) -> PromptItem
         image = str(named_file(path.parent, image, f"{place}: image"))
     if metadata is not None and not isinstance(metadata, dict):
         raise InputError(f"{place}: 'metadata' must be a mapping, found {metadata!r:.60}")
-    kept = {k: v for k, v in (metadata or {}).items() if v is not None}  # parquet fills absent fields with null
-    kept, files = named_files(kept, path.parent, f"{place}: metadata")
-    return PromptItem(index=index, text=text, negative=negative, image=image, metadata=kept, files=files)
+    metadata = {k: v for k, v in (metadata or {}).items() if v is not None}  # parquet fills absent fields with null
+    metadata, files = named_files(metadata, path.parent, f"{place}: metadata")
+    return PromptItem(index=index, text=text, negative=negative, image=image, metadata=metadata, files=files)
 
 
-# -------------------------------------------------------------------------------------- what the encoder can hold
+# -------------------------------------------------------------------------------------- what the text encoders read
 
 
 def check_prompt_lengths(
     prompts: Sequence[PromptItem], pretrained: str, call_kwargs: dict[str, Any], path: Path | None = None
 ) -> None:
-    """Refuses prompts that every tokenizer of a local checkpoint would cut. Raises `InputError`.
+    """Refuses prompts that every tokenizer of a local checkpoint would truncate. Raises `InputError`.
 
-    A pipeline with several encoders (SD3: CLIP 77 tokens, T5 256) is fine as long as one of them reads the whole
-    prompt. Hub ids and checkpoints without a fast tokenizer (tokenizer.json) are not checked.
+    With several encoders (SD3: CLIP 77 tokens, T5 256) it is enough that one of them reads the whole prompt. Hub ids
+    and checkpoints without a fast tokenizer (tokenizer.json) are not checked.
     """
-    folder = Path(pretrained)
-    holders = [(tok, limit) for tok, limit in _tokenizers(folder, call_kwargs) if limit is not None]
-    if not holders:
+    tokenizers = _tokenizers(Path(pretrained), call_kwargs)
+    if not tokenizers:
         return
     for prompt in prompts:
         for kind, text in (("prompt", prompt.text), ("negative prompt", prompt.negative)):
             if not text:
                 continue
-            counts = [(len(tok.encode(text).ids), limit) for tok, limit in holders]
-            if any(count <= limit for count, limit in counts):
+            if any(tokenizer.count(text) <= tokenizer.limit for tokenizer in tokenizers):
                 continue
-            count, limit = max(counts, key=lambda pair: pair[1])
+            longest = max(tokenizers, key=lambda tokenizer: tokenizer.limit)
             where = (
                 f"{path}, {prompt_locations(path)[prompt.index]}" if path is not None else f"prompt {prompt.index + 1}"
             )
             raise InputError(
-                f"{where}: the {kind} {text[:40]!r}… has {count} tokens, the text encoder of "
-                f"{pretrained} reads {limit} "
+                f"{where}: the {kind} {text[:40]!r}… has {longest.count(text)} tokens, the text encoder of "
+                f"{pretrained} reads {longest.limit} "
                 "and would cut the rest silently; shorten it or raise generator.call_kwargs.max_sequence_length"
             )
 
 
-def _tokenizers(folder: Path, call_kwargs: dict[str, Any]) -> list[tuple[Any, int | None]]:
-    """(tokenizer, tokens it may hold) of each tokenizer folder; the limit is None where nothing is known."""
-    found = []
+@dataclass(frozen=True, slots=True)
+class _Tokenizer:
+    """A fast tokenizer, and how many tokens its text encoder reads."""
+
+    tokenizer: Any
+    limit: int
+
+    def count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text).ids)
+
+
+def _tokenizers(folder: Path, call_kwargs: dict[str, Any]) -> list[_Tokenizer]:
+    """Of each tokenizer folder of a checkpoint whose limit is known."""
+    limited = []
     for sub in sorted(folder.glob("tokenizer*")):
         file = sub / "tokenizer.json"
         if not file.is_file():
@@ -194,19 +212,20 @@ def _tokenizers(folder: Path, call_kwargs: dict[str, Any]) -> list[tuple[Any, in
             ) from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        stated = settings.get("model_max_length")
-        limit = int(stated) if isinstance(stated, int | float) and stated < 1_000_000 else None
-        asked = call_kwargs.get("max_sequence_length")
-        if asked is None and not _is_clip(settings):
-            asked = _default_sequence_length(folder)
-        if asked is not None and not (_is_clip(settings) and limit is not None):
-            limit = int(asked) if limit is None else min(limit, int(asked))
-        found.append((tokenizer, limit))
-    return found
+        model_max = settings.get("model_max_length")
+        limit = int(model_max) if isinstance(model_max, int | float) and model_max < 1_000_000 else None
+        length = call_kwargs.get("max_sequence_length")
+        if length is None and not _is_clip(settings):
+            length = _default_sequence_length(folder)
+        if length is not None and not (_is_clip(settings) and limit is not None):
+            limit = int(length) if limit is None else min(limit, int(length))
+        if limit is not None:
+            limited.append(_Tokenizer(tokenizer, limit))
+    return limited
 
 
 def _is_clip(settings: dict[str, Any]) -> bool:
-    """CLIP encoders always read model_max_length tokens; max_sequence_length is about T5-like ones."""
+    """CLIP encoders always read model_max_length tokens; max_sequence_length is for encoders such as T5."""
     return "CLIP" in str(settings.get("tokenizer_class", ""))
 
 
@@ -228,7 +247,7 @@ def _default_sequence_length(folder: Path) -> int | None:
 
 
 class PromptCursor:
-    """Endless walk over a prompt set: each epoch is one permutation drawn from (seed, epoch) with PCG64.
+    """Endless iteration over a prompt set: each epoch is a permutation drawn from (seed, epoch) with PCG64.
 
     `state()` after n calls of `next()` and `load_state` of it continue with prompt n + 1 exactly.
     """

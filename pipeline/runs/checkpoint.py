@@ -1,4 +1,4 @@
-"""Atomic checkpoints: written beside, made durable, then renamed; a manifest with checksums is written last.
+"""Atomic checkpoints: written to a temporary folder, synced, then renamed; a manifest with checksums is written last.
 
     checkpoints/step-000025/
         tensors.safetensors   everything that is a tensor (trained weights, optimiser moments, EMA)
@@ -8,8 +8,8 @@
 
 Under a `run.dir` that is a URL, a checkpoint counts as saved once it is in the store too (`pipeline.runs.remote_sync`).
 
-A folder without a manifest was interrupted while being written or deleted and is skipped; one with a manifest that
-its files contradict is corrupt and refused, naming the previous good one. No pickle anywhere.
+A folder without a manifest was interrupted while being written or deleted, and is skipped. One whose files do not match
+its manifest is corrupt and refused, with the name of the previous good one. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,11 @@ log = logging.getLogger("rushes.checkpoint")
 
 
 def identity(cfg: Config) -> dict[str, Any]:
-    """What must not change between a run and its resume: it decides which takes are drawn and what they train."""
+    """The config values that must not change between a run and its resume: they decide which takes are drawn and what
+    they train."""
     plain = cfg.model_dump(mode="json")
     sections = {name: plain[name] for name in ("generator", "trainable", "algorithm", "sampler", "prompts")}
-    for name in ("embedding_cache", "offload"):  # where things lie, not what they are
+    for name in ("embedding_cache", "offload"):  # no effect on the result
         sections["generator"].pop(name)
     return {**sections, "run": {"seed": cfg.run.seed}}
 
@@ -52,13 +54,24 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for name in [*old, *(k for k in new if k not in old)]:
-            found += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        return found
-    return [] if old == new else [(key, old, new)]
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """A config key with another value than the checkpoint's."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[_Difference]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [_Difference(key, old, new)]
+    names = [*old, *(name for name in new if name not in old)]
+    return [
+        difference
+        for name in names
+        for difference in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    ]
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -82,10 +95,10 @@ def save(
     from safetensors.torch import save_file
 
     final, partial = folder_of(root, step), root / f".partial-step-{step:06d}-{os.getpid()}"
-    same = identity(cfg)
+    resumable = identity(cfg)
     texts = {
         STATE: json.dumps({"learner": learner, "controller": controller}, allow_nan=True),
-        IDENTITY: json.dumps({"digest": _digest(same), "config": same}, indent=1),
+        IDENTITY: json.dumps({"digest": _digest(resumable), "config": resumable}, indent=1),
     }
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -116,12 +129,12 @@ def save(
 
 
 def _os_error(error: Exception) -> OSError | None:
-    """safetensors words a full disk as its own error; both are the environment's fault."""
+    """The system's error behind an exception: safetensors raises its own kind for a full disk."""
     if isinstance(error, OSError):
         return error
-    found = re.search(r"os error (\d+)|code: (\d+)", str(error))
-    if type(error).__name__ == "SafetensorError" and found:
-        number = int(found.group(1) or found.group(2))
+    code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    if type(error).__name__ == "SafetensorError" and code:
+        number = int(code.group(1) or code.group(2))
         return OSError(number, os.strerror(number))
     return None
 
@@ -140,7 +153,7 @@ def _fsync(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The manifest goes first: killed half-way, the folder is incomplete rather than corrupt."""
+    """Deletes the manifest first: a kill half-way leaves the folder incomplete, not corrupt."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
@@ -154,21 +167,21 @@ def _prune(root: Path, keep: int) -> None:
 
 
 def complete(root: Path) -> list[Path]:
-    """Folders with a manifest, newest first. Others are left-overs of an interrupted save and do not count."""
+    """Folders with a manifest, newest first. Others are remains of an interrupted save."""
     if not root.is_dir():
         return []
     folders = [path for path in root.iterdir() if _NAME.match(path.name) and path.is_dir()]
     for path in folders:
         if not (path / MANIFEST).exists():
             log.warning("%s has no %s (it was interrupted): skipped", path, MANIFEST)
-    whole = [path for path in folders if (path / MANIFEST).exists()]
-    return sorted(whole, key=step_of, reverse=True)
+    finished = [path for path in folders if (path / MANIFEST).exists()]
+    return sorted(finished, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
     """The step in the folder's name; -1 where it is not a checkpoint's name."""
-    found = _NAME.match(folder.name)
-    return int(found.group(1)) if found else -1
+    match = _NAME.match(folder.name)
+    return int(match.group(1)) if match else -1
 
 
 def verify(folder: Path) -> None:
@@ -241,15 +254,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _with_defaults(old: dict[str, Any], cfg: Config) -> dict[str, Any]:
-    """`old` as this version would have written it: keys that it did not know yet have their defaults."""
+    """`old` as this version would have written it, with the defaults of keys that did not exist yet."""
     try:
         return identity(Config.model_validate({**old, "rewards": cfg.model_dump(mode="json")["rewards"]}))
-    except ValueError:  # a key or value that this version does not know any more
+    except ValueError:  # a key or value that no longer exists
         return old
 
 
 def check_config(folder: Path, cfg: Config) -> None:
-    """Refuses to go on with another config. Raises `CheckpointError` naming the first key that differs."""
+    """Refuses to resume with another config. Raises `CheckpointError` naming the first key that differs."""
     try:
         saved = json.loads(_read(folder / IDENTITY))
         old, digest = saved["config"], saved["digest"]
@@ -261,11 +274,11 @@ def check_config(folder: Path, cfg: Config) -> None:
     changed = _differences(_with_defaults(old, cfg), new)
     if not changed:
         return  # written by a version that lacked some keys
-    key, was, now = changed[0]
-    more = f" (also {', '.join(k for k, _, _ in changed[1:4])})" if len(changed) > 1 else ""
+    first, *others = changed
+    also = f" (also {', '.join(other.key for other in others[:3])})" if others else ""
     raise CheckpointError(
-        f"cannot resume from {folder}: {key} was {json.dumps(was)} and is now {json.dumps(now)}{more}; "
-        "use the value it was started with, or start a new run"
+        f"cannot resume from {folder}: {first.key} was {json.dumps(first.old)} and is now "
+        f"{json.dumps(first.new)}{also}; use the value it was started with, or start a new run"
     )
 
 
