@@ -1,8 +1,8 @@
-"""Several processes as one learner: who computes which micro-batch, sharded weights (FSDP2), context parallelism.
+"""Several processes as one learner: which rank replays which micro-batch, FSDP2 sharding, context parallelism.
 
-Weights, gradients, EMA and optimiser moments are sharded over all ranks; each rank replays its share of the step's
-micro-batches. Every rank sees the same step, so what is logged and whether the loss is finite are the same everywhere.
-Plain torch.distributed, no Ray.
+Weights, gradients, EMA and optimiser moments are sharded over all ranks; each rank replays the micro-batches assigned
+to it. Statistics are summed over the ranks, so all ranks log the same and agree whether the loss is finite. Plain
+torch.distributed, no Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.core.errors import UnsupportedPolicyError, one_line
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between ranks; a dead rank is noticed by its actor's end
+TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; a dead rank is noticed earlier, when its actor ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,14 @@ class DistributedContext:
 
     rank: int = 0
     world: int = 1
-    context: int = 1  # neighbouring ranks that split the sequence of one micro-batch
+    context: int = 1  # context-parallel group: neighbouring ranks that split the sequence of one micro-batch
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None  # all ranks
     context_mesh: DeviceMesh | None = None  # ("data", "ring", "ulysses")
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank hands out weights and state."""
+        """Whether this rank returns weights and state."""
         return self.rank == 0
 
     @property
@@ -147,9 +147,9 @@ class DistributedContext:
                 buffer.data = buffer.data.to(self.device)
 
     def split_context(self, modules: dict[str, torch.nn.Module]) -> None:
-        """Splits the sequence inside the denoisers over `context` ranks, by diffusers' own plan of the model.
+        """Splits the denoisers' sequence over `context` ranks, by the model's context-parallel plan in diffusers.
 
-        Raises `UnsupportedPolicyError` where the model has no plan.
+        Raises `UnsupportedPolicyError` where diffusers has none.
         """
         if self.context_mesh is None:
             return
@@ -164,7 +164,7 @@ class DistributedContext:
                     "diffusers; set learner.context_parallel=1 (learner.ranks still shards weights and takes)"
                 )
             config = ContextParallelConfig(ulysses_degree=self.context, mesh=mesh)
-            if self.device.type == "cpu":  # diffusers asks for the accelerator's index, which a CPU has not
+            if self.device.type == "cpu":  # diffusers asks for the index of an accelerator
                 settings = ParallelConfig(context_parallel_config=config)
                 settings.setup(self.rank, self.world, self.device, mesh=mesh)
 
@@ -192,11 +192,11 @@ def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in found if id(m) not in inside and any(True for _ in m.parameters())]
 
 
-# ------------------------------------------------------------------------------------------- coming together
+# ------------------------------------------------------------------------------------------- rendezvous
 
 
 def listen(host: str) -> socket.socket:
-    """A listening socket on a free port of `host` alone, where rank 0 meets the others."""
+    """A socket listening on a free port of `host` only, through which the ranks find rank 0."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -213,7 +213,7 @@ def join(
     context: int = 1,
     listening: socket.socket | None = None,
 ) -> DistributedContext:
-    """Meets the other ranks at rank 0's `address` (its socket is `listening`); returns once all are there."""
+    """Joins the process group at rank 0's `address` (whose socket is `listening`); returns once all ranks have."""
     host, port = address
     _use_interface(host if rank == 0 else _own_address(host, port))
     store = dist.TCPStore(
@@ -240,14 +240,14 @@ def join(
 
 
 def _own_address(host: str, port: int) -> str:
-    """The address by which this machine reaches rank 0."""
+    """This machine's address on the route to rank 0."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing
         return probe.getsockname()[0]
 
 
 def _use_interface(address: str) -> None:
-    """Gloo and NCCL listen on the interface of this address only, unless told otherwise."""
+    """Makes Gloo and NCCL listen on the interface of this address only, unless the environment names another."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

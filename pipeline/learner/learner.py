@@ -1,13 +1,12 @@
-"""The GRPO learner: replays trajectories with gradients on, and takes optimiser steps. Plain torch, no Ray.
+"""The learner: replays trajectories with gradients and takes optimiser steps. Plain torch, no Ray.
 
-One optimisation step = `updates_per_step` optimiser updates, each over whole groups, which lanes
-(`pipeline.learner.replica`) replay micro-batch by micro-batch. With several ranks (`pipeline.learner.distributed`)
-each replays its share of the micro-batches, and every call belongs to all ranks together.
+One optimisation step is `updates_per_step` optimiser updates, each over whole groups, which replicas
+(`pipeline.learner.replica`) replay micro-batch by micro-batch. With several ranks (`pipeline.learner.distributed`) each
+rank replays the micro-batches assigned to it, and all ranks make every call together.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +17,16 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.core.devices import resolve_device, resolve_dtype
+from pipeline.core.devices import resolve_device
 from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
 from pipeline.generators import adapters
 from pipeline.generators.load.compiling import compile_blocks
-from pipeline.generators.load.pipeline import denoisers_of, load_denoisers, load_pipeline, trained_modules
-from pipeline.generators.replay.text_inputs import TextReencoder
 from pipeline.learner.accumulator import ROW_SIZE, GradientAccumulator, UpdateStatistics, count_pairs, row_of
 from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
 from pipeline.learner.micro_batch import MicroBatch, micro_batch_specs
 from pipeline.learner.replica import Replica
+from pipeline.learner.trained_model import load_trained_model
 from pipeline.rl.objectives import get_objective
 
 
@@ -65,49 +63,17 @@ class Learner:
         self.distributed = distributed or DistributedContext()
         self.objective = get_objective(cfg.algorithm.objective)
         self.version = 0
-        self.updates = 0
+        self.updates = 0  # optimiser updates
         self._update = GradientAccumulator(0, 1, frozenset())
-        wire = resolve_dtype(cfg.generator.dtype, self.device.type)
-        full = cfg.trainable.kind == "full"
-        # Full weights are mastered in float32; under a LoRA the frozen base may stay in the sampling dtype.
-        base = torch.float32 if full or cfg.learner.autocast != "none" else wire
-        if cfg.generator.quantize != "none":
-            base = wire  # rounded from the same weights as the rollouts'
-        self._wire_dtype = wire if full else torch.float32
-        text: TextReencoder | None = None
-        if cfg.trainable.modules == "denoiser":
-            # Shards go to the device block by block: the whole model need not fit there.
-            at_first = self.device if self.distributed.world == 1 else torch.device("cpu")
-            self.modules = self.trained = load_denoisers(cfg.generator, at_first, base)
-        else:
-            pipe = load_pipeline(cfg.generator, self.device)
-            self.modules = denoisers_of(pipe)
-            if base != wire:
-                for module in self.modules.values():
-                    module.to(base)
-            self.trained = trained_modules(pipe, cfg.trainable)
-            text = TextReencoder(pipe, cfg.generator)
-        needs_reference = cfg.algorithm.kl_beta > 0
-        reference = copy.deepcopy(self.modules) if full and needs_reference else None
-        adapters.add_adapters(self.trained, cfg.trainable, cfg.run.seed)
-        if cfg.learner.activation_checkpointing:
-            for module in self.modules.values():
-                module.enable_gradient_checkpointing()  # type: ignore[operator]
-                module.train()  # diffusers recomputes activations only in train mode; see _no_dropout
-                _no_dropout(module)
-        if cfg.generator.compile:
-            for modules in (self.modules, reference or {}):
-                compile_blocks(modules, self.device)
-        for modules in (self.modules, reference or {}):
-            self.distributed.split_context(modules)
-            self.distributed.shard(modules)
         if cfg.learner.replicas > 1 and self.device.type != "cpu":
             raise UnsupportedPolicyError(
                 f"learner.replicas: {cfg.learner.replicas} replicas are threads of a CPU, and the learner is on "
                 f"{self.device}; set learner.replicas=1 (learner.micro_batch makes larger calls, learner.ranks uses "
                 "several GPUs)"
             )
-        self.replicas = [Replica(cfg, self.device, self.modules, self.trained, reference, text)]
+        model = load_trained_model(cfg, self.device, self.distributed)
+        self.modules, self.trained, self._rollout_dtype = model.modules, model.trained, model.rollout_dtype
+        self.replicas = [Replica(cfg, self.device, model.modules, model.trained, model.reference, model.text)]
         self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.replicas - 1)]
         if cfg.generator.compile:
             for replica in self.replicas[1:]:  # a copy of a compiled module is not compiled
@@ -125,7 +91,7 @@ class Learner:
         )
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if opt.ema_decay > 0 else {}
 
-    # -- one optimisation step ------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------- one step
 
     def train_step(self, batch: list[GroupBatch], first: int = 0, last: bool = True) -> dict[str, float]:
         """Trains on the groups of one step, in the order given; returns metrics and raises `version` by one.
@@ -338,28 +304,28 @@ class Learner:
         for name, parameter in self.parameters.items():
             self.ema[name].lerp_(parameter.detach(), 1.0 - decay)
 
-    # -- weights out, state in and out ------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------- weights and state
 
     def weights(self, tag: Literal["train", "ema"] = "train") -> WeightSet:
-        """The trained weights, or their EMA (the same where no EMA is kept), in the dtype rollouts use.
+        """The trained weights, or their EMA (the same where no EMA is kept), in the dtype that rollouts use.
 
-        Of several ranks all must call; rank 0 gets the weights, the others an empty set. So with `state`.
+        All ranks must call it; rank 0 gets the weights, the others an empty set. The same goes for `state`.
         """
         source = self.ema if tag == "ema" and self.ema else self.parameters
         kind = self.cfg.trainable.kind
-        return adapters.to_weight_set(kind, self._gathered({n: t.to(self._wire_dtype) for n, t in source.items()}))
+        return adapters.to_weight_set(kind, self._gathered({n: t.to(self._rollout_dtype) for n, t in source.items()}))
 
     def _gathered(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Out of their shards, on rank 0; in the CPU's memory where they were sharded."""
-        found = {}
+        """Unsharded, on rank 0; in CPU memory where they were sharded."""
+        gathered = {}
         for name, tensor in tensors.items():
             value = full_tensor(tensor.detach())
             if self.distributed.is_main:
-                found[name] = value if self.distributed.world == 1 else value.cpu()
-        return found
+                gathered[name] = value if self.distributed.world == 1 else value.cpu()
+        return gathered
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything needed to go on: weights, EMA, optimiser moments; version and update counters."""
+        """Everything needed to resume: weights, EMA, optimiser moments; version and update counters."""
         tensors: dict[str, torch.Tensor] = {f"weights/{n}": p for n, p in self.parameters.items()}
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
         for name, parameter in self.parameters.items():
@@ -371,9 +337,9 @@ class Learner:
     def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """Restores `state()`. Raises CheckpointError naming the first tensor that is missing or unexpected."""
         expected = {f"weights/{n}" for n in self.parameters} | {f"ema/{n}" for n in self.ema}
-        found = {n for n in tensors if not n.startswith("optimizer/")}
-        if expected != found:
-            odd = sorted(expected ^ found)
+        stored = {n for n in tensors if not n.startswith("optimizer/")}
+        if expected != stored:
+            odd = sorted(expected ^ stored)
             raise CheckpointError(f"checkpoint does not fit this config: {len(odd)} tensors differ, such as {odd[0]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -383,16 +349,9 @@ class Learner:
         for name, parameter in self.parameters.items():
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                stored = tensors.get(f"optimizer/{key}/{name}")
-                if stored is not None:
-                    state[key] = stored.clone() if key == "step" else shard_like(stored, parameter.detach())
+                value = tensors.get(f"optimizer/{key}/{name}")
+                if value is not None:
+                    state[key] = value.clone() if key == "step" else shard_like(value, parameter.detach())
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.updates = int(meta["version"]), int(meta["updates"])
-
-
-def _no_dropout(module: torch.nn.Module) -> None:
-    """Train mode without dropout: the replayed policy must be the one that sampled."""
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.modules.dropout._DropoutNd):
-            layer.eval()

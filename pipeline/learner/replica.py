@@ -20,6 +20,7 @@ from pipeline.generators import adapters
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
 from pipeline.learner.micro_batch import MicroBatch, micro_batches_of
+from pipeline.learner.trained_model import Modules
 from pipeline.rl.objectives import (
     DenoisingObjective,
     DenoisingTerms,
@@ -29,8 +30,6 @@ from pipeline.rl.objectives import (
     get_objective,
 )
 from pipeline.rl.samplers import gaussian_kl, log_prob
-
-Modules = dict[str, torch.nn.Module]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Advantage-weighted matching: its gradient, that it learns a toy, and the learner's side of it on real pipelines."""
+"""Advantage-weighted matching: its gradient, that it learns on a toy, and how the learner trains real pipelines with it."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_kl_at_every_nth_level_of_a_group_is_the_whole_one_on_average(made, 
     for cfg in cfgs:
         other = Learner(cfg, "cpu")
         other.load_state(*learner.state())
-        replica, found, calls = other.replicas[0], {}, []
+        replica, kl_of, calls = other.replicas[0], {}, []
         replica.reference = copy.deepcopy(replica.modules)
         replica.reference["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)
@@ -157,12 +157,12 @@ def test_the_kl_at_every_nth_level_of_a_group_is_the_whole_one_on_average(made, 
             for micro in replica.micro_batches(group.held, 0):
                 kl = replica.losses(group, micro, check_replay=False).kl.reshape(-1, 4).mean(1)
                 first = micro.step if takes == 4 else 0
-                found |= {(number, first + i): float(value) for i, value in enumerate(kl)}
-            assert len(calls) == len({key for key, value in found.items() if value > 0}) or takes == 12
-        seen.append(found)
+                kl_of |= {(number, first + i): float(value) for i, value in enumerate(kl)}
+            assert len(calls) == len({key for key, value in kl_of.items() if value > 0}) or takes == 12
+        seen.append(kl_of)
     whole, thinned = seen
-    wanted = {(g, j): every * kl * ((g + j) % every == 0) for (g, j), kl in whole.items()}
-    assert thinned == pytest.approx(wanted, rel=1e-4) and min(whole.values()) > 0
+    expected = {(g, j): every * kl * ((g + j) % every == 0) for (g, j), kl in whole.items()}
+    assert thinned == pytest.approx(expected, rel=1e-4) and min(whole.values()) > 0
 
 
 def test_equal_rewards_move_nothing(made):

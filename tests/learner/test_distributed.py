@@ -1,4 +1,4 @@
-"""Several learner ranks (2 processes, gloo, FSDP2) against one: same numbers, same files."""
+"""Several learner ranks (2 processes, Gloo, FSDP2) and several replicas against one: same numbers, same files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = {
     "full": {"trainable": {"kind": "full"}, "algorithm": {"kl_beta": 0.1, "groups_per_step": 3}},
     "awm": {
         "algorithm": {"objective": "awm", "kl_beta": 0.1, "kl_every": 2, "groups_per_step": 3},
-        "learner": {"micro_batch": 8},  # two steps at once, and one
+        "learner": {"micro_batch": 8},  # two trained steps in one call, and one alone
     },
 }
 
@@ -39,9 +39,9 @@ def same_tensors(mine: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compared(tiny_sd3, tmp_path_factory):
-    """Two steps by one process, by two lanes (twice) and by two ranks; and one and two ranks continued by the other."""
+    """Two steps by one process, two replicas (twice) and two ranks; then one rank resumes from two, and two from one."""
     out = tmp_path_factory.mktemp("ranks")
-    alone, by_lanes, together, further = {}, {}, [], {}
+    alone, by_replicas, together, further = {}, {}, [], {}
     for name, sections in CASES.items():
         cfg = tiny.config(tiny_sd3, **COMMON, **sections)
         steps = batches(cfg, 3)
@@ -52,17 +52,17 @@ def compared(tiny_sd3, tmp_path_factory):
             return {"config": plain, "steps": steps, "save": str(out / save / name), "resume": resume}
 
         alone[name] = one_case(case(steps[:2], "one"))
-        lanes = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"replicas": 2})}).model_dump(
+        two_replicas = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"replicas": 2})}).model_dump(
             mode="json"
         )
-        by_lanes[name] = [one_case(case(steps[:2], f"lanes-{i}", plain=lanes)) for i in range(2)]
+        by_replicas[name] = [one_case(case(steps[:2], f"replicas-{i}", plain=two_replicas)) for i in range(2)]
         together += [case(steps[:2], "two"), case(steps[2:], "one-two", "one")]
         further[name] = case(steps[2:], "two-one", "two")
     answers = run_ranks(2, together)
     return {
         name: {
             "one": alone[name],
-            "lanes": by_lanes[name],
+            "replicas": by_replicas[name],
             "two": answers[2 * i],
             "one-two": answers[2 * i + 1],
             "two-one": one_case(case),
@@ -73,12 +73,12 @@ def compared(tiny_sd3, tmp_path_factory):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_ranks_train_as_one(compared, name):
-    found, out = compared
-    one, two = found[name]["one"], found[name]["two"]
+    results, out = compared
+    one, two = results[name]["one"], results[name]["two"]
     for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
-            if key != "onpolicy/max_abs_gap":  # each rank looks at a group of its own
+            if key != "onpolicy/max_abs_gap":  # each rank checks another group
                 assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert two["metrics"][1]["kl"] > 0 and two["metrics"][0]["grad_norm"] > 0
     same_tensors(out / "one" / name, out / "two" / name)
@@ -91,23 +91,23 @@ def test_two_ranks_train_as_one(compared, name):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_two_lanes_train_as_one_and_always_the_same(compared, name):
-    found, out = compared
-    first, again = found[name]["lanes"]
-    for mine, theirs, repeated in zip(found[name]["one"]["metrics"], first["metrics"], again["metrics"], strict=True):
+def test_two_replicas_train_as_one_and_always_the_same(compared, name):
+    results, out = compared
+    first, again = results[name]["replicas"]
+    for mine, theirs, repeated in zip(results[name]["one"]["metrics"], first["metrics"], again["metrics"], strict=True):
         assert theirs == repeated and mine.keys() == theirs.keys()
         for key, value in mine.items():
             assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    same_tensors(out / "one" / name, out / "lanes-0" / name)
+    same_tensors(out / "one" / name, out / "replicas-0" / name)
     assert first["ema"].checksum == again["ema"].checksum
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_checkpoint_goes_from_one_rank_to_two_and_back(compared, name):
-    found, out = compared
+    results, out = compared
     same_tensors(out / "one-two" / name, out / "two-one" / name)
-    assert found[name]["one-two"]["metrics"][0]["loss"] == pytest.approx(
-        found[name]["two-one"]["metrics"][0]["loss"], rel=1e-4, abs=1e-6
+    assert results[name]["one-two"]["metrics"][0]["loss"] == pytest.approx(
+        results[name]["two-one"]["metrics"][0]["loss"], rel=1e-4, abs=1e-6
     )
 
 
@@ -116,20 +116,20 @@ def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
     sections = {"algorithm": {"objective": objective, "groups_per_step": 8, "updates_per_step": 1}}
     cfg = tiny.config(tiny_sd3, **sections, learner={"micro_batch": 2})
     groups = batches(cfg, 1)[0]
-    outlined = [replace(g, trajectory=None, micro_batches=micro_batch_specs(cfg, g.trajectory)) for g in groups]
+    with_specs = [replace(g, trajectory=None, micro_batches=micro_batch_specs(cfg, g.trajectory)) for g in groups]
     learners = [Learner(cfg, "cpu", DistributedContext(rank=rank, world=4)) for rank in range(4)]
-    assert [learner.groups_to_read(outlined) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
-    assert [learner.groups_to_read(outlined[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
-    assert [learner.groups_to_read(outlined[:6], 0, last=False) & {4, 5} for learner in learners] == [
+    assert [learner.groups_to_read(with_specs) for learner in learners] == [{rank, rank + 4} for rank in range(4)]
+    assert [learner.groups_to_read(with_specs[:4], 4) for learner in learners] == [{rank} for rank in range(4)]
+    assert [learner.groups_to_read(with_specs[:6], 0, last=False) & {4, 5} for learner in learners] == [
         {4},
         {4},
         {5},
         {5},
     ]
-    assert Learner(cfg, "cpu").groups_to_read(outlined) == set(range(8))
-    assert count_pairs(outlined) == count_pairs(groups)
+    assert Learner(cfg, "cpu").groups_to_read(with_specs) == set(range(8))
+    assert count_pairs(with_specs) == count_pairs(groups)
     with pytest.raises(RuntimeError, match="not given the trajectory"):
-        _ = outlined[0].held
+        _ = with_specs[0].held
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])

@@ -135,15 +135,15 @@ def test_the_kl_at_every_nth_step_of_a_group_gives_the_same_update_on_average(fo
     advance(policy, learner, range(2))
     one = batch(policy, 2)[0]
     same = [replace(one, trajectory=replace(one.trajectory, group=number)) for number in range(3)]
-    found = []
+    results = []
     for every in (1, 3):
         _, other = make(folder, algorithm={"kl_beta": 0.1, "kl_every": every}, optimizer={"lr": 1e-3})
         other.load_state(*learner.state())
         calls = []
         other.modules["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        found.append((other.train_step(same), len(calls)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4) and found[0][0]["kl"] > 0
-    assert (found[0][1], found[1][1]) == (2 * 3 * 3, 3 * 3 + 3)
+        results.append((other.train_step(same), len(calls)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4) and results[0][0]["kl"] > 0
+    assert (results[0][1], results[1][1]) == (2 * 3 * 3, 3 * 3 + 3)
 
 
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_dppo"])

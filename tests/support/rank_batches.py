@@ -12,11 +12,11 @@ PROMPT = PromptItem(index=0, text="a red circle")
 
 
 def batches(cfg, steps: int) -> list[list[GroupBatch]]:
-    """Of the starting policy: every later step is off-policy, which is all the same to the comparison."""
+    """All drawn with the starting policy: later steps are off-policy, which the comparison does not mind."""
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
     policy.add_adapters()
-    made = []
+    all_groups = []
     for step in range(steps):
         groups = []
         for i in range(cfg.algorithm.groups_per_step):
@@ -25,5 +25,5 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
             brightness = media.frames.reshape(len(media.frames), -1).mean(1)
             advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
             groups.append(GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32)))
-        made.append(groups)
-    return made
+        all_groups.append(groups)
+    return all_groups

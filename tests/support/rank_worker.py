@@ -13,7 +13,7 @@ from pipeline.config.schema import Config
 
 
 def run_ranks(world: int, cases: list[dict[str, Any]], context: int = 1) -> list[Any]:
-    """Trains every case with `world` ranks that stay together; returns what rank 0 says of each case.
+    """Trains every case with `world` ranks that stay together; returns rank 0's result of each case.
 
     A case: {"config": plain config, "steps": [batches], "resume": folder or None, "save": folder}.
     """
@@ -27,21 +27,21 @@ def run_ranks(world: int, cases: list[dict[str, Any]], context: int = 1) -> list
     ]
     for process in ranks:
         process.start()
-    found = []
+    results = []
     try:
         for _ in range(world):
             rank, result = answers.get(timeout=300)
             if isinstance(result, str):
                 raise AssertionError(f"rank {rank}:\n{result}")
             if rank == 0:
-                found = result
+                results = result
     except queue.Empty:
         raise AssertionError("the ranks did not end") from None
     finally:
         for process in ranks:
             process.kill()
             process.join()
-    return found
+    return results
 
 
 def _rank(rank: int, world: int, context: int, cases: list[dict[str, Any]], port: Any, answers: Any) -> None:
@@ -62,11 +62,11 @@ def _train(rank: int, world: int, context: int, cases: list[dict[str, Any]], por
         for _ in range(world - 1):
             port.put(opened.getsockname()[1])
     address = ("127.0.0.1", opened.getsockname()[1] if opened is not None else port.get(timeout=120))
-    ranks = join(rank, world, address, torch.device("cpu"), context, opened)
-    return [one_case(case, ranks) for case in cases]
+    distributed = join(rank, world, address, torch.device("cpu"), context, opened)
+    return [one_case(case, distributed) for case in cases]
 
 
-def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
+def one_case(case: dict[str, Any], distributed: Any = None) -> Any:
     """Metrics of the steps and the EMA's weight set; a checkpoint in `save`. Also for a learner of one process."""
     from pipeline.core.errors import RushesError
     from pipeline.learner.learner import Learner
@@ -75,7 +75,7 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
 
     cfg = Config.model_validate(case["config"])
     try:
-        learner = Learner(cfg, "cpu", ranks)
+        learner = Learner(cfg, "cpu", distributed)
     except RushesError as error:
         return f"{type(error).__name__}: {error}"
     if case["resume"] is not None:
@@ -91,7 +91,7 @@ def one_case(case: dict[str, Any], ranks: Any = None) -> Any:
             )
             for i, g in enumerate(groups)
         ]
-        metrics.append(learner.train_step(given if ranks is not None else groups))
+        metrics.append(learner.train_step(given if distributed is not None else groups))
     weights = learner.weights("ema")
     tensors, meta = learner.state()
     if learner.distributed.is_main:

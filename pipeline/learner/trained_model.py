@@ -1,0 +1,71 @@
+"""What a learner loads: the denoisers, what of them is trained, and the frozen reference of the KL term."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config.schema import Config
+from pipeline.core.devices import resolve_dtype
+from pipeline.generators import adapters
+from pipeline.generators.load.compiling import compile_blocks
+from pipeline.generators.load.pipeline import denoisers_of, load_denoisers, load_pipeline, trained_modules
+from pipeline.generators.replay.text_inputs import TextReencoder
+from pipeline.learner.distributed import DistributedContext
+
+Modules = dict[str, torch.nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    modules: Modules  # the denoisers
+    trained: Modules  # what has trainable weights: the denoisers, text encoders, or both
+    reference: Modules | None  # frozen copies of the denoisers, for full weights with a KL term
+    text: TextReencoder | None  # where text encoders are trained
+    rollout_dtype: torch.dtype  # of the weights that rollout workers get
+
+
+def load_trained_model(cfg: Config, device: torch.device, distributed: DistributedContext) -> TrainedModel:
+    """Loads the checkpoint, adds the adapters, compiles, and shards over the learner's ranks."""
+    sampling_dtype = resolve_dtype(cfg.generator.dtype, device.type)
+    full = cfg.trainable.kind == "full"
+    # Full weights are trained in float32; under a LoRA the frozen base may stay in the sampling dtype.
+    base_dtype = torch.float32 if full or cfg.learner.autocast != "none" else sampling_dtype
+    if cfg.generator.quantize != "none":
+        base_dtype = sampling_dtype  # quantised from the same weights as the rollouts'
+    text: TextReencoder | None = None
+    if cfg.trainable.modules == "denoiser":
+        # Shards go to the device block by block: the whole model need not fit there.
+        load_to = device if distributed.world == 1 else torch.device("cpu")
+        modules = trained = load_denoisers(cfg.generator, load_to, base_dtype)
+    else:
+        pipe = load_pipeline(cfg.generator, device)
+        modules = denoisers_of(pipe)
+        if base_dtype != sampling_dtype:
+            for module in modules.values():
+                module.to(base_dtype)
+        trained = trained_modules(pipe, cfg.trainable)
+        text = TextReencoder(pipe, cfg.generator)
+    reference = copy.deepcopy(modules) if full and cfg.algorithm.kl_beta > 0 else None
+    adapters.add_adapters(trained, cfg.trainable, cfg.run.seed)
+    if cfg.learner.activation_checkpointing:
+        for module in modules.values():
+            module.enable_gradient_checkpointing()  # type: ignore[operator]
+            module.train()  # diffusers recomputes activations in train mode only
+            _disable_dropout(module)
+    for copies in (modules, reference or {}):
+        if cfg.generator.compile:
+            compile_blocks(copies, device)
+    for copies in (modules, reference or {}):
+        distributed.split_context(copies)
+        distributed.shard(copies)
+    return TrainedModel(modules, trained, reference, text, sampling_dtype if full else torch.float32)
+
+
+def _disable_dropout(module: torch.nn.Module) -> None:
+    """Train mode without dropout: the replayed policy must be the one that sampled."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.modules.dropout._DropoutNd):
+            layer.eval()
