@@ -1,4 +1,4 @@
-"""Advantage-weighted matching: its gradient, that it learns on a toy, and how the learner trains real pipelines with it."""
+"""Advantage-weighted matching: its gradient, that it learns on a toy, and that it trains real pipelines."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def same_tensors(mine: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compared(tiny_sd3, tmp_path_factory):
-    """Two steps by one process, two replicas (twice) and two ranks; then one rank resumes from two, and two from one."""
+    """Two steps by one process, two replicas (twice) and two ranks; then one rank resumes from two, and the reverse."""
     out = tmp_path_factory.mktemp("ranks")
     alone, by_replicas, together, further = {}, {}, [], {}
     for name, sections in CASES.items():
