@@ -17,7 +17,7 @@ from pipeline.generators.load.pipeline import load_denoisers
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
-from pipeline.tools.preflight import check_quantize
+from pipeline.tools.preflight_generator import check_quantize
 
 HAVE_TORCHAO = importlib.util.find_spec("torchao") is not None
 RED = PromptItem(index=0, text="a red circle")

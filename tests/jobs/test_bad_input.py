@@ -18,7 +18,7 @@ from PIL import Image
 from jobs import cli
 from pipeline.config.load import to_yaml
 from pipeline.core.media import encode_mp4
-from pipeline.tools import preflight
+from pipeline.tools import preflight_machine
 
 
 class Place:
@@ -230,7 +230,9 @@ def disk_full(p):
 
 
 def disk_too_small(p):
-    p.monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    p.monkeypatch.setattr(
+        preflight_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
+    )
     return p.train()
 
 
@@ -242,7 +244,7 @@ def no_write_permission(p):
     def refused(*_args, **_kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    p.monkeypatch.setattr(preflight.tempfile, "NamedTemporaryFile", refused)
+    p.monkeypatch.setattr(preflight_machine.tempfile, "NamedTemporaryFile", refused)
     return p.train()
 
 
@@ -260,7 +262,7 @@ def port_taken(p):
 
 
 def no_gpu(p):
-    p.monkeypatch.setattr(preflight, "_gpu_count", lambda: 0)
+    p.monkeypatch.setattr(preflight_machine, "gpu_count", lambda: 0)
     return p.train("learner.device=cuda")
 
 
@@ -269,7 +271,7 @@ def too_few_cpus(p):
 
 
 def tracker_missing(p):
-    p.monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    p.monkeypatch.setattr(preflight_machine.importlib.util, "find_spec", lambda name: None)
     return p.train()
 
 

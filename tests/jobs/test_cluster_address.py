@@ -9,7 +9,7 @@ from fake_checkpoint import fake_config
 from jobs.cluster import client
 from jobs.commands import doctor
 from pipeline.core import cluster_address
-from pipeline.tools import preflight
+from pipeline.tools import preflight_machine
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def answers(tmp_path, address=None):
     (finding,) = doctor.check_ray()
     return (
         cluster_address.cluster_address(address),
-        preflight._joins_cluster(cfg),
+        preflight_machine.joins_cluster(cfg),
         client.find_address(address),
         finding.detail,
     )

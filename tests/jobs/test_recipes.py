@@ -13,7 +13,7 @@ from pipeline.config.load import load_config
 from pipeline.core import cluster_address
 from pipeline.core.prompts import load_prompts
 from pipeline.rewards.scorers.ocr import target_text
-from pipeline.tools import preflight
+from pipeline.tools import preflight_machine
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -44,7 +44,7 @@ def test_a_recipe_dry_runs(name, capsys, tmp_path):
     local = Path(cfg.generator.pretrained).is_dir()
     assert ("is no folder here" in out) != local
     wanted = cfg.learner.resources.get("GPU", 0) + cfg.rollout.resources.get("GPU", 0) * cfg.rollout.workers.max
-    if wanted > preflight._gpu_count():
+    if wanted > preflight_machine.gpu_count():
         assert f"{wanted:g} GPUs" in out or "GPUs (it has" in out
 
 
@@ -67,7 +67,7 @@ def test_prompts_of_the_special_recipes():
 
 
 def test_a_machine_that_is_too_small_is_noted_in_a_dry_run_and_refused_in_a_run(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight, "_gpu_count", lambda: 0)
+    monkeypatch.setattr(preflight_machine, "gpu_count", lambda: 0)
     assert cli.main(["train", "configs/sd1.5.yaml", "--dry-run", f"run.dir={tmp_path}"]) == 0
     assert "too small: the actors reserve" in capsys.readouterr().out
     assert cli.main(["train", "configs/sd1.5.yaml", f"run.dir={tmp_path}"]) == 2

@@ -11,7 +11,7 @@ from fake_checkpoint import fake_config
 
 from pipeline.core.errors import ConfigError, InputError, RushesError
 from pipeline.generators.checkpoint_files import check_safetensors, is_local
-from pipeline.tools import preflight
+from pipeline.tools import preflight, preflight_machine
 
 
 def error_of(cfg):
@@ -156,10 +156,10 @@ def test_epsilon_models_need_their_own_sampler(tmp_path, scheduler, wanted):
 
 
 def test_missing_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_gpu_count", lambda: 0)
+    monkeypatch.setattr(preflight_machine, "gpu_count", lambda: 0)
     assert "learner.device: cuda is asked for" in error_of(fake_config(tmp_path, learner={"device": "cuda"}))
     assert "reserve 1 GPUs" in error_of(fake_config(tmp_path, learner={"resources": {"GPU": 1}}))
-    monkeypatch.setattr(preflight, "_gpu_count", lambda: 2)
+    monkeypatch.setattr(preflight_machine, "gpu_count", lambda: 2)
     assert "only 2 GPUs" in error_of(fake_config(tmp_path, rollout={"device": "cuda:2"}))
 
 
@@ -199,7 +199,7 @@ def test_run_dir_that_cannot_be_written(tmp_path):
 
 def test_too_little_disk(tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(100, 99, 1 << 20)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(preflight_machine.shutil, "disk_usage", lambda _: usage)
     assert "1 MiB free" in error_of(fake_config(tmp_path))
 
 
