@@ -1,7 +1,7 @@
 """Names in a checkpoint's files that become code: classes in model_index.json, settings of a LoRA, kernels.
 
-A checkpoint is data of somebody else's. Only classes of diffusers and transformers are taken from it, found by name in
-those two libraries; whatever names another module, a Python file or a hub's kernel is refused before it is imported.
+A checkpoint is somebody else's data. Only classes of diffusers and transformers are allowed in it, looked up by name in
+those two libraries; an entry that names another module, a Python file or a hub kernel is refused before any import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.core.errors import InputError
 
 LIBRARIES = ("diffusers", "transformers")
-_BASES = {  # what a component may be, by the library that has it
+_BASES = {  # library -> base classes of allowed components
     "diffusers": ("ModelMixin", "SchedulerMixin", "BaseGuidance"),
     "transformers": (
         "PreTrainedModel",
@@ -28,8 +28,8 @@ _BASES = {  # what a component may be, by the library that has it
     ),
 }
 _FIX = "use a checkpoint that diffusers' save_pretrained has written from its own classes"
-# Of a LoRA's settings, those that say how its weights are applied. All others must be at PEFT's defaults: some of them
-# name modules that PEFT imports, or files that it reads.
+# The settings that say how a LoRA's weights are applied. All others must have PEFT's defaults: some of them name
+# modules that PEFT imports, or files that it reads.
 _LORA_SETTINGS = (
     "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "peft_type",
@@ -45,7 +45,8 @@ _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implemen
 def check_model_index(index: Mapping[str, Any], file: str | Path, own_class: bool = True) -> dict[str, tuple[str, str]]:
     """Component -> (library, class) of model_index.json, all of them of diffusers or transformers. Imports nothing.
 
-    `own_class`: the pipeline class that the file names will be used. Raises `InputError` naming the file and the entry.
+    `own_class`: whether the pipeline class that the file names will be used. Raises `InputError` naming the file and
+    the entry.
     """
     cls = index.get("_class_name")
     if own_class and (not isinstance(cls, str) or cls not in pipeline_names()):
@@ -53,7 +54,7 @@ def check_model_index(index: Mapping[str, Any], file: str | Path, own_class: boo
             f"{file}: _class_name is {_shown(cls)}; only pipeline classes of diffusers are allowed, and no code of the "
             f"checkpoint's own is run; {_FIX}, or set generator.pipeline"
         )
-    found = {}
+    components = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list | tuple) or not any(isinstance(e, str) for e in entry):
             continue  # an option, or a component that was saved as absent
@@ -68,12 +69,13 @@ def check_model_index(index: Mapping[str, Any], file: str | Path, own_class: boo
             )
         if not name.isidentifier():
             raise InputError(f"{file}: {_shown(name)} cannot be a component's name; {_FIX}")
-        found[name] = (library, kind)
-    return found
+        components[name] = (library, kind)
+    return components
 
 
 def check_own_code(folder: Path, components: Mapping[str, tuple[str, str]]) -> None:
-    """Refuses what diffusers would take for a component's library, and a second checkpoint that the card asks for.
+    """Refuses Python files that diffusers would import as a component's library, and a second checkpoint named in the
+    model card.
 
     Raises `InputError`.
     """
@@ -90,11 +92,12 @@ def check_own_code(folder: Path, components: Mapping[str, tuple[str, str]]) -> N
 
 
 def component_class(library: str, name: str, where: str) -> Any:
-    """The class of a checked entry. Raises `InputError` for what is none, or none that a pipeline is made of."""
+    """The class of a checked entry. Raises `InputError` for a name that is no model, scheduler, tokenizer or
+    processor."""
     home = importlib.import_module(library if library in LIBRARIES else f"diffusers.pipelines.{library}")
     kind = getattr(home, name, None)
     if isinstance(kind, type) and hasattr(kind, "_backends"):
-        return kind  # stands for one whose packages are missing, and says so when it is used
+        return kind  # a placeholder for a class whose packages are missing, which raises when it is used
     bases = tuple(base for lib, names in _BASES.items() for base in _named(lib, names))
     if not (isinstance(kind, type) and issubclass(kind, bases) and kind.__module__.split(".")[0] in LIBRARIES):
         raise InputError(f"{where}: {library} has no model, scheduler, tokenizer or processor {_shown(name)}; {_FIX}")
@@ -103,13 +106,13 @@ def component_class(library: str, name: str, where: str) -> Any:
 
 def _named(library: str, names: Iterable[str]) -> list[type]:
     home = importlib.import_module(library)
-    found = [getattr(home, name, None) for name in names]
-    return [kind for kind in found if isinstance(kind, type) and not hasattr(kind, "_backends")]
+    kinds = [getattr(home, name, None) for name in names]
+    return [kind for kind in kinds if isinstance(kind, type) and not hasattr(kind, "_backends")]
 
 
 @functools.cache
 def pipeline_names() -> frozenset[str]:
-    """diffusers' pipeline classes, as its __init__ lists them; it is read and not imported."""
+    """diffusers' pipeline classes, read from its __init__ without importing it."""
     spec = importlib.util.find_spec("diffusers")
     source = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
     return frozenset(re.findall(r'"(\w*Pipeline\w*)"', source)) - {"DiffusionPipeline"}
@@ -117,7 +120,7 @@ def pipeline_names() -> frozenset[str]:
 
 @functools.cache
 def _pipeline_folders() -> frozenset[str]:
-    """Modules of diffusers.pipelines, where some checkpoints have a class of their pipeline's own, as in
+    """Modules of diffusers.pipelines. Some checkpoints name a class of their pipeline's module, such as
     ["stable_diffusion", "StableDiffusionSafetyChecker"]."""
     spec = importlib.util.find_spec("diffusers")
     root = Path(spec.origin).parent / "pipelines" if spec and spec.origin else Path("/nonexistent")
@@ -125,7 +128,7 @@ def _pipeline_folders() -> frozenset[str]:
 
 
 def check_lora_settings(settings: Any, where: str) -> None:
-    """Of an adapter_config.json, or of the metadata of a LoRA's weights. Raises `InputError`."""
+    """Checks an adapter_config.json, or the metadata of a LoRA's weights. Raises `InputError`."""
     fix = "use a LoRA that was exported by Rushes, or saved by diffusers or PEFT with plain LoRA settings"
     if not isinstance(settings, dict):
         raise InputError(f"{where}: found {_shown(settings)}; expected a LoRA's settings; {fix}")
@@ -134,7 +137,7 @@ def check_lora_settings(settings: Any, where: str) -> None:
         if key == "peft_type" and value != "LORA":
             raise InputError(f"{where}: {path} is {_shown(value)}; only LORA is allowed; {fix}")
         plain = value in (None, False, "", [], {}) or value == _LORA_DEFAULTS.get(key)
-        if key == "auto_mapping" and isinstance(value, dict):  # the class that was wrapped; nothing here looks it up
+        if key == "auto_mapping" and isinstance(value, dict):  # the wrapped class, which nothing looks up
             plain = str(value.get("parent_library")).split(".")[0] in LIBRARIES
         if key not in _LORA_SETTINGS and not plain:
             raise InputError(f"{where}: {path} is {_shown(value)}; only settings of plain LoRA are allowed; {fix}")
@@ -151,8 +154,8 @@ def check_kernels(config: Any, file: str | Path) -> None:
         check_kernels(value, file)
 
 
-def never_ask() -> None:
-    """Without it, transformers asks on the terminal whether to run a checkpoint's code, and waits for the answer."""
+def never_ask_to_run_code() -> None:
+    """Stops transformers from asking on the terminal whether to run a checkpoint's code, and waiting for the answer."""
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0

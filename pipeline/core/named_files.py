@@ -1,8 +1,8 @@
-"""The pictures and clips that the rows of a prompts file or table name: `image`, and in `metadata` `condition`,
+"""The pictures and clips that rows of a prompts file or table name: `image`, and in `metadata` `condition`,
 `reference` (a path or a list) and `conditions` (argument of the generator -> file).
 
-They lie in the folder of the file that names them, or below it: whoever is handed a prompts file must not have other
-files of this machine read, and sent to the program that computes a reward.
+They must lie in the folder of the file that names them, or below it: a prompts file by somebody else must not make this
+machine read other files and send them to the program that computes a reward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core.safe_paths import file_inside, path_inside
 
-FILE_KEYS = ("condition", "reference")  # in metadata: what scorers read
+FILE_KEYS = ("condition", "reference")  # in metadata, read by scorers
 SUFFIXES = tuple(f".{kind}" for kind in "png jpg jpeg webp bmp gif tif tiff mp4 m4v mov webm mkv avi".split())
 FIX = "paths are relative to the prompts file or table: put that into a folder above, or copy the picture beside it"
 
@@ -27,8 +27,8 @@ def named_files(
 ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """(metadata with the paths in `conditions` made absolute, the files behind `FILE_KEYS`). Raises `InputError`.
 
-    A text without the suffix of a picture or clip is no path. A `condition` or `reference` that is not there is left to
-    the scorer that wants it: a reward of the user's own may mean something else by the key.
+    Text without the suffix of a picture or clip is no path. A missing `condition` or `reference` is left to the scorer
+    that reads it: a user's reward may mean something else by the key.
     """
     files = {}
     for key in FILE_KEYS:
@@ -40,11 +40,11 @@ def named_files(
                 files[key] = tuple(str(named_file(folder, name, f"{where}.{key}")) for name in names)
     conditions = metadata.get("conditions")
     if isinstance(conditions, dict):
-        found = {
+        absolute = {
             name: str(named_file(folder, value, f"{where}.conditions.{name}")) if _is_path(value) else value
             for name, value in conditions.items()
         }
-        metadata = {**metadata, "conditions": found}
+        metadata = {**metadata, "conditions": absolute}
     return metadata, files
 
 

@@ -1,7 +1,7 @@
 """Paths whose names come from outside: prompts files, tables, manifests, listings of a store, clients.
 
 Such a name is joined to a folder that the user has named and must stay in it: no absolute path elsewhere, no `..`, no
-link that leads out. What is read must be a regular file: a FIFO blocks its reader for ever, a device may never end.
+link that leads out. Only regular files are read: a FIFO can block its reader without end, and a device may never end.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _KINDS = {
 
 
 def relative_name(name: object, where: str, fix: str) -> PurePosixPath:
-    """A relative name that stays below whatever folder it is joined to, judged by its text alone. Raises `InputError`.
+    """A relative name that stays below any folder it is joined to, judged by its text alone. Raises `InputError`.
 
-    `where`: what names it, for the message; `fix`: what to do.
+    `where`: the file and key that hold the name, for the message; `fix`: what the user can do.
     """
     parts = name.split("/") if isinstance(name, str) else []
     if not parts or any(part in ("", ".", "..") for part in parts) or "\x00" in str(name):
@@ -35,7 +35,7 @@ def relative_name(name: object, where: str, fix: str) -> PurePosixPath:
 
 
 def path_inside(root: Path, name: object, where: str, fix: str) -> Path:
-    """`name` below `root`, followed through links; it need not exist. An absolute name that lies in `root` passes.
+    """`name` below `root`, links resolved; it need not exist. An absolute name inside `root` is allowed.
 
     Raises `InputError`.
     """
@@ -45,11 +45,13 @@ def path_inside(root: Path, name: object, where: str, fix: str) -> Path:
     path = Path(os.path.realpath(home / name))
     if not path.is_relative_to(home) or path == home:
         raise InputError(f"{where} {name!r:.120} leads out of {home}; only files in that folder are allowed; {fix}")
-    return Path(os.path.abspath(root)) / path.relative_to(home)  # the root as it was given: other nodes may know it so
+    return Path(os.path.abspath(root)) / path.relative_to(
+        home
+    )  # the root as given: other nodes may mount it under that name
 
 
 def file_inside(root: Path, name: object, where: str, fix: str) -> Path:
-    """As `path_inside`, of a regular file that is there. Raises `InputError`."""
+    """As `path_inside`, for a regular file that exists. Raises `InputError`."""
     path = path_inside(root, name, where, fix)
     problem = not_regular(path)
     if problem is not None:
@@ -69,7 +71,8 @@ def not_regular(path: Path) -> str | None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises `InputError` for what would block or never end when it is read. A missing file passes: opening says so."""
+    """Raises `InputError` for a FIFO, device, socket or folder. A missing file passes: opening it raises the right
+    error."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Files under a URL: object stores and whatever else pyarrow or fsspec can reach.
+"""Files under a URL: in object stores, and wherever else pyarrow or fsspec can write.
 
-A run whose `run.dir` is a URL is written to a scratch folder of the node first and mirrored from there
-(`pipeline.runs.remote_sync`). The scratch folder's name is the quoted URL, so every process that knows a run's path
-also knows where it is mirrored to, on whatever node it runs:
+A run whose `run.dir` is a URL is written to a scratch folder of the node and mirrored from there
+(`pipeline.runs.remote_sync`). The scratch folder's name is the quoted URL, so that every process that knows a run's
+path knows where it is mirrored to, on any node:
 
     s3://bucket/runs  ->  $RUSHES_SCRATCH/s3%3A%2F%2Fbucket%2Fruns     (default: rushes-scratch in the temporary folder)
 
@@ -52,12 +52,12 @@ def local_folder(value: Any) -> Any:
 
 
 def url_of(path: Path) -> str | None:
-    """Where `path` is mirrored to; None for a path that is no scratch of a URL."""
+    """The URL that `path` is mirrored to; None for a path outside of the scratch folders."""
     for folder in (path, *path.parents):
-        found = unquote(folder.name)
-        if "%3A%2F%2F" in folder.name and is_url(found):
+        url = unquote(folder.name)
+        if "%3A%2F%2F" in folder.name and is_url(url):
             rest = path.relative_to(folder).as_posix()
-            base, mark, query = found.partition("?")
+            base, mark, query = url.partition("?")
             return base + (f"/{rest}" if rest != "." else "") + mark + query
     return None
 
@@ -88,11 +88,11 @@ class Store:
         self._local = scheme == "file"
 
     @contextmanager
-    def _doing(self, what: str, name: str) -> Iterator[None]:
+    def _named_errors(self, verb: str, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # pyarrow's errors are both
-            raise RushesError(f"cannot {what} {self.url}/{name}: {one_line(error, 300)}") from error
+            raise RushesError(f"cannot {verb} {self.url}/{name}: {one_line(error, 300)}") from error
 
     def _path(self, name: str) -> str:
         return str(PurePosixPath(self._root, name)) if name else self._root
@@ -104,11 +104,11 @@ class Store:
         """
         from pyarrow import fs
 
-        with self._doing("list", below):
+        with self._named_errors("list", below):
             selector = fs.FileSelector(self._path(below), recursive=True, allow_not_found=True)
-            found = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
+            files = [info for info in self._fs.get_file_info(selector) if info.type == fs.FileType.File]
         root = self._path("").rstrip("/") + "/"
-        sizes = {info.path.removeprefix(root): info.size for info in found}
+        sizes = {info.path.removeprefix(root): info.size for info in files}
         for name in sizes:
             relative_name(name, f"a file in {self.url}", "delete or rename it in the store")
         return sizes
@@ -117,7 +117,7 @@ class Store:
         """None where there is no such file."""
         from pyarrow import fs
 
-        with self._doing("read", name):
+        with self._named_errors("read", name):
             if self._fs.get_file_info(self._path(name)).type != fs.FileType.File:
                 return None
             with self._fs.open_input_stream(self._path(name)) as stream:
@@ -125,18 +125,18 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """The whole file or nothing."""
-        with self._doing("write", name), self._writing(name) as stream:
+        with self._named_errors("write", name), self._writing(name) as stream:
             stream.write(data)
 
     def upload(self, source: Path, name: str) -> None:
         """The whole file or nothing."""
-        with self._doing("write", name), open(source, "rb") as file, self._writing(name) as stream:
+        with self._named_errors("write", name), open(source, "rb") as file, self._writing(name) as stream:
             while data := file.read(_CHUNK):
                 stream.write(data)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Any]:
-        """Object stores show an object when it is complete; a folder gets the file under another name first."""
+        """Object stores show an object once it is complete; in a folder, the file first gets another name."""
         path = self._path(name)
         if not self._local:
             with self._fs.open_output_stream(path) as stream:
@@ -150,15 +150,15 @@ class Store:
     def download(self, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        with self._doing("read", name), self._fs.open_input_stream(self._path(name)) as stream:
+        with self._named_errors("read", name), self._fs.open_input_stream(self._path(name)) as stream:
             with open(partial, "wb") as file:
                 while data := stream.read(_CHUNK):
                     file.write(data)
             os.replace(partial, target)
 
     def delete(self, name: str) -> None:
-        """Of a file; one that is not there is fine."""
-        with self._doing("delete", name):
+        """Deletes a file; a missing one is no error."""
+        with self._named_errors("delete", name):
             try:
                 self._fs.delete_file(self._path(name))
             except FileNotFoundError:

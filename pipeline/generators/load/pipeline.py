@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeline.config.schema import GeneratorConfig, TrainableConfig
-from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
+from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask_to_run_code
 from pipeline.core.devices import resolve_dtype
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError, one_line
 from pipeline.generators.checkpoint_files import DENOISERS
@@ -85,7 +85,7 @@ def load_pipeline(
     absent = [name for name, entry in index.items() if entry in ([None, None], (None, None))]
     kind = pipeline_class(cfg, index)
     _check_required(kind, index, cfg)
-    never_ask()
+    never_ask_to_run_code()
     try:
         pipe = kind.from_pretrained(
             cfg.pretrained,
@@ -232,7 +232,7 @@ def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch
         return None
     quantised = {"quantization_config": _quantised(cfg)} if name in DENOISERS and cfg.quantize != "none" else {}
     factory = component_class(library, cls, f"{cfg.pretrained}/model_index.json: {name}")
-    never_ask()
+    never_ask_to_run_code()
     try:
         return factory.from_pretrained(
             cfg.pretrained,

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.config.schema import GeneratorConfig
-from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask
+from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask_to_run_code
 from pipeline.core.errors import InputError, RushesError, one_line
 from pipeline.generators.checkpoint_files import DENOISERS, read_json
 from pipeline.generators.load.processors import processors_without_torchvision
@@ -127,7 +127,7 @@ class MetaPipeline:
         index = read_json(file)
         components = check_model_index(index, file, own_class=self.cfg.pipeline is None)
         check_own_code(self.folder, components)
-        never_ask()
+        never_ask_to_run_code()
         given: dict[str, Any] = processors_without_torchvision(index, str(self.folder))
         for name, entry in index.items():
             if name.startswith("_") or name in given:
