@@ -157,7 +157,7 @@ def test_epsilon_models_need_their_own_sampler(tmp_path, scheduler, wanted):
 
 def test_missing_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight_machine, "gpu_count", lambda: 0)
-    assert "learner.device: cuda is asked for" in error_of(fake_config(tmp_path, learner={"device": "cuda"}))
+    assert "learner.device: found cuda, but torch" in error_of(fake_config(tmp_path, learner={"device": "cuda"}))
     assert "reserve 1 GPUs" in error_of(fake_config(tmp_path, learner={"resources": {"GPU": 1}}))
     monkeypatch.setattr(preflight_machine, "gpu_count", lambda: 2)
     assert "only 2 GPUs" in error_of(fake_config(tmp_path, rollout={"device": "cuda:2"}))
