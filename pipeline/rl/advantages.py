@@ -1,7 +1,7 @@
 """Group-relative advantages from one or several rewards.
 
 Rewards stay a vector (name -> [K]) until here; this is the only place where they become one number. A reward that does
-not apply to a group's prompt is not in the group's mapping: it is absent, never 0.
+not apply to a group's prompt is absent from the group's mapping, never 0.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def weighted_rewards(scores: Group, weights: Mapping[str, float]) -> np.ndarray:
     A reward that is missing from `scores`, or NaN for a take, does not apply to it. Raises ValueError where none does.
     """
     terms = np.stack([weights[name] * np.asarray(scores[name], np.float64) for name in weights if name in scores])
-    known = ~np.isnan(terms)
-    if not known.any(axis=0).all():
+    applies = ~np.isnan(terms)
+    if not applies.any(axis=0).all():
         raise ValueError("no reward applies to some take")
-    return np.sum(np.where(known, terms, 0.0), axis=0).astype(np.float32)
+    return np.sum(np.where(applies, terms, 0.0), axis=0).astype(np.float32)
 
 
 def is_zero_std(rewards: np.ndarray) -> np.ndarray:
@@ -57,34 +57,37 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Groups that have the same rewards and equally many takes, stacked: a step has hundreds of groups, and the time of
-    small arrays is all in calling numpy."""
+    """Groups with the same rewards and equally many takes, stacked: a step may have hundreds of groups, and with small
+    arrays all the time goes into calling numpy."""
 
-    at: list[int]  # places of the G groups in the step
+    positions: list[int]  # of the G groups in the step
     scores: dict[str, np.ndarray]  # per reward [G, K]
     prepared: dict[str, np.ndarray]  # what is combined instead of the scores, float64 [G, K]
     variances: dict[str, np.ndarray]  # of the rewards that were repeated, [G, K]
 
 
 def _blocks(scores: Sequence[Group], prepared: Sequence[Group], variances: Sequence[Group]) -> list[_Block]:
-    alike: dict[tuple, list[int]] = {}
+    positions_of: dict[tuple, list[int]] = {}  # by rewards, takes and repeated rewards
     for i, (group, variance) in enumerate(zip(scores, variances, strict=True)):
         sizes = tuple((name, len(values)) for name, values in group.items())
-        alike.setdefault((sizes, tuple(variance)), []).append(i)
+        positions_of.setdefault((sizes, tuple(variance)), []).append(i)
 
-    def stacked(groups: Sequence[Group], at: list[int], dtype: type | None = None) -> dict[str, np.ndarray]:
-        return {name: np.stack([groups[i][name] for i in at]).astype(dtype, copy=False) for name in groups[at[0]]}
+    def stacked(groups: Sequence[Group], chosen: list[int], dtype: type | None = None) -> dict[str, np.ndarray]:
+        names = groups[chosen[0]]
+        return {name: np.stack([groups[i][name] for i in chosen]).astype(dtype, copy=False) for name in names}
 
     return [
-        _Block(at, stacked(scores, at), stacked(prepared, at, np.float64), stacked(variances, at, np.float64))
-        for at in alike.values()
+        _Block(each, stacked(scores, each), stacked(prepared, each, np.float64), stacked(variances, each, np.float64))
+        for each in positions_of.values()
     ]
 
 
 def _in_order(blocks: Sequence[_Block], values: Iterable[np.ndarray]) -> list[np.ndarray]:
     """`values` per block, [G, ...], as one list in the groups' order."""
-    found = {i: row for block, rows in zip(blocks, values, strict=True) for i, row in zip(block.at, rows, strict=True)}
-    return [found[i] for i in sorted(found)]
+    row_of = {
+        i: row for block, rows in zip(blocks, values, strict=True) for i, row in zip(block.positions, rows, strict=True)
+    }
+    return [row_of[i] for i in sorted(row_of)]
 
 
 def _normalise(
@@ -96,15 +99,15 @@ def _normalise(
     Per block, whose `rewards` are float64 [G, K]: the advantages [G, K], and the std (+ EPS) of one unit of advantage
     in the units of the rewards [G].
     """
-    whole: dict[Hashable, float] = {}
+    step_std: dict[Hashable, float] = {}
     for kind in set(kinds) if cfg.std == "global" else ():
-        having = [i for i, other in enumerate(kinds) if other == kind]
-        of_kind = _in_order([blocks[i] for i in having], [rewards[i] for i in having])
-        whole[kind] = float(np.concatenate(of_kind).std())
+        chosen = [i for i, other in enumerate(kinds) if other == kind]
+        of_kind = _in_order([blocks[i] for i in chosen], [rewards[i] for i in chosen])
+        step_std[kind] = float(np.concatenate(of_kind).std())
     result = []
     for kind, values in zip(kinds, rewards, strict=True):
         centred = values - values.mean(axis=-1, keepdims=True)
-        std = np.full(len(values), whole[kind]) if cfg.std == "global" else values.std(axis=-1)
+        std = np.full(len(values), step_std[kind]) if cfg.std == "global" else values.std(axis=-1)
         scale = std + EPS
         if cfg.std != "none":
             centred = np.where(is_zero_std(values)[:, None], 0.0, centred / scale[:, None])
@@ -153,11 +156,11 @@ def compute_advantages(
         "advantage/mean_abs": float(np.mean(_in_order(blocks, [np.abs(block).mean(axis=-1) for block in advantages]))),
     }
     for name in weights:
-        known = [group[name] for group in scores if name in group]
-        if known:
-            metrics[f"reward/{name}"] = float(np.concatenate(known).mean())
-        if len(known) < len(scores):
-            metrics[f"combine/applies/{name}"] = len(known) / len(scores)
+        values_of = [group[name] for group in scores if name in group]
+        if values_of:
+            metrics[f"reward/{name}"] = float(np.concatenate(values_of).mean())
+        if len(values_of) < len(scores):
+            metrics[f"combine/applies/{name}"] = len(values_of) / len(scores)
     ordered = _in_order(blocks, advantages), _in_order(blocks, rewards)
     return AdvantageResult(*ordered, zero_std, metrics | combining)
 
@@ -192,11 +195,11 @@ def _sum_advantages(blocks: Sequence[_Block], weights: Mapping[str, float], cfg:
     parts: list[dict[str, np.ndarray]] = [{} for _ in blocks]
     metrics: dict[str, float] = {}
     for name in weights:
-        having = [i for i, block in enumerate(blocks) if name in block.prepared]
-        own = [blocks[i] for i in having]
-        normalised = _normalise(own, [block.prepared[name] for block in own], cfg, [name] * len(own))
+        indices = [i for i, block in enumerate(blocks) if name in block.prepared]
+        scored = [blocks[i] for i in indices]
+        normalised = _normalise(scored, [block.prepared[name] for block in scored], cfg, [name] * len(scored))
         trusts, trusted = [], []
-        for i, (advantages, scale) in zip(having, normalised, strict=True):
+        for i, (advantages, scale) in zip(indices, normalised, strict=True):
             if name in blocks[i].variances:
                 trusts.append(_trust(blocks[i].variances[name], scale))
                 trusted.append(blocks[i])
@@ -206,14 +209,12 @@ def _sum_advantages(blocks: Sequence[_Block], weights: Mapping[str, float], cfg:
             metrics[f"combine/trust/{name}"] = float(np.concatenate(_in_order(trusted, trusts)).mean())
     raw = [np.clip(np.sum(list(part.values()), axis=0), -cfg.clamp, cfg.clamp) for part in parts]
     # Not of the sum: rewards of unequal weight may add up to a constant and still have advantages.
-    zero = [
-        np.all(
-            [is_zero_std(block.prepared[name]) for name in part if weights[name]] or [np.ones(len(block.at), bool)], 0
-        )
-        for block, part in zip(blocks, parts, strict=True)
-    ]
+    zero = []
+    for block, part in zip(blocks, parts, strict=True):
+        equal = [is_zero_std(block.prepared[name]) for name in part if weights[name]]
+        zero.append(np.all(equal or [np.ones(len(block.positions), bool)], axis=0))
     if cfg.combine == "pareto":
-        chosen = [np.stack([_pareto(block, g, weights) for g in range(len(block.at))]) for block in blocks]
+        chosen = [np.stack([_pareto(block, g, weights) for g in range(len(block.positions))]) for block in blocks]
         # The learner averages over K takes, Parrot over the n(P) that are kept.
         raw = [
             group * keep * (keep.shape[1] / keep.sum(axis=1, keepdims=True))
@@ -223,25 +224,25 @@ def _sum_advantages(blocks: Sequence[_Block], weights: Mapping[str, float], cfg:
     return raw, zero, metrics | _shares(blocks, parts)
 
 
-def _pareto(block: _Block, at: int, weights: Mapping[str, float]) -> np.ndarray:
-    """Of group `at`, bool [K]. A reward of negative weight is better where it is lower; one of weight 0 does not
-    count."""
+def _pareto(block: _Block, group: int, weights: Mapping[str, float]) -> np.ndarray:
+    """Which takes of the block's group are kept, bool [K]. A reward of negative weight is better where it is lower; one
+    of weight 0 does not count."""
     prepared = block.prepared
-    named = [np.sign(weights[name]) * prepared[name][at] for name in weights if name in prepared and weights[name]]
+    named = [np.sign(weights[name]) * prepared[name][group] for name in weights if name in prepared and weights[name]]
     return non_dominated(np.stack(named)) if named else np.ones(next(iter(prepared.values())).shape[1], bool)
 
 
 def _shares(blocks: Sequence[_Block], parts: Sequence[Group]) -> dict[str, float]:
-    """Each reward's share of the spread within groups, averaged over the groups that have it: who decides."""
-    found: dict[str, dict[int, float]] = {}
+    """Each reward's share of the spread within groups, averaged over the groups that have it: how much it decides."""
+    shares_of: dict[str, dict[int, float]] = {}
     for block, part in zip(blocks, parts, strict=True):
         spread = {name: np.std(values, axis=-1) for name, values in part.items()}  # [G]
         total = sum(spread.values())
         for name, values in spread.items() if len(spread) > 1 else ():
-            rows = zip(block.at, values, total, strict=True)
-            found.setdefault(name, {}).update({i: value / whole for i, value, whole in rows if whole > 0})
+            rows = zip(block.positions, values, total, strict=True)
+            shares_of.setdefault(name, {}).update({i: value / whole for i, value, whole in rows if whole > 0})
     return {
         f"combine/share/{name}": float(np.mean([shares[i] for i in sorted(shares)]))
-        for name, shares in found.items()
+        for name, shares in shares_of.items()
         if shares
     }

@@ -1,7 +1,7 @@
-"""What a group of takes will be, before anything runs: seeds, initial noise, window of stochastic steps.
+"""What a group of takes will be, decided before anything runs: seeds, initial noise, window of stochastic steps.
 
-Everything is a pure function of (run seed, group id, step), so that a retry, another worker or a resumed run
-draws the same takes.
+Everything is a pure function of (run seed, group id, step), so that a retry, another worker or a resumed run draws the
+same takes. Also how a step's groups are joined into rollout calls and chunks of gradient accumulation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
 from pipeline.rl.objectives import get_objective
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
-_MOST_PORTIONS = 8  # of a step: each is a call of the learner, and what the last one costs is not overlapped
+_MAX_CHUNKS = 8  # per step: each is a call of the learner, and the last one's overhead is not overlapped
 _TAKES, _NOISE, _WINDOW, _SUBSET, _SCORING = 1, 2, 3, 4, 5  # separate random streams of one group
 
 EVALUATION_SEED = 1234  # the same takes at every evaluation, of every run
@@ -88,32 +88,35 @@ def scoring_seed(cfg: Config, group: int) -> int:
 
 
 def takes_of_call(cfg: Config) -> int:
-    """Takes that a worker draws at once: some of a group, the whole of it, or those of several groups of a step."""
+    """Takes that a worker draws in one pipeline call: part of a group, a whole one, or several groups of a step."""
     takes = cfg.algorithm.group_size
     batch = cfg.rollout.batch or takes
     return batch if batch < takes else takes * min(batch // takes, cfg.algorithm.groups_per_step)
 
 
-def rollout_call_index(cfg: Config, place: int) -> int | None:
-    """The pipeline call, counted within a step, in which the group admitted to the step at `place` (from 0) is drawn
-    with others; None: it is drawn alone, as groups are that take a filtered or failed one's place."""
+def rollout_call_index(cfg: Config, position: int) -> int | None:
+    """Index within a step of the rollout call that the group shares with others; None: it is drawn alone.
+
+    `position`: of the group among those admitted to the step, from 0. It fixes the call, so results do not depend on
+    timing. Groups that replace a filtered or failed one are drawn alone.
+    """
     groups = takes_of_call(cfg) // cfg.algorithm.group_size
-    return place // groups if groups > 1 and place < cfg.algorithm.groups_per_step else None
+    return position // groups if groups > 1 and position < cfg.algorithm.groups_per_step else None
 
 
 def accumulation_chunks(cfg: Config) -> list[range]:
-    """The places in a step's batch that the learner is given together, as soon as they are scored: one group for each
-    of its ranks or lanes that compute apart (several, beyond `_MOST_PORTIONS` portions). The whole step at once where
-    an advantage depends on other groups too, or a step makes several optimiser updates.
+    """Positions in a step's batch whose gradients are accumulated in one call of the learner, once they are scored.
 
-    What is added up in which order is the same in every run, whoever was faster, also if it is given several at once.
+    A chunk has one group for each data-parallel rank or replica (more, where that would make over `_MAX_CHUNKS`). The
+    whole step is one chunk where an advantage depends on other groups too, or a step makes several optimiser updates.
+    The order of summation is the same in every run, whichever groups were scored first.
     """
     algorithm, groups = cfg.algorithm, cfg.algorithm.groups_per_step
-    together = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())
-    if together or algorithm.updates_per_step > 1:
+    needs_whole_step = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())
+    if needs_whole_step or algorithm.updates_per_step > 1:
         return [range(groups)]
-    apart = cfg.learner.ranks // cfg.learner.context_parallel * cfg.learner.replicas
-    size = apart * math.ceil(groups / apart / _MOST_PORTIONS)
+    groups_at_once = cfg.learner.ranks // cfg.learner.context_parallel * cfg.learner.replicas
+    size = groups_at_once * math.ceil(groups / groups_at_once / _MAX_CHUNKS)
     return [range(start, min(start + size, groups)) for start in range(0, groups, size)]
 
 
@@ -132,7 +135,7 @@ def ode_sampling(cfg: Config, num_steps: int) -> SamplingSpec:
 def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int, seed: int = EVALUATION_SEED) -> list[GroupWork]:
     """The evaluation: the first `evaluation.prompts` prompts x `takes_per_prompt` takes from `seed`, in ODE batches."""
     chosen = prompts[: cfg.evaluation.prompts or len(prompts)]
-    shots = [
+    takes = [
         (prompt, int(_rng(seed, _TAKES, prompt.index, take).integers(2**62)))
         for prompt in chosen
         for take in range(cfg.evaluation.takes_per_prompt)
@@ -144,9 +147,9 @@ def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int, seed: int 
             attempt=1,
             purpose="eval",
             step=step,
-            prompts=tuple(prompt for prompt, _ in shots[start : start + size]),
-            seeds=tuple(seed for _, seed in shots[start : start + size]),
+            prompts=tuple(prompt for prompt, _ in takes[start : start + size]),
+            seeds=tuple(seed for _, seed in takes[start : start + size]),
             sampling=ode_sampling(cfg, cfg.evaluation.steps),
         )
-        for start in range(0, len(shots), size)
+        for start in range(0, len(takes), size)
     ]

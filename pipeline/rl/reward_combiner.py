@@ -2,8 +2,8 @@
 
     scores that apply -> normalised (rewards.*.normalize) -> clipped (rewards.*.clip) -> `pipeline.rl.advantages`
 
-Which rewards apply to a prompt is the prompt's to say (`pipeline.rewards.routing`). The running statistics change once
-a step, when the step has been trained, so that a resumed run has those of the uninterrupted one.
+A prompt names the rewards that apply to it (`pipeline.rewards.routing`). The running statistics change once per step,
+when the step has been trained, so that a resumed run has those of the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.rl.advantages import AdvantageResult, compute_advantages
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of all takes a reward has scored so far."""
+    """Mean and spread of all takes that a reward has scored so far."""
 
     count: int = 0
     mean: float = 0.0
@@ -48,25 +48,25 @@ class Moments:
 
 
 class Combiner:
-    """`rewards` of the config, in order; holds the running statistics."""
+    """From scores to advantages. Keeps the running statistics of `rewards`, which are the config's, in order."""
 
     def __init__(self, rewards: Mapping[str, RewardConfig], cfg: AdvantageConfig) -> None:
         self.rewards, self.cfg = rewards, cfg
         self._weights = {name: reward.weight for name, reward in rewards.items()}
         self._running: dict[str, Moments] = {}
-        self._next: dict[str, Moments] = {}  # with the step that `step` was last asked about
+        self._next: dict[str, Moments] = {}  # as they are once the groups of the last `step` are trained
 
     def step(self, groups: Sequence[Mapping[str, RewardScores]]) -> AdvantageResult:
-        """Advantages of a step's groups. May be asked again before `commit`, with other groups in the place of some."""
+        """Advantages of a step's groups. May be called again before `commit`, with some groups replaced."""
         result, self._next = self._combine(groups)
         return result
 
     def commit(self) -> None:
-        """The step has been trained: its scores are part of the running statistics from now on."""
+        """Adds the scores of the step to the running statistics, once it has been trained."""
         self._running = self._next
 
     def is_flat(self, group: Mapping[str, RewardScores]) -> bool:
-        """Whether all takes of a group are equal to the policy gradient."""
+        """Whether the takes of a group have equal rewards, so that it gives no policy gradient."""
         return self._combine([group])[0].zero_std[0]
 
     def _combine(self, groups: Sequence[Mapping[str, RewardScores]]) -> tuple[AdvantageResult, dict[str, Moments]]:
@@ -82,10 +82,10 @@ class Combiner:
         running = dict(self._running)
         metrics: dict[str, float] = {}
         for name, reward in self.rewards.items():
-            having = [i for i, group in enumerate(raw) if name in group]
-            if not having or (reward.normalize == "none" and reward.clip is None):
+            applies = [i for i, group in enumerate(raw) if name in group]
+            if not applies or (reward.normalize == "none" and reward.clip is None):
                 continue
-            values = np.concatenate([raw[i][name] for i in having])
+            values = np.concatenate([raw[i][name] for i in applies])
             mean, std = 0.0, 1.0
             if reward.normalize != "none":
                 moments = (running.get(name, Moments()) if reward.normalize == "running" else Moments()).joined(values)
@@ -94,7 +94,7 @@ class Combiner:
                 mean, std = moments.mean, moments.std
                 metrics |= {f"combine/mean/{name}": mean, f"combine/std/{name}": std}
             low, high = reward.clip or (-math.inf, math.inf)
-            for i in having:
+            for i in applies:
                 prepared[i][name] = np.clip((raw[i][name].astype(np.float64) - mean) / std, low, high)
                 if name in variances[i]:
                     variances[i][name] = variances[i][name] / std**2
@@ -114,7 +114,7 @@ class Combiner:
     def load_state(self, state: Mapping[str, Sequence[float]] | None) -> None:
         """Statistics of rewards that are no longer in the config are dropped. Raises `CheckpointError`."""
         try:
-            found = {name: Moments(int(c), float(m), float(s)) for name, (c, m, s) in (state or {}).items()}
+            running = {name: Moments(int(c), float(m), float(s)) for name, (c, m, s) in (state or {}).items()}
         except (TypeError, ValueError, AttributeError):
             raise CheckpointError("the checkpoint's running reward statistics cannot be read") from None
-        self._running = self._next = {name: moments for name, moments in found.items() if name in self.rewards}
+        self._running = self._next = {name: moments for name, moments in running.items() if name in self.rewards}
