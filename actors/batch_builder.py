@@ -1,20 +1,33 @@
-"""The training side of the flow: admits groups, keeps the ledger, and collects the batch of each step."""
+"""Builds the batch of each optimisation step: admits groups, awaits their scores, hands them to the learner in chunks.
+
+    ledger ──admit──► GroupRun ──await run_group──► scored ──chunks()──► learner ──consumed()──► ended
+
+admission_loop  consumes    free slots of the ledger, prompts in their shuffled order
+                waits for   a policy version that is fresh enough, room at the rollout workers, the end of an evaluation
+                unblocked   by groups that end, by `published`, by `pause(False)`
+chunks          consumes    scored groups, in id order
+                waits for   the next groups of the step, whoever was faster
+                unblocked   by groups that are scored
+
+The batch of a step is the same in every run, whichever worker was faster: `pipeline.rl.ledger`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from actors.dispatcher import Dispatcher, Job
+from actors.group_run import GroupFailed, GroupRun, GroupRunner
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
-from pipeline.core.types import PolicyVersion, PromptItem
+from pipeline.core.types import GroupWork, PolicyVersion, PromptItem
 from pipeline.rl.advantages import AdvantageResult
-from pipeline.rl.group_plan import rollout_call_index, scoring_seed, train_work
+from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index, scoring_seed, train_work
 from pipeline.rl.ledger import FAILED, Ledger
 from pipeline.rl.reward_combiner import Combiner
 
@@ -22,178 +35,215 @@ _MAX_REFILLS = 20  # a step that filters this many times its groups will never f
 log = logging.getLogger("rushes.training")
 
 
-class BatchBuilder:
-    """The `Sink` of training groups."""
+@dataclass(eq=False)
+class StepChunk:
+    """Groups of a step that the learner gets in one call."""
 
-    def __init__(self, cfg: Config, flow: Dispatcher, prompts: Sequence[PromptItem]) -> None:
-        self.cfg, self._flow, self._prompts = cfg, flow, prompts
+    start: int  # place in the batch of the first one; 0 begins the step, again if a group before it was replaced
+    runs: list[GroupRun]
+    so_far: list[GroupRun]  # the batch up to here
+    last: bool  # the chunk ends the step
+    lost: list[int] = field(default_factory=list)  # set by the learner's side: groups whose trajectory is gone
+
+
+class BatchBuilder:
+    """The training groups of a run, and their ledger."""
+
+    def __init__(self, cfg: Config, runner: GroupRunner, prompts: Sequence[PromptItem]) -> None:
+        self.cfg, self._runner, self._prompts = cfg, runner, prompts
         self._version: PolicyVersion | None = None
         self._cursor = PromptCursor(prompts, cfg.run.seed)
         self.ledger = Ledger(
             groups_per_step=cfg.algorithm.groups_per_step,
             max_staleness=cfg.algorithm.max_staleness,
-            max_attempts=cfg.faults.max_attempts,
             max_failed_groups=cfg.faults.max_failed_groups,
             steps=cfg.run.steps,
         )
         self._combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
-        self._scored: dict[int, Job] = {}
-        self._waiting: list[tuple[int, int]] = []  # heap of (step, id): admitted, not submitted yet
+        self._scored: dict[int, GroupRun] = {}
+        self._waiting: list[tuple[int, int]] = []  # heap of (step, id): admitted, not started yet
         self._changed = asyncio.Condition()
         self._paused = True
-        self._boundary = self._state()
-        self.retired = False
-
-    def retire(self) -> None:
-        """Closes these books: the run goes on from a checkpoint with new ones, which admit the same groups again."""
-        self.retired = True
-        self._scored.clear()
+        self._state_at_last_step = self._state()
+        self._tasks: asyncio.TaskGroup | None = None
 
     # ------------------------------------------------------------------------------------------- admission
 
-    async def pump(self) -> None:
-        """Runs for ever: admits groups as slots come free and submits those whose policy version is out."""
+    async def run(self) -> None:
+        """Admits groups and sees them through until it is cancelled, as it is when the run is rolled back. Raises
+        `RunFailed` when too many groups fail, or are filtered."""
+        async with asyncio.TaskGroup() as self._tasks:
+            await self._admission_loop(self._tasks)
+
+    async def _admission_loop(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             async with self._changed:
                 await self._changed.wait_for(self._has_work)
                 while (step := self.ledger.wanted()) is not None:
                     group = self.ledger.admit(step, self._cursor.next().index)
                     heapq.heappush(self._waiting, (step, group.id))
-            while not self._paused and self._may_submit():  # paused: an evaluation began while this waited for room
-                await self._flow.submit(*self._company())
+            while self._may_start():
+                await self._runner.room()
+                if not self._may_start():  # an evaluation began meanwhile
+                    break
+                tasks.create_task(self._run_call(self._next_call()))
+                await asyncio.sleep(0)  # it is waiting for a worker before there is room for the next one
 
     def _has_work(self) -> bool:
-        return not self._paused and (self.ledger.wanted() is not None or self._may_submit())
+        return not self._paused and (self.ledger.wanted() is not None or self._may_start())
 
-    def _may_submit(self) -> bool:
+    def _may_start(self) -> bool:
+        return not self._paused and self._next_is_fresh()
+
+    def _next_is_fresh(self) -> bool:
         return bool(self._waiting) and self.ledger.may_start(self._waiting[0][1])
 
-    def _company(self) -> list[Job]:
-        """The next group that may start, and those that are drawn with it: neighbours in their step (`plan.company`),
-        whoever is faster."""
-        jobs = [self._job(heapq.heappop(self._waiting)[1])]
-        first = self.ledger.groups[jobs[0].group]
+    def _next_call(self) -> list[GroupRun]:
+        """The next group, and those of its step that share its rollout call: fixed by their places in the step, so
+        that results do not depend on timing."""
+        runs = [self._group_run(heapq.heappop(self._waiting)[1])]
+        first = self.ledger.groups[runs[0].group]
         call = rollout_call_index(self.cfg, first.place)
-        while call is not None and self._may_submit():
+        while call is not None and self._next_is_fresh():
             other = self.ledger.groups[self._waiting[0][1]]
             if (other.step, rollout_call_index(self.cfg, other.place)) != (first.step, call):
                 break
-            jobs.append(self._job(heapq.heappop(self._waiting)[1]))
-        return jobs
+            runs.append(self._group_run(heapq.heappop(self._waiting)[1]))
+        return runs
 
-    def _job(self, group: int) -> Job:
-        item = self.ledger.groups[group]
-        work = train_work(self.cfg, group, item.step, self._prompts[item.prompt])
-        return Job(work=work, sink=self, score_seed=scoring_seed(self.cfg, group))
+    def _group_run(self, group: int) -> GroupRun:
+        entry = self.ledger.groups[group]
+        work = train_work(self.cfg, group, entry.step, self._prompts[entry.prompt])
+        return GroupRun(work, scoring_seed(self.cfg, group))
 
     async def pause(self, paused: bool) -> None:
+        """While paused, no further group is started."""
         async with self._changed:
             self._paused = paused
             self._changed.notify_all()
 
-    # ------------------------------------------------------------------------------------------- Sink
+    # ------------------------------------------------------------------------------------------- a group's life
 
+    async def _run_call(self, runs: list[GroupRun]) -> None:
+        """Groups that share a rollout call; each goes on to its scores by itself."""
+        if len(runs) == 1:
+            await self._run_group(runs[0])
+            return
+        await self._runner.rollout_together(runs, self.policy)
+        async with asyncio.TaskGroup() as groups:
+            for run in runs:
+                groups.create_task(self._run_group(run))
+
+    async def _run_group(self, run: GroupRun, lost: str = "") -> None:
+        """From its rollout to the batch of its step, or to its end as filtered or failed. Raises `RunFailed`."""
+        try:
+            await self._runner.run_group(run, self.policy, lost)
+        except GroupFailed as failure:
+            self.ledger.failed(run.group, failure.reason, run.retries)
+            self._check_failures()
+        else:
+            self.ledger.scored(run.group, run.retries)
+            run.retries = 0  # counted
+            self._collect(run)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def policy(self, works: Sequence[GroupWork]) -> PolicyVersion:
+        """The version to draw `works` with, as the ledger notes."""
+        for work in works:
+            self.ledger.start(work.group, self.version.number)
+        return self.version
+
+    @property
     def version(self) -> PolicyVersion:
-        """The newest that the ledger knows of: a worker may ask while the next one is on its way to it."""
+        """The newest one that the ledger knows of, while the next one may be on its way."""
         if self._version is None:
             raise RuntimeError("no version has been published yet")
         return self._version
 
-    def started(self, job: Job, worker: str, version: PolicyVersion) -> int:
-        return self.ledger.start(job.group, worker, version.number)
-
-    def rolled(self, job: Job) -> None:
-        self.ledger.rolled(job.group, job.work.attempt)
-
-    def scoring(self, job: Job) -> None:
-        self.ledger.scoring(job.group, job.work.attempt)
-
-    def rollout_failed(self, job: Job, reason: str) -> bool:
-        return self._after_failure(job, self.ledger.rollout_failed(job.group, job.work.attempt, reason))
-
-    def handed_back(self, job: Job) -> None:
-        self.ledger.handed_back(job.group, job.work.attempt)
-
-    def scoring_failed(self, job: Job, reason: str) -> bool:
-        return self._after_failure(job, self.ledger.scoring_failed(job.group, job.work.attempt, reason))
-
-    def lost(self, job: Job, reason: str) -> bool:
-        self._scored.pop(job.group, None)
-        return self._after_failure(job, self.ledger.lost(job.group, job.work.attempt, reason))
-
-    def _after_failure(self, job: Job, again: bool) -> bool:
-        if not again:
-            if self.ledger.too_many_failures:
-                count = self.ledger.failed_in_row
-                raise RunFailed(
-                    f"{count} group{'s' if count > 1 else ''} in a row failed, each after "
-                    f"{self.cfg.faults.max_attempts} attempts (faults.max_failed_groups: "
-                    f"{self.cfg.faults.max_failed_groups}); the last one in {self.ledger.last_failure}"
-                )
-            self._flow.background(self._wake())
-        return again
-
-    async def _wake(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    async def scored(self, job: Job) -> None:
-        self.ledger.scored(job.group, job.work.attempt)
-        if not self._keeps_media(job.work.step):
-            job.media = None  # scored: nobody needs it any more
-        if self.cfg.algorithm.advantage.zero_std == "filter" and self._combiner.is_flat(job.scores):
-            self._filter(job)
+    def _collect(self, run: GroupRun) -> None:
+        if not self._keeps_media(run.work.step):
+            run.media = None
+        if self.cfg.algorithm.advantage.zero_std == "filter" and self._combiner.is_flat(run.scores):
+            log.info("filtered: all takes have the same reward", extra={"group": run.group})
+            self.ledger.filter(run.group)
+            self._check_filtered(run.work.step)
         else:
-            self._scored[job.group] = job
-        await self._wake()
+            self._scored[run.group] = run
 
-    def _filter(self, job: Job) -> None:
-        log.info("filtered: all takes have the same reward", extra={"group": job.group})
-        self.ledger.filter(job.group)
-        job.media = job.trajectory = None
-        seen = self.ledger.filtered_by_step[job.work.step]
-        if seen >= _MAX_REFILLS * self.cfg.algorithm.groups_per_step:
+    def _keeps_media(self, step: int) -> bool:
+        every = self.cfg.tracking.save_takes_every
+        return every > 0 and (step + 1) % every == 0
+
+    def _check_failures(self) -> None:
+        if self.ledger.too_many_failures:
+            count = self.ledger.failed_in_row
             raise RunFailed(
-                f"step {job.work.step}: {seen} groups had equal rewards in all takes and were filtered; "
+                f"{count} group{'s' if count > 1 else ''} in a row failed, each after "
+                f"{self.cfg.faults.max_attempts} attempts (faults.max_failed_groups: "
+                f"{self.cfg.faults.max_failed_groups}); the last one in {self.ledger.last_failure}"
+            )
+
+    def _check_filtered(self, step: int) -> None:
+        filtered = self.ledger.filtered_by_step[step]
+        if filtered >= _MAX_REFILLS * self.cfg.algorithm.groups_per_step:
+            raise RunFailed(
+                f"step {step}: {filtered} groups had equal rewards in all takes and were filtered; "
                 "check that the reward tells takes apart, raise sampler.noise_level, or set "
                 "algorithm.advantage.zero_std=train"
             )
 
-    def _keeps_media(self, step: int) -> bool:
-        return self.cfg.tracking.save_takes_every > 0 and (step + 1) % self.cfg.tracking.save_takes_every == 0
-
     # ------------------------------------------------------------------------------------------- steps
 
-    async def first(self, learner_version: int, count: int) -> list[Job]:
-        """The first `count` jobs of the next step, in group order, once all of them are scored."""
-        async with self._changed:
-            while (groups := self.ledger.first(learner_version, count)) is None:
-                await self._changed.wait()
-            return [self._scored[group] for group in groups]
+    async def chunks(self, learner_version: int) -> AsyncIterator[StepChunk]:
+        """The batch of the next step in chunks (`group_plan.accumulation_chunks`), each as soon as it is scored; chunks
+        that are scored by then too are joined to it.
 
-    def scored_first(self, learner_version: int) -> int:
-        """How many `first` would give at once."""
-        return self.ledger.scored_first(learner_version)
+        A chunk whose `lost` is set is yielded again once those groups have been drawn again. If one of them fails for
+        good, another group takes its place, and the step begins again with a chunk at 0.
+        """
+        done: list[int] = []
+        left = accumulation_chunks(self.cfg)
+        while left:
+            async with self._changed:
+                while self.ledger.first(learner_version, left[0].stop) is None:
+                    await self._changed.wait()
+            scored = self.ledger.scored_first(learner_version)
+            while len(left) > 1 and left[1].stop <= scored:
+                left[:2] = [range(left[0].start, left[1].stop)]
+            places = left[0]
+            so_far = [self._scored[group] for group in self.ledger.first(learner_version, places.stop) or ()]
+            if [run.group for run in so_far[: places.start]] != done:
+                done, left = [], accumulation_chunks(self.cfg)
+                continue
+            chunk = StepChunk(places.start, so_far[places.start :], so_far, last=len(left) == 1)
+            yield chunk
+            if chunk.lost:
+                self._draw_again(chunk.lost)
+            else:
+                done = [run.group for run in so_far]
+                del left[0]
 
-    def advantages(self, jobs: list[Job]) -> AdvantageResult:
-        return self._combiner.step([job.scores for job in jobs])
-
-    async def trajectories_lost(self, groups: list[int]) -> None:
-        """Their node died between scoring and training: roll them out again."""
+    def _draw_again(self, groups: list[int]) -> None:
+        """Their node died between scoring and training."""
         for group in groups:
-            job = self._scored[group]
-            if self.lost(job, f"group {group}: its trajectory was lost with its node"):
-                await self._flow.again(job)
-        await self._wake()
+            run = self._scored.pop(group)
+            self.ledger.lost(group)
+            reason = f"group {group}: its trajectory was lost with its node"
+            assert self._tasks is not None  # a group has been scored
+            self._tasks.create_task(self._run_group(run, lost=reason))
 
-    def consumed(self, jobs: list[Job], learner_version: int) -> None:
-        """The learner has trained on `jobs`; their data is freed."""
-        self.ledger.trained([job.group for job in jobs], learner_version)
-        for job in jobs:
-            del self._scored[job.group]
-            job.trajectory = None
+    def advantages(self, runs: list[GroupRun]) -> AdvantageResult:
+        return self._combiner.step([run.scores for run in runs])
+
+    def consumed(self, runs: list[GroupRun], learner_version: int) -> None:
+        """The learner has trained on `runs`; their data is freed."""
+        self.ledger.trained([run.group for run in runs], learner_version)
+        for run in runs:
+            del self._scored[run.group]
+            run.trajectory = None
         self._combiner.commit()
-        self._boundary = self._state()
+        self._state_at_last_step = self._state()
 
     async def published(self, version: PolicyVersion) -> None:
         """Groups are drawn with `version` from now on."""
@@ -205,22 +255,23 @@ class BatchBuilder:
     # ------------------------------------------------------------------------------------------- state
 
     def _state(self) -> dict[str, Any]:
+        """All three parts are made anew: what happens next does not show in them."""
         return {
             "cursor": self._cursor.state(),
             "ledger": self.ledger.state(),
             "rewards": self._combiner.state(),
-        }  # all three made anew: what happens next does not show in them
+        }
 
     def state(self) -> dict[str, Any]:
         """As of the last completed step; groups admitted since are admitted again by the resumed run."""
-        return self._boundary
+        return self._state_at_last_step
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._cursor.load_state(state["cursor"])
         self.ledger.load_state(state["ledger"])
         self._combiner.load_state(state.get("rewards"))
         self._waiting = sorted((group.step, group.id) for group in self.ledger.groups.values())
-        self._boundary = self._state()
+        self._state_at_last_step = self._state()
 
     @property
     def takes(self) -> int:

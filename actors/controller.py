@@ -1,18 +1,20 @@
-"""The controller actor: runs the loop, says how it goes, stops it, and sees that every end is a proper one."""
+"""The controller actor: runs the training loop, reports progress, shuts down cleanly."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+from actors.ray_errors import describe, first_error
 from actors.ray_options import RunContext
 from actors.role_actor import RoleActor
 from actors.train_loop import Stopped, TrainLoop
 from pipeline.core.errors import RunFailed, RushesError
+from pipeline.runs.snapshot import RunSnapshot
 
 
 class Controller(RoleActor):
-    """An asyncio actor: `run` is the whole run, `progress` and `stop` answer while it goes on.
+    """An asyncio actor: `run` is the whole run, `progress`, `scale` and `stop` answer meanwhile.
 
     It owns every object that passes between the roles, so results stay readable when the worker that made them dies;
     and it owns the other actors, so they end with it.
@@ -30,18 +32,9 @@ class Controller(RoleActor):
         """Runs to the end, or until stopped. Returns what the summary needs; raises `RushesError`."""
         loop = self._loop = TrainLoop(self.ctx, self._resume_from, self._stop_asked)
         try:
-            try:
-                await loop.start()
-                await loop.run()
-                status = "finished"
-            except Stopped:
-                await loop.save_and_stop()
-                status = "stopped"
-            result = await loop.finish(status)
-            return result | {"peaks": result["peaks"] | {self.name: self.info()["peak_rss"]}}
+            result = await self._supervised(loop)
         except RunFailed as error:
             self.log.error("the run failed: %s", error)
-            await loop.rescue()
             raise
         except RushesError as error:
             self.log.error("%s", error)
@@ -51,6 +44,36 @@ class Controller(RoleActor):
             raise
         finally:
             await loop.close()
+        return result | {"peaks": result["peaks"] | {self.name: self.info()["peak_rss"]}}
+
+    async def _supervised(self, loop: TrainLoop) -> dict[str, Any]:
+        """The loop beside its background tasks: the first failure of either ends both, and is raised."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                main = tasks.create_task(self._to_the_end(loop, tasks))
+        except BaseExceptionGroup as failures:
+            failure = first_error(failures)
+            if not main.cancelled():  # the loop's own failure
+                raise failure from None
+            if not isinstance(failure, RushesError):
+                self.log.error("a background task failed", exc_info=failure)
+                failure = RunFailed(f"controller: {describe(failure)} (see {self.ctx.run.log})")
+            if isinstance(failure, RunFailed):
+                await loop.rescue()
+            raise failure from None
+        return main.result()
+
+    async def _to_the_end(self, loop: TrainLoop, background: asyncio.TaskGroup) -> dict[str, Any]:
+        try:
+            await loop.start(background)
+            await loop.run()
+            status = "finished"
+        except Stopped:
+            await loop.save_and_stop()
+            status = "stopped"
+        result = await loop.finish(status)
+        await loop.end_background()
+        return result
 
     async def stop(self) -> None:
         """Nothing new is begun; the last completed step is saved."""
@@ -66,14 +89,13 @@ class Controller(RoleActor):
         """
         if self._loop is None:
             raise RushesError("the run is still starting; try again in a few seconds")
-        return await self._loop.scale(targets)
+        return self._loop.scale(targets)
 
     async def progress(self, since: int) -> dict[str, Any]:
-        """What to show; `records` are those of the steps after the first `since`, `recorded` is how many there were."""
+        """A `RunSnapshot`; its `records` are those of the steps after the first `since`, or the last n of them (-n)."""
         if self._loop is None:
-            nothing: dict[str, Any] = {"records": [], "recorded": 0, "evals": [], "roles": {}, "pids": {}}
-            return {"state": "starting", "step": 0, "steps": self.cfg.run.steps, **nothing}
-        return self._loop.snapshot(since)
+            return RunSnapshot(state="starting", step=0, steps=self.cfg.run.steps).to_dict()
+        return self._loop.snapshot(since).to_dict()
 
     async def read_log(self, offset: int) -> dict[str, Any]:
         """run.log from byte `offset` on, at most 1 MiB of it, whole lines: {"text": ..., "offset": of the rest}."""

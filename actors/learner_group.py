@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -15,11 +17,12 @@ from ray import exceptions as rx
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.learner_rank import LearnerActor
+from actors.learner_rank import LearnerActor, TrainGroup, TrainStepResult
 from actors.ray_errors import describe, is_deterministic, root
 from actors.ray_options import MAX_START_S, RunContext, actor_env, cores, ray_resources
-from actors.worker_pool import STARTING, WorkerSlot
+from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.core.errors import RunFailed
+from pipeline.core.types import PolicyVersion
 
 MAX_WAIT_S = 1800.0  # for room in the cluster; an autoscaled GPU node takes minutes
 FIRST_SAID_S, SAY_EVERY_S = 2.0, 15.0  # while waiting
@@ -48,7 +51,7 @@ class LearnerGroup:
     @property
     def alive(self) -> bool:
         """Whether all ranks have come up, and none is known to have died."""
-        return all(slot.info for slot in self.slots)
+        return all(slot.alive for slot in self.slots)
 
     # ------------------------------------------------------------------------------------------- start and end
 
@@ -88,7 +91,7 @@ class LearnerGroup:
         """Waits, and says so after `silent_s`; gives up with `RunFailed` after `MAX_WAIT_S`."""
         task, started = asyncio.ensure_future(wanted), time.monotonic()
         for slot in self.slots:
-            slot.doing = waiting
+            slot.activity = waiting
         pause = min(silent_s, MAX_WAIT_S)
         try:
             while not (await asyncio.wait({task}, timeout=pause))[0]:
@@ -110,7 +113,7 @@ class LearnerGroup:
         threads = self.cfg.threads or max(1, cores() // len(self.slots))
         for rank, slot in enumerate(self.slots):
             slot.generation += 1
-            slot.info, slot.doing = {}, STARTING
+            slot.state, slot.activity = WorkerState.STARTING, "starting"
             suffix = f"#{slot.generation}" if slot.generation > 1 else ""
             options: dict[str, Any] = {
                 "name": f"{self.ctx.run.name}/{slot.name}{suffix}",
@@ -125,10 +128,8 @@ class LearnerGroup:
         # Its node may have gone since: then Ray looks for another one.
         first_words = self._all("starting", [slot.actor.info.remote() for slot in self.slots])
         infos = await self._patiently(first_words, f"starting {len(self.slots)} process(es)", SAY_EVERY_S)
-        for slot in self.slots:
-            slot.doing = STARTING
         for slot, info in zip(self.slots, infos, strict=True):
-            slot.host = info["host"]
+            slot.host, slot.activity = info["host"], "starting"
         on_node = Counter(info["node"] for info in infos)
         address = None
         if len(self.slots) > 1:
@@ -138,19 +139,19 @@ class LearnerGroup:
             for rank, (slot, info) in enumerate(zip(self.slots, infos, strict=True))
         ]
         try:
-            answers = await asyncio.wait_for(self._all("starting", calls), MAX_START_S)
+            async with asyncio.timeout(MAX_START_S):
+                answers = await self._all("starting", calls)
         except TimeoutError:
             raise LearnerLost(f"{self.main.place}: starting took more than {MAX_START_S:.0f} s") from None
         for slot, info in zip(self.slots, answers, strict=True):
-            slot.info, slot.doing = info, "idle"
+            slot.info = info
+            slot.set_idle()
             log.info("%s is process %d on %s", slot.name, info["pid"], slot.host)
 
     def kill(self) -> None:
         """All ranks; their room stays theirs."""
         for slot in self.slots:
-            if slot.handle is not None:
-                ray.kill(slot.handle, no_restart=True)
-            slot.handle, slot.info, slot.doing = None, {}, STARTING
+            slot.kill()
 
     def stop(self) -> None:
         self.kill()
@@ -158,35 +159,46 @@ class LearnerGroup:
             remove_placement_group(self._room)
             self._room = None
         for slot in self.slots:
-            slot.doing = "stopped"
+            slot.activity = "stopped"
 
     # ------------------------------------------------------------------------------------------- calls
 
-    async def ask(self, method: str, *args: Any) -> Any:
-        """Calls `method` of every rank; rank 0's answer. Raises the ranks' `RushesError`, or `LearnerLost`."""
-        what = method.replace("_", " ")
-        self._begin(what)
-        answers = await self._all(what, [getattr(slot.actor, method).remote(*args) for slot in self.slots])
-        self._end()
+    # Each is made of every rank, and raises the ranks' `RushesError`, or `LearnerLost`.
+
+    async def train_step(self, groups: list[TrainGroup], first: int, last: bool) -> TrainStepResult:
+        """See `LearnerActor.train_step`."""
+        return await self._call("train step", "train_step", groups, first, last)
+
+    async def save(self, root: Path, controller: dict[str, Any], keep: int) -> str:
+        """Writes checkpoint `root/step-<version>` with the controller's state; returns its path."""
+        return await self._call("save", "save", str(root), controller, keep)
+
+    async def export(self, out: Path) -> str:
+        """Writes the trained policy for plain diffusers; returns the path."""
+        return await self._call("export", "export", str(out))
+
+    async def policy_version(self, tag: Literal["train", "ema"]) -> PolicyVersion:
+        """The present weights. Their reference is owned by this process, so they outlive the learner."""
+        with self._busy("packing weights") as activity:
+            calls = [slot.actor.weights.options(num_returns=2).remote(tag) for slot in self.slots]
+            about = (await self._all(activity, [about for about, _ in calls]))[0]
+        return PolicyVersion(number=about["number"], tag=tag, checksum=about["checksum"], weights=calls[0][1])
+
+    async def _call(self, activity: str, method: str, *args: Any) -> Any:
+        """Rank 0's answer."""
+        with self._busy(activity):
+            answers = await self._all(activity, [getattr(slot.actor, method).remote(*args) for slot in self.slots])
         return answers[0]
 
-    async def weights(self, tag: Literal["train", "ema"]) -> tuple[dict[str, Any], ray.ObjectRef]:
-        """({"number", "checksum"}, reference of the weights, owned by this process). Raises as `ask` does."""
-        self._begin("packing weights")
-        calls = [slot.actor.weights.options(num_returns=2).remote(tag) for slot in self.slots]
-        about = await self._all("packing weights", [about for about, _ in calls])
-        self._end()
-        return about[0], calls[0][1]
-
-    def _begin(self, what: str) -> None:
+    @contextlib.contextmanager
+    def _busy(self, activity: str) -> Iterator[str]:
         if not self.alive:
-            raise LearnerLost(f"{self.main.place}: {what} failed: it is not running")
+            raise LearnerLost(f"{self.main.place}: {activity} failed: it is not running")
         for slot in self.slots:
-            slot.doing = what
-
-    def _end(self) -> None:
+            slot.state, slot.activity = WorkerState.BUSY, activity
+        yield activity
         for slot in self.slots:
-            slot.doing = "idle"
+            slot.set_idle()
 
     async def _all(self, what: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:
         """All answers (`calls` in rank order). As soon as a rank fails, raises its `RushesError`, or `LearnerLost` with
@@ -207,7 +219,7 @@ class LearnerGroup:
         if is_deterministic(error):
             raise root(error) from None  # as it was raised, out of Ray's wrappers
         for each in self.slots:
-            each.info = {}
+            each.state = WorkerState.DEAD
         raise LearnerLost(f"{slot.place}: {what} failed: {describe(error)}") from error
 
 

@@ -6,7 +6,7 @@ Every rank gets every call, in the same order (`actors.learner_group`); what com
 from __future__ import annotations
 
 import socket
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,23 @@ from actors.ray_options import cores
 from actors.role_actor import RoleActor, use_threads
 from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
 from pipeline.runs import checkpoint, remote_sync
+
+
+@dataclass(frozen=True, slots=True)
+class TrainGroup:
+    """One group of a `train_step` call."""
+
+    group: int
+    trajectory: ray.ObjectRef  # of a Trajectory; each rank reads those that it replays
+    advantages: np.ndarray  # float32 [K]
+    micro_batches: tuple[MicroBatchSpec, ...] | None  # None: one rank, which reads them from the trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStepResult:
+    version: int  # of the learner after the call
+    metrics: dict[str, float] = field(default_factory=dict)  # of the step, after its last call
+    lost: list[int] = field(default_factory=list)  # groups whose trajectories are gone; then nothing has changed
 
 
 class LearnerActor(RoleActor):
@@ -54,35 +71,26 @@ class LearnerActor(RoleActor):
                 self.learner.load_state(tensors, state["learner"])
         return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
 
-    def train_step(
-        self,
-        groups: list[tuple[int, ray.ObjectRef, np.ndarray, tuple[MicroBatchSpec, ...] | None]],
-        first: int,
-        last: bool,
-    ) -> dict[str, Any]:
-        """`groups`: (id, trajectory reference, advantages [K], micro-batch specs) in id order, from position `first` of
-        the step, which ends with them if `last`. Of several ranks, each reads the trajectories that it replays.
-
-        Returns {"metrics": ..., "version": ...} (without metrics before the last); or {"lost": [ids]} with nothing
-        changed, when trajectories are gone.
-        """
+    def train_step(self, groups: list[TrainGroup], first: int, last: bool) -> TrainStepResult:
+        """`groups`: in id order, at the places from `first` on of the step, which ends with them if `last`."""
         with self.doing(f"training step {self.learner.version}"):
-            batch = [GroupBatch(trajectory=None, advantages=each, micro_batches=specs) for _, _, each, specs in groups]
+            batch = [
+                GroupBatch(trajectory=None, advantages=g.advantages, micro_batches=g.micro_batches) for g in groups
+            ]
             lost = []
             for at in sorted(self.learner.groups_to_read(batch, first, last)):
-                group, reference, *_ = groups[at]
                 try:
-                    batch[at] = replace(batch[at], trajectory=ray.get(reference))
+                    batch[at] = replace(batch[at], trajectory=ray.get(groups[at].trajectory))
                 except Exception as error:
                     if not is_lost(error):
                         raise
-                    self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": group})
-                    lost.append(group)
-            lost = self.learner.distributed.union(lost, [group for group, *_ in groups])
+                    self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": groups[at].group})
+                    lost.append(groups[at].group)
+            lost = self.learner.distributed.union(lost, [g.group for g in groups])
             if lost:
-                return {"lost": lost}
+                return TrainStepResult(self.learner.version, lost=lost)
             metrics = self.learner.train_step(batch, first, last)
-        return {"metrics": metrics, "version": self.learner.version}
+        return TrainStepResult(self.learner.version, metrics=metrics or {})
 
     def weights(self, tag: Literal["train", "ema"]) -> tuple[dict[str, Any], WeightSet]:
         """Two objects: {"number", "checksum"} and the weights. The caller owns both."""

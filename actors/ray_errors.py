@@ -1,4 +1,4 @@
-"""From Ray's exceptions to the one line that a person needs: who, where, and the root cause."""
+"""Classifies exceptions of actor calls, and turns them into one line: who, where, and the root cause."""
 
 from __future__ import annotations
 
@@ -21,24 +21,32 @@ _LOST = (
 
 
 def root(error: BaseException) -> BaseException:
-    """The exception that the remote code raised, out of Ray's wrappers."""
+    """The exception that the remote code raised, without Ray's wrappers."""
     while isinstance(error, rx.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
+def first_error(error: BaseException) -> BaseException:
+    """The first failure inside the exception group of a `TaskGroup`, however deep; any other exception as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        error.__traceback__ = None  # it leads back to the group: what its frames hold would wait for the collector
+        error = error.exceptions[0]
+    return error
+
+
 def is_lost(error: BaseException) -> bool:
-    """An object of the object store is gone (its node or owner died); making it anew helps."""
+    """An object of the object store is gone (its node or owner died); it has to be computed again."""
     return isinstance(root(error), _LOST)
 
 
 def is_deterministic(error: BaseException) -> bool:
-    """The input's fault: the same actor would say the same again, so replacing it does not help."""
+    """The input's or the configuration's fault: another actor would fail in the same way."""
     return isinstance(root(error), RushesError)
 
 
 class WorkerPreempted(RuntimeError):
-    """A worker was asked to end (SIGTERM) and hands back the group that it was given."""
+    """A worker that is shutting down (SIGTERM) refuses a call; its groups go to another worker."""
 
 
 def is_preempted(error: BaseException) -> bool:

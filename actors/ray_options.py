@@ -1,4 +1,4 @@
-"""How Ray starts and reaches an actor: the run's context, environment variables, resources, packed arguments."""
+"""How actors are started and called: the run's context, environment variables, resources, serialised arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_START_S = 1800.0  # loading a model from a slow disk may take long; beyond t
 
 @dataclass(frozen=True)
 class RunContext:
-    """What an actor needs to know of its run."""
+    """The run that an actor belongs to."""
 
     cfg: Config
     run_path: str  # absolute
@@ -30,28 +30,29 @@ class RunContext:
 
 
 def to_bytes(value: Any) -> bytes:
-    """Small things for a call of an actor, as one bytes object, without references. Ray's own way of sending what is no
-    plain number or text costs the caller as much again as the whole call: it makes a pickler for each argument."""
+    """Pickles small arguments of an actor call, which hold no references. Ray makes a pickler for each argument that is
+    no plain number, text or bytes, which costs the caller as much again as the whole call."""
     return pickle.dumps(value, protocol=5)
 
 
 def from_bytes(data: bytes) -> Any:
-    """What `to_bytes` was given. It comes from the controller, through Ray, which unpickles all else that it sends."""
+    """The inverse of `to_bytes`. The data comes from the controller, through Ray, which unpickles all it sends."""
     return pickle.loads(data)
 
 
 def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-# glibc gives large blocks back at every `free`, and each activation on the CPU is then paged in anew. Kept, they are
-# used again: a third of the page faults of a quickstart's pass. Other allocators read other names.
+# glibc returns large blocks to the system at every `free`, so that each activation on the CPU is paged in anew. Kept,
+# they are used again, with a third of the page faults in a quickstart. Other allocators ignore these variables.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
 def actor_env(threads: int) -> dict[str, str]:
-    """Environment of an actor's process. Passive waiting: several processes share the cores, and OpenMP's active
-    waiting would make single calls many times slower."""
+    """Environment of an actor's process. Several processes share the cores, where OpenMP's active waiting would make
+    single calls many times slower."""
     env = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **KEPT_MEMORY}
     if threads:
         env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -59,23 +60,23 @@ def actor_env(threads: int) -> dict[str, str]:
 
 
 def merged_env(runtime_env: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """A role's own Ray runtime environment with the variables that every actor gets; its own win."""
-    own = dict(runtime_env)
-    if "py_executable" in own:
-        # Another environment's python would not find this project. Where it is installed among other packages, these
-        # would come before the environment's own: then the environment itself must know the folder (main.pth).
+    """A role's Ray runtime environment with the variables of `actor_env` added, unless it sets them itself."""
+    env = dict(runtime_env)
+    if "py_executable" in env:
+        # Another environment's python would not find this project. But where it is installed among other packages,
+        # those would come before the environment's: then the environment must know the folder itself (main.pth).
         root = "" if PROJECT.name == "site-packages" else str(PROJECT)
-        command = str(own["py_executable"])
-        if "/" in command:  # relative to where the run was started; Ray would take it from a folder of its own
-            own["py_executable"] = os.path.abspath(command)
-        given = own.get("env_vars", {}).get("PYTHONPATH", "")
-        path = os.pathsep.join(filter(None, (given, root)))
-        own["env_vars"] = {**own.get("env_vars", {}), **({"PYTHONPATH": path} if path else {})}
-    return {**own, "env_vars": {**actor_env(threads), **own.get("env_vars", {})}}
+        command = str(env["py_executable"])
+        if "/" in command:  # relative to where the run was started; Ray would resolve it in another folder
+            env["py_executable"] = os.path.abspath(command)
+        configured = env.get("env_vars", {}).get("PYTHONPATH", "")
+        path = os.pathsep.join(filter(None, (configured, root)))
+        env["env_vars"] = {**env.get("env_vars", {}), **({"PYTHONPATH": path} if path else {})}
+    return {**env, "env_vars": {**actor_env(threads), **env.get("env_vars", {})}}
 
 
 def ray_resources(resources: Mapping[str, float]) -> dict[str, Any]:
-    """A role's `resources` as options of a Ray actor; CPU, GPU and memory (bytes) have options of their own there."""
-    own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-    options: dict[str, Any] = {own[name]: amount for name, amount in resources.items() if name in own}
-    return {**options, "resources": {name: amount for name, amount in resources.items() if name not in own}}
+    """A role's `resources` as options of a Ray actor, which has separate ones for CPU, GPU and memory (bytes)."""
+    separate = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {separate[name]: amount for name, amount in resources.items() if name in separate}
+    return {**options, "resources": {name: amount for name, amount in resources.items() if name not in separate}}

@@ -1,37 +1,28 @@
-"""A reward server: one scorer. It is handed media only, never latents."""
+"""A reward server: one scorer in an actor. It is given media, never latents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from actors.group_run import ScoreRequest
 from actors.ray_options import from_bytes
 from actors.role_actor import RoleActor
 from pipeline.core.errors import RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """What is to be scored of one group, but for its media."""
-
-    group: int
-    prompts: tuple[PromptItem, ...]  # [K]
-    seed: int | None  # frame picks of training, the same for all takes of the group; None: centre picks (evaluation)
-
-
 class RewardServer(RoleActor):
     role = "reward"
-    hands_back = True
+    drains_on_sigterm = True
 
     def start(self, reward: str, prompts: Sequence[PromptItem]) -> dict[str, Any]:
-        """Builds the scorer of `rewards.<reward>` and warms it up on a grey take of one of these prompts.
+        """Builds the scorer of `rewards.<reward>` and warms it up on a grey take of the first prompt.
 
-        Raises `RushesError`, also when what the scorer asks cannot be reached. A scorer that refuses the grey take
-        starts all the same.
+        Raises `RushesError`, also when a service that the scorer calls cannot be reached. A scorer that refuses the
+        grey take starts all the same.
         """
         from pipeline.rewards.runner import build_reward
 
@@ -48,31 +39,32 @@ class RewardServer(RoleActor):
                 self.log.info("not warmed up: %s", error)
         return self.info()
 
-    def score(self, order: bytes, *media: Media) -> list[RewardScores | RewardError]:
-        """`order`: list[Asked], packed. One outcome per group, whose media come one by one; see
-        `pipeline.rewards.batching`.
+    def score(self, request: bytes, *media: Media) -> list[RewardScores | RewardError]:
+        """Scores groups together: one outcome per group (`pipeline.rewards.batching`).
 
-        Raises `RuntimeError` when nothing can be scored any more, not even what could be at the start: this server is
-        ill, and another one shall be started.
+        `request`: `to_bytes` of list[ScoreRequest]. `media`: of each group, as an argument of its own, so that Ray
+        fetches it. Raises `RuntimeError` when no group could be scored and the health probe fails too; the pool then
+        replaces this server.
         """
         from pipeline.rewards.batching import Takes, score_groups
 
-        asked: list[ScoreRequest] = from_bytes(order)
-        first = asked[0].group
-        names = f"group {first}" if len(asked) == 1 else f"groups {', '.join(str(one.group) for one in asked)}"
+        requests: list[ScoreRequest] = from_bytes(request)
+        first = requests[0].group
+        names = f"group{'s' * (len(requests) > 1)} {', '.join(str(each.group) for each in requests)}"
         with self.doing(f"scoring {names}", first):
-            groups = [Takes(shown, one.prompts, one.seed) for one, shown in zip(asked, media, strict=True)]
+            groups = [Takes(frames, each.prompts, each.seed) for each, frames in zip(requests, media, strict=True)]
             outcomes = score_groups(self.runner, groups)
-            for one, outcome in zip(asked, outcomes, strict=True):
+            for each, outcome in zip(requests, outcomes, strict=True):
                 if isinstance(outcome, RewardError):
-                    self.log.error("scoring failed: %s", outcome, exc_info=outcome, extra={"group": one.group})
+                    self.log.error("scoring failed: %s", outcome, exc_info=outcome, extra={"group": each.group})
             failed = [o for o in outcomes if isinstance(o, RewardError) and not isinstance(o, RewardUnavailable)]
-            self.metrics.takes(sum(len(one.prompts) for one in asked))
+            self.metrics.takes(sum(len(each.prompts) for each in requests))
             if self.warm and len(failed) == len(outcomes):
                 self._check_health(failed[0])
         return outcomes
 
     def _check_health(self, failure: RewardError) -> None:
+        """Scores the grey take again. Raises `RuntimeError` when that fails."""
         try:
             self.runner.run(*self.sample, None)
         except RewardUnavailable:
@@ -81,7 +73,7 @@ class RewardServer(RoleActor):
             raise RuntimeError(f"no longer scores what it scored at its start; {failure}") from failure
 
     def _sample(self, prompt: PromptItem) -> tuple[Media, list[PromptItem]]:
-        """Grey takes of the configured size, without their memory: one, or two where takes are compared."""
+        """A grey take of the configured size, or two where takes are compared; they share one value in memory."""
         generator, takes = self.cfg.generator, 2 if self.runner.scorer.relative else 1
         shape = (takes, generator.num_frames, generator.height, generator.width, 3)
         grey = np.broadcast_to(np.asarray(128, np.uint8), shape)

@@ -1,4 +1,4 @@
-"""What every role actor shares: its log, its threads, and what it says about itself."""
+"""Base class of the actors: logging, SIGTERM, phase timing, and the facts an actor reports about itself."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ IDLE = "idle"
 
 
 class RoleActor:
-    """Base of the actor classes. `name` is e.g. `rollout-0`; it is also the label in the Ray dashboard."""
+    """Base of the actor classes. `name`, such as `rollout-0`, is also its label in the Ray dashboard."""
 
     role = "actor"
-    hands_back = False  # whether SIGTERM lets it finish the group in hand; else Ray's handler ends it at once
+    drains_on_sigterm = False  # whether it finishes its current call after SIGTERM; else Ray's handler ends it at once
 
     def __init__(self, ctx: RunContext, name: str) -> None:
         self.ctx, self.cfg, self.name = ctx, ctx.cfg, name
@@ -38,15 +38,15 @@ class RoleActor:
         self.log = logging.getLogger(f"rushes.{self.role}")
         self.phase, self.since = "starting", time.time()
         self.metrics = RoleMetrics(ctx.run.name, self.role, name)
-        self.going = False
-        if self.hands_back:
-            with contextlib.suppress(ValueError):  # not in the main thread: Ray's own handler ends the process at once
+        self.draining = False
+        if self.drains_on_sigterm:
+            with contextlib.suppress(ValueError):  # not in the main thread: Ray's handler stays, and ends it at once
                 signal.signal(signal.SIGTERM, self._sigterm)
 
     def _sigterm(self, number: int, frame: Any) -> None:
-        """A pre-empted machine says so with SIGTERM: what is in hand is finished, nothing new is begun."""
-        self.log.warning("asked to end (SIGTERM) while %s", self.phase)
-        self.going = True
+        """The machine is about to be taken away: the current call is finished, further ones are refused."""
+        self.log.warning("shutting down (SIGTERM) while %s", self.phase)
+        self.draining = True
         if self.phase == IDLE:
             sys.exit(0)
 
@@ -54,7 +54,7 @@ class RoleActor:
         return f"{self.ctx.run.name}/{self.name}"
 
     def info(self) -> dict[str, Any]:
-        """Who and where this actor is, and its memory in bytes (now and at its peak)."""
+        """Name, process, host and node of the actor, its memory in bytes (now and at its peak), and its phase."""
         context = ray.get_runtime_context()
         return {
             "name": self.name,
@@ -69,9 +69,10 @@ class RoleActor:
 
     @contextlib.contextmanager
     def doing(self, phase: str, group: int | None = None) -> Iterator[None]:
-        """Marks what the actor does; an exception is written to run.log with its traceback and goes on."""
-        if self.going:
-            raise WorkerPreempted("it was asked to end (SIGTERM), and finished what it had in hand")
+        """Marks and times a phase. An exception is logged with its traceback and raised again. Raises
+        `WorkerPreempted` while the actor is shutting down."""
+        if self.draining:
+            raise WorkerPreempted("it is shutting down (SIGTERM) and takes no further call")
         self.phase, self.since = phase, time.time()
         started = time.perf_counter()
         try:
@@ -85,7 +86,7 @@ class RoleActor:
 
 
 def use_threads(threads: int) -> None:
-    """Compute threads of torch in this process."""
+    """Sets the compute threads of torch in this process."""
     import torch
 
     torch.set_num_threads(max(1, threads))

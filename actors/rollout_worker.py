@@ -22,7 +22,7 @@ class RolloutWorker(RoleActor):
     """Draws a group only with the very version it was told to use, once it holds weights of that version's checksum."""
 
     role = "rollout"
-    hands_back = True
+    drains_on_sigterm = True
 
     def start(self, prompts: list[PromptItem]) -> dict[str, Any]:
         """Loads and probes the generator (with these prompts). Raises `RushesError` when it cannot be a policy."""

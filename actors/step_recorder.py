@@ -9,16 +9,17 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
-from actors.dispatcher import Dispatcher, Job
+from actors.group_run import GroupRun
 from actors.prometheus import RunMetrics
 from actors.ray_errors import describe, is_lost
 from actors.ray_options import RunContext
+from actors.worker_pool import WorkerPool
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger
 from pipeline.runs.tracking import make_tracker
@@ -45,24 +46,30 @@ class Recent:
 
 
 class Recorder:
-    """`fatal` gets the exception of a file that could not be written. Raises `ConfigError` when a tracker fails."""
+    """Raises `ConfigError` when a tracker fails to start."""
 
-    def __init__(self, ctx: RunContext, flow: Dispatcher, fatal: asyncio.Future) -> None:
-        self.ctx, self.cfg, self._flow, self._fatal = ctx, ctx.cfg, flow, fatal
+    def __init__(self, ctx: RunContext, pools: Sequence[WorkerPool]) -> None:
+        self.ctx, self.cfg, self._pools = ctx, ctx.cfg, pools
         self.recent = Recent()
         self._tracker = make_tracker(self.cfg, ctx.run.path)
         self._gauges = RunMetrics(ctx.run.name)
         self._writer = ThreadPoolExecutor(1, "writer")
         self._own_s = time.process_time()
-        self._busy: set[asyncio.Future] = set()
+        self._writes: set[asyncio.Future] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def watch(self) -> None:
+        """Waits for the first write that fails, and raises its exception. The writes themselves are no tasks of the
+        run's task group: they are finished even when the run fails."""
+        await self._failure
 
     # ------------------------------------------------------------------------------------------- metrics
 
-    def step(self, step: int, metrics: dict[str, float], jobs: list[Job], ledger: Ledger) -> None:
-        """Records optimisation step `step` (counted after it) and lets go of the jobs' media."""
+    def step(self, step: int, metrics: dict[str, float], runs: list[GroupRun], ledger: Ledger) -> None:
+        """Records optimisation step `step` (counted after it) and lets go of the runs' media."""
         metrics = {
             **metrics,
-            **self._parts(jobs),
+            **self._parts(runs),
             "groups/filtered": float(ledger.ended["filtered"]),
             "groups/failed": float(ledger.ended["failed"]),
             "retries": float(ledger.retries),
@@ -71,10 +78,10 @@ class Recorder:
         self._gauges.set({**metrics, "step": step})
         self._write(self._tracker.log, step, metrics)
         if self.cfg.tracking.save_takes_every and step % self.cfg.tracking.save_takes_every == 0:
-            kept = [(job, job.media) for job in jobs if job.media is not None]
+            kept = [(run, run.media) for run in runs if run.media is not None]
             self._watch(asyncio.ensure_future(self._keep_takes(kept, step)))
-        for job in jobs:
-            job.media = None
+        for run in runs:
+            run.media = None
 
     def evaluation(self, record: dict[str, Any], media: Media | None) -> None:
         values = {"heldout/mean": record["mean"]}
@@ -86,16 +93,15 @@ class Recorder:
         if media is not None:
             self._write(self._tracker.log_media, record["step"], "heldout", media)
 
-    def times(self, jobs: list[Job], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
+    def times(self, runs: list[GroupRun], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
         """Seconds: of the step, and that each role was busy with it (per worker; of this process: computed); and the
         queues."""
         own_s, self._own_s = time.process_time() - self._own_s, time.process_time()
-        workers = {pool.name: max(1, len(pool.ready)) for pool in self._flow.pools}
-        rollout = sum(job.meta.seconds["total"] for job in jobs) / workers["rollout"]
+        workers = {pool.name: max(1, len(pool.alive)) for pool in self._pools}
+        rollout = sum(run.meta.seconds["total"] for run in runs) / workers["rollout"]
         score = {
-            name: sum(job.scores[name].seconds for job in jobs) / workers[f"reward.{name}"] for name in self.cfg.rewards
+            name: sum(run.scores[name].seconds for run in runs) / workers[f"reward.{name}"] for name in self.cfg.rewards
         }
-        self._flow.tender.step(step_s)
         times = {
             "time/step": step_s,
             "time/rollout": rollout,
@@ -103,68 +109,68 @@ class Recorder:
             "time/learn": learned_s,
             "time/sync": sync_s,
             "time/controller": own_s,
-            "takes_per_s": self.cfg.algorithm.group_size * len(jobs) / step_s,
+            "takes_per_s": self.cfg.algorithm.group_size * len(runs) / step_s,
         }
         times |= {f"workers/{name}": float(count) for name, count in workers.items()}
         times |= {f"time/score/{name}": seconds for name, seconds in score.items()}
-        for queue in self._flow.queues:
-            times |= {f"queue/{queue.name}/{key}": value for key, value in queue.drain_stats().items()}
+        for pool in self._pools:
+            times |= {f"queue/{pool.name}/{key}": value for key, value in pool.backlog.drain_stats().items()}
         return times
 
-    def _parts(self, jobs: list[Job]) -> dict[str, float]:
+    def _parts(self, runs: list[GroupRun]) -> dict[str, float]:
         """Means of the scorers' auxiliary outputs; NaN means that a part does not apply to the prompt."""
-        found: dict[str, float] = {}
+        means: dict[str, float] = {}
         for name in self.cfg.rewards:
-            for part in dict.fromkeys(part for job in jobs for part in job.scores[name].parts):
-                values = [float(v) for job in jobs for v in job.scores[name].parts.get(part, ()) if v == v]
+            for part in dict.fromkeys(part for run in runs for part in run.scores[name].parts):
+                values = [float(v) for run in runs for v in run.scores[name].parts.get(part, ()) if v == v]
                 if values:
-                    found[f"reward/{name}/{part}"] = sum(values) / len(values)
-        return found
+                    means[f"reward/{name}/{part}"] = sum(values) / len(values)
+        return means
 
     # ------------------------------------------------------------------------------------------- files
 
     async def flush(self) -> None:
         """Returns once everything recorded so far is written. Raises what went wrong."""
-        await asyncio.gather(*self._busy)
+        await asyncio.gather(*self._writes)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._busy, return_exceptions=True)
+        await asyncio.gather(*self._writes, return_exceptions=True)
         await asyncio.get_running_loop().run_in_executor(self._writer, self._tracker.close)
         self._writer.shutdown()
 
-    async def _keep_takes(self, kept: list[tuple[Job, ray.ObjectRef]], step: int) -> None:
+    async def _keep_takes(self, kept: list[tuple[GroupRun, ray.ObjectRef]], step: int) -> None:
         from pipeline.core.takes_table import save_takes
 
         folder = self.ctx.run.train_takes(step)
         weights = self.cfg.reward_weights
 
-        def write(job: Job, frames: Media) -> None:
-            work, version = job.work, job.meta.version
-            save_takes(folder, frames, work.prompts, work.seeds, version, job.scores, step=step, weights=weights)
+        def write(run: GroupRun, frames: Media) -> None:
+            work, version = run.work, run.meta.version
+            save_takes(folder, frames, work.prompts, work.seeds, version, run.scores, step=step, weights=weights)
 
         loop = asyncio.get_running_loop()
         # Takes are appended, and a run that was killed after this step may have left some.
         await loop.run_in_executor(self._writer, lambda: shutil.rmtree(folder, ignore_errors=True))
-        for job, reference in kept:
+        for run, reference in kept:
             try:
                 frames = await reference
             except Exception as error:
                 if not is_lost(error):
                     raise
-                log.warning("training takes are gone, not kept: %s", describe(error), extra={"group": job.group})
+                log.warning("training takes are gone, not kept: %s", describe(error), extra={"group": run.group})
             else:
-                await loop.run_in_executor(self._writer, write, job, frames)
+                await loop.run_in_executor(self._writer, write, run, frames)
 
     def _write(self, function: Callable[..., None], *args: Any) -> None:
         self._watch(asyncio.get_running_loop().run_in_executor(self._writer, function, *args))
 
     def _watch(self, task: asyncio.Future) -> None:
-        self._busy.add(task)
+        self._writes.add(task)
 
         def ended(done: asyncio.Future) -> None:
-            self._busy.discard(done)
+            self._writes.discard(done)
             error = None if done.cancelled() else done.exception()
-            if error is not None and not self._fatal.done():
-                self._fatal.set_exception(error)
+            if error is not None and not self._failure.done():
+                self._failure.set_exception(error)
 
         task.add_done_callback(ended)

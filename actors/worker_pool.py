@@ -1,250 +1,334 @@
-"""A pool of equal actors: starts them, replaces the dead, grows, shrinks, and says who and where they are.
+"""A pool of equal actors, leased one at a time to whoever needs a worker.
 
-Every slot has a task of its own: start an actor, do the pool's work with it until the slot leaves, end the actor. So a
-slot that waits for a node, or for a model to load, keeps nobody else waiting.
+    STARTING ──► IDLE ◄──lease──► BUSY ──resize──► DRAINING ──► (slot removed)
+        ▲          │                │
+        └── DEAD ◄─┴── replaced ────┘    after a failed call, no sign of life, or on a node that is being drained
+
+`async with pool.lease(...) as worker` hands out a free worker, the most urgent request first. How the lease ends
+decides the worker's fate: after success, or a failure that is the input's, the worker stays; after any other failure it
+is replaced. What becomes of the work is the caller's decision.
+
+Each slot has a task of its own that starts the actor and replaces it, so a slot that waits for a node, or for a model
+to load, delays nobody else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from actors.autoscale import History
-from actors.ray_errors import describe, is_deterministic, root
+from actors.ray_errors import describe, is_deterministic, is_lost, root
 from actors.ray_options import MAX_START_S, RunContext, merged_env, ray_resources
-from actors.role_actor import IDLE, RoleActor
+from actors.request_queue import Priority, RequestQueue
+from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.config.resources import WorkerRange, describe_resources
 from pipeline.core.errors import RunFailed
+from pipeline.runs.snapshot import PoolSummary
 
-STARTING = "starting"
 _MAX_PAUSE_S = 30.0  # between the tries of a worker that does not come up while others do
 log = logging.getLogger("rushes.pool")
 
 
-async def together(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Runs all at the same time; the first exception cancels the others and is raised."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+class CallFailed(Exception):
+    """A call of a leased worker failed. The text is one line that names worker, node and cause."""
+
+    def __init__(self, worker: WorkerSlot, cause: Exception) -> None:
+        super().__init__(f"{worker.place}: {describe(cause)}")
+        self.worker_name, self.cause = worker.name, cause
 
 
 @dataclass(eq=False)
-class WorkerSlot:
-    """A place in a pool. Its actor may be replaced; the place and its name stay."""
-
-    name: str  # rollout-0, reward.clip-1, learner
-    generation: int = 0  # actors this place has had
-    handle: ActorHandle | None = None
-    info: dict[str, Any] = field(default_factory=dict)  # of the living actor; empty while there is none
-    host: str = "a node not reached yet"  # where the actor is, or was last
-    confirmed: tuple[int, str, str] | None = None  # (number, tag, checksum) that a rollout worker holds
-    doing: str = STARTING
-    leaving: bool = False  # takes no more work; ends once it has handed over what it has
-    moving: str = ""  # why its actor is to be replaced by a new one once it has handed over what it has
-    task: asyncio.Task | None = None
-
-    @property
-    def actor(self) -> Any:
-        if self.handle is None:
-            raise RuntimeError(f"{self.name} has no actor at the moment")
-        return self.handle
-
-    @property
-    def place(self) -> str:
-        """`rollout-0 on host`, for messages."""
-        return f"{self.name} on {self.host}"
-
-    @property
-    def ready(self) -> bool:
-        return bool(self.info) and self.handle is not None
-
-    @property
-    def busy(self) -> bool:
-        return self.ready and self.doing != IDLE
-
-    @property
-    def resting(self) -> bool:
-        """Its task shall stop asking for work."""
-        return self.leaving or bool(self.moving)
+class _LeaseRequest:
+    avoid: str | None
+    granted: asyncio.Future[WorkerSlot]
 
 
 class WorkerPool:
-    """`start_args` are the arguments of each actor's `start` method. `limits` may be changed at any time."""
+    """Slots, leases, and the size of the pool. `start_args` are the arguments of each actor's `start` method; `backlog`
+    counts as the work that waits for this pool (default: the lease requests). `limits` may be changed at any time."""
 
     def __init__(
         self,
         ctx: RunContext,
-        cls: type[RoleActor],
+        cls: type,
         name: str,
         limits: WorkerRange,
         *,
         resources: Mapping[str, float],
         threads: int,
         start_args: tuple[Any, ...],
+        capacity: int,
         runtime_env: Mapping[str, Any] | None = None,
+        backlog: RequestQueue[Any] | None = None,
     ) -> None:
-        self.ctx, self.cls, self.name, self.resources = ctx, cls, name, resources
-        self.limits = limits
-        self.slots: list[WorkerSlot] = []
-        self.history = History()
-        self.reason = ""  # of the last change of size
+        self.ctx, self.cls, self.name, self.resources, self.limits = ctx, cls, name, resources, limits
         self.options = {
             **ray_resources(resources),
-            "max_restarts": 0,  # a restarted actor would lack its model; `replace` starts a whole one
+            "max_restarts": 0,  # a restarted actor would lack its model; the slot starts a whole one
             "max_task_retries": 0,
             "runtime_env": merged_env(runtime_env or {}, threads),
         }
         self.start_args = start_args
+        self.slots: list[WorkerSlot] = []
+        self.requests: RequestQueue[_LeaseRequest] = RequestQueue(name, capacity)
+        self.backlog: RequestQueue[Any] = self.requests if backlog is None else backlog
+        self.history = History()
         self.replaced = 0
-        self._generations: dict[str, int] = {}  # of names that have left; an actor's name is used once
+        self._resize_reason = ""
+        self._idle: dict[WorkerSlot, None] = {}  # in the order in which they became free
+        self._generations: dict[str, int] = {}  # of removed slots: an actor's name is used once
         self._one_ready = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # ------------------------------------------------------------------------------------------- leases
+
+    @contextlib.asynccontextmanager
+    async def lease(self, priority: Priority = (), avoid: str | None = None) -> AsyncIterator[WorkerSlot]:
+        """A worker for one piece of work. `avoid`: the name of one that is not taken while another accepts work.
+
+        On exit the worker is free again, or is replaced: after a `CallFailed` whose cause is neither the input's fault
+        nor a lost object. A cancelled holder's call is first waited for.
+        """
+        slot = await self._acquire(priority, avoid)
+        try:
+            yield slot
+        except asyncio.CancelledError:
+            if slot.call is None:
+                self._end_lease(slot, None)
+            else:
+                slot.attention.set()  # the slot's task waits for the call
+            raise
+        except CallFailed as failure:
+            self._end_lease(slot, failure.cause)
+            raise
+        except BaseException:
+            self._end_lease(slot, None)
+            raise
+        self._end_lease(slot, None)
+
+    async def result(self, worker: WorkerSlot, call: ray.ObjectRef, done: str) -> Any:
+        """The answer to a leased worker's call. Raises `CallFailed`, also when it takes too long (not `done`)."""
+        limit = self.ctx.cfg.faults.call_timeout_s
+        started, worker.call = time.monotonic(), call
+        try:
+            try:
+                async with asyncio.timeout(limit):  # unlike wait_for, without a task of its own
+                    answer = await call
+            except TimeoutError:
+                raise TimeoutError(f"not {done} within {limit:g} s (faults.call_timeout_s)") from None
+        except Exception as error:
+            raise CallFailed(worker, error) from error
+        worker.call = None
+        self.history.finished(time.monotonic() - started)
+        return answer
+
+    async def _acquire(self, priority: Priority, avoid: str | None) -> WorkerSlot:
+        for slot in self._idle:
+            if self.may_use(slot, avoid):
+                del self._idle[slot]
+                slot.state = WorkerState.BUSY
+                return slot
+        request = _LeaseRequest(avoid, asyncio.get_running_loop().create_future())
+        self.requests.add(request, priority)
+        try:
+            return await request.granted
+        except asyncio.CancelledError:
+            if request.granted.done() and not request.granted.cancelled():
+                self._end_lease(request.granted.result(), None)
+            raise
+        finally:
+            self.requests.withdraw(request)
+
+    def may_use(self, slot: WorkerSlot, avoid: str | None) -> bool:
+        return slot.name != avoid or not any(other.accepting for other in self.slots if other is not slot)
+
+    def _end_lease(self, slot: WorkerSlot, error: Exception | None) -> None:
+        """Decides the worker's fate."""
+        slot.call = None
+        if error is not None and not (is_deterministic(error) or is_lost(error)):
+            slot.replace_reason = describe(error)
+        if slot.state is WorkerState.DRAINING or slot.replace_reason:
+            self._give_up(slot)
+        else:
+            self.offer(slot)
+
+    def offer(self, slot: WorkerSlot) -> None:
+        """Hands a free worker to the most urgent request that may use it."""
+        slot.set_idle()
+        request = self.requests.take(lambda request: not request.granted.done() and self.may_use(slot, request.avoid))
+        if request is None:
+            self._idle[slot] = None
+        else:
+            slot.state = WorkerState.BUSY
+            request.granted.set_result(slot)
+
+    def _offer_again(self) -> None:
+        """A request that avoided an idle worker may have no other one left."""
+        if self.requests:
+            for slot in list(self._idle):
+                del self._idle[slot]
+                self.offer(slot)
 
     # ------------------------------------------------------------------------------------------- size
 
-    async def start(
-        self,
-        work: Callable[[WorkerSlot], Awaitable[None]],
-        changed: Callable[[], Awaitable[None]],
-        background: Callable[[Coroutine[Any, Any, None]], asyncio.Task],
-    ) -> None:
-        """Returns once the first actor is ready; the others join as they come up.
+    def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Starts `limits.min` workers. `tasks` gets a task for every slot, which fails with the `RushesError` of an
+        actor that can never start, or with `RunFailed`."""
+        self._tasks = tasks
+        self.resize(self.limits.min, "")
 
-        `work` uses a slot that is ready, until it rests; `changed` is called when a slot has become ready or has gone;
-        `background` runs a slot's task, whose exception (the actors' own `RushesError`, or `RunFailed`) ends the run.
-        """
-        self._work, self._changed, self._background = work, changed, background
-        await self.resize(self.limits.min, "")
+    async def one_ready(self) -> None:
+        """Returns once a first worker has been ready."""
         await self._one_ready.wait()
 
     @property
     def staying(self) -> list[WorkerSlot]:
-        """All slots but those that leave."""
-        return [slot for slot in self.slots if not slot.leaving]
+        """All slots but those that are being removed."""
+        return [slot for slot in self.slots if slot.state is not WorkerState.DRAINING]
 
-    @property
-    def ready(self) -> list[WorkerSlot]:
-        return [slot for slot in self.slots if slot.ready]
-
-    async def resize(self, size: int, reason: str) -> None:
-        """Adds slots, or lets some leave: those without an actor first, then the idle, then the newest."""
+    def resize(self, size: int, reason: str) -> None:
+        """Adds slots, or removes some: those without an actor first, then the idle, then the newest."""
         staying = self.staying
         if size != len(staying) and reason:
             log.info("%s: from %d to %d workers: %s", self.name, len(staying), size, reason)
-            self.reason = f"{len(staying)} to {size}: {reason}"
+            self._resize_reason = f"{len(staying)} to {size}: {reason}"
         self.history.resized()
         taken = {slot.name for slot in self.slots}
-        free = (name for i in range(len(taken) + size + 1) if (name := f"{self.name}-{i}") not in taken)
+        free_names = (name for i in range(len(taken) + size + 1) if (name := f"{self.name}-{i}") not in taken)
         for _ in range(size - len(staying)):
-            slot = WorkerSlot(name := next(free), generation=self._generations.get(name, 0))
+            name = next(free_names)
+            slot = WorkerSlot(name, generation=self._generations.get(name, 0))
             self.slots.append(slot)
-            slot.task = self._background(self._live(slot))
-        order = sorted(staying, key=lambda slot: (slot.ready, slot.busy, -staying.index(slot)))
-        for slot in order[: max(0, len(staying) - size)]:
-            slot.leaving = True
-            if not slot.ready and slot.task is not None:
-                slot.task.cancel()  # it waits for a node or still loads
-        await self._changed()
+            assert self._tasks is not None  # set by `start`
+            slot.task = self._tasks.create_task(self._keep(slot))
+        removable = sorted(staying, key=lambda slot: (slot.alive, slot.busy, -staying.index(slot)))
+        for slot in removable[: max(0, len(staying) - size)]:
+            self._remove(slot)
+        self._offer_again()
 
-    async def _live(self, slot: WorkerSlot) -> None:
-        try:
-            await self.spawn(slot)
-            while not slot.leaving:
-                await self._work(slot)
-                if slot.moving and not slot.leaving:
-                    await self.replace(slot, slot.moving)
-        except asyncio.CancelledError:
-            if not slot.leaving:
-                raise
-        finally:
-            self.kill(slot)
-            self.slots.remove(slot)
-            self._generations[slot.name] = slot.generation
+    def _remove(self, slot: WorkerSlot) -> None:
+        """Lets a busy worker finish; an idle one, or one that waits for a node or still loads, goes at once."""
+        if slot.state is WorkerState.BUSY:
+            slot.state = WorkerState.DRAINING
+            return
+        self._idle.pop(slot, None)
+        assert slot.task is not None  # since it was added
+        slot.task.cancel()
+        self._leave(slot)
+
+    def _leave(self, slot: WorkerSlot) -> None:
+        self.slots.remove(slot)
+        self._generations[slot.name] = slot.generation
+        slot.kill()
         log.info("%s has left", slot.place)
-        await self._changed()
 
-    # ------------------------------------------------------------------------------------------- actors
+    def replace(self, slot: WorkerSlot, reason: str) -> None:
+        """Gives the slot a new actor once its worker is free."""
+        if slot.state is WorkerState.IDLE:
+            del self._idle[slot]
+            slot.replace_reason = reason
+            self._give_up(slot)
+        elif slot.state is WorkerState.BUSY and not slot.replace_reason:
+            slot.replace_reason = reason
+            self._offer_again()
 
-    async def spawn(self, slot: WorkerSlot) -> None:
-        """Starts the slot's actor, trying again when its process dies. A `RushesError` from it is raised as it is:
-        trying again would not help. `RunFailed` is raised when the tries are used up and no other actor is ready."""
+    def _give_up(self, slot: WorkerSlot) -> None:
+        if slot.state is not WorkerState.DRAINING:
+            slot.state = WorkerState.DEAD
+        slot.attention.set()
+        self._offer_again()
+
+    # ------------------------------------------------------------------------------------------- a slot's life
+
+    async def _keep(self, slot: WorkerSlot) -> None:
+        """Starts the slot's actor and offers it; starts another one whenever it is given up, until the slot drains."""
+        try:
+            await self._start_actor(slot)
+            while True:
+                await slot.attention.wait()
+                slot.attention.clear()
+                if slot.call is not None and slot.busy:
+                    self._end_lease(slot, await self._end_of_abandoned_call(slot.call))
+                if slot.state is WorkerState.DRAINING:
+                    break
+                if slot.state is WorkerState.DEAD:
+                    log.warning("replacing %s: %s", slot.place, slot.replace_reason)
+                    slot.kill()
+                    self.replaced += 1
+                    await self._start_actor(slot)
+        finally:
+            if slot in self.slots:
+                self._leave(slot)
+        self._offer_again()
+
+    async def _end_of_abandoned_call(self, call: ray.ObjectRef) -> Exception | None:
+        """Waits for the call of a holder that was cancelled; what it failed with, if it did."""
+        try:
+            async with asyncio.timeout(self.ctx.cfg.faults.call_timeout_s):
+                await call
+        except Exception as error:
+            return error
+        return None
+
+    async def _start_actor(self, slot: WorkerSlot) -> None:
+        """Starts the slot's actor, again when its process dies. Raises the actor's own `RushesError`, since trying
+        again would not help, or `RunFailed` when the attempts are used up and no other worker is alive."""
         attempts, attempt = self.ctx.cfg.faults.max_restarts + 1, 0
         while True:
             attempt += 1
-            slot.generation += 1
-            slot.confirmed, slot.info, slot.doing, slot.moving = None, {}, self._waiting, ""
-            suffix = f"#{slot.generation}" if slot.generation > 1 else ""
-            name = f"{self.ctx.run.name}/{slot.name}{suffix}"
-            actor: Any = ray.remote(self.cls).options(name=name, **self.options).remote(self.ctx, slot.name)
-            slot.handle = actor
+            self._new_actor(slot)
             try:
-                slot.host = (await actor.info.remote())["host"]  # no limit: an autoscaled node takes its time
-                slot.doing = STARTING
-                slot.info = await asyncio.wait_for(actor.start.remote(*self.start_args), MAX_START_S)
+                slot.host = (await slot.actor.info.remote())["host"]  # no limit: an autoscaled node takes its time
+                slot.activity = "starting"
+                async with asyncio.timeout(MAX_START_S):  # wait_for may swallow a cancellation
+                    slot.info = await slot.actor.start.remote(*self.start_args)
             except Exception as error:
                 if is_deterministic(error):
                     raise root(error) from error
                 log.warning("%s did not start (try %d of %d): %s", slot.name, attempt, attempts, describe(error))
-                self.kill(slot)
+                slot.kill()
                 if attempt < attempts:
                     continue
-                if not self.ready:
+                if not any(other.alive for other in self.slots):
                     raise RunFailed(
                         f"{slot.place} did not start in {attempt} tries: {describe(error)} (see {self.ctx.run.log})"
                     ) from error
-                slot.doing = "waiting before the next try"  # the others carry on
+                slot.activity = "waiting before the next try"  # the others carry on
                 await asyncio.sleep(min(_MAX_PAUSE_S, 2.0 ** (attempt - attempts)))
             else:
-                slot.doing = IDLE
                 log.info("%s is process %d on %s", slot.name, slot.info["pid"], slot.host)
                 self._one_ready.set()
-                await self._changed()
+                self.offer(slot)
                 return
 
-    async def replace(self, slot: WorkerSlot, reason: str) -> None:
-        """A new actor in the slot, unless the slot is leaving."""
-        log.warning("replacing %s: %s", slot.place, reason)
-        self.kill(slot)
-        await self._changed()
-        if not slot.leaving:
-            self.replaced += 1
-            await self.spawn(slot)
-
-    def kill(self, slot: WorkerSlot) -> None:
-        if slot.handle is not None:
-            ray.kill(slot.handle, no_restart=True)
-        slot.handle, slot.confirmed, slot.info, slot.doing = None, None, {}, STARTING
-
-    def stop(self) -> None:
-        for slot in self.slots:
-            self.kill(slot)
-            slot.doing = "stopped"
-
-    def others_alive(self, slot: WorkerSlot) -> bool:
-        return any(other is not slot and other.ready and not other.resting for other in self.slots)
-
-    def state(self) -> dict[str, Any]:
-        """For people: sizes, limits, and why it last changed."""
-        staying = self.staying
-        return {
-            "ready": sum(slot.ready for slot in staying),
-            "busy": sum(slot.busy for slot in self.slots),
-            "wanted": len(staying),
-            "leaving": len(self.slots) - len(staying),
-            "min": self.limits.min,
-            "max": self.limits.max,
-            "reason": self.reason,
-        }
+    def _new_actor(self, slot: WorkerSlot) -> None:
+        slot.generation += 1
+        slot.state, slot.replace_reason = WorkerState.STARTING, ""
+        slot.activity = f"waiting for a node with {describe_resources(self.resources)}"
+        suffix = f"#{slot.generation}" if slot.generation > 1 else ""
+        options = {"name": f"{self.ctx.run.name}/{slot.name}{suffix}", **self.options}
+        slot.handle = ray.remote(self.cls).options(**options).remote(self.ctx, slot.name)
 
     @property
-    def _waiting(self) -> str:
-        return f"waiting for a node with {describe_resources(self.resources)}"
+    def alive(self) -> list[WorkerSlot]:
+        return [slot for slot in self.slots if slot.alive]
+
+    def summary(self) -> PoolSummary:
+        staying = self.staying
+        return PoolSummary(
+            ready=sum(slot.alive for slot in staying),
+            busy=sum(slot.busy for slot in self.slots),
+            wanted=len(staying),
+            leaving=len(self.slots) - len(staying),
+            min=self.limits.min,
+            max=self.limits.max,
+            reason=self._resize_reason,
+        )

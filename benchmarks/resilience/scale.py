@@ -43,7 +43,7 @@ def until(run: Training, condition: Callable[[dict[str, Any]], Any], what: str) 
 
 
 def at_work(snapshot: dict[str, Any], names: set[str]) -> bool:
-    return any("group" in snapshot["roles"].get(name, "") for name in names)
+    return any("group" in snapshot["activities"].get(name, "") for name in names)
 
 
 def stored(node: str) -> float:
@@ -72,7 +72,9 @@ def main() -> int:
             run, lambda s: at_work(s, {"rollout-1"}), "a second worker draws groups"
         )
         waiting = ask(run, "progress", 10**9)
-        found["waited_for_a_node"] = sum("waiting for a node" in doing for doing in waiting["roles"].values())
+        found["waited_for_a_node"] = sum(
+            "waiting for a node" in activity for activity in waiting["activities"].values()
+        )
         say("a node joins")
         nodes.nodes.append(nodes.add())
         found["node_joined_to_its_worker_at_work_s"] = until(
@@ -85,7 +87,7 @@ def main() -> int:
         pids = ask(run, "progress", 10**9)["pids"]
         say(f"scale: {ask(run, 'scale', {'rollout': 1})}")
         found["asked_to_three_gone_s"] = until(
-            run, lambda s: sum(name.startswith("rollout-") for name in s["roles"]) == 1, "three have left"
+            run, lambda s: sum(name.startswith("rollout-") for name in s["activities"]) == 1, "three have left"
         )
         gone = [name for name in pids if name.startswith("rollout-")]
         found["rollout_workers_before"] = len(gone)

@@ -31,8 +31,9 @@ import tiny_rewards  # noqa: E402
 import torch  # noqa: E402
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E402
 
+from actors.group_run import ScoreRequest  # noqa: E402
 from actors.ray_options import RunContext, merged_env, to_bytes  # noqa: E402
-from actors.reward_server import RewardServer, ScoreRequest  # noqa: E402
+from actors.reward_server import RewardServer  # noqa: E402
 from actors.role_actor import use_threads  # noqa: E402
 from jobs.cluster.ray_session import RaySession  # noqa: E402
 from pipeline.config.schema import RewardConfig  # noqa: E402

@@ -1,9 +1,9 @@
 """The controller without the arithmetic: workers sleep for drawn times, everything between them is the real code.
 
-`actors.controller`, `loop`, `training`, `flow`, `queues`, `weights`, `recorder` and `pipeline.rl.ledger` run as in a
-real run, over real Ray calls and objects. Only the pool is another one: its slots are seats in a few processes that
-hold many sleeping workers each. Efficiency is the time of an ideal schedule of the same drawn times (`ideal`), in which
-nothing but rollout, scoring and learning takes time, divided by the measured time.
+The controller, with its loop, batch builder, dispatcher, score batchers, pools and recorder, and `pipeline.rl.ledger`
+run as in a real run, over real Ray calls and objects. Only the actors are others: a pool's slots are seats in a few
+processes that hold many sleeping workers each. Efficiency is the time of an ideal schedule of the same drawn times
+(`ideal`), in which nothing but rollout, scoring and learning takes time, divided by the measured time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ import numpy as np
 import ray
 
 from actors import controller as controller_module
-from actors import dispatcher as flow_module
+from actors import dispatcher as dispatcher_module
 from actors import train_loop as loop_module
+from actors import worker_slot as slot_module
 from actors.controller import Controller
 from actors.learner_group import LearnerGroup
+from actors.learner_rank import TrainGroup, TrainStepResult
 from actors.ray_options import RunContext, from_bytes
 from actors.train_loop import TrainLoop
-from actors.worker_pool import IDLE, WorkerPool, WorkerSlot
+from actors.worker_pool import WorkerPool
+from actors.worker_slot import WorkerSlot
 from pipeline.config.schema import Config
 from pipeline.core.types import Media, RewardScores, RolloutMeta, Trajectory
 from pipeline.rl.group_plan import accumulation_chunks
@@ -156,13 +159,13 @@ class Sleepers:
             found.append(RewardScores(values=np.array([one.group % 7, 1.0], np.float32), seconds=seconds))
         return found
 
-    async def train_step(self, seat: str, groups: list[Any], first: int, last: bool) -> dict[str, Any]:
+    async def train_step(self, seat: str, groups: list[TrainGroup], first: int, last: bool) -> TrainStepResult:
         began = time.monotonic()
-        await asyncio.gather(*(reference for _, reference, *_ in groups))
+        await asyncio.gather(*(group.trajectory for group in groups))
         share = len(groups) / self.plan.groups_per_step
         await asyncio.sleep(max(0.0, self.plan.learn(self.step) * share - (time.monotonic() - began)))
         self.step += last
-        return {"metrics": {"onpolicy/max_abs_log_ratio": 0.0}, "version": self.step}
+        return TrainStepResult(self.step, metrics={"onpolicy/max_abs_log_ratio": 0.0})
 
     def weights(self, seat: str, tag: str) -> tuple[dict[str, Any], np.ndarray]:
         return {"number": self.step, "checksum": str(self.step)}, np.zeros(self.plan.weights_bytes, np.uint8)
@@ -200,7 +203,7 @@ class SeatPool(WorkerPool):
 
     plan: Plan  # set before the loop is made
 
-    async def spawn(self, slot: WorkerSlot, *_: Any) -> None:
+    async def _start_actor(self, slot: WorkerSlot) -> None:
         if not hasattr(self, "processes"):
             self.processes: dict[int, Any] = {}
         number = int(slot.name.rpartition("-")[2]) if "-" in slot.name else 0
@@ -209,12 +212,9 @@ class SeatPool(WorkerPool):
             self.processes[place] = ray.remote(Sleepers).options(num_cpus=0, max_concurrency=1000).remote(self.plan)
         slot.handle = Seat(self.processes[place], slot.name)  # type: ignore[assignment]
         slot.info = await slot.actor.start.remote()
-        slot.host, slot.doing = "simulated", IDLE
+        slot.host = "simulated"
         self._one_ready.set()
-        await self._changed()
-
-    def kill(self, slot: WorkerSlot) -> None:
-        slot.handle, slot.confirmed, slot.info = None, None, {}
+        self.offer(slot)
 
 
 class SeatLearner(LearnerGroup):
@@ -225,11 +225,9 @@ class SeatLearner(LearnerGroup):
     async def start(self, resume_from: str | None) -> None:
         actor = ray.remote(Sleepers).options(num_cpus=0, max_concurrency=1000).remote(self.plan)
         slot = self.slots[0]
-        slot.handle, slot.host, slot.doing = Seat(actor, slot.name), "simulated", "idle"  # type: ignore[assignment]
+        slot.handle, slot.host = Seat(actor, slot.name), "simulated"  # type: ignore[assignment]
         slot.info = await slot.actor.start.remote()
-
-    def kill(self) -> None:
-        self.slots[0].handle, self.slots[0].info = None, {}
+        slot.set_idle()
 
 
 class MarkedLoop(TrainLoop):
@@ -237,8 +235,8 @@ class MarkedLoop(TrainLoop):
 
     marks: list[tuple[float, float]] = []
 
-    async def _step(self) -> None:
-        await super()._step()
+    async def _train_step(self) -> None:
+        await super()._train_step()
         self.marks.append((time.monotonic(), time.process_time()))
 
 
@@ -246,7 +244,8 @@ class SimulatedController(Controller):
     def __init__(self, ctx: RunContext, plan: Plan) -> None:
         super().__init__(ctx, None)
         SeatPool.plan = SeatLearner.plan = plan
-        flow_module.WorkerPool = SeatPool  # type: ignore[misc]
+        dispatcher_module.WorkerPool = SeatPool  # type: ignore[misc]
+        slot_module.end_process = lambda handle: None  # type: ignore[assignment]
         loop_module.LearnerGroup = SeatLearner  # type: ignore[misc]
         controller_module.TrainLoop = MarkedLoop  # type: ignore[misc]
 

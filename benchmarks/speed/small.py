@@ -14,9 +14,12 @@ import numpy as np
 import ray
 import torch
 
-from actors.queues import BoundedQueue
+from actors.group_run import ScoreRequest
 from actors.ray_options import RunContext, to_bytes
-from actors.reward_server import RewardServer, ScoreRequest
+from actors.reward_server import RewardServer
+from actors.worker_pool import WorkerPool
+from actors.worker_slot import WorkerSlot
+from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem
@@ -26,33 +29,29 @@ SCORER = "def one(frames, prompts):\n    return [1.0] * len(prompts)\none.batche
 WEIGHTS = {"lora, 20 MB": (400, 12_500), "full, 400 MB": (400, 250_000)}  # tensors, float32 values each
 
 
-def queue_round_trip(consumers: int, items: int = 5000) -> float:
-    """Seconds from a put to the next one, with an answer from whichever of `consumers` took the item."""
+def queue_round_trip(workers: int, items: int = 5000) -> float:
+    """Seconds from a request for a worker to its end, two at a time, with so many workers in the pool."""
+    ctx = RunContext(cfg=_config(Path()), run_path="unused", cwd="unused")
+    limits = WorkerRange(workers, workers)
+    pool = WorkerPool(ctx, object, "rollout", limits, resources={}, threads=1, start_args=(), capacity=8)
+    pool.slots = [WorkerSlot(f"rollout-{i}") for i in range(workers)]
+
+    async def requests() -> None:
+        for item in range(items // 2):
+            async with pool.lease(priority=(item,)):
+                await asyncio.sleep(0)
 
     async def body() -> float:
-        there: BoundedQueue[int] = BoundedQueue("there", 8)
-        back: BoundedQueue[int] = BoundedQueue("back", 8)
-
-        async def consume() -> None:
-            while True:
-                await back.put(await there.get())
-
-        tasks = [asyncio.ensure_future(consume()) for _ in range(consumers)]
-        await asyncio.sleep(0)
+        for slot in pool.slots:
+            pool.offer(slot)
         started = time.perf_counter()
-        for item in range(items):
-            await there.put(item)
-            await back.get()
-        seconds = (time.perf_counter() - started) / items
-        for task in tasks:
-            task.cancel()
-        return seconds
+        await asyncio.gather(requests(), requests())
+        return (time.perf_counter() - started) / items
 
     return asyncio.run(body())
 
 
 def _config(folder: Path) -> Config:
-    (folder / "one.py").write_text(SCORER)
     return Config.model_validate(
         {
             "generator": {"pretrained": "unused"},
@@ -132,9 +131,10 @@ def small_costs(say: Callable[[str], None]) -> dict[str, Any]:
     from jobs.cluster.ray_session import RaySession
 
     say("queues")
-    found: dict[str, Any] = {f"queue_round_trip_s_{n}_consumers": queue_round_trip(n) for n in (1, 256)}
+    found: dict[str, Any] = {f"queue_round_trip_s_{n}_workers": queue_round_trip(n) for n in (1, 256)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "one.py").write_text(SCORER)
         cfg = _config(folder)
         with RaySession(cfg):
             say("reward server")

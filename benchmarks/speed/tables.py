@@ -76,8 +76,11 @@ def render(found: dict[str, Any]) -> list[str]:
     if "small" in found:
         small = found["small"]
         rows = [
-            ["queue, put to answer, 1 consumer", f"{1e6 * small['queue_round_trip_s_1_consumers']:.0f} µs"],
-            ["queue, put to answer, 256 consumers", f"{1e6 * small['queue_round_trip_s_256_consumers']:.0f} µs"],
+            ["request for a worker, to its end, 1 worker", f"{1e6 * small['queue_round_trip_s_1_workers']:.0f} µs"],
+            [
+                "request for a worker, to its end, 256 workers",
+                f"{1e6 * small['queue_round_trip_s_256_workers']:.0f} µs",
+            ],
             ["reward server call beyond the scorer", f"{1e3 * small['reward_server_overhead_s']:.1f} ms"],
         ]
         for label, entry in small["weights"].items():

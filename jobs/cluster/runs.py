@@ -16,6 +16,7 @@ from pipeline.core.errors import ConfigError, RushesError
 from pipeline.runs.lock import writer_of
 from pipeline.runs.paths import RunDir
 from pipeline.runs.remote_sync import local_run
+from pipeline.runs.snapshot import RunSnapshot
 
 POLL_S = 1.0
 
@@ -30,7 +31,7 @@ class FolderRun:
     def name(self) -> str:
         return self.run.name
 
-    def snapshot(self, since: int = -1) -> dict[str, Any]:
+    def snapshot(self, since: int = -1) -> RunSnapshot:
         """Like `Controller.progress`, as far as the files tell."""
         from pipeline.config.load import load_config
         from pipeline.runs.tracking import read_jsonl, read_metrics
@@ -39,24 +40,21 @@ class FolderRun:
         records = [row for row in read_metrics(self.run.path) if "reward/mean" in row]
         writer = writer_of(self.run)
         state = f"running ({writer})" if writer else "finished" if self.run.finished else "stopped"
-        return {
-            "state": state,
-            "step": int(records[-1]["step"]) if records else 0,
-            "steps": cfg.run.steps,
-            "records": records[since:],
-            "recorded": len(records),
-            "evals": read_jsonl(self.run.evals),
-            "eval_progress": (0, 0),
-            "roles": {},
-            "queues": {},
-        }
+        return RunSnapshot(
+            state=state,
+            step=int(records[-1]["step"]) if records else 0,
+            steps=cfg.run.steps,
+            records=records[since:],
+            recorded=len(records),
+            evals=read_jsonl(self.run.evals),
+        )
 
-    def watch(self) -> Iterator[dict[str, Any]]:
+    def watch(self) -> Iterator[RunSnapshot]:
         """Snapshots with the new steps, until the run ends."""
         seen = 0
         while True:
             snapshot = self.snapshot(seen)
-            seen = snapshot["recorded"]
+            seen = snapshot.recorded
             yield snapshot
             if writer_of(self.run) is None:
                 return
@@ -94,11 +92,11 @@ class ClusterRun:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name = cluster, name
 
-    def snapshot(self, since: int = -1) -> dict[str, Any]:
-        return self.cluster.call("snapshot", self.name, since=since)
+    def snapshot(self, since: int = -1) -> RunSnapshot:
+        return RunSnapshot.from_dict(self.cluster.call("snapshot", self.name, since=since))
 
-    def watch(self) -> Iterator[dict[str, Any]]:
-        return self.cluster.follow("watch", self.name)
+    def watch(self) -> Iterator[RunSnapshot]:
+        return map(RunSnapshot.from_dict, self.cluster.follow("watch", self.name))
 
     def stop(self, now: bool, wait: bool) -> None:
         """Asks the controller for a checkpoint and the end; `now`: kills it."""

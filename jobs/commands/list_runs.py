@@ -39,10 +39,10 @@ def list_runs(address: Address = None, dir_: RunsFolder = DEFAULT_RUNS, debug: D
     for run in runs_in(dir_):
         if run.name not in listed:
             snapshot = FolderRun(run).snapshot()
-            evals = snapshot["evals"]
+            evals = snapshot.evals
             reward = f"{evals[0]['mean']:.3f} -> {evals[-1]['mean']:.3f}" if evals else "-"
             started = f"{datetime.fromtimestamp(run.config.stat().st_mtime):%Y-%m-%d %H:%M}"
-            rows.append((run.name, str(dir_), snapshot["state"], _step_text(snapshot), reward, started))
+            rows.append((run.name, str(dir_), snapshot.state, f"{snapshot.step}/{snapshot.steps}", reward, started))
     if not rows and not in_cluster and not dir_.is_dir():
         raise ConfigError(f"no Ray cluster was found and there is no folder {dir_}; give --address or --dir")
     for row in rows:

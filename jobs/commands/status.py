@@ -64,14 +64,14 @@ def _one_run(name: str, address: str | None, folder: Path, json_out: bool) -> No
         say(console, json.dumps({"state": "starting or ending", "job": job}) if json_out else str(error))
         return
     if json_out:
-        print(json.dumps(snapshot))
+        print(json.dumps(snapshot.to_dict()))
         return
-    records, steps = snapshot["records"], snapshot["steps"]
-    say(console, f"{name}  {snapshot['state']}, step {snapshot['step']} of {steps}, ETA {clock(eta_s(records, steps))}")
+    records, steps = snapshot.records, snapshot.steps
+    say(console, f"{name}  {snapshot.state}, step {snapshot.step} of {steps}, ETA {clock(eta_s(records, steps))}")
     if records:
         say(console, step_line(records[-1], records, steps))
-        say(console, health_line(records[-1], snapshot["queues"]))
-    for record in snapshot["evals"][-2:]:
+        say(console, health_line(records[-1], snapshot.queues))
+    for record in snapshot.evals[-2:]:
         say(console, eval_line(record))
-    for role, activity in snapshot["roles"].items():
-        say(console, f"  {role:<20} {activity}")
+    for name, activity in snapshot.activities.items():
+        say(console, f"  {name:<20} {activity}")

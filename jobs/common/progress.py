@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.core.statistics import with_error
+from pipeline.runs.snapshot import RunSnapshot
 
 TREND = 10  # steps on each side of the reward's trend
 
 
 class View(Protocol):
-    def update(self, snapshot: dict[str, Any]) -> None: ...
+    def update(self, snapshot: RunSnapshot) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
 
@@ -91,19 +92,19 @@ class PlainView:
         self._evals: set[int] = set()
         self._state = ""
 
-    def update(self, snapshot: dict[str, Any]) -> None:
-        if snapshot["state"] != self._state:
-            self._state = snapshot["state"]
+    def update(self, snapshot: RunSnapshot) -> None:
+        if snapshot.state != self._state:
+            self._state = snapshot.state
             if self._state not in ("training", "saving"):
                 self.note(self._state)
-        evals = [record for record in snapshot["evals"] if record["step"] not in self._evals]
-        for record in sorted([*snapshot["records"], *evals], key=lambda r: (r["step"], "tag" in r)):
+        evals = [record for record in snapshot.evals if record["step"] not in self._evals]
+        for record in sorted([*snapshot.records, *evals], key=lambda r: (r["step"], "tag" in r)):
             if "tag" in record:
                 self._evals.add(record["step"])
                 self.note(eval_line(record))
             else:
                 self._records = [*self._records, record][-2 * TREND :]
-                self.note(step_line(record, self._records, snapshot["steps"]))
+                self.note(step_line(record, self._records, snapshot.steps))
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -120,19 +121,19 @@ class LiveView:
         self._live = Live(Text("starting"), console=console, refresh_per_second=4, transient=False)
         self._live.start()
 
-    def update(self, snapshot: dict[str, Any]) -> None:
-        self._records = [*self._records, *snapshot["records"]][-2 * TREND :]
+    def update(self, snapshot: RunSnapshot) -> None:
+        self._records = [*self._records, *snapshot.records][-2 * TREND :]
         self._live.update(self._render(snapshot))
 
-    def _render(self, snapshot: dict[str, Any]) -> Group:
-        steps, step = snapshot["steps"], snapshot["step"]
+    def _render(self, snapshot: RunSnapshot) -> Group:
+        steps, step = snapshot.steps, snapshot.step
         head = Table.grid(padding=(0, 1))
         left = clock(eta_s(self._records, steps))
         elapsed = clock(time.monotonic() - self._started)
         head.add_row(
             Text(self._name, style="bold"),
             ProgressBar(total=steps, completed=step, width=30),
-            Text(f"{step}/{steps}  {snapshot['state']}  {elapsed} gone, about {left} left"),
+            Text(f"{step}/{steps}  {snapshot.state}  {elapsed} gone, about {left} left"),
         )
         lines: list[Any] = [head]
         if self._records:
@@ -145,16 +146,16 @@ class LiveView:
             lines.append(text)
             if self.details:
                 lines.append(Text(step_line(last, self._records, steps), style="dim"))
-                lines.append(Text(health_line(last, snapshot.get("queues", {}))))
-        for record in snapshot["evals"][-2:]:
+                lines.append(Text(health_line(last, snapshot.queues)))
+        for record in snapshot.evals[-2:]:
             lines.append(Text(eval_line(record)))
-        if snapshot["state"] == "evaluating":
-            done, total = snapshot["eval_progress"]
-            lines.append(Text(f"evaluation: {done} of {total} batches"))
-        roles = Table.grid(padding=(0, 2))
-        for name, doing in snapshot["roles"].items():
-            roles.add_row(Text(name, style="dim"), Text(doing))
-        lines.append(roles)
+        if snapshot.state == "evaluating":
+            progress = snapshot.eval_progress
+            lines.append(Text(f"evaluation: {progress.scored} of {progress.groups} batches"))
+        actors = Table.grid(padding=(0, 2))
+        for name, activity in snapshot.activities.items():
+            actors.add_row(Text(name, style="dim"), Text(activity))
+        lines.append(actors)
         return Group(*lines)
 
     def note(self, text: str) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from aiohttp import web
 
-from actors.queues import BoundedQueue
+from actors.request_queue import RequestQueue
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media, PromptItem, RewardScores
@@ -72,7 +72,7 @@ class RewardService:
     def __init__(self, runner: RewardRunner, token: str | None = None, max_bytes: int = 64 * 2**20) -> None:
         self.runner, self.max_bytes = runner, max_bytes
         self._token = token.encode() if token else None
-        self._queue: BoundedQueue[_Work] = BoundedQueue("score", MAX_WAITING)
+        self._queue: RequestQueue[_Work] = RequestQueue("score", MAX_WAITING)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")  # one model, one call at a time
         self._started = time.time()
         self._counts = {"scored": 0, "failed": 0}
@@ -168,7 +168,7 @@ class RewardService:
         while True:
             works = [await self._queue.get()]
             room = cfg.batch_items - works[0].takes
-            works += await self._queue.get_more(room, lambda work: work.takes, WAIT_FOR_GROUPS_S)
+            works += await self._queue.take_more(room, lambda work: work.takes, WAIT_FOR_GROUPS_S)
             groups = [group for work in works for group in work.groups]
             try:
                 outcomes = await loop.run_in_executor(self._thread, score_groups, self.runner, groups)

@@ -18,6 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RunFailed, RushesError
 from pipeline.runs import checkpoint
 from pipeline.runs.paths import RunDir
+from pipeline.runs.snapshot import RunSnapshot
 
 POLL_S = 0.5
 GONE_S = 60.0  # a dead controller's actors end with it; those that have not by then are ended
@@ -122,13 +123,13 @@ class _Watch:
                 view.note("stopping: saving the last completed step (Ctrl-C again stops at once)")
                 self.controller.stop.remote()
             try:
-                snapshot = ray.get(self.controller.progress.remote(seen), timeout=60)
+                snapshot = RunSnapshot.from_dict(ray.get(self.controller.progress.remote(seen), timeout=60))
             except ray.exceptions.GetTimeoutError:
                 continue
             except ray.exceptions.RayError:
                 return ray.get(ended)  # the controller is gone: this raises why
-            seen = snapshot["recorded"]
-            self.host, self.step = snapshot.get("host", self.host), max(self.step, snapshot["step"])
+            seen = snapshot.recorded
+            self.host, self.step = snapshot.host or self.host, max(self.step, snapshot.step)
             view.update(snapshot)
             if ready:
                 return ray.get(ended)

@@ -1,9 +1,11 @@
 """The life cycle of groups as a pure state machine: no Ray, no torch, no clock.
 
-    queued -> rolling -> rolled -> scoring -> scored -> trained
-                 |          ^________|           |-----> filtered        (no learning signal, slot given back)
-                 |--> queued (retry)             |-----> queued          (its data was lost)
-                 `--> failed(reason) <-- scoring                         (attempts used up, slot given back)
+    queued ──► running ──► scored ──► trained
+       ▲          │           │ ├───► filtered          (no learning signal, slot given back)
+       └──────────┼───────────┘                         (its trajectory was lost)
+                  └──► failed(reason)                   (attempts used up, slot given back)
+
+What happens to a group while it runs (rollout, scoring, retries) is `actors.group_run.GroupRun`'s.
 
 Steps are numbered from 0; step s turns learner version s into s + 1. Group ids rise in admission order, and the
 batch of a step is its first `groups_per_step` unfiltered groups in id order, so it does not depend on who was faster.
@@ -15,9 +17,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-QUEUED, ROLLING, ROLLED, SCORING, SCORED = "queued", "rolling", "rolled", "scoring", "scored"
+QUEUED, RUNNING, SCORED = "queued", "running", "scored"
 TRAINED, FILTERED, FAILED = "trained", "filtered", "failed"
-ACTIVE = (QUEUED, ROLLING, ROLLED, SCORING, SCORED)
+ACTIVE = (QUEUED, RUNNING, SCORED)
 ENDS = (TRAINED, FILTERED, FAILED)
 
 
@@ -34,11 +36,7 @@ class Group:
     prompt: int  # row in the prompt set
     place: int = 0  # how many groups its step had been given before it
     state: str = QUEUED
-    attempt: int = 0  # rollout tries started
-    score_attempt: int = 0  # scoring tries started
-    worker: str | None = None
     version: int | None = None  # policy version of the current or last rollout
-    reason: str | None = None
 
 
 class Ledger:
@@ -49,7 +47,6 @@ class Ledger:
         *,
         groups_per_step: int,
         max_staleness: int,
-        max_attempts: int,
         max_failed_groups: int,
         steps: int,
         slots: int | None = None,
@@ -57,7 +54,6 @@ class Ledger:
         """`slots`: groups that may be active at once (default: those of max_staleness + 1 steps)."""
         self.groups_per_step = groups_per_step
         self.max_staleness = max_staleness
-        self.max_attempts = max_attempts
         self.max_failed_groups = max_failed_groups
         self.steps = steps
         self.slots = slots if slots is not None else groups_per_step * (max_staleness + 1)
@@ -103,13 +99,9 @@ class Ledger:
         """Whether a rollout with the newest published version would be fresh enough when it is consumed."""
         return self.version >= self._get(group).step - self.max_staleness
 
-    def startable(self) -> list[int]:
-        """Queued groups that may start now, in id order."""
-        return [g for g in sorted(self.groups) if self.groups[g].state == QUEUED and self.may_start(g)]
-
-    def start(self, group: int, worker: str, version: int) -> int:
-        """A worker begins the rollout with `version`. Returns the attempt's number, from 1."""
-        item = self._expect(group, QUEUED)
+    def start(self, group: int, version: int) -> None:
+        """A worker begins a rollout with `version`: the first one, or another attempt."""
+        item = self._expect(group, (QUEUED, RUNNING))
         if version > self.version:
             raise LedgerError(f"group {group}: version {version} is not published yet (newest: {self.version})")
         if version < item.step - self.max_staleness:
@@ -117,51 +109,28 @@ class Ledger:
                 f"group {group}: version {version} would be {item.step - version} behind at step {item.step}, "
                 f"allowed are {self.max_staleness}"
             )
-        self._to(item, ROLLING)
-        item.worker, item.version = worker, version
-        item.attempt += 1
-        return item.attempt
+        self._to(item, RUNNING)
+        item.version = version
 
-    def rolled(self, group: int, attempt: int) -> None:
-        item = self._expect(group, ROLLING, attempt)
-        self._to(item, ROLLED)
-        item.score_attempt = 0
-
-    def rollout_failed(self, group: int, attempt: int, reason: str) -> bool:
-        """True: queued again on the same seeds. False: the group has failed for good."""
-        item = self._expect(group, ROLLING, attempt)
-        return self._retry(item, item.attempt, QUEUED, reason)
-
-    def handed_back(self, group: int, attempt: int) -> None:
-        """A worker that was asked to end gave it back untouched: queued again, and the try does not count."""
-        item = self._expect(group, ROLLING, attempt)
-        item.state, item.worker = QUEUED, None
-        item.attempt -= 1
-
-    # ------------------------------------------------------------------------------------------- scoring
-
-    def scoring(self, group: int, attempt: int) -> int:
-        """Reward servers begin. Returns the number of the scoring attempt, from 1."""
-        item = self._expect(group, ROLLED, attempt)
-        self._to(item, SCORING)
-        item.score_attempt += 1
-        return item.score_attempt
-
-    def scoring_failed(self, group: int, attempt: int, reason: str) -> bool:
-        """True: back to `rolled`, its media can be scored again. False: the group has failed for good."""
-        item = self._expect(group, SCORING, attempt)
-        return self._retry(item, item.score_attempt, ROLLED, reason)
-
-    def scored(self, group: int, attempt: int) -> None:
-        self._to(self._expect(group, SCORING, attempt), SCORED)
+    def scored(self, group: int, retries: int = 0) -> None:
+        """All rewards have scored it, after that many retries."""
+        self._to(self._expect(group, RUNNING), SCORED)
         self.failed_in_row = 0
+        self.retries += retries
 
-    def lost(self, group: int, attempt: int, reason: str) -> bool:
-        """Its media or trajectory is gone (a node died). True: queued again. False: failed for good."""
-        item = self._expect(group, (ROLLED, SCORING, SCORED), attempt)
-        return self._retry(item, item.attempt, QUEUED, reason)
+    def lost(self, group: int) -> None:
+        """Its trajectory is gone (a node died): it needs another rollout."""
+        self._to(self._expect(group, SCORED), QUEUED)
 
     # ------------------------------------------------------------------------------------------- the ends
+
+    def failed(self, group: int, reason: str, retries: int = 0) -> None:
+        """It has used up its attempts, `retries` of them since it was last scored; its slot goes to the next prompt."""
+        item = self._expect(group, (QUEUED, RUNNING))
+        self.last_failure = reason
+        self.failed_in_row += 1
+        self.retries += retries
+        self._end(item, FAILED)
 
     def filter(self, group: int) -> None:
         """No learning signal (equal rewards): ends the group; its slot goes to the next prompt."""
@@ -268,24 +237,11 @@ class Ledger:
             raise LedgerError(f"group {group} {known}")
         return item
 
-    def _expect(self, group: int, states: str | tuple[str, ...], attempt: int | None = None) -> Group:
+    def _expect(self, group: int, states: str | tuple[str, ...]) -> Group:
         item = self._get(group)
         if item.state not in ((states,) if isinstance(states, str) else states):
             raise LedgerError(f"group {group} is {item.state}, expected {states}")
-        if attempt is not None and item.attempt != attempt:
-            raise LedgerError(f"group {group} is at attempt {item.attempt}, not {attempt}")
         return item
-
-    def _retry(self, item: Group, attempts: int, back_to: str, reason: str) -> bool:
-        if attempts >= self.max_attempts:
-            item.reason = self.last_failure = reason
-            self.failed_in_row += 1
-            self._end(item, FAILED)
-            return False
-        self._to(item, back_to)
-        item.worker = None
-        self.retries += 1
-        return True
 
     def _to(self, item: Group, state: str) -> None:
         if SCORED in (item.state, state):

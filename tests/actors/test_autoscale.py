@@ -1,4 +1,4 @@
-"""The size policy of elastic pools, on made-up loads."""
+"""The autoscaling policy, on made-up loads."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from actors.autoscale import WINDOW_S, History, Load, decide
 from pipeline.config.resources import WorkerRange
 
 CALM = Load(
-    size=2, starting=0, busy=2, depth=0, waited_s=0.0, item_s=4.0, peak=2, watched_s=0.0, window_s=WINDOW_S
+    size=2, starting=0, busy=2, depth=0, waited_s=0.0, call_s=4.0, peak=2, watched_s=0.0, window_s=WINDOW_S
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "change, limits, size, words",
+    "change, limits, size, reason",
     [
         ({}, (1, 4), 2, ""),
         ({"depth": 3, "waited_s": 4.9}, (1, 4), 2, ""),  # not for long yet
-        ({"depth": 3, "waited_s": 6.0}, (1, 4), 4, "3 groups waiting, the oldest for 6 s (a group takes 4 s)"),
-        ({"depth": 3, "waited_s": 6.0, "item_s": 9.0}, (1, 4), 2, ""),  # soon taken by a worker that is there
-        ({"depth": 1, "waited_s": 6.0}, (1, 4), 3, "1 group waiting"),
-        ({"depth": 9, "waited_s": 60.0}, (1, 9), 4, "9 groups"),  # at most doubled
-        ({"depth": 9, "waited_s": 60.0, "starting": 1}, (1, 9), 2, ""),  # see first what the new one does
+        ({"depth": 3, "waited_s": 6.0}, (1, 4), 4, "3 requests waiting, the oldest for 6 s (a call takes 4 s)"),
+        ({"depth": 3, "waited_s": 6.0, "call_s": 9.0}, (1, 4), 2, ""),  # a worker will soon be free
+        ({"depth": 1, "waited_s": 6.0}, (1, 4), 3, "1 request waiting"),
+        ({"depth": 9, "waited_s": 60.0}, (1, 9), 4, "9 requests"),  # at most doubled
+        ({"depth": 9, "waited_s": 60.0, "starting": 1}, (1, 9), 2, ""),  # wait for the new one first
         ({"depth": 9, "waited_s": 60.0}, (1, 2), 2, ""),
         ({"size": 3, "peak": 1, "watched_s": 59.0}, (1, 4), 3, ""),
         ({"size": 3, "peak": 1, "watched_s": 60.0}, (1, 4), 1, "no more than 1 had work at once in the last 60 s"),
@@ -34,10 +34,10 @@ CALM = Load(
         ({"size": 6, "depth": 9, "waited_s": 99.0}, (2, 4), 4, "at most 4"),
     ],
 )
-def test_policy(change, limits, size, words):
+def test_policy(change, limits, size, reason):
     decision = decide(replace(CALM, **change), WorkerRange(*limits))
     assert decision.size == size
-    assert words in decision.reason and bool(decision.reason) == (size != replace(CALM, **change).size)
+    assert reason in decision.reason and bool(decision.reason) == (size != replace(CALM, **change).size)
 
 
 def test_a_window_spans_two_steps_so_that_the_learners_turn_frees_nobody():
@@ -54,16 +54,16 @@ def test_a_window_spans_two_steps_so_that_the_learners_turn_frees_nobody():
     assert 300 <= second <= 330
 
 
-def test_history_forgets_what_another_size_did_and_averages_the_items():
+def test_history_forgets_what_another_size_did_and_averages_the_calls():
     history = History()
     for second in range(0, 70, 10):
         load = history.load(float(second), size=2, starting=0, busy=0, depth=0, waited_s=0.0)
-    assert load.watched_s == 60 and load.peak == 0 and load.item_s == 0
+    assert load.watched_s == 60 and load.peak == 0 and load.call_s == 0
     history.resized()
     history.finished(2.0)
     history.finished(4.0)
     load = history.load(70.0, size=1, starting=0, busy=1, depth=2, waited_s=1.0)
-    assert (load.watched_s, load.peak, load.item_s) == (0.0, 3, 3.0)
+    assert (load.watched_s, load.peak, load.call_s) == (0.0, 3, 3.0)
     history.step(50.0)
     history.step(10.0)
     assert history.step_s == 40.0 and history.window_s == 80.0

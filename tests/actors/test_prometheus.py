@@ -17,14 +17,15 @@ from dashboard_queries import MONITORING, ROOT, expressions
 def exported() -> list[re.Pattern]:
     """Names on the metrics port, from the source of what sets them: `reward/{name}` -> ray_rushes_reward_.+"""
     from actors.prometheus import metric_name
-    from actors.queues import BoundedQueue
+    from actors.request_queue import RequestQueue
 
-    patterns = [f"ray_{metric_name('queue')}_.+_{key}" for key in BoundedQueue("any", 1).drain_stats()]
+    patterns = [f"ray_{metric_name('queue')}_.+_{key}" for key in RequestQueue("any", 1).drain_stats()]
     for file in (
         "actors/step_recorder.py",
         "actors/train_loop.py",
         "pipeline/learner/learner.py",
         "pipeline/rl/advantages.py",
+        "pipeline/rl/objectives/base.py",
     ):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]

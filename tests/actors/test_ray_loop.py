@@ -146,7 +146,7 @@ def test_a_run_is_scaled_seen_in_the_metrics_and_loses_a_stuck_worker(cluster, t
         missing += sorted({'worker="rollout-0"', 'worker="rollout-1"', 'worker="reward.own-0"'} - takes)
         missing += [] if workers_of(lines) == 2 else ["the second worker"]
     assert not missing
-    pid = run.until(lambda s: s["roles"]["rollout-1"].startswith("train group"))["pids"]["rollout-1"]
+    pid = run.until(lambda s: s["activities"]["rollout-1"].startswith("train group"))["pids"]["rollout-1"]
     os.kill(pid, signal.SIGSTOP)
     run.until(lambda s: s["pids"].get("rollout-1") not in (None, pid))
     _gone(pid)
@@ -185,7 +185,7 @@ def test_two_learner_ranks_train_as_one_and_are_lost_as_one(cluster, undisturbed
 
 
 def test_a_learner_that_always_dies_ends_the_run_by_name(cluster, tiny_sd3, files, tmp_path):
-    cfg = make_config(tiny_sd3, files, tmp_path, prompts={"heldout": None}, faults={"max_attempts": 1})
+    cfg = make_config(tiny_sd3, files, tmp_path, prompts={"heldout": None}, faults={"max_restarts": 0})
     run = Run(cfg, "hopeless")
     os.kill(run.until(lambda s: "learner" in s["pids"])["pids"]["learner"], signal.SIGKILL)
     error = run.failure()
@@ -219,9 +219,9 @@ def test_a_killed_worker_learner_and_controller_change_nothing(cluster, undistur
             assert not ended.done(), ended.result()
             time.sleep(0.05)
         run.controller = controller
-        seen = run.until(lambda s: s["step"] >= 1 and s["roles"]["rollout-0"].startswith("train group"))
+        seen = run.until(lambda s: s["step"] >= 1 and s["activities"]["rollout-0"].startswith("train group"))
         os.kill(seen["pids"]["rollout-0"], signal.SIGKILL)
-        seen = run.until(lambda s: s["step"] >= 2 and s["roles"]["rollout-0"].startswith("train group"))
+        seen = run.until(lambda s: s["step"] >= 2 and s["activities"]["rollout-0"].startswith("train group"))
         os.kill(seen["pids"]["learner"], signal.SIGKILL)
         run.until(lambda s: s["pids"].get("learner") not in (None, seen["pids"]["learner"]) and s["step"] >= 2)
         log = run.dir.log.read_text()

@@ -16,8 +16,9 @@ import tiny
 from ray_run import REWARDS, Run, make_config
 
 from actors import ray_options
+from actors.group_run import ScoreRequest
 from actors.ray_options import RunContext, merged_env, to_bytes
-from actors.reward_server import RewardServer, ScoreRequest
+from actors.reward_server import RewardServer
 from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
@@ -91,7 +92,7 @@ def test_in_shared_calls_a_death_costs_no_attempt_and_poison_fails_only_its_own(
     assert outcome["status"] == "finished" and outcome["groups"]["trained"] == 9
     log = run.dir.log.read_text()
     assert "they are scored one by one" in log and log.count("replacing reward.own-0") == 1
-    failed = [line for line in log.splitlines() if re.search(r"group=\d+ rushes.flow: scoring failed", line)]
+    failed = [line for line in log.splitlines() if re.search(r"group=\d+ rushes.dispatcher: scoring failed", line)]
     assert len(failed) == outcome["groups"]["failed"] >= 1
     assert outcome["groups"]["admitted"] == 9 + len(failed) and outcome["groups"]["filtered"] == 0
     assert all("reward own: take 0: " in line and "no green circles" in line for line in failed)

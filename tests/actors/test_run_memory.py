@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny
 
-from actors.dispatcher import Job
 from actors.evaluation import Evaluator
+from actors.group_run import GroupFailed, GroupRun, GroupState
 from actors.ray_options import RunContext
 from actors.step_recorder import Recent
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.runs.snapshot import EvaluationProgress
 
 PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(4)]
 
@@ -26,40 +27,48 @@ class Weights:
     """Stands for a reference to the weights in the object store."""
 
 
-class Dispatcher:
+class Runner:
     """Draws and scores at once, or fails what it is told to."""
 
     def __init__(self, failing: bool = False) -> None:
-        self.failing, self.tasks = failing, []
+        self.failing = failing
 
-    async def submit(self, job: Job) -> None:
-        attempt = job.sink.started(job, "w", job.sink.version())
+    async def room(self) -> None:
+        return
+
+    async def run_group(self, run: GroupRun, policy, lost: str = "") -> None:
+        version = policy([run.work])
         if self.failing:
-            while job.sink.rollout_failed(job, "told to"):
-                job.sink.started(job, "w", job.sink.version())
-        job.meta = RolloutMeta(
-            group=job.group, attempt=attempt, version=3, worker="w", seconds={}, trajectory_bytes=0, media_bytes=0
+            raise GroupFailed("told to", 2)
+        takes = len(run.work.prompts)
+        media = asyncio.get_running_loop().create_future()
+        media.set_result(Media(frames=np.zeros((takes, 1, 16, 16, 3), np.uint8), fps=8.0))
+        meta = RolloutMeta(
+            group=run.group,
+            attempt=1,
+            version=version.number,
+            worker="w",
+            seconds={},
+            trajectory_bytes=0,
+            media_bytes=0,
         )
-        takes = len(job.work.prompts)
-        job.media = asyncio.get_running_loop().create_future()
-        job.media.set_result(Media(frames=np.zeros((takes, 1, 16, 16, 3), np.uint8), fps=8.0))
-        job.sink.rolled(job)
-        job.sink.scoring(job)
-        job.scores = {"r": RewardScores(values=np.arange(takes, dtype=np.float32))}
-        await job.sink.scored(job)
+        run.drawn(meta, media, media)
+        run.scores = {"r": RewardScores(values=np.arange(takes, dtype=np.float32))}
+        run.state = GroupState.SCORED
 
 
-def evaluate(folder: Path, flow: Dispatcher) -> tuple[dict | None, weakref.ref, Evaluator]:
+def evaluate(folder: Path, runner: Runner) -> tuple[dict | None, weakref.ref, Evaluator]:
     """The record, and whether the weights that were evaluated are still held; without help from the collector."""
     cfg = tiny.config(Path("unused"), evaluation={"prompts": 4, "batch": 2}, faults={"max_attempts": 2})
     weights = Weights()
     held = weakref.ref(weights)
-    evaluator = Evaluator(RunContext(cfg=cfg, run_path=str(folder), cwd=os.getcwd()), flow, PROMPTS)
+    evaluator = Evaluator(RunContext(cfg=cfg, run_path=str(folder), cwd=os.getcwd()), runner, PROMPTS)
 
     async def body(version: PolicyVersion):
         try:
             return await evaluator.run(version)
-        except RunFailed:
+        except RunFailed as error:
+            assert str(error) == "the evaluation at step 3 failed after 2 attempts in told to"
             return None
 
     gc.collect()
@@ -74,8 +83,8 @@ def evaluate(folder: Path, flow: Dispatcher) -> tuple[dict | None, weakref.ref, 
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_an_evaluation_lets_go_of_the_version_it_looked_at(tmp_path, failing):
-    record, held, evaluator = evaluate(tmp_path, Dispatcher(failing))
-    assert not held and evaluator.progress == (0, 0)
+    record, held, evaluator = evaluate(tmp_path, Runner(failing))
+    assert not held and evaluator.progress == EvaluationProgress()
     if failing:
         assert record is None and evaluator.records == []
     else:

@@ -253,8 +253,8 @@ class Live:
 def live_cluster(monkeypatch):
     record = {"step": 3, "reward/mean": 0.5, "takes_per_s": 2.0, "staleness/max": 1.0, "ratio/mean": 1.0, "kl": 1e-3}
     record |= {f"time/{name}": 1.0 for name in ("step", "rollout", "score", "learn", "sync")}
-    snapshot = {"state": "training", "step": 3, "steps": 9, "records": [record], "evals": [], "eval_progress": (0, 0),
-                "roles": {"rollout-0": "train group 7"}, "queues": {"rollout": 2}}  # fmt: skip
+    snapshot = {"state": "training", "step": 3, "steps": 9, "records": [record], "evals": [],
+                "activities": {"rollout-0": "train group 7"}, "queues": {"rollout": 2}}  # fmt: skip
     found = Live(try1=snapshot)
     monkeypatch.setattr(client, "open_cluster", lambda address: found)
     return found

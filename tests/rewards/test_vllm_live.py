@@ -16,8 +16,9 @@ from http_server import items
 from PIL import Image
 from tiny_judge import tiny_judge
 
+from actors.group_run import ScoreRequest
 from actors.ray_options import RunContext, merged_env, to_bytes
-from actors.reward_server import RewardServer, ScoreRequest
+from actors.reward_server import RewardServer
 from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError

@@ -5,14 +5,13 @@ import random
 
 import pytest
 
-from pipeline.rl.ledger import ACTIVE, ENDS, Ledger, LedgerError
+from pipeline.rl.ledger import ACTIVE, ENDS, QUEUED, RUNNING, SCORED, Ledger, LedgerError
 
 
-def make(groups_per_step=2, max_staleness=0, max_attempts=3, max_failed_groups=3, steps=100, slots=None) -> Ledger:
+def make(groups_per_step=2, max_staleness=0, max_failed_groups=3, steps=100, slots=None) -> Ledger:
     return Ledger(
         groups_per_step=groups_per_step,
         max_staleness=max_staleness,
-        max_attempts=max_attempts,
         max_failed_groups=max_failed_groups,
         steps=steps,
         slots=slots,
@@ -26,16 +25,14 @@ def admit_all(ledger: Ledger) -> list[int]:
     return ids
 
 
-def roll(ledger: Ledger, group: int) -> int:
-    attempt = ledger.start(group, "rollout-0", ledger.version)
-    ledger.rolled(group, attempt)
-    return attempt
+def startable(ledger: Ledger) -> list[int]:
+    """Queued groups that may start now, in id order."""
+    return [g for g in sorted(ledger.groups) if ledger.groups[g].state == QUEUED and ledger.may_start(g)]
 
 
 def score(ledger: Ledger, group: int) -> None:
-    attempt = roll(ledger, group)
-    ledger.scoring(group, attempt)
-    ledger.scored(group, attempt)
+    ledger.start(group, ledger.version)
+    ledger.scored(group)
 
 
 def test_one_step_from_admission_to_training():
@@ -77,61 +74,66 @@ def test_filtered_group_gives_its_slot_to_the_next_prompt_of_the_same_step():
     assert ledger.filtered_by_step == {0: 1}
 
 
-def test_a_group_that_is_handed_back_has_used_no_attempt():
-    ledger = make(max_attempts=2)
+def test_another_attempt_starts_from_a_running_group():
+    ledger = make()
     admit_all(ledger)
     for _ in range(5):
-        ledger.handed_back(0, ledger.start(0, "w", 0))
-    assert ledger.startable() == [0, 1] and ledger.retries == 0
-    assert ledger.start(0, "w", 0) == 1 and ledger.rollout_failed(0, 1, "boom")
-    with pytest.raises(LedgerError):
-        ledger.handed_back(0, 1)
+        ledger.start(0, 0)
+    assert startable(ledger) == [1] and ledger.retries == 0
+    ledger.scored(0, retries=4)
+    assert ledger.retries == 4
+    with pytest.raises(LedgerError, match="expected"):
+        ledger.start(0, 0)
 
 
 def test_failed_group_gives_its_slot_back_and_counts_in_a_row():
-    ledger = make(max_attempts=2, max_failed_groups=1)
+    ledger = make(max_failed_groups=1)
     admit_all(ledger)
-    for expected in (True, False):
-        attempt = ledger.start(0, "w", 0)
-        assert ledger.rollout_failed(0, attempt, "boom") is expected
+    ledger.start(0, 0)
+    ledger.failed(0, "boom", retries=1)
     assert ledger.counts()["failed"] == 1 and ledger.wanted() == 0 and not ledger.too_many_failures
     score(ledger, 1)  # a success in between starts the count again
     assert ledger.failed_in_row == 0
     for _ in range(2):
         group = ledger.admit(0, prompt=0).id
-        for _ in range(2):
-            attempt = ledger.start(group, "w", 0)
-            ledger.rolled(group, attempt)
-            ledger.scoring(group, attempt)
-            ledger.lost(group, attempt, "node died")
-    assert ledger.too_many_failures and ledger.last_failure == "node died"
+        score(ledger, group)
+        ledger.lost(group)
+        assert startable(ledger) == [group]
+        ledger.failed(group, "node died")
+    assert ledger.failed_in_row == 1  # the lost ones had been scored
+    group = ledger.admit(0, prompt=0).id
+    ledger.start(group, 0)
+    ledger.failed(group, "node died")
+    assert ledger.too_many_failures and ledger.last_failure == "node died" and ledger.retries == 1
 
 
-def test_scoring_is_retried_without_a_new_rollout():
-    ledger = make(max_attempts=2)
+def test_a_lost_group_is_drawn_again():
+    ledger = make()
     admit_all(ledger)
-    attempt = roll(ledger, 0)
-    assert ledger.scoring(0, attempt) == 1
-    assert ledger.scoring_failed(0, attempt, "nan")
-    assert ledger.scoring(0, attempt) == 2
-    assert not ledger.scoring_failed(0, attempt, "nan")
-    assert ledger.counts()["failed"] == 1
+    score(ledger, 0)
+    score(ledger, 1)
+    ledger.lost(0)
+    assert ledger.batch(0) is None and startable(ledger) == [0]
+    with pytest.raises(LedgerError, match="expected"):
+        ledger.lost(0)
+    score(ledger, 0)
+    assert ledger.batch(0) == [0, 1]
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_a_group_starts_only_when_its_policy_will_be_fresh_enough(staleness):
     ledger = make(groups_per_step=1, max_staleness=staleness)
     ids = admit_all(ledger)
-    assert len(ids) == staleness + 1 and ledger.startable() == ids  # version 0 is within the bound of all of them
+    assert len(ids) == staleness + 1 and startable(ledger) == ids  # version 0 is within the bound of all of them
     score(ledger, 0)
     ledger.trained(ledger.batch(0), 0)
     (late,) = admit_all(ledger)
-    assert not ledger.may_start(late) and late not in ledger.startable()  # version 1 is trained, not published
+    assert not ledger.may_start(late) and late not in startable(ledger)  # version 1 is trained, not published
     with pytest.raises(LedgerError, match="behind"):
-        ledger.start(late, "w", 0)
+        ledger.start(late, 0)
     ledger.publish(1)
     assert ledger.may_start(late)
-    ledger.start(late, "w", 1)
+    ledger.start(late, 1)
 
 
 def test_staleness_is_checked_again_at_consumption():
@@ -161,32 +163,29 @@ def test_illegal_transitions_raise():
     ledger = make()
     admit_all(ledger)
     with pytest.raises(LedgerError, match="never admitted"):
-        ledger.start(99, "w", 0)
+        ledger.start(99, 0)
     with pytest.raises(LedgerError, match="not published"):
-        ledger.start(0, "w", 1)
-    with pytest.raises(LedgerError, match="expected"):
-        ledger.rolled(0, 1)
-    attempt = ledger.start(0, "w", 0)
-    with pytest.raises(LedgerError, match="expected"):
-        ledger.start(0, "other", 0)
-    with pytest.raises(LedgerError, match="attempt"):
-        ledger.rolled(0, attempt + 1)
-    with pytest.raises(LedgerError, match="expected"):
-        ledger.filter(0)
-    ledger.rolled(0, attempt)
-    with pytest.raises(LedgerError, match="expected"):
-        ledger.scored(0, attempt)
+        ledger.start(0, 1)
+    for transition in (ledger.scored, ledger.lost, ledger.filter):
+        with pytest.raises(LedgerError, match="expected"):
+            transition(0)
+    ledger.start(0, 0)
+    for transition in (ledger.lost, ledger.filter):
+        with pytest.raises(LedgerError, match="expected"):
+            transition(0)
     with pytest.raises(LedgerError, match="learner is at"):
         ledger.batch(1)
     with pytest.raises(LedgerError, match="not the batch"):
         ledger.trained([0, 1], 0)
     with pytest.raises(LedgerError, match="publish"):
         ledger.publish(1)
-    ledger.scoring(0, attempt)
-    ledger.scored(0, attempt)
+    ledger.scored(0)
+    with pytest.raises(LedgerError, match="expected"):
+        ledger.failed(0, "boom")
     ledger.filter(0)
-    with pytest.raises(LedgerError, match="already ended"):
-        ledger.filter(0)
+    for transition in (ledger.filter, ledger.scored, ledger.lost):
+        with pytest.raises(LedgerError, match="already ended"):
+            transition(0)
 
 
 def test_state_survives_json_and_requeues_what_was_in_flight():
@@ -194,11 +193,11 @@ def test_state_survives_json_and_requeues_what_was_in_flight():
     admit_all(ledger)
     score(ledger, 0)
     ledger.filter(0)
-    roll(ledger, 1)
+    ledger.start(1, 0)
     other = make(max_staleness=1)
     other.load_state(json.loads(json.dumps(ledger.state())))
     assert other.next_id == 4 and sorted(other.groups) == [1, 2, 3]
-    assert other.startable() == [1, 2, 3] and [g.prompt for g in other.groups.values()] == [10, 20, 30]
+    assert startable(other) == [1, 2, 3] and [g.prompt for g in other.groups.values()] == [10, 20, 30]
     assert other.filtered_by_step == {0: 1}
     assert other.admit(0, prompt=5).id == 4
     broken = ledger.state() | {"next_id": 9}
@@ -206,7 +205,7 @@ def test_state_survives_json_and_requeues_what_was_in_flight():
         make().load_state(broken)
 
 
-EVENTS = ["admit", "start", "rolled", "rollout_dies", "handed_back", "score", "score_fails", "lost", "finish", "resume"]
+EVENTS = ["admit", "start", "start", "start_again", "fails", "lost", "finish", "resume"]
 
 
 class Chaos:
@@ -219,7 +218,6 @@ class Chaos:
         self.args = dict(
             groups_per_step=per_step,
             max_staleness=staleness,
-            max_attempts=self.rng.choice([1, 2, 4]),
             max_failed_groups=10**9,
             steps=self.rng.choice([5, 40]),
             slots=per_step * (staleness + 1) + self.rng.choice([0, 0, 2]),
@@ -228,7 +226,6 @@ class Chaos:
         self.ends: dict[int, str] = {}
         self.step_of: dict[int, int] = {}
         self.version_of: dict[int, int] = {}
-        self.tries: dict[int, int] = {}
         self.trained_batches: list[list[int]] = []
         self.trained = 0  # learner version
 
@@ -244,47 +241,33 @@ class Chaos:
             group = ledger.admit(step, prompt=rng.randrange(50))
             assert group.id not in self.step_of
             self.step_of[group.id] = step
-        elif kind == "start" and (ready := ledger.startable()):
+        elif kind == "start" and (ready := startable(ledger)):
             group = rng.choice(ready)
             version = rng.randint(max(0, ledger.groups[group].step - ledger.max_staleness), ledger.version)
-            self.tries[group] = ledger.start(group, f"w{rng.randrange(3)}", version)
-            assert self.tries[group] <= ledger.max_attempts
+            ledger.start(group, version)
             self.version_of[group] = version
-        elif kind == "rolled" and by_state["rolling"]:
-            group = rng.choice(by_state["rolling"])
-            ledger.rolled(group.id, group.attempt)
-        elif kind == "rollout_dies" and by_state["rolling"] and rng.random() < 0.5:
-            group = rng.choice(by_state["rolling"])
-            if not ledger.rollout_failed(group.id, group.attempt, "died"):
-                self.end(group.id, "failed")
-        elif kind == "handed_back" and by_state["rolling"]:
-            group = rng.choice(by_state["rolling"])
-            ledger.handed_back(group.id, group.attempt)
-        elif kind == "score" and by_state["rolled"]:
-            group = rng.choice(by_state["rolled"])
-            ledger.scoring(group.id, group.attempt)
-        elif kind == "score_fails" and by_state["scoring"] and rng.random() < 0.5:
-            group = rng.choice(by_state["scoring"])
-            if not ledger.scoring_failed(group.id, group.attempt, "nan"):
-                self.end(group.id, "failed")
-        elif kind == "lost" and rng.random() < 0.1:
-            held = by_state["rolled"] + by_state["scoring"] + by_state["scored"]
-            if held:
-                group = rng.choice(held)
-                if not ledger.lost(group.id, group.attempt, "node died"):
-                    self.end(group.id, "failed")
+        elif kind == "start_again" and by_state[RUNNING]:
+            group = rng.choice(by_state[RUNNING])
+            ledger.start(group.id, ledger.version)
+            self.version_of[group.id] = ledger.version
+        elif kind == "fails" and by_state[RUNNING] and rng.random() < 0.2:
+            group = rng.choice(by_state[RUNNING])
+            ledger.failed(group.id, "died")
+            self.end(group.id, "failed")
+        elif kind == "lost" and by_state[SCORED] and rng.random() < 0.1:
+            ledger.lost(rng.choice(by_state[SCORED]).id)
         elif kind == "finish":
-            self.finish(by_state["scoring"])
+            self.finish(by_state[RUNNING])
         elif kind == "resume" and rng.random() < 0.02:
             saved = json.loads(json.dumps(ledger.state()))
             self.ledger = make(**self.args)
             self.ledger.load_state(saved)
 
-    def finish(self, scoring) -> None:
+    def finish(self, running) -> None:
         ledger, rng = self.ledger, self.rng
-        if scoring:
-            group = rng.choice(scoring)
-            ledger.scored(group.id, group.attempt)
+        if running:
+            group = rng.choice(running)
+            ledger.scored(group.id)
             if rng.random() < 0.2:
                 ledger.filter(group.id)
                 self.end(group.id, "filtered")

@@ -1,0 +1,93 @@
+"""The record of one group's progress, and what whoever awaits the group has to know of it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import ray
+
+from actors.request_queue import Priority
+from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+
+PolicySource = Callable[[Sequence[GroupWork]], PolicyVersion]
+"""The version to draw these groups with, asked for when a worker is about to begin."""
+
+
+class GroupState(enum.Enum):
+    WAITING = "waiting"  # for a rollout
+    ROLLOUT = "rollout"  # a worker draws it
+    SCORING = "scoring"  # its takes are with the reward servers, or wait for them
+    SCORED = "scored"
+
+
+@dataclass(eq=False)
+class GroupRun:
+    """One group on its way: its work, what has come of it so far, and what went wrong. Retries use the same work, and
+    thus the same seeds."""
+
+    work: GroupWork
+    scoring_seed: int | None  # of the frame picks; None: centre picks
+    state: GroupState = GroupState.WAITING
+    failed_rollouts: int = 0
+    failed_scorings: int = 0  # of the present takes
+    retries: int = 0
+    avoid: str | None = None  # the worker that its last rollout failed on
+    meta: RolloutMeta = field(init=False)  # from SCORING on
+    media: ray.ObjectRef | None = None  # from SCORING on, until nobody needs it
+    trajectory: ray.ObjectRef | None = None  # from SCORING on, until nobody needs it; None in an evaluation
+    requests: dict[str, Any] = field(default_factory=dict)  # the `score_batcher.PendingScore` of each reward
+    scores: dict[str, RewardScores] = field(default_factory=dict)  # by reward, in config order; all there when SCORED
+
+    @property
+    def group(self) -> int:
+        return self.work.group
+
+    @property
+    def priority(self) -> Priority:
+        """Evaluations first, since training waits for them; then in the order in which the learner needs the groups."""
+        return (self.work.purpose == "train", self.work.step, self.group)
+
+    def begin_rollout(self) -> None:
+        self.state = GroupState.ROLLOUT
+        self.work = replace(self.work, attempt=self.failed_rollouts + 1)
+
+    def drawn(self, meta: RolloutMeta, media: ray.ObjectRef, trajectory: ray.ObjectRef) -> None:
+        self.meta, self.media, self.trajectory = meta, media, trajectory
+        self.state, self.failed_scorings, self.avoid = GroupState.SCORING, 0, None
+
+    def start_over(self) -> None:
+        """Back to before its rollout."""
+        self.state, self.media, self.trajectory, self.scores = GroupState.WAITING, None, None, {}
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What is to be scored of one group, but for its media."""
+
+    group: int
+    prompts: tuple[PromptItem, ...]  # [K]
+    seed: int | None  # frame picks of training, the same for all takes of the group; None: centre picks (evaluation)
+
+
+class GroupFailed(Exception):
+    """A group has used up its attempts. `reason`: its last failure, in one line."""
+
+    def __init__(self, reason: str, attempts: int) -> None:
+        super().__init__(reason)
+        self.reason, self.attempts = reason, attempts
+
+
+class GroupRunner(Protocol):
+    """What training and evaluation need of the dispatcher."""
+
+    async def room(self) -> None:
+        """Waits while enough groups wait for a rollout worker: the back-pressure on admission."""
+
+    async def rollout_together(self, runs: Sequence[GroupRun], policy: PolicySource) -> None:
+        """Draws groups of one step in one pipeline call. If that fails, `run_group` draws them one by one."""
+
+    async def run_group(self, run: GroupRun, policy: PolicySource, lost: str = "") -> None:
+        """rollout -> every reward. `lost`: why the takes that it had are gone. Raises `GroupFailed`."""

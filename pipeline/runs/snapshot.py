@@ -1,0 +1,60 @@
+"""A run at one moment, for whoever watches it: `rushes status`, `watch`, the progress of `rushes train`, experiments.
+
+The controller makes it while the run goes on (`actors.controller`); for a run that has ended, or is seen through its
+files only, the commands make it from those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSummary:
+    """The size of a worker pool."""
+
+    ready: int  # workers that can take work, or have some
+    busy: int
+    wanted: int  # workers that it should have, those that still start included
+    leaving: int  # busy for the last time
+    min: int
+    max: int
+    reason: str  # of the last change of size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationProgress:
+    """Groups of the present evaluation; 0 of 0 while there is none."""
+
+    scored: int = 0
+    groups: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSnapshot:
+    """JSON-able through `to_dict`. The optional fields are empty where only the run's files are seen."""
+
+    state: str  # starting, training, evaluating, saving, stopping, ...: for display
+    step: int  # optimisation steps completed
+    steps: int  # in all
+    records: list[dict[str, float]] = field(default_factory=list)  # metrics of steps, those the watcher has not seen
+    recorded: int = 0  # steps whose metrics there have been, to ask for the next ones
+    evals: list[dict[str, Any]] = field(default_factory=list)  # records of all evaluations
+    eval_progress: EvaluationProgress = EvaluationProgress()
+    host: str = ""  # of the controller
+    activities: dict[str, str] = field(default_factory=dict)  # actor -> what it does, for display
+    pids: dict[str, int] = field(default_factory=dict)  # actor -> process id, of those that are alive
+    queues: dict[str, int] = field(default_factory=dict)  # queue -> groups that wait in it
+    pools: dict[str, PoolSummary] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunSnapshot:
+        """From `to_dict`. Keys of another version of Rushes are left out."""
+        known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+        known["eval_progress"] = EvaluationProgress(**data.get("eval_progress", {}))
+        known["pools"] = {name: PoolSummary(**pool) for name, pool in data.get("pools", {}).items()}
+        return cls(**known)
