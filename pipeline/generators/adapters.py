@@ -1,14 +1,13 @@
-"""What is trained: finding it, taking it out, putting it in, and proving that both sides hold the same.
+"""The trained weights of a model: LoRA layers or all weights, packed for the object store and applied with a checksum.
 
-LoRA goes through PEFT; its reference policy is the model with the adapter off. Full weights keep a frozen copy.
+LoRA layers are PEFT's; their reference policy is the model with the adapter off. Full weights keep a frozen copy.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,48 +18,54 @@ from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.tensors import PackedTensor, checksum, pack, unpack
 from pipeline.core.types import WeightSet
+from pipeline.generators.load.blocks import repeated_blocks
 
 ADAPTER = "default"
 Modules = dict[str, torch.nn.Module]
 
 
-def lora_targets(module: torch.nn.Module, wanted: list[str] | Literal["auto"]) -> list[str]:
+def lora_targets(module: torch.nn.Module, targets: list[str] | Literal["auto"]) -> list[str]:
     """Names of the layers that get a LoRA; auto: every linear layer inside the module's repeated blocks."""
     linear = _linear_layers(module)
-    if wanted == "auto":
-        return [name for name in linear if re.search(r"\.\d+\.", name) and not _called_by_keyword(module, name)]
-    return [name for name in linear if any(_is_called(name, w) for w in wanted)]
+    if targets == "auto":
+        blocks = tuple(f"{path}." for path in repeated_blocks(module))
+        return [name for name in linear if name.startswith(blocks) and not _called_by_keyword(module, name)]
+    return [name for name in linear if any(_matches(name, target) for target in targets)]
 
 
 def _linear_layers(module: torch.nn.Module) -> list[str]:
     return [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
 
 
-def _is_called(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith("." + wanted)
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
 
 
-def check_targets(modules: Modules, wanted: list[str] | Literal["auto"]) -> None:
-    """Raises ConfigError when a wanted name matches no layer of any module."""
+def check_targets(modules: Modules, targets: list[str] | Literal["auto"]) -> None:
+    """Raises ConfigError when a target matches no layer of any module."""
     linear = [name for module in modules.values() for name in _linear_layers(module)]
-    for target in wanted if wanted != "auto" else []:
-        if not any(_is_called(name, target) for name in linear):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
+    for target in targets if targets != "auto" else []:
+        if not any(_matches(name, target) for name in linear):
+            last_names = {name.rsplit(".", 1)[-1] for name in linear}
+            available = ", ".join(sorted(name for name in last_names if not name.isdigit()))
             classes = ", ".join(dict.fromkeys(type(module).__name__ for module in modules.values()))
             raise ConfigError(
-                f"trainable.targets: no linear layer of {classes} is called {target!r}; known: {', '.join(known)}"
+                f"trainable.targets: no linear layer of {classes} is called {target!r}; known: {available}"
             )
 
 
 def _called_by_keyword(module: torch.nn.Module, name: str) -> bool:
-    """Temporal transformers call `proj_in(input=...)`, which PEFT's layers do not take, here or in plain diffusers."""
+    """Whether the layer is called as `proj_in(input=...)`, which PEFT cannot wrap (temporal transformers)."""
     parent, _, child = name.rpartition(".")
     cls = type(module.get_submodule(parent)).__name__
     return child in ("proj_in", "proj_out") and cls in ("AnimateDiffTransformer3D", "TransformerTemporalModel")
 
 
 def add_adapters(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
-    """Makes the modules trainable as configured. LoRA A is drawn from `seed`, B is 0: the policy starts unchanged."""
+    """Makes the modules trainable as configured. LoRA A is drawn from `seed`, B is 0: the policy starts unchanged.
+
+    Raises ConfigError where there is nothing to train.
+    """
     if cfg.kind == "full":
         for module in modules.values():
             module.requires_grad_(True)
@@ -76,21 +81,29 @@ def add_adapters(modules: Modules, cfg: TrainableConfig, seed: int) -> None:
                 raise ConfigError(f"trainable.targets: {type(module).__name__} has no linear layer inside its blocks")
             config = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=targets)
             inject_adapter_in_model(config, module, ADAPTER)  # also for models without diffusers' PEFT mixin
-            module.peft_config = {ADAPTER: config}  # type: ignore[assignment]
-            module._hf_peft_config_loaded = True  # type: ignore[assignment]
+            _mark_as_peft(module, {ADAPTER: config})
     for parameter in trainable(modules).values():
         parameter.data = parameter.data.float()  # float32 master weights whatever the base's dtype
 
 
+def _mark_as_peft(module: Any, configs: dict[str, LoraConfig] | None) -> None:
+    """Sets what diffusers' adapter methods look at."""
+    if configs is None:
+        module.__dict__.pop("peft_config", None)
+    else:
+        module.peft_config = configs
+    module._hf_peft_config_loaded = configs is not None
+
+
 def trainable(modules: Modules) -> dict[str, torch.nn.Parameter]:
     """`<component>.<parameter>` -> parameter, in name order."""
-    found = {
+    parameters = {
         f"{component}.{name}": parameter
         for component, module in modules.items()
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(parameters.items()))
 
 
 @contextmanager
@@ -113,15 +126,15 @@ def to_weight_set(kind: Literal["lora", "full"], tensors: dict[str, torch.Tensor
 
 
 def apply(modules: Modules, weights: WeightSet) -> str:
-    """Copies a weight set into the trainable parameters; returns the checksum of what they then hold.
+    """Copies a weight set into the trainable parameters; returns the checksum of their new values.
 
     Raises RushesError when names or shapes do not match.
     """
     parameters = trainable(modules)
     if parameters.keys() != weights.tensors.keys():
-        odd = sorted(parameters.keys() ^ weights.tensors.keys())
+        unmatched = sorted(parameters.keys() ^ weights.tensors.keys())
         raise RushesError(
-            f"weights do not fit this model: {len(odd)} names differ, such as {odd[0]}; "
+            f"weights do not fit this model: {len(unmatched)} names differ, such as {unmatched[0]}; "
             "are generator.pretrained and trainable the same?"
         )
     with torch.no_grad():
@@ -132,26 +145,25 @@ def apply(modules: Modules, weights: WeightSet) -> str:
                     f"weights do not fit: {name} is {list(value.shape)}, expected {list(parameter.shape)}"
                 )
             parameter.copy_(value)
-    held: dict[str, PackedTensor] = {name: pack(parameter) for name, parameter in parameters.items()}
-    return checksum(held)
+    applied: dict[str, PackedTensor] = {name: pack(parameter) for name, parameter in parameters.items()}
+    return checksum(applied)
 
 
 def merge_and_unload(modules: Modules) -> None:
-    """Merges the LoRA into the weights and takes its layers away: plain modules remain."""
+    """Merges the LoRA into the weights and removes its layers: plain modules remain."""
     for module in modules.values():
         for name, layer in list(module.named_modules()):
             if isinstance(layer, LoraLayer):
                 layer.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(module.get_submodule(parent), child, layer.get_base_layer())
-        module.__dict__.pop("peft_config", None)
-        module._hf_peft_config_loaded = False  # type: ignore[assignment]
+        _mark_as_peft(module, None)
 
 
 class MergedLora:
     """Runs a LoRA model with the adapter merged into the base weights: no adapter arithmetic in the forward pass.
 
-    The base weights are kept aside and every merge starts from them, so that repeated merges do not drift.
+    Every merge starts from a copy of the base weights, so that repeated merges do not drift.
     """
 
     def __init__(self, modules: Modules) -> None:
@@ -163,7 +175,7 @@ class MergedLora:
             for layer in module.modules():
                 if isinstance(layer, BaseTunerLayer):
                     layer.enable_adapters(False)
-        for layer in self.layers:  # switching off also froze them; they still are what is received and checked
+        for layer in self.layers:  # disabling also froze them, but they are still received and checked
             for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
                 parameter.requires_grad_(True)
 

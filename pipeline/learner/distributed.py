@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.core.errors import UnsupportedPolicyError, one_line
+from pipeline.generators.load.blocks import repeated_blocks
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of one collective; a dead rank is noticed earlier, when its actor ends
 
@@ -141,7 +142,7 @@ class DistributedContext:
         from torch.distributed.fsdp import fully_shard
 
         for module in modules.values():
-            for part in [*blocks(module), module]:
+            for part in [*repeated_blocks(module).values(), module]:
                 fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(self.device)
@@ -179,17 +180,6 @@ class DistributedContext:
                 raise UnsupportedPolicyError(
                     f"learner.context_parallel: {type(module).__name__} ({name}): {one_line(error, 600)}"
                 ) from error
-
-
-def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The repeated blocks of a denoiser: those that diffusers names, else the entries of its module lists."""
-    named = getattr(module, "_repeated_blocks", None) or getattr(module, "_no_split_modules", None) or []
-    found = [m for m in module.modules() if type(m).__name__ in named and m is not module]
-    if not found:
-        lists = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList)]
-        found = [entry for entries in lists for entry in entries]
-    inside = {id(inner) for outer in found for inner in outer.modules() if inner is not outer}
-    return [m for m in found if id(m) not in inside and any(True for _ in m.parameters())]
 
 
 # ------------------------------------------------------------------------------------------- rendezvous

@@ -16,8 +16,8 @@ from rank_batches import PROMPT, batches
 from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.tensors import unpack
-from pipeline.generators.load.compiling import blocks_of, compile_blocks, private_folder
-from pipeline.generators.load.pipeline import load_denoisers
+from pipeline.generators.load.blocks import repeated_blocks
+from pipeline.generators.load.compiling import compile_blocks, private_folder
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
@@ -46,7 +46,7 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         learner = Learner(cfg, "cpu")
         copies = [lane.modules for lane in learner.replicas] + [lane.reference or {} for lane in learner.replicas]
         denoisers = [policy.pipe.transformer, *(copy["transformer"] for copy in copies if copy)]
-        blocks = [block for denoiser in denoisers for block in blocks_of(denoiser)]
+        blocks = [block for denoiser in denoisers for block in repeated_blocks(denoiser).values()]
         assert all((block._compiled_call_impl is not None) == wanted for block in blocks) and blocks
         metrics = [learner.train_step(groups) for groups in batches(cfg, 2)]
         found.append((media, trajectory, metrics, learner.weights()))
@@ -62,15 +62,6 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
             assert theirs[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-5), key
     for key, packed in weights.tensors.items():
         np.testing.assert_allclose(unpack(other_weights.tensors[key]), unpack(packed), rtol=1e-3, atol=2e-5)
-
-
-def test_blocks_are_found_with_diffusers_naming_and_without(tiny_sd3, tiny_wan):
-    for folder, cls, named in ((tiny_sd3, "JointTransformerBlock", False), (tiny_wan, "WanTransformerBlock", True)):
-        denoiser = load_denoisers(tiny.config(folder).generator, torch.device("cpu"), torch.float32)["transformer"]
-        assert bool(denoiser._repeated_blocks) == named
-        blocks = list(blocks_of(denoiser))
-        assert [type(block).__name__ for block in blocks] == [cls] * denoiser.config.num_layers
-    assert list(blocks_of(torch.nn.Linear(2, 2))) == []
 
 
 def test_a_machine_without_a_compiler_goes_on_and_says_so(tmp_path):

@@ -1,16 +1,15 @@
-"""Compiled denoiser blocks (`generator.compile`), in rollout workers and in the learner alike.
+"""Compiles denoiser blocks (`generator.compile`), in rollout workers and in the learner alike.
 
 A denoiser is a stack of blocks of one class; torch compiles the class once for all of them (regional compilation), for
-each shape that occurs. Shapes are kept exact: on a CPU, kernels for any batch size gain nothing over none at all.
-Compiled code is kept on disk, so that the next process loads in seconds what the first took longer to make.
+each shape that occurs. Shapes stay static: on a CPU, kernels for dynamic batch sizes are no faster than eager code.
+Compiled code is cached on disk, so that the next process loads in seconds what the first took longer to compile.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -19,24 +18,25 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import UnsupportedPolicyError, one_line
+from pipeline.generators.load.blocks import repeated_blocks
 
 log = logging.getLogger("rushes.generators")
-_SHAPES = 64  # compiled per class of blocks; further ones run without
+_SHAPES = 64  # compiled per class of blocks; further ones run in eager mode
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compile_blocks(modules: Mapping[str, torch.nn.Module], device: torch.device) -> int:
-    """Compiles the blocks of each module, in place and lazily: at the first call of each shape. Returns how many there
-    are; 0 where this machine cannot compile, which is logged. Call it once LoRA layers are there.
+    """Compiles the blocks of each module, in place and lazily: at the first call of each shape. Returns their number;
+    0 where this machine cannot compile, which is logged. Call it after LoRA layers have been added.
 
     Raises UnsupportedPolicyError for a module that has no blocks.
     """
     if (reason := cannot_compile(device.type)) is not None:
-        log.warning("generator.compile: this machine cannot (%s); it goes on without", reason)
+        log.warning("generator.compile: this machine cannot (%s); running without", reason)
         return 0
     count = 0
     for name, module in modules.items():
-        blocks = list(blocks_of(module))
+        blocks = repeated_blocks(module).values()
         if not blocks:
             raise UnsupportedPolicyError(
                 f"generator.compile: {name} ({type(module).__name__}) has no blocks; set generator.compile=false"
@@ -47,42 +47,29 @@ def compile_blocks(modules: Mapping[str, torch.nn.Module], device: torch.device)
     return count
 
 
-def blocks_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Those whose class diffusers names as repeated; where it names none, the members of the module's own lists of at
-    least two of a class."""
-    named = set(getattr(module, "_repeated_blocks", None) or ())
-    if named:
-        yield from (part for part in module.modules() if type(part).__name__ in named)
-        return
-    for part in module.children():
-        if isinstance(part, torch.nn.ModuleList):
-            counts = Counter(type(block) for block in part)
-            yield from (block for block in part if counts[type(block)] > 1)
-
-
 @cache
 def cannot_compile(device: str) -> str | None:
-    """Why torch cannot compile for the device here, found by trying; None if it can. Takes seconds, once a process."""
+    """Why torch cannot compile for the device on this machine; None if it can. Tried once per process, for seconds."""
     if "recompile_limit" not in signature(torch.compile).parameters:
         return f"torch {torch.__version__} is older than 2.13"
     if _CACHE not in os.environ and (folder := private_folder(_candidates())) is not None:
         os.environ[_CACHE] = str(folder)  # torch's default is a folder in /tmp whose name anyone can take first
     try:
-        torch.compile(_trial, **_options(device))(torch.ones(8, device=device))
+        torch.compile(_sample_function, **_options(device))(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing or broken compiler leads to
         return f"{type(error).__name__}: {one_line(error)}"
     return None
 
 
-def _trial(x: torch.Tensor) -> torch.Tensor:
+def _sample_function(x: torch.Tensor) -> torch.Tensor:
     return torch.sin(x) + 1.0
 
 
 def _options(device: str) -> dict[str, Any]:
-    """Of `torch.compile`; given with each call, since torch's own settings hold for one thread, and lanes have theirs.
+    """Options of `torch.compile`, passed with each call: torch's global settings are per thread, and so are replicas.
 
-    On a CPU, blocks run as C++ throughout: the functions that Python calls otherwise keep its lock, for which the other
-    lanes would wait. And they are compiled in this process: a pool of compilers outweighs a small model.
+    On a CPU, blocks run as C++ throughout: otherwise their Python wrappers would hold the GIL, for which the other
+    replicas wait. They are compiled in this process: a pool of compiler processes costs more than a small model.
     """
     options = {"cpp_wrapper": True, "compile_threads": 1, "cpp.use_decompose_tanh": True} if device == "cpu" else {}
     return {"dynamic": False, "recompile_limit": _SHAPES, "options": options}
@@ -93,13 +80,13 @@ def _candidates() -> Iterable[Path]:
 
 
 def private_folder(candidates: Iterable[Path]) -> Path | None:
-    """The first that exists or can be made, and is this user's alone; None if there is none."""
+    """The first that exists or can be created, and that only this user can write; None if there is none."""
     for folder in candidates:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
             continue
-        found = folder.stat()
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+        status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     return None

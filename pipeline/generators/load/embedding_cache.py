@@ -49,6 +49,7 @@ class EmbeddingStore:
     def __init__(self, cfg: GeneratorConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self.dtype = resolve_dtype(cfg.dtype, device.type)
+        assert cfg.embedding_cache is not None  # callers check
         self.folder = Path(cfg.embedding_cache).expanduser() / model_key(cfg, self.dtype)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -298,5 +299,5 @@ def _rebuilt(node: dict[str, Any], tensor: Callable[[str], torch.Tensor]) -> Any
         return node["plain"]
     if "dict" in node:
         return {key: _rebuilt(entry, tensor) for key, entry in node["dict"]}
-    entries = [_rebuilt(entry, tensor) for entry in node.get("list", node.get("tuple"))]
+    entries = [_rebuilt(entry, tensor) for entry in (node["list"] if "list" in node else node["tuple"])]
     return entries if "list" in node else tuple(entries)

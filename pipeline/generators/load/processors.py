@@ -1,7 +1,7 @@
-"""Processors for text and pictures (Qwen2-VL and its kin) where torchvision is not installed.
+"""Loads processors for text and pictures (Qwen2-VL and similar) where torchvision is not installed.
 
-transformers gives them a video processor too, which alone needs torchvision; an image pipeline never asks for it. Its
-settings are kept as they are, and pictures are prepared by transformers' PIL backend.
+In transformers they include a video processor, which alone needs torchvision and which an image pipeline never uses.
+Its settings are kept as they are, and pictures are prepared by transformers' PIL backend.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 
 class VideoSettings(dict):
-    """A video processor's settings in its place: saved with the processor, and good for nothing else."""
+    """A video processor's settings in its place: saved with the processor, and not used otherwise."""
 
-    _auto_class = None  # transformers asks every part for it when it saves
+    _auto_class = None  # transformers reads it from every part when it saves
 
 
 def processors_without_torchvision(
@@ -26,43 +26,46 @@ def processors_without_torchvision(
     """
     if find_spec("torchvision") is not None:
         return {}
-    found = {}
+    processors = {}
     for name, entry in index.items():
         if isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] == "transformers":
-            kind = without_video(entry[1])
-            if kind is not None:
-                found[name] = kind.from_pretrained(pretrained, subfolder=name, revision=revision)
-    return found
+            cls = without_video(entry[1])
+            if cls is not None:
+                processors[name] = cls.from_pretrained(pretrained, subfolder=name, revision=revision)
+    return processors
 
 
-def without_video(name: str) -> type | None:
+def without_video(name: str) -> Any:
     """transformers' processor class of that name, with settings for a video processor; None where it has none."""
     import transformers
     from transformers.processing_utils import ProcessorMixin
 
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, ProcessorMixin) and "video_processor" in kind.get_attributes()):
+    base: Any = getattr(transformers, name, None)
+    if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
+        return None
+    attributes: list[str] = base.get_attributes()
+    if "video_processor" not in attributes:
         return None
     loaders = {"image_processor": transformers.AutoImageProcessor, "tokenizer": transformers.AutoTokenizer}
 
     def check(self: Any, argument: str, value: Any) -> Any:
         if not isinstance(value, VideoSettings):
-            kind.check_argument_for_proper_class(self, argument, value)
+            base.check_argument_for_proper_class(self, argument, value)
 
     def parts(cls: Any, pretrained: str, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
-        made = {
+        loaded = {
             part: loaders[part].from_pretrained(pretrained, **{**kwargs, "trust_remote_code": False})
             for part in cls.get_attributes()
             if part in loaders
         }
         # As transformers names it where a checkpoint does not.
-        video = type(made["image_processor"]).__name__.split("ImageProcessor")[0] + "VideoProcessor"
+        video = type(loaded["image_processor"]).__name__.split("ImageProcessor")[0] + "VideoProcessor"
         settings = VideoSettings((processor_dict or {}).get("video_processor") or {"video_processor_type": video})
-        return [made.get(part, settings if part == "video_processor" else None) for part in cls.get_attributes()]
+        return [loaded.get(part, settings if part == "video_processor" else None) for part in cls.get_attributes()]
 
-    own = {
-        "__module__": kind.__module__,
+    overrides = {
+        "__module__": base.__module__,
         "check_argument_for_proper_class": check,
         "_get_arguments_from_pretrained": classmethod(parts),
     }
-    return type(name, (kind,), own)
+    return type(name, (base,), overrides)

@@ -125,7 +125,7 @@ def check_linear_weights(spec: PolicySpec, steps: Sequence[RawStep], others: Seq
             if spec.rules[len(branches)] != LINEAR_FIT:
                 break
             weights.append(fit_guidance(branches, step, LINEAR_FIT, 1.0, []).extra)
-        if len(weights) == 2 and not np.allclose(*weights, rtol=1e-3, atol=1e-3):
+        if len(weights) == 2 and not np.allclose(weights[0], weights[1], rtol=1e-3, atol=1e-3):
             raise UnsupportedPolicyError(
                 f"step {a.index}: guidance weights differ between takes ({_listed(weights[0])} and "
                 f"{_listed(weights[1])}); they depend on the outputs themselves, which no known rule reproduces"

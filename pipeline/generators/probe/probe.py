@@ -113,8 +113,8 @@ class _Probe:
         note = ""
         try:
             spec = replace(spec, layouts=find_layouts(small.steps, large.steps) if batched else {})
-        except UnsupportedPolicyError as error:
-            note = str(error)
+        except UnsupportedPolicyError as reason:
+            note = str(reason)
         steps, others = small.steps, large.steps
         run_steps: list[RawStep] = []  # of a run's own sampler, whose guidance may change with the step
         distinguishable = branches_distinguishable(outputs, steps + others)
