@@ -34,7 +34,6 @@ def export(
       rushes export runs/try --step 50 --format full --out my-generator
     """
     from jobs.common.load_trained import find_trained, read_weights
-    from jobs.common.quiet import quiet_libraries
     from pipeline.generators.export_folder import check_replaceable
     from pipeline.tools import preflight
 
@@ -59,7 +58,6 @@ def export(
     preflight.check_generator(cfg, [], [])
 
     with console.status("loading"):
-        quiet_libraries()
         from pipeline.generators.export import export_full, export_lora
 
         weights = read_weights(trained, ema)

@@ -52,8 +52,6 @@ def inspect(
     """
     import json
 
-    from jobs.common.quiet import quiet_libraries
-
     if memory is not None:
         from jobs.common.memory_report import print_memory
 
@@ -61,7 +59,6 @@ def inspect(
         return
     if not checkpoint or len(checkpoint) > 1:
         raise ConfigError("inspect: give one checkpoint (a diffusers folder or hub id), or --memory CONFIG")
-    quiet_libraries()
     from pipeline.tools.inspect_checkpoint import InspectOptions, inspect_checkpoint
 
     options = InspectOptions(

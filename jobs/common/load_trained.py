@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.common.quiet import quiet_libraries
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, one_line
@@ -120,7 +119,6 @@ def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
 
 def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Policy:
     """The generator of `cfg`, with the trained weights in place. Raises `RushesError` kinds."""
-    quiet_libraries()
     from pipeline.generators.policy import Policy
 
     update: dict[str, Any] = {}

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobs.common.quiet import quiet_libraries
 from jobs.common.units import bytes_text
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
@@ -62,7 +61,6 @@ _RAY_WORKER = 35 * 2**20  # what Ray's worker holds beyond `import ray`: measure
 
 def print_memory(config: Path, overrides: list[str], *, json_out: bool) -> None:
     """Prints the estimate. `overrides`: KEY=VALUE, or a checkpoint that takes the place of the config's."""
-    quiet_libraries()
     given = [entry if "=" in entry else f"generator.pretrained={entry}" for entry in overrides]
     cfg = load_config(config, given)
     from pipeline.tools.memory.estimate import estimate_memory

@@ -16,6 +16,7 @@ from pipeline.config.schema import GeneratorConfig, TrainableConfig
 from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask_to_run_code
 from pipeline.core.devices import resolve_dtype
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError, one_line
+from pipeline.core.library_messages import silence_libraries
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.processors import processors_without_torchvision
 
@@ -78,7 +79,7 @@ def load_pipeline(
     `skip`: components that are left out (None). `place`: False leaves it on the CPU, in the dtype `device` asks for.
     Raises InputError naming the checkpoint. Weights must be safetensors; remote code is never run.
     """
-    _no_progress_bars()
+    silence_libraries()
     quantised = _quantised_pipeline(cfg)
     # Without being told so, diffusers refuses a checkpoint that was saved without a component (SD3's third encoder).
     index = model_index(cfg)
@@ -138,15 +139,6 @@ def pipeline_class(cfg: GeneratorConfig, index: Mapping[str, Any] | None = None)
         where = "generator.pipeline" if cfg.pipeline else f"{cfg.pretrained}/model_index.json: _class_name"
         raise ConfigError(f"{where}: diffusers has no pipeline class {name!r}; use one of its own")
     return found
-
-
-def _no_progress_bars() -> None:
-    """One bar per component and shard would bury what a run has to say."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import ConfigError, InputError, one_line
 from pipeline.core.files import did_you_mean
+from pipeline.core.library_messages import silence_libraries
 from pipeline.core.safe_paths import relative_name
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def pretrained(
     """
     from transformers.utils import logging
 
+    silence_libraries()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of weights that were not asked for; what is missing is checked here
     try:

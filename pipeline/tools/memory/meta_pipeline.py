@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.code_names import check_model_index, check_own_code, component_class, never_ask_to_run_code
 from pipeline.core.errors import InputError, RushesError, one_line
+from pipeline.core.library_messages import silence_libraries
 from pipeline.generators.checkpoint_files import DENOISERS, read_json
 from pipeline.generators.load.processors import processors_without_torchvision
 
@@ -122,7 +123,9 @@ class MetaPipeline:
     def _pipeline(self) -> Any:
         """The pipeline of networks without data, and of tokenizers and schedulers as they are."""
         import diffusers
+        import transformers  # noqa: F401 (so that its messages are silenced too)
 
+        silence_libraries()
         file = self.folder / "model_index.json"
         index = read_json(file)
         components = check_model_index(index, file, own_class=self.cfg.pipeline is None)
