@@ -45,9 +45,7 @@ def path_inside(root: Path, name: object, where: str, fix: str) -> Path:
     path = Path(os.path.realpath(home / name))
     if not path.is_relative_to(home) or path == home:
         raise InputError(f"{where} {name!r:.120} leads out of {home}; only files in that folder are allowed; {fix}")
-    return Path(os.path.abspath(root)) / path.relative_to(
-        home
-    )  # the root as given: other nodes may mount it under that name
+    return Path(os.path.abspath(root)) / path.relative_to(home)  # the root as given: other nodes may know that path
 
 
 def file_inside(root: Path, name: object, where: str, fix: str) -> Path:

@@ -6,7 +6,7 @@ ids or timestep conventions; only which entries belong to which take, and the gu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from pipeline.core.types import RecordedCall, RecordedStep, SamplingSpec, Trajec
 from pipeline.generators.guidance import evaluate
 from pipeline.generators.record.attention import apply_processors
 from pipeline.generators.record.outputs import first_tensor
+from pipeline.generators.replay.reencoded import ReencodedInputs
 from pipeline.generators.spec import InputKey, PolicySpec, StepInputKey, call_keys, map_call_inputs
 from pipeline.rl.samplers import Transition, transition
-
-if TYPE_CHECKING:
-    from pipeline.generators.replay.text_inputs import ReencodedInputs
 
 
 class Replayer:
