@@ -1,4 +1,4 @@
-"""The report of made-up runs: finished, going on, just begun, with broken files."""
+"""The report of made-up runs: finished, running, just begun, with broken files."""
 
 import json
 import re
@@ -7,7 +7,8 @@ import pytest
 from made_up_run import make_run
 
 from pipeline.core.errors import InputError
-from pipeline.tools.report.report import build_report, duration
+from pipeline.tools.report.facts import duration
+from pipeline.tools.report.report import build_report
 
 
 def text_of(run):

@@ -1,4 +1,4 @@
-"""The report's part on how several rewards become one advantage: what was configured, and what came of it."""
+"""The report's part on how several rewards become one advantage: the configuration and its effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SINGLE = [("combine/non_dominated", "Takes kept: not dominated in their group")
 
 
 def combining_table(config: Config | None, metrics: list[dict]) -> list[dict[str, Any]]:
-    """A row per reward; [] where a single, unchanged reward leaves nothing to tell."""
+    """A row per reward; [] for a single reward that is used as it is."""
     if config is None:
         return []
     plain = all(r.normalize == "none" and r.clip is None and r.score_repeats == 1 for r in config.rewards.values())
@@ -49,25 +49,25 @@ def _row(name: str, reward: RewardConfig, metrics: list[dict]) -> dict[str, Any]
 
 
 def _last(metrics: list[dict], name: str) -> str:
-    """Mean of the last ten steps that know it, as a percentage."""
+    """Mean over the last ten steps that have the metric, as a percentage."""
     values = [row[name] for row in metrics if finite(row.get(name))][-10:]
     return f"{100 * sum(values) / len(values):.0f} %" if values else "–"
 
 
 def combining_plots(config: Config | None, metrics: list[dict]) -> list[Markup]:
     names = list(config.rewards) if config else []
-    found = []
+    plots = []
     for prefix, title in _PLOTS:
         lines = [_line(metrics, f"{prefix}{name}", name) for name in names]
         lines = [line for line in lines if len(line.x)]
         if lines:
-            named = f"{title}: {lines[0].label}" if len(lines) == 1 else title  # one curve has no legend
-            found.append(plot(named, lines, size=(4.4, 2.2), zero=True))
+            full_title = f"{title}: {lines[0].label}" if len(lines) == 1 else title  # one curve has no legend
+            plots.append(plot(full_title, lines, size=(4.4, 2.2), zero=True))
     for name, title in _SINGLE:
         line = _line(metrics, name, name)
         if len(line.x):
-            found.append(plot(title, [line], size=(4.4, 2.2), zero=True))
-    return found
+            plots.append(plot(title, [line], size=(4.4, 2.2), zero=True))
+    return plots
 
 
 def _line(metrics: list[dict], name: str, label: str) -> Line:

@@ -1,0 +1,116 @@
+"""The report's curves over the training steps: rewards, diagnostics of the update, times."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.tools.report.plots import Line, finite, plot, stacked
+from pipeline.tools.report.record import RunRecord
+
+DIAGNOSTICS: list[tuple[str, list[str], dict[str, bool]]] = [
+    ("Policy ratio new / old", ["ratio/max", "ratio/mean", "ratio/min"], {}),
+    ("Share of clipped ratios", ["clip/low", "clip/high"], {"zero": True}),
+    ("KL to the reference", ["kl"], {"zero": True}),
+    ("Groups with equal rewards", ["zero_std_ratio"], {"zero": True}),
+    ("Gradient norm (before clipping)", ["grad_norm"], {"zero": True}),
+    ("On-policy check: max |log-ratio|", ["ratio/max_abs_log"], {"log": True}),
+    ("Loss", ["loss", "policy_loss"], {}),
+    ("Mean |advantage|", ["advantage/mean_abs"], {"zero": True}),
+    ("Learning rate", ["lr"], {"zero": True}),
+]
+ROLES = ["time/rollout", "time/score", "time/learn", "time/sync"]
+
+
+def _series(metrics: list[dict], name: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[name]) for row in metrics if finite(row.get(name))]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _train_line(run: RunRecord, name: str, label: str, std: str | None = None) -> Line:
+    """`std`: the metric from which the standard error over the step's takes is computed."""
+    x, y = _series(run.metrics, name)
+    error = None
+    if std and run.config:
+        takes = run.config.algorithm.group_size * run.config.algorithm.groups_per_step
+        by_step = {row["step"]: row[std] / math.sqrt(takes) for row in run.metrics if finite(row.get(std))}
+        error = [by_step.get(step, 0.0) for step in x] if by_step else None
+    return Line(label=label, x=x, y=y, error=error)
+
+
+def _heldout_line(run: RunRecord, pick: Callable[[dict[str, Any]], Any], label: str) -> Line:
+    """`pick`: from an evaluation's row to the result (`mean`, `se`) that is shown."""
+    rows = [(row["step"], pick(row)) for row in run.evals]
+    rows = [(step, value) for step, value in rows if value and finite(value.get("mean"))]
+    return Line(
+        label=label,
+        x=[step for step, _ in rows],
+        y=[value["mean"] for _, value in rows],
+        error=[value.get("se") or 0.0 for _, value in rows],  # a bar of no length for a single prompt
+        bars=True,
+    )
+
+
+def reward_curve(run: RunRecord) -> Markup | None:
+    """The weighted sum of rewards in training and on held-out prompts."""
+    lines = [
+        _train_line(run, "reward/mean", "training prompts", "reward/std"),
+        _heldout_line(run, lambda row: row, "held-out prompts (ODE, fixed seeds)"),
+    ]
+    if not any(len(line.x) for line in lines):
+        return None
+    return plot("Reward (mean ± standard error)", lines, size=(9.0, 3.0))
+
+
+def reward_plots(run: RunRecord) -> list[Markup]:
+    """A plot per reward, in training and on held-out prompts."""
+    if run.config:
+        names = list(run.config.rewards)
+    else:
+        keys = {key for row in run.metrics for key in row if key.startswith("reward/")}
+        names = sorted({key.removeprefix("reward/") for key in keys} - {"mean", "std"})
+    plots = []
+    for name in names:
+        lines = [
+            _train_line(run, f"reward/{name}", "training"),
+            _heldout_line(run, functools.partial(_result_of, name), "held-out"),
+        ]
+        if any(len(line.x) for line in lines):
+            plots.append(plot(name, lines))
+    return plots
+
+
+def _result_of(name: str, row: dict[str, Any]) -> dict[str, Any] | None:
+    return (row.get("rewards") or {}).get(name)
+
+
+def diagnostics(run: RunRecord) -> list[Markup]:
+    plots = []
+    for title, names, options in DIAGNOSTICS:
+        lines = [
+            Line(label=name.split("/")[-1], x=x, y=y) for name in names for x, y in [_series(run.metrics, name)] if x
+        ]
+        if lines:
+            plots.append(plot(title, lines, size=(4.4, 2.2), **options))
+    return plots
+
+
+def times(run: RunRecord) -> list[Markup]:
+    """Seconds per role in each step, and takes per second."""
+    metrics = run.metrics
+    measured = [name for name in ROLES if any(finite(row.get(name)) for row in metrics)]
+    if not measured:
+        return []
+    steps = [row["step"] for row in metrics]
+    series: dict[str, Sequence[float]] = {
+        name.split("/")[1]: [row[name] if finite(row.get(name)) else 0.0 for row in metrics] for name in measured
+    }
+    plots = [stacked("Seconds per role in each step (roles may overlap)", steps, series)]
+    x, y = _series(metrics, "takes_per_s")
+    if x:
+        plots.append(plot("Takes per second", [Line(label="takes/s", x=x, y=y)], size=(9.0, 1.9), zero=True))
+    return plots

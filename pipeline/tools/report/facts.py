@@ -1,0 +1,108 @@
+"""The report's numbers: state and setting of the run, held-out results before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.rl.evaluation import paired_difference
+from pipeline.rl.objectives import get_objective
+from pipeline.tools.report.plots import finite
+from pipeline.tools.report.record import RunRecord
+
+
+def status(run: RunRecord) -> dict[str, str]:
+    """`text` to show, and `kind`: done, stopped or running."""
+    if run.summary.get("status") == "finished":
+        return {"text": "finished", "kind": "done"}
+    if run.summary.get("status"):
+        return {"text": str(run.summary["status"]), "kind": "stopped"}
+    if not run.metrics:
+        return {"text": "started, no step done yet", "kind": "running"}
+    total = f" of {run.config.run.steps}" if run.config else ""
+    return {"text": f"running (or stopped): {len(run.metrics)}{total} steps done", "kind": "running"}
+
+
+def facts(run: RunRecord) -> list[tuple[str, str]]:
+    """(name, value) of the run's setting and of what it took."""
+    config, metrics, summary = run.config, run.metrics, run.summary
+    rows = []
+    if config:
+        generator = config.generator
+        shape = f"{generator.width}×{generator.height}" + (
+            f"×{generator.num_frames} frames" if generator.num_frames > 1 else ""
+        )
+        rows += [
+            ("generator", f"{generator.pretrained} ({shape})"),
+            ("trained", config.trainable.description),
+            ("sampler", _sampler(config)),
+            (
+                "algorithm",
+                f"{config.algorithm.objective}, {config.algorithm.groups_per_step} × "
+                f"{config.algorithm.group_size} takes a step",
+            ),
+        ]
+    if metrics and metrics[-1].get("time") and metrics[0].get("time"):
+        rows.append(("steps", f"{len(metrics)} in {duration(metrics[-1]['time'] - metrics[0]['time'])}"))
+    if finite(summary.get("wall_s")):
+        rows.append(("whole run", duration(summary["wall_s"])))
+    if finite(summary.get("peak_rss_mb")):
+        rows.append(("peak memory", f"{summary['peak_rss_mb'] / 1024:.1f} GiB, all processes"))
+    if finite(summary.get("takes")):
+        rows.append(("takes", f"{summary['takes']:,}"))
+    groups = summary.get("groups")
+    if isinstance(groups, dict):
+        rows.append(("groups", ", ".join(f"{count} {name}" for name, count in groups.items())))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Such as `3 min 05 s`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def headline(run: RunRecord) -> dict[str, Any] | None:
+    """Held-out before and after; None when there is no evaluation yet."""
+    before, after = run.heldout.get("before"), run.heldout.get("after")
+    if before is None and run.evals:
+        before = run.evals[0]
+    if after is None and len(run.evals) > 1:
+        after = run.evals[-1]
+    if not before:
+        return None
+    result: dict[str, Any] = {"before": before, "after": after, "delta": None}
+    if after:
+        paired = paired_difference(before, after)
+        error = paired.se if paired else (run.heldout.get("difference") or {}).get("se")
+        result["delta"] = after["mean"] - before["mean"]
+        result["error"] = error
+        result["in_se"] = result["delta"] / error if error else None
+    return result
+
+
+def rewards_table(run: RunRecord) -> list[dict[str, Any]]:
+    """Held-out mean of each reward, before and after."""
+    rewards = run.heldout.get("rewards") or {}
+    if not rewards and run.evals:
+        first, last = run.evals[0].get("rewards") or {}, run.evals[-1].get("rewards") or {}
+        if len(run.evals) == 1:
+            last = {}
+        rewards = {name: {"before": value, "after": last.get(name)} for name, value in first.items()}
+    rows = []
+    for name, pair in rewards.items():
+        before, after = pair.get("before"), pair.get("after")
+        delta = after["mean"] - before["mean"] if before and after else None
+        rows.append({"name": name, "before": before, "after": after, "delta": delta})
+    return rows
+
+
+def _sampler(config: Config) -> str:
+    steps = f"{config.sampler.steps} steps"
+    if not get_objective(config.algorithm.objective).draws_noise:
+        return f"ODE, {steps}"
+    return f"{config.sampler.kind}, {steps}, noise {config.sampler.noise_level:g}"
