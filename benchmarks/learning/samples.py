@@ -1,4 +1,4 @@
-"""Reward after N takes: samplers and windows against each other, on both shipped generators and several seeds.
+"""Reward after N takes: compares samplers, windows and objectives on both shipped generators and several seeds.
 
     python -m benchmarks.learning.samples [--steps 16] [--seeds 0 1 2] [--generators image video] [--arms …]
     python -m benchmarks.learning.samples --plot        # benchmarks/results/samples.jsonl -> docs/images/samples.png
@@ -7,10 +7,10 @@
     benchmarks/results/less_work.jsonl \
         --arms awm awm_6_steps awm_6_steps_0.6 awm_5_steps_0.75         # work-saving recipes, as long as a quickstart
 
-Runs a recipe's rollout, scoring and update in this one process, with the library that the actors call: what is learned
-does not depend on how many workers there are, so nothing else need run. Every arm of a generator draws the same prompts
-in the same order, as many takes, and trains two to five noise levels of each; learning rates (`RATES`) are not tuned
-for each arm. Finished runs are appended to the file and not repeated.
+Runs rollout, scoring and update in this one process, with the library that the actors call: what is learned does not
+depend on the number of workers. Every arm of a generator draws the same prompts in the same order and equally many
+takes, and trains two to five noise levels of each; learning rates (`RATES`) are not tuned per arm. Finished runs are
+appended to the file and not repeated.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_f
           "sampler.window.range=[0,5]"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
-    # Less work per take: fewer sampler steps than eight, of which the same share trains, or (0.6, 0.75) three do;
-    # kl_3: the KL at one of these.
+    # Less work per take: fewer than eight sampler steps, of which the same share is trained, or three (0.6, 0.75);
+    # kl_3: the KL at every third trained step only.
     "awm_6_steps": ["sampler.steps=6"],
     "awm_6_steps_0.6": ["sampler.steps=6", "sampler.timestep_fraction=0.6"],
     "awm_6_steps_0.6_kl_3": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "algorithm.kl_every=3"],
@@ -62,7 +62,7 @@ ARMS: dict[str, list[str]] = {
     "mix_grpo": [*WINDOW, "sampler.window.kind=sliding", "sampler.window.every=4", "sampler.same_initial_noise=true"],
     "flow_grpo_fast": [*WINDOW, "sampler.window.kind=random"],
 }
-RATES = {"image": 3e-4, "video": 1.5e-4}  # of the arms with log-probs of injected noise; the others' is the recipe's
+RATES = {"image": 3e-4, "video": 1.5e-4}  # of the GRPO arms; the others keep the quickstart's
 
 
 def config(generator: str, arm: str, seed: int, steps: int) -> Config:
@@ -92,17 +92,17 @@ class Loop:
         return {name: scorer.run(media, work.prompts, seed) for name, scorer in self.scorers.items()}
 
     def step(self, number: int) -> dict[str, float]:
-        """Draws, scores and trains `groups_per_step` groups; groups of equal rewards are drawn anew, as in a run."""
+        """Draws, scores and trains `groups_per_step` groups; groups of equal rewards are filtered, as in a run."""
         self.policy.load_weights(self.learner.weights("train"))
         kept, scores = [], []
         while len(kept) < self.cfg.algorithm.groups_per_step:
             work = train_work(self.cfg, self.group, number, self.cursor.next())
             self.group += 1
             media, trajectory, _ = self.policy.rollout(work)
-            found = self._scores(media, work, scoring_seed(self.cfg, work.group))
-            if not self.combiner.is_flat(found):
+            group_scores = self._scores(media, work, scoring_seed(self.cfg, work.group))
+            if not self.combiner.is_flat(group_scores):
                 kept.append(trajectory)
-                scores.append(found)
+                scores.append(group_scores)
         result = self.combiner.step(scores)
         self.combiner.commit()
         batch = [
@@ -115,13 +115,13 @@ class Loop:
     def evaluate(self) -> dict[str, Any]:
         """Mean held-out reward and its standard error, with the run's own prompts, seeds and sampler."""
         self.policy.load_weights(self.learner.weights(self.cfg.eval_weights_tag))
-        found = defaultdict(list)
+        values_of = defaultdict(list)
         works = eval_works(self.cfg, self.heldout, 0)
         for work in works:
             for name, scores in self._scores(self.policy.rollout(work)[0], work, None).items():
-                found[name].append(scores.values)
+                values_of[name].append(scores.values)
         prompts = np.array([prompt.index for work in works for prompt in work.prompts])
-        scores = {name: np.concatenate(values) for name, values in found.items()}
+        scores = {name: np.concatenate(values) for name, values in values_of.items()}
         reward = summarise_scores(scores, self.cfg.reward_weights, prompts).reward
         return {"mean": reward.mean, "se": reward.se, "n": reward.n}
 
@@ -146,19 +146,19 @@ def finished(path: Path) -> list[dict[str, Any]]:
 
 def rows(runs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Per generator and arm: takes, and mean and standard deviation over seeds of the rise in held-out reward."""
-    by: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    runs_of: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        by[run["generator"], run["arm"]].append(run)
-    found = {}
-    for key, several in by.items():
-        rises = np.array([[point["mean"] - run["curve"][0]["mean"] for point in run["curve"]] for run in several])
-        found[key] = {
-            "takes": np.mean([[point["takes"] for point in run["curve"]] for run in several], axis=0),
+        runs_of[run["generator"], run["arm"]].append(run)
+    summaries = {}
+    for key, seeds in runs_of.items():
+        rises = np.array([[point["mean"] - run["curve"][0]["mean"] for point in run["curve"]] for run in seeds])
+        summaries[key] = {
+            "takes": np.mean([[point["takes"] for point in run["curve"]] for run in seeds], axis=0),
             "rise": rises.mean(0),
-            "std": rises.std(0, ddof=1) if len(several) > 1 else np.zeros(rises.shape[1]),
-            "seeds": len(several),
+            "std": rises.std(0, ddof=1) if len(seeds) > 1 else np.zeros(rises.shape[1]),
+            "seeds": len(seeds),
         }
-    return found
+    return summaries
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--generators", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--plot", action="store_true", help="only draw what has been measured, and print a table")
+    parser.add_argument("--plot", action="store_true", help="measure nothing: plot the results and print a table")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot draws it")
     options = parser.parse_args()
     if options.plot:

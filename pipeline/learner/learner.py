@@ -339,8 +339,10 @@ class Learner:
         expected = {f"weights/{n}" for n in self.parameters} | {f"ema/{n}" for n in self.ema}
         stored = {n for n in tensors if not n.startswith("optimizer/")}
         if expected != stored:
-            odd = sorted(expected ^ stored)
-            raise CheckpointError(f"checkpoint does not fit this config: {len(odd)} tensors differ, such as {odd[0]}")
+            differing = sorted(expected ^ stored)
+            raise CheckpointError(
+                f"checkpoint does not fit this config: {len(differing)} tensors differ, such as {differing[0]}"
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 copy_into(parameter, tensors[f"weights/{name}"])
@@ -349,9 +351,9 @@ class Learner:
         for name, parameter in self.parameters.items():
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"optimizer/{key}/{name}")
-                if value is not None:
-                    state[key] = value.clone() if key == "step" else shard_like(value, parameter.detach())
+                moment = tensors.get(f"optimizer/{key}/{name}")
+                if moment is not None:
+                    state[key] = moment.clone() if key == "step" else shard_like(moment, parameter.detach())
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.updates = int(meta["version"]), int(meta["updates"])

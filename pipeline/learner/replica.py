@@ -1,7 +1,7 @@
 """One copy of what is trained: from a group's micro-batches to losses with gradients.
 
-A learner has one replica, or on a CPU several, each with a thread of its own: their weights are the same memory, their
-gradients are not.
+A learner has one replica, or on a CPU several, each in its own thread: they share the memory of the weights, and each has
+its own gradients.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Replica:
         self.objective = get_objective(cfg.algorithm.objective)
 
     def replicate(self) -> Replica:
-        """Another replica over the same weights, with gradients of its own."""
+        """Another replica that shares the weights and has its own gradients."""
         everything = [self.modules, self.trained, self.reference or {}]
         tensors = [t for modules in everything for m in modules.values() for t in (*m.parameters(), *m.buffers())]
         same: dict[int, Any] = {}
         for tensor in tensors:
-            parameter = isinstance(tensor, torch.nn.Parameter)
-            same[id(tensor)] = torch.nn.Parameter(tensor.data, tensor.requires_grad) if parameter else tensor
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            same[id(tensor)] = torch.nn.Parameter(tensor.data, tensor.requires_grad) if is_parameter else tensor
         modules, trained, reference = copy.deepcopy((self.modules, self.trained, self.reference), same)
         return Replica(self.cfg, self.device, modules, trained, reference)
 
@@ -78,8 +78,8 @@ class Replica:
         return micro_batches_of(self.cfg, replayer)
 
     def losses(self, group: GroupBatch, micro: MicroBatch, check_replay: bool) -> MicroBatchLoss:
-        """`check_replay`: the group is one whose replay is compared with its rollout, where that costs a forward pass
-        of its own (else every micro-batch is compared)."""
+        """`check_replay`: the group is one whose replay is compared with its rollout, where that costs an extra
+        forward pass (else every micro-batch is compared)."""
         trajectory, advantages = group.held, micro.advantages(group)
         if isinstance(self.objective, TransitionObjective):
             return self._transition_loss(self.objective, trajectory, micro, advantages)
@@ -181,7 +181,7 @@ class Replica:
 
 
 def matching_noise(run_seed: int, group: int, index: int, like: torch.Tensor) -> torch.Tensor:
-    """The noise that the finished takes of `group` get at sampler step `index`: like one take, float32, the same after
-    a resume. One for the whole group: what is common to its takes cancels, since advantages sum to zero."""
+    """The noise for the finished takes of `group` at sampler step `index`: float32, shaped like one take, the same after
+    a resume. All takes of a group share it: what they have in common cancels, since advantages sum to zero."""
     seed = int(np.random.SeedSequence([run_seed, group, index, 0xA3]).generate_state(1)[0])
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)

@@ -35,7 +35,7 @@ def weighted_rewards(scores: Group, weights: Mapping[str, float]) -> np.ndarray:
     terms = np.stack([weights[name] * np.asarray(scores[name], np.float64) for name in weights if name in scores])
     applies = ~np.isnan(terms)
     if not applies.any(axis=0).all():
-        raise ValueError("no reward applies to some take")
+        raise ValueError("a take has no reward that applies to it")
     return np.sum(np.where(applies, terms, 0.0), axis=0).astype(np.float32)
 
 

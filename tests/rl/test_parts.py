@@ -58,14 +58,14 @@ def test_nothing_asks_for_an_objective_or_a_sampler_by_name():
     names = {*OBJECTIVES.all(), *SAMPLERS.all()}
     assert {"awm", "grpo", "flow_sde", "ode"} <= names
     homes = (ROOT / "pipeline/rl/objectives", ROOT / "pipeline/rl/samplers")
-    found = [
+    places = [
         f"{file.relative_to(ROOT)}:{line}"
         for folder in ("pipeline", "actors", "jobs")
         for file in sorted((ROOT / folder).rglob("*.py"))
         if not (file.parent in homes and file.stem in names)
         for line in names_asked(ast.parse(file.read_text("utf-8")), names)
     ]
-    assert not found, f"ask what the part declares instead: {found}"
+    assert not places, f"ask what the part declares instead: {places}"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Several rewards become one advantage: routing, normalisation, clipping, Pareto sets, uncertainty; each against
-numbers worked out by hand or against the papers' own formulas."""
+numbers calculated by hand or with the papers' formulas."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def next_to_no_epsilon(monkeypatch):
 def scored(**rewards):
     """One group: name=values, or name=(values, variance); None: the reward does not apply."""
     takes = len(next(v for v in rewards.values() if v is not None))
-    found = {}
+    scores = {}
     for name, entry in rewards.items():
         values, variance = entry if isinstance(entry, tuple) else (entry, None)
         values = np.full(takes, np.nan) if values is None else values
         variance = None if variance is None else np.asarray(variance, np.float32)
-        found[name] = RewardScores(values=np.asarray(values, np.float32), variance=variance)
-    return found
+        scores[name] = RewardScores(values=np.asarray(values, np.float32), variance=variance)
+    return scores
 
 
 def combiner(rewards, **advantage):
@@ -76,8 +76,8 @@ def test_the_combiner_changes_nothing_unless_told_to(options):
     else:
         total = [np.sum([w * group[n] for n, w in weights.items()], axis=0).astype(np.float32) for group in wide]
         expected = advantages([t.astype(np.float64) for t in total])
-    for found, wanted in zip(result.advantages, expected, strict=True):
-        np.testing.assert_array_equal(found, wanted.clip(-5, 5).astype(np.float32))
+    for advantages, unclamped in zip(result.advantages, expected, strict=True):
+        np.testing.assert_array_equal(advantages, unclamped.clip(-5, 5).astype(np.float32))
     assert combined.state() == {}
 
 
@@ -174,7 +174,7 @@ def test_kept_takes_have_no_score_where_a_reward_does_not_apply(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wanted, message",
+    "rewards, message",
     [
         (["ocr", "aesthetik"], "p.jsonl, line 2: metadata.rewards: .*no reward 'aesthetik'; did you mean aesthetic?"),
         ([], "expected a list of the config's rewards"),
@@ -182,8 +182,8 @@ def test_kept_takes_have_no_score_where_a_reward_does_not_apply(tmp_path):
         ([1], "expected a list"),
     ],
 )
-def test_routing_is_checked_before_the_run(wanted, message):
-    prompts = [PromptItem(index=0, text="a"), PromptItem(index=1, text="b", metadata={"rewards": wanted})]
+def test_routing_is_checked_before_the_run(rewards, message):
+    prompts = [PromptItem(index=0, text="a"), PromptItem(index=1, text="b", metadata={"rewards": rewards})]
     with pytest.raises(InputError, match=message):
         check_routing(prompts, ["ocr", "aesthetic"], ["line 1", "line 2"], "p.jsonl")
 
@@ -215,7 +215,7 @@ def test_running_statistics_are_those_of_all_takes_so_far_and_survive_a_resume()
     whole = combiner({"a": {"normalize": "running"}}, std="none")
     results = []
     for step in steps:
-        whole.step([step[1]])  # asked again with other groups: only the last answer counts
+        whole.step([step[1]])  # called again with other groups: only the last call counts
         results.append(whole.step(step))
         whole.commit()
     seen = np.concatenate([group["a"].values for step in steps for group in step]).astype(np.float64)

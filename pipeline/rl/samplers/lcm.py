@@ -40,7 +40,7 @@ def lcm_step(
 ) -> Transition:
     """Multistep consistency sampling as a policy (RLCM, arXiv 2404.03673): N(sqrt(abar') f(x_t), (1 - abar') I).
 
-    The noise is the model's own, so `noise_level` has no part in it.
+    The model fixes the noise, so `noise_level` is not used.
     """
     denoised = consistency_function(x, out, abar, scaled_t, prediction)
     return Transition(math.sqrt(abar_next) * denoised, math.sqrt(1.0 - abar_next), abs(abar_next - abar))
