@@ -1,7 +1,7 @@
 """One copy of what is trained: from a group's micro-batches to losses with gradients.
 
-A learner has one replica, or on a CPU several, each in its own thread: they share the memory of the weights, and each has
-its own gradients.
+A learner has one replica, or on a CPU several, each in its own thread: they share the weights' memory, not the
+gradients.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Replica:
 
 
 def matching_noise(run_seed: int, group: int, index: int, like: torch.Tensor) -> torch.Tensor:
-    """The noise for the finished takes of `group` at sampler step `index`: float32, shaped like one take, the same after
-    a resume. All takes of a group share it: what they have in common cancels, since advantages sum to zero."""
+    """The noise for the finished takes of `group` at sampler step `index`: float32, shaped like one take, the same
+    after a resume. All takes of a group share it: what they have in common cancels, since advantages sum to zero."""
     seed = int(np.random.SeedSequence([run_seed, group, index, 0xA3]).generate_state(1)[0])
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)

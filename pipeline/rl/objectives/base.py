@@ -70,9 +70,7 @@ class Objective(ABC):
     draws_noise: ClassVar[bool]  # takes are drawn with the sampler's noise; else without any, by the ODE
     needs_old_mean: ClassVar[bool] = False  # the rollout keeps the means of its transitions
     joins_steps: ClassVar[bool] = False  # several trained steps may share one denoiser call
-    extra_replay_check: ClassVar[bool] = (
-        False  # comparing replay with rollout costs a forward pass of its own, so few groups are checked
-    )
+    extra_replay_check: ClassVar[bool] = False  # comparing replay with rollout costs a forward pass of its own
     replay_metric: ClassVar[str]  # name of the largest difference between replay and rollout
     samplers: ClassVar[tuple[str, ...] | None] = None  # those it is defined for; None: all
     max_updates_per_step: ClassVar[int | None] = None  # None: any number
