@@ -7,10 +7,6 @@ import json
 from pathlib import Path
 
 import families
-import families_edit
-import families_image
-import families_more
-import families_new
 import pytest
 import tiny
 import torch
@@ -26,6 +22,10 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.models import attention_processor
+from families import edit as families_edit
+from families import image as families_image
+from families import more as families_more
+from families import new as families_new
 
 from jobs.cli import main
 from pipeline.core.errors import UnsupportedPolicyError

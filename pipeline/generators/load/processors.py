@@ -40,11 +40,11 @@ def without_video(name: str) -> Any:
     import transformers
     from transformers.processing_utils import ProcessorMixin
 
-    base: Any = getattr(transformers, name, None)
-    if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
+    named = getattr(transformers, name, None)
+    if not (isinstance(named, type) and issubclass(named, ProcessorMixin)):
         return None
-    attributes: list[str] = base.get_attributes()
-    if "video_processor" not in attributes:
+    base: Any = named  # transformers' classes count as untyped
+    if "video_processor" not in base.get_attributes():
         return None
     loaders = {"image_processor": transformers.AutoImageProcessor, "tokenizer": transformers.AutoTokenizer}
 

@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import families_edit as edits
-import families_image as images
-import families_joint as joint
-import families_more as more
-import families_new as new
-import families_video as videos
 import torch
 from diffusers import DiffusionPipeline
-from family_parts import liven
 
+from families import edit as edits
+from families import image as images
+from families import joint, more, new
+from families import video as videos
+from families.parts import liven
 from pipeline.config.schema import Config
 from pipeline.core.types import PromptItem
 from pipeline.generators.load.processors import processors_without_torchvision

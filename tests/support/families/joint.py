@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import diffusers as d
-import families_image as images
-import family_parts as p
 import transformers as tf
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-from families_image import _euler_flow
-from families_new import LANGUAGE, qwen3_vl
-from family_parts import DIM, tokenizer
+
+from families import image as images
+from families import parts as p
+from families.image import _euler_flow
+from families.new import LANGUAGE, qwen3_vl
+from families.parts import DIM, tokenizer
 
 
 def ideogram4():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import diffusers as d
-import family_parts as p
 import transformers as tf
-from families_image import BETAS, _euler_flow, sd3, sdxl, stable_diffusion
-from families_video import _wan_parts
-from family_parts import DIM, tokenizer
+
+from families import parts as p
+from families.image import BETAS, _euler_flow, sd3, sdxl, stable_diffusion
+from families.parts import DIM, tokenizer
+from families.video import _wan_parts
 
 
 def instruct_pix2pix():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import diffusers as d
-import family_parts as p
-from families_image import BETAS, _euler_flow
-from family_parts import DIM, tokenizer
+
+from families import parts as p
+from families.image import BETAS, _euler_flow
+from families.parts import DIM, tokenizer
 
 
 def text_to_video_sd():

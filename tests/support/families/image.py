@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import diffusers as d
-import family_parts as p
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
-from family_parts import DIM, tokenizer
+
+from families import parts as p
+from families.parts import DIM, tokenizer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 
 import diffusers as d
-import families_image as images
-import families_more as more
-import families_video as videos
-import family_parts as p
 import transformers as tf
-from families_image import BETAS, _euler_flow, _flux_transformer, stable_diffusion
-from family_parts import DIM, tokenizer
+
+from families import image as images
+from families import more
+from families import parts as p
+from families import video as videos
+from families.image import BETAS, _euler_flow, _flux_transformer, stable_diffusion
+from families.parts import DIM, tokenizer
 
 
 def _through(cls, pipe, **more):

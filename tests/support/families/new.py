@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import diffusers as d
-import families_edit as edits
-import families_image as images
-import families_video as videos
-import family_parts as p
 import transformers as tf
-from families_image import BETAS, _euler_flow
-from family_parts import DIM, tokenizer
+
+from families import edit as edits
+from families import image as images
+from families import parts as p
+from families import video as videos
+from families.image import BETAS, _euler_flow
+from families.parts import DIM, tokenizer
 
 ROPE = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
 LANGUAGE = {
