@@ -175,8 +175,8 @@ class Dispatcher:
         weights = None if worker.policy_version == version.key else version.weights
         if weights is not None:
             worker.policy_version = None  # not known until the call has succeeded
-        order = to_bytes(([run.work for run in runs], version.key))
-        answer, *objects = worker.actor.generate.options(num_returns=1 + 2 * len(runs)).remote(order, weights)
+        request = to_bytes(([run.work for run in runs], version.key))
+        answer, *objects = worker.actor.generate.options(num_returns=1 + 2 * len(runs)).remote(request, weights)
         metas: list[RolloutMeta] = await self.rollouts.result(worker, answer, "generated")
         worker.policy_version = version.key
         self._load_s = max(self._load_s, metas[0].seconds.get("load", 0.0))

@@ -1,4 +1,4 @@
-"""The learner's ranks as one: placed together, started together, called together, and lost together."""
+"""The learner: gang-scheduled ranks that are started and called together. Any failure fails the group."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import PolicyVersion
 
-MAX_WAIT_S = 1800.0  # for room in the cluster; an autoscaled GPU node takes minutes
-FIRST_SAID_S, SAY_EVERY_S = 2.0, 15.0  # while waiting
-_WHO_DIED_S = 3.0  # the others fail when a rank dies; wait this long to see which one it was
+MAX_WAIT_S = 1800.0  # for resources of the cluster; an autoscaled GPU node takes minutes
+FIRST_WARNING_S, WARNING_EVERY_S = 2.0, 15.0  # while waiting
+_COLLECT_ERRORS_S = 3.0  # when a rank dies the others fail too; wait this long for the error that explains theirs
 log = logging.getLogger("rushes.learner")
 
 
@@ -41,7 +41,7 @@ class LearnerGroup:
         self.ctx, self.cfg = ctx, ctx.cfg.learner
         ranks = self.cfg.ranks
         self.slots = [WorkerSlot("learner" if ranks == 1 else f"learner-{rank}") for rank in range(ranks)]
-        self._room: PlacementGroup | None = None
+        self._placement_group: PlacementGroup | None = None
         self._needs = {name: amount for name, amount in self.cfg.resources.items() if amount > 0}
 
     @property
@@ -56,7 +56,7 @@ class LearnerGroup:
     # ------------------------------------------------------------------------------------------- start and end
 
     async def start(self, resume_from: str | None) -> None:
-        """All ranks, from a checkpoint or from the beginning. A start during which a process dies is repeated, up to
+        """Starts all ranks, from a checkpoint or from the beginning; again when a process dies meanwhile, up to
         `faults.max_restarts` times. Raises the ranks' own `RushesError`, or `RunFailed`."""
         attempts = self.ctx.cfg.faults.max_restarts + 1
         for attempt in range(1, attempts + 1):
@@ -66,46 +66,48 @@ class LearnerGroup:
                 return
             except LearnerLost as error:
                 self.kill()
-                log.warning("the learner did not start (try %d of %d): %s", attempt, attempts, error)
+                log.warning("the learner did not start (attempt %d of %d): %s", attempt, attempts, error)
                 if attempt == attempts:
-                    raise RunFailed(f"{error}, in {attempts} tries (see {self.ctx.run.log})") from error
+                    raise RunFailed(f"{error}, in {attempts} attempts (see {self.ctx.run.log})") from error
             except BaseException:
                 self.kill()
                 raise
 
     async def _place(self) -> None:
-        """Reserves room for all ranks at once: half a group would hold GPUs and compute nothing."""
+        """Reserves resources for all ranks at once: half a group would hold GPUs and compute nothing."""
         if not self._needs:
             return
-        if self._room is None:
+        if self._placement_group is None:
             # Ray keeps it when this controller dies, until the job ends: the driver finds it by its name, used once.
-            name = f"{self.ctx.run.name}/learner-room-{uuid.uuid4().hex[:12]}"
-            self._room = placement_group([dict(self._needs)] * len(self.slots), strategy="PACK", name=name)
-        await self._patiently(self._room_given(self._room), self._waiting, FIRST_SAID_S)
+            name = f"{self.ctx.run.name}/learner-placement-{uuid.uuid4().hex[:12]}"
+            self._placement_group = placement_group([dict(self._needs)] * len(self.slots), strategy="PACK", name=name)
+        await self._wait(self._placed(self._placement_group), self._waiting_for_resources, FIRST_WARNING_S)
 
-    async def _room_given(self, room: PlacementGroup) -> None:
-        while not await asyncio.to_thread(room.wait, 1):
+    async def _placed(self, group: PlacementGroup) -> None:
+        while not await asyncio.to_thread(group.wait, 1):
             continue
 
-    async def _patiently(self, wanted: Awaitable[Any], waiting: str, silent_s: float) -> Any:
-        """Waits, and says so after `silent_s`; gives up with `RunFailed` after `MAX_WAIT_S`."""
-        task, started = asyncio.ensure_future(wanted), time.monotonic()
+    async def _wait(self, awaitable: Awaitable[Any], activity: str, silent_s: float) -> Any:
+        """Waits, with warnings after `silent_s`. Raises `RunFailed` after `MAX_WAIT_S`."""
+        task, started = asyncio.ensure_future(awaitable), time.monotonic()
         for slot in self.slots:
-            slot.activity = waiting
+            slot.activity = activity
         pause = min(silent_s, MAX_WAIT_S)
         try:
             while not (await asyncio.wait({task}, timeout=pause))[0]:
-                pause = min(SAY_EVERY_S, MAX_WAIT_S)
+                pause = min(WARNING_EVERY_S, MAX_WAIT_S)
                 left = MAX_WAIT_S - (time.monotonic() - started)
                 if left <= 0:
-                    raise RunFailed(f"learner: no room in {MAX_WAIT_S:g} s: {waiting}; {_cluster(self._needs)}")
-                log.warning("%s; %s; giving up in %.0f s", waiting, _cluster(self._needs), left)
+                    raise RunFailed(
+                        f"learner: no resources within {MAX_WAIT_S:g} s: {activity}; {_cluster(self._needs)}"
+                    )
+                log.warning("%s; %s; giving up in %.0f s", activity, _cluster(self._needs), left)
             return task.result()
         finally:
             task.cancel()
 
     @property
-    def _waiting(self) -> str:
+    def _waiting_for_resources(self) -> str:
         each = ", ".join(f"{name}: {amount:g}" for name, amount in self._needs.items())
         return f"waiting for {len(self.slots)} × {{{each}}}"
 
@@ -122,12 +124,12 @@ class LearnerGroup:
                 "max_task_retries": 0,
                 "runtime_env": {"env_vars": actor_env(threads)},
             }
-            if self._room is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._room, rank)
+            if self._placement_group is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._placement_group, rank)
             slot.handle = ray.remote(LearnerActor).options(**options).remote(self.ctx, slot.name)
-        # Its node may have gone since: then Ray looks for another one.
-        first_words = self._all("starting", [slot.actor.info.remote() for slot in self.slots])
-        infos = await self._patiently(first_words, f"starting {len(self.slots)} process(es)", SAY_EVERY_S)
+        # A reserved node may have gone since: then Ray looks for another one.
+        placed = self._all("starting", [slot.actor.info.remote() for slot in self.slots])
+        infos = await self._wait(placed, f"starting {len(self.slots)} process(es)", WARNING_EVERY_S)
         for slot, info in zip(self.slots, infos, strict=True):
             slot.host, slot.activity = info["host"], "starting"
         on_node = Counter(info["node"] for info in infos)
@@ -149,15 +151,16 @@ class LearnerGroup:
             log.info("%s is process %d on %s", slot.name, info["pid"], slot.host)
 
     def kill(self) -> None:
-        """All ranks; their room stays theirs."""
+        """Ends all ranks; their resources stay reserved."""
         for slot in self.slots:
             slot.kill()
 
     def stop(self) -> None:
+        """Ends all ranks and gives their resources back."""
         self.kill()
-        if self._room is not None:
-            remove_placement_group(self._room)
-            self._room = None
+        if self._placement_group is not None:
+            remove_placement_group(self._placement_group)
+            self._placement_group = None
         for slot in self.slots:
             slot.activity = "stopped"
 
@@ -200,14 +203,14 @@ class LearnerGroup:
         for slot in self.slots:
             slot.set_idle()
 
-    async def _all(self, what: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:
-        """All answers (`calls` in rank order). As soon as a rank fails, raises its `RushesError`, or `LearnerLost` with
-        the failure that explains the others'. After `LearnerLost` no rank counts as alive."""
+    async def _all(self, activity: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:
+        """All answers; `calls` are in rank order. As soon as a rank fails, raises its `RushesError`, or `LearnerLost`
+        with the failure that explains the others', after which no rank counts as alive."""
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if any(task.done() and task.exception() for task in tasks):
-                await asyncio.wait(tasks, timeout=_WHO_DIED_S)
+                await asyncio.wait(tasks, timeout=_COLLECT_ERRORS_S)
             failed = [(slot, task.exception()) for slot, task in zip(self.slots, tasks, strict=False) if task.done()]
             errors = [(slot, error) for slot, error in failed if error is not None]
         finally:
@@ -215,16 +218,16 @@ class LearnerGroup:
                 task.cancel()
         if not errors:
             return [task.result() for task in tasks]
-        slot, error = min(errors, key=lambda pair: _how_far_from_the_cause(pair[1]))
+        slot, error = min(errors, key=lambda pair: _distance_from_cause(pair[1]))
         if is_deterministic(error):
             raise root(error) from None  # as it was raised, out of Ray's wrappers
         for each in self.slots:
             each.state = WorkerState.DEAD
-        raise LearnerLost(f"{slot.place}: {what} failed: {describe(error)}") from error
+        raise LearnerLost(f"{slot.place}: {activity} failed: {describe(error)}") from error
 
 
-def _how_far_from_the_cause(error: BaseException) -> int:
-    """A rank's own verdict, a death, and whatever else follows from one: the others then only lose a connection."""
+def _distance_from_cause(error: BaseException) -> int:
+    """0: a rank's own verdict. 1: a death. 2: what follows from either: the other ranks only lose a connection."""
     return 0 if is_deterministic(error) else 1 if isinstance(error, rx.RayActorError) else 2
 
 

@@ -1,6 +1,6 @@
-"""A learner rank as an actor. Thin; the work is in `pipeline.learner.learner` and `pipeline.learner.distributed`.
+"""A learner rank: an actor around `pipeline.learner.learner` and `pipeline.learner.distributed`.
 
-Every rank gets every call, in the same order (`actors.learner_group`); what comes back counts from rank 0 only.
+Every rank gets every call, in the same order (`actors.learner_group`); only the answers of rank 0 are used.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import psutil
 from ray.util.metrics import Counter, Gauge
 
-# Ray drops a gauge from its endpoint that has not been set for about two minutes; a step may take longer than that.
-BEAT_S = 10.0
+# Ray drops a gauge that has not been set for about two minutes from its endpoint; a step may take longer than that.
+REFRESH_S = 10.0
 
 
 def metric_name(name: str) -> str:
@@ -20,12 +20,12 @@ def metric_name(name: str) -> str:
     return "rushes_" + re.sub(r"[^a-zA-Z0-9_]+", "_", name).strip("_")
 
 
-def beat(function: Callable[[], None]) -> threading.Thread:
-    """Calls `function` every few seconds for as long as the process lives."""
+def call_regularly(function: Callable[[], None]) -> threading.Thread:
+    """Calls `function` every `REFRESH_S` seconds in a daemon thread."""
 
     def loop() -> None:
         while True:
-            time.sleep(BEAT_S)
+            time.sleep(REFRESH_S)
             function()
 
     thread = threading.Thread(target=loop, name="metrics", daemon=True)
@@ -34,7 +34,7 @@ def beat(function: Callable[[], None]) -> threading.Thread:
 
 
 class RoleMetrics:
-    """Inside a role actor: its memory, the seconds spent per phase, and the takes that it has drawn or scored."""
+    """Metrics of a role actor: its memory, the seconds spent per phase, and the takes that it has drawn or scored."""
 
     def __init__(self, run: str, role: str, worker: str) -> None:
         tags = {"run": run, "role": role, "worker": worker}
@@ -48,7 +48,7 @@ class RoleMetrics:
         self._gpu.set_default_tags(tags)
         self._process = psutil.Process()
         self._memory()
-        beat(self._memory)
+        call_regularly(self._memory)
 
     def phase(self, phase: str, seconds: float) -> None:
         self._seconds.inc(max(seconds, 1e-9), {"phase": phase.split(" ")[0]})
@@ -66,24 +66,23 @@ class RoleMetrics:
 
 
 class RunMetrics:
-    """Inside the controller: whatever a step or an evaluation reports, queues, and counts of groups and retries."""
+    """Metrics of the controller: those of steps and evaluations, queues, and counts of groups and retries."""
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run}
         self._gauges: dict[str, tuple[Gauge, float]] = {}
-        beat(self._again)
+        call_regularly(self._set_again)
 
     def set(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            known = self._gauges.get(name)
-            if known is None:
+            if name in self._gauges:
+                gauge, _ = self._gauges[name]
+            else:
                 gauge = Gauge(metric_name(name), f"Rushes: {name}.", ("run",))
                 gauge.set_default_tags(self._tags)
-            else:
-                gauge = known[0]
             gauge.set(float(value))
             self._gauges[name] = (gauge, float(value))
 
-    def _again(self) -> None:
+    def _set_again(self) -> None:
         for gauge, value in list(self._gauges.values()):
             gauge.set(value)

@@ -1,4 +1,4 @@
-"""A rollout worker: one policy that draws groups of takes. Thin; the work is in `pipeline.generators.policy`."""
+"""A rollout worker: an actor around one policy that draws groups of takes (`pipeline.generators.policy`)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from actors.ray_options import cores, from_bytes
 from actors.role_actor import RoleActor, use_threads
 from pipeline.core.types import GroupWork, Media, MicroBatchSpec, PromptItem, RolloutMeta, Trajectory, WeightSet
 
-_NICE = 5  # where they share cores, the learner comes first: there is only one, and its chain of groups is the longest
+_NICE = 5  # the learner is the critical path; where they share cores, let it win the CPU
 
 
 class ChecksumMismatch(RuntimeError):
-    """A worker holds other weights than were published."""
+    """The weights that a worker holds are not those that were published."""
 
 
 class RolloutWorker(RoleActor):
-    """Draws a group only with the very version it was told to use, once it holds weights of that version's checksum."""
+    """Draws a group only with the version it is told to use, after checking the checksum of the weights it holds."""
 
     role = "rollout"
     drains_on_sigterm = True
 
     def start(self, prompts: list[PromptItem]) -> dict[str, Any]:
-        """Loads and probes the generator (with these prompts). Raises `RushesError` when it cannot be a policy."""
+        """Loads the generator and probes it with `prompts`. Raises `RushesError` when it cannot be a policy."""
         from pipeline.generators.policy import Policy
 
         rollout = self.cfg.rollout
@@ -41,16 +41,16 @@ class RolloutWorker(RoleActor):
             self.log.info("ready: %s", report)
         return {**self.info(), "probe": report, "device": str(self.policy.device)}
 
-    def generate(self, order: bytes, missing: WeightSet | None) -> tuple[Any, ...]:
-        """`order`: (list[GroupWork], key of a policy version), packed. Draws these groups with that version, after
-        loading its weights where they are `missing`.
+    def generate(self, request: bytes, weights: WeightSet | None) -> tuple[Any, ...]:
+        """Draws groups with one policy version.
 
-        Returns (their metas, media and trajectory of the first, of the second, ...), as separate objects. The caller
-        owns them. Raises `ChecksumMismatch` when other weights arrived than were published.
+        `request`: `to_bytes` of (list[GroupWork], key of the version). `weights`: of the version; None when this worker
+        holds them already. Returns (metas, media and trajectory of the first group, of the second, ...) as separate
+        objects, which the caller owns. Raises `ChecksumMismatch` when the weights are not those that were published.
         """
         works: list[GroupWork]
-        works, key = from_bytes(order)
-        loaded_s = self._load(key, missing) if missing is not None and self.held != key else 0.0
+        works, key = from_bytes(request)
+        loaded_s = self._load(key, weights) if weights is not None and self.held != key else 0.0
         groups = ", ".join(str(work.group) for work in works)
         with self.doing(f"generating {works[0].purpose} group {groups}", works[0].group):
             if self.held != key:
@@ -86,14 +86,16 @@ class RolloutWorker(RoleActor):
         return micro_batch_specs(self.cfg, trajectory)
 
     def _load(self, key: tuple[int, str, str], weights: WeightSet) -> float:
-        """Applies a version, and recomputes the checksum from what the policy then holds. Returns the seconds."""
+        """Loads a version, and computes the checksum again from what the policy then holds. Returns the seconds."""
         number, tag, published = key
         with self.doing(f"loading version {number} ({tag})"):
             started = time.perf_counter()
             self.held = None
-            found = self.policy.load_weights(weights)
-            if found != published:
-                raise ChecksumMismatch(f"version {number} ({tag}): holds weights {found}, published were {published}")
+            checksum = self.policy.load_weights(weights)
+            if checksum != published:
+                raise ChecksumMismatch(
+                    f"version {number} ({tag}): holds weights {checksum}, published were {published}"
+                )
             self.policy.version = number
             self.held = key
         return time.perf_counter() - started

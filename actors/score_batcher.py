@@ -121,8 +121,8 @@ class ScoreBatcher:
         runs = [request.run for request in batch]
         groups = ", ".join(str(run.group) for run in runs)
         server.activity = f"{runs[0].work.purpose} group {groups}"
-        order = to_bytes([ScoreRequest(run.group, run.work.prompts, run.scoring_seed) for run in runs])
-        call = server.actor.score.remote(order, *(run.media for run in runs))
+        packed = to_bytes([ScoreRequest(run.group, run.work.prompts, run.scoring_seed) for run in runs])
+        call = server.actor.score.remote(packed, *(run.media for run in runs))
         outcomes: list[RewardScores | RewardError] = await self._pool.result(server, call, "scored")
         for request, outcome in zip(batch, outcomes, strict=True):
             if request.scores.done():

@@ -1,6 +1,6 @@
-"""What a step leaves behind: its metrics, the trackers' files, gauges, and the takes that are kept.
+"""Records what a step leaves behind: metrics, tracker files, Prometheus gauges, and the takes that are kept.
 
-Files are written by one thread, in order, beside the next step rather than before it.
+One thread writes the files, in order, while the next step runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("rushes.recorder")
 
 
 class Recent:
-    """Metrics of the last steps of this process; `count`: of how many there have been."""
+    """Metrics of the last steps of this process. `count`: steps whose metrics have been added."""
 
     def __init__(self, kept: int = _KEPT) -> None:
         self.count, self._kept = 0, kept
@@ -40,9 +40,9 @@ class Recent:
         self._records = [*self._records, record][-self._kept :]
 
     def after(self, seen: int) -> list[dict[str, float]]:
-        """Those after the first `seen` (-n: the last n), as far as they are kept."""
-        gone = self.count - len(self._records)
-        return self._records[seen if seen < 0 else max(0, seen - gone) :]
+        """Those after the first `seen`, or the last n of them (-n), as far as they are kept."""
+        dropped = self.count - len(self._records)
+        return self._records[seen if seen < 0 else max(0, seen - dropped) :]
 
 
 class Recorder:
@@ -54,7 +54,7 @@ class Recorder:
         self._tracker = make_tracker(self.cfg, ctx.run.path)
         self._gauges = RunMetrics(ctx.run.name)
         self._writer = ThreadPoolExecutor(1, "writer")
-        self._own_s = time.process_time()
+        self._cpu_s = time.process_time()
         self._writes: set[asyncio.Future] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -66,10 +66,10 @@ class Recorder:
     # ------------------------------------------------------------------------------------------- metrics
 
     def step(self, step: int, metrics: dict[str, float], runs: list[GroupRun], ledger: Ledger) -> None:
-        """Records optimisation step `step` (counted after it) and lets go of the runs' media."""
+        """Records optimisation step `step` (counted after it) and frees the media of its groups."""
         metrics = {
             **metrics,
-            **self._parts(runs),
+            **self._mean_parts(runs),
             "groups/filtered": float(ledger.ended["filtered"]),
             "groups/failed": float(ledger.ended["failed"]),
             "retries": float(ledger.retries),
@@ -94,9 +94,8 @@ class Recorder:
             self._write(self._tracker.log_media, record["step"], "heldout", media)
 
     def times(self, runs: list[GroupRun], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
-        """Seconds: of the step, and that each role was busy with it (per worker; of this process: computed); and the
-        queues."""
-        own_s, self._own_s = time.process_time() - self._own_s, time.process_time()
+        """Seconds of the step, busy seconds of each role (per worker; CPU seconds of this process), and the queues."""
+        cpu_s, self._cpu_s = time.process_time() - self._cpu_s, time.process_time()
         workers = {pool.name: max(1, len(pool.alive)) for pool in self._pools}
         rollout = sum(run.meta.seconds["total"] for run in runs) / workers["rollout"]
         score = {
@@ -108,7 +107,7 @@ class Recorder:
             "time/score": sum(score.values()),
             "time/learn": learned_s,
             "time/sync": sync_s,
-            "time/controller": own_s,
+            "time/controller": cpu_s,
             "takes_per_s": self.cfg.algorithm.group_size * len(runs) / step_s,
         }
         times |= {f"workers/{name}": float(count) for name, count in workers.items()}
@@ -117,8 +116,8 @@ class Recorder:
             times |= {f"queue/{pool.name}/{key}": value for key, value in pool.backlog.drain_stats().items()}
         return times
 
-    def _parts(self, runs: list[GroupRun]) -> dict[str, float]:
-        """Means of the scorers' auxiliary outputs; NaN means that a part does not apply to the prompt."""
+    def _mean_parts(self, runs: list[GroupRun]) -> dict[str, float]:
+        """Means of the scorers' auxiliary outputs, without the NaN of prompts to which a part does not apply."""
         means: dict[str, float] = {}
         for name in self.cfg.rewards:
             for part in dict.fromkeys(part for run in runs for part in run.scores[name].parts):
@@ -130,7 +129,7 @@ class Recorder:
     # ------------------------------------------------------------------------------------------- files
 
     async def flush(self) -> None:
-        """Returns once everything recorded so far is written. Raises what went wrong."""
+        """Returns once everything recorded so far is written. Raises the first error of a write."""
         await asyncio.gather(*self._writes)
 
     async def close(self) -> None:

@@ -33,7 +33,7 @@ from pipeline.config.resources import WorkerRange, describe_resources
 from pipeline.core.errors import RunFailed
 from pipeline.runs.snapshot import PoolSummary
 
-_MAX_PAUSE_S = 30.0  # between the tries of a worker that does not come up while others do
+_MAX_PAUSE_S = 30.0  # between attempts at a worker that does not start while others work
 log = logging.getLogger("rushes.pool")
 
 
@@ -293,15 +293,15 @@ class WorkerPool:
             except Exception as error:
                 if is_deterministic(error):
                     raise root(error) from error
-                log.warning("%s did not start (try %d of %d): %s", slot.name, attempt, attempts, describe(error))
+                log.warning("%s did not start (attempt %d of %d): %s", slot.name, attempt, attempts, describe(error))
                 slot.kill()
                 if attempt < attempts:
                     continue
                 if not any(other.alive for other in self.slots):
                     raise RunFailed(
-                        f"{slot.place} did not start in {attempt} tries: {describe(error)} (see {self.ctx.run.log})"
+                        f"{slot.place} did not start in {attempt} attempts: {describe(error)} (see {self.ctx.run.log})"
                     ) from error
-                slot.activity = "waiting before the next try"  # the others carry on
+                slot.activity = "waiting before the next attempt"  # the others carry on
                 await asyncio.sleep(min(_MAX_PAUSE_S, 2.0 ** (attempt - attempts)))
             else:
                 log.info("%s is process %d on %s", slot.name, slot.info["pid"], slot.host)

@@ -102,7 +102,7 @@ def test_gauges_are_set_again_before_ray_forgets_them(monkeypatch):
             seen.append((self.name, value))
 
     monkeypatch.setattr(prometheus, "Gauge", Gauge)
-    monkeypatch.setattr(prometheus, "BEAT_S", 0.01)
+    monkeypatch.setattr(prometheus, "REFRESH_S", 0.01)
     metrics = prometheus.RunMetrics("try")
     metrics.set({"heldout/mean": 0.5, "step": 1})
     metrics.set({"step": 2})

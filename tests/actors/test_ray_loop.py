@@ -195,11 +195,11 @@ def test_a_learner_that_always_dies_ends_the_run_by_name(cluster, tiny_sd3, file
 
 def test_a_learner_group_says_what_it_waits_for(cluster, tiny_sd3, files, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(learner_group, "MAX_WAIT_S", 0.6)
-    monkeypatch.setattr(learner_group, "FIRST_SAID_S", 0.3)
+    monkeypatch.setattr(learner_group, "FIRST_WARNING_S", 0.3)
     cfg = make_config(tiny_sd3, files, tmp_path, learner={"ranks": 2, "resources": {"CPU": 5}})
     group = learner_group.LearnerGroup(RunContext(cfg=cfg, run_path=str(tmp_path), cwd=os.getcwd()))
     try:
-        with pytest.raises(RunFailed, match=r"no room .* waiting for 2 × \{CPU: 5\}; the cluster has CPU 8 \("):
+        with pytest.raises(RunFailed, match=r"no resources .* waiting for 2 × \{CPU: 5\}; the cluster has CPU 8 \("):
             asyncio.run(group.start(None))
     finally:
         group.stop()
