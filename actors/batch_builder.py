@@ -27,7 +27,7 @@ from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem
 from pipeline.rl.advantages import AdvantageResult
-from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index, scoring_seed, train_work
+from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index, train_work
 from pipeline.rl.ledger import FAILED, Ledger
 from pipeline.rl.reward_combiner import Combiner
 
@@ -113,8 +113,7 @@ class BatchBuilder:
 
     def _group_run(self, group: int) -> GroupRun:
         entry = self.ledger.groups[group]
-        work = train_work(self.cfg, group, entry.step, self._prompts[entry.prompt])
-        return GroupRun(work, scoring_seed(self.cfg, group))
+        return GroupRun(train_work(self.cfg, group, entry.step, self._prompts[entry.prompt]))
 
     async def pause(self, paused: bool) -> None:
         """While paused, no further group is started."""

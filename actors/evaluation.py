@@ -57,7 +57,7 @@ class Evaluator:
         step = version.number
         shown = {prompt.index for prompt in self._prompts[:SHOWN_PROMPTS]}
         self._version = version
-        self._runs = [GroupRun(work, scoring_seed=None) for work in eval_works(self.cfg, self._prompts, step)]
+        self._runs = [GroupRun(work) for work in eval_works(self.cfg, self._prompts, step)]
         # Takes are appended, and a run that was stopped here may have left some.
         shutil.rmtree(self.ctx.run.eval_takes(step), ignore_errors=True)
         try:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import ray
 
 from actors.request_queue import Priority
-from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.core.types import GroupWork, PolicyVersion, RewardScores, RolloutMeta
 
 PolicySource = Callable[[Sequence[GroupWork]], PolicyVersion]
 """The version to draw these groups with, asked for when a worker is about to begin."""
@@ -29,7 +29,6 @@ class GroupRun:
     thus the same seeds."""
 
     work: GroupWork
-    scoring_seed: int | None  # of the frame picks; None: centre picks
     state: GroupState = GroupState.WAITING
     failed_rollouts: int = 0
     failed_scorings: int = 0  # of the present takes
@@ -37,7 +36,7 @@ class GroupRun:
     avoid: str | None = None  # the worker that its last rollout failed on
     meta: RolloutMeta = field(init=False)  # from SCORING on
     media: ray.ObjectRef | None = None  # from SCORING on, until nobody needs it
-    trajectory: ray.ObjectRef | None = None  # from SCORING on, until nobody needs it; None in an evaluation
+    trajectory: Any = None  # a reference, from SCORING on, until nobody needs it; None in an evaluation
     requests: dict[str, Any] = field(default_factory=dict)  # the `score_batcher.PendingScore` of each reward
     scores: dict[str, RewardScores] = field(default_factory=dict)  # by reward, in config order; all there when SCORED
 
@@ -61,15 +60,6 @@ class GroupRun:
     def start_over(self) -> None:
         """Back to before its rollout."""
         self.state, self.media, self.trajectory, self.scores = GroupState.WAITING, None, None, {}
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """What is to be scored of one group, but for its media."""
-
-    group: int
-    prompts: tuple[PromptItem, ...]  # [K]
-    seed: int | None  # frame picks of training, the same for all takes of the group; None: centre picks (evaluation)
 
 
 class GroupFailed(Exception):

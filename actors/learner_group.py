@@ -17,12 +17,12 @@ from ray import exceptions as rx
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.learner_rank import LearnerActor, TrainGroup, TrainStepResult
+from actors.learner_rank import LearnerActor, TrainStepResult
 from actors.ray_errors import describe, is_deterministic, root
 from actors.ray_options import MAX_START_S, RunContext, actor_env, cores, ray_resources
 from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.core.errors import RunFailed
-from pipeline.core.types import PolicyVersion
+from pipeline.core.types import GroupBatch, PolicyVersion
 
 MAX_WAIT_S = 1800.0  # for resources of the cluster; an autoscaled GPU node takes minutes
 FIRST_WARNING_S, WARNING_EVERY_S = 2.0, 15.0  # while waiting
@@ -168,7 +168,7 @@ class LearnerGroup:
 
     # Each is made of every rank, and raises the ranks' `RushesError`, or `LearnerLost`.
 
-    async def train_step(self, groups: list[TrainGroup], first: int, last: bool) -> TrainStepResult:
+    async def train_step(self, groups: list[GroupBatch], first: int, last: bool) -> TrainStepResult:
         """See `LearnerActor.train_step`."""
         return await self._call("train step", "train_step", groups, first, last)
 

@@ -10,31 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import ray
 
 from actors.ray_errors import is_lost
 from actors.ray_options import cores
 from actors.role_actor import RoleActor, use_threads
-from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
+from pipeline.core.types import GroupBatch, WeightSet
 from pipeline.runs import checkpoint, remote_sync
 
 
 @dataclass(frozen=True, slots=True)
-class TrainGroup:
-    """One group of a `train_step` call."""
-
-    group: int
-    trajectory: ray.ObjectRef  # of a Trajectory; each rank reads those that it replays
-    advantages: np.ndarray  # float32 [K]
-    micro_batches: tuple[MicroBatchSpec, ...] | None  # None: one rank, which reads them from the trajectory
-
-
-@dataclass(frozen=True, slots=True)
 class TrainStepResult:
+    """Rank 0's answer to `train_step`."""
+
     version: int  # of the learner after the call
     metrics: dict[str, float] = field(default_factory=dict)  # of the step, after its last call
-    lost: list[int] = field(default_factory=list)  # groups whose trajectories are gone; then nothing has changed
+    lost: list[int] = field(
+        default_factory=list
+    )  # positions in the call of gone trajectories; nothing has changed then
 
 
 class LearnerActor(RoleActor):
@@ -71,22 +64,22 @@ class LearnerActor(RoleActor):
                 self.learner.load_state(tensors, state["learner"])
         return {**self.info(), "version": self.learner.version, "device": str(self.learner.device)}
 
-    def train_step(self, groups: list[TrainGroup], first: int, last: bool) -> TrainStepResult:
-        """`groups`: in id order, at the places from `first` on of the step, which ends with them if `last`."""
+    def train_step(self, groups: list[GroupBatch], first: int, last: bool) -> TrainStepResult:
+        """`groups`: in id order, from position `first` of the step, which ends with them if `last`. Their trajectories
+        are references; of several ranks, each reads those that it replays."""
         with self.doing(f"training step {self.learner.version}"):
-            batch = [
-                GroupBatch(trajectory=None, advantages=g.advantages, micro_batches=g.micro_batches) for g in groups
-            ]
+            batch = [replace(group, trajectory=None) for group in groups]
             lost = []
-            for at in sorted(self.learner.groups_to_read(batch, first, last)):
+            for position in sorted(self.learner.groups_to_read(batch, first, last)):
+                reference: Any = groups[position].trajectory
                 try:
-                    batch[at] = replace(batch[at], trajectory=ray.get(groups[at].trajectory))
+                    batch[position] = replace(batch[position], trajectory=ray.get(reference))
                 except Exception as error:
                     if not is_lost(error):
                         raise
-                    self.log.warning("trajectory lost: %s", type(error).__name__, extra={"group": groups[at].group})
-                    lost.append(groups[at].group)
-            lost = self.learner.distributed.union(lost, [g.group for g in groups])
+                    self.log.warning("trajectory at position %d lost: %s", first + position, type(error).__name__)
+                    lost.append(position)
+            lost = self.learner.distributed.union(lost, range(len(groups)))
             if lost:
                 return TrainStepResult(self.learner.version, lost=lost)
             metrics = self.learner.train_step(batch, first, last)

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from actors.group_run import ScoreRequest
 from actors.ray_options import from_bytes
 from actors.role_actor import RoleActor
 from pipeline.core.errors import RewardError, RewardUnavailable
-from pipeline.core.types import Media, PromptItem, RewardScores
+from pipeline.core.types import GroupWork, Media, PromptItem, RewardScores
 
 
 class RewardServer(RoleActor):
@@ -42,23 +41,23 @@ class RewardServer(RoleActor):
     def score(self, request: bytes, *media: Media) -> list[RewardScores | RewardError]:
         """Scores groups together: one outcome per group (`pipeline.rewards.batching`).
 
-        `request`: `to_bytes` of list[ScoreRequest]. `media`: of each group, as an argument of its own, so that Ray
+        `request`: `to_bytes` of list[GroupWork]. `media`: of each group, as an argument of its own, so that Ray
         fetches it. Raises `RuntimeError` when no group could be scored and the health probe fails too; the pool then
         replaces this server.
         """
         from pipeline.rewards.batching import Takes, score_groups
 
-        requests: list[ScoreRequest] = from_bytes(request)
-        first = requests[0].group
-        names = f"group{'s' * (len(requests) > 1)} {', '.join(str(each.group) for each in requests)}"
+        works: list[GroupWork] = from_bytes(request)
+        first = works[0].group
+        names = f"group{'s' * (len(works) > 1)} {', '.join(str(work.group) for work in works)}"
         with self.doing(f"scoring {names}", first):
-            groups = [Takes(frames, each.prompts, each.seed) for each, frames in zip(requests, media, strict=True)]
+            groups = [Takes(frames, work.prompts, work.scoring_seed) for work, frames in zip(works, media, strict=True)]
             outcomes = score_groups(self.runner, groups)
-            for each, outcome in zip(requests, outcomes, strict=True):
+            for work, outcome in zip(works, outcomes, strict=True):
                 if isinstance(outcome, RewardError):
-                    self.log.error("scoring failed: %s", outcome, exc_info=outcome, extra={"group": each.group})
+                    self.log.error("scoring failed: %s", outcome, exc_info=outcome, extra={"group": work.group})
             failed = [o for o in outcomes if isinstance(o, RewardError) and not isinstance(o, RewardUnavailable)]
-            self.metrics.takes(sum(len(each.prompts) for each in requests))
+            self.metrics.takes(sum(work.takes for work in works))
             if self.warm and len(failed) == len(outcomes):
                 self._check_health(failed[0])
         return outcomes

@@ -17,7 +17,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from actors.group_run import GroupRun, ScoreRequest
+from actors.group_run import GroupRun
 from actors.ray_errors import is_preempted
 from actors.ray_options import to_bytes
 from actors.request_queue import RequestQueue
@@ -121,8 +121,8 @@ class ScoreBatcher:
         runs = [request.run for request in batch]
         groups = ", ".join(str(run.group) for run in runs)
         server.activity = f"{runs[0].work.purpose} group {groups}"
-        packed = to_bytes([ScoreRequest(run.group, run.work.prompts, run.scoring_seed) for run in runs])
-        call = server.actor.score.remote(packed, *(run.media for run in runs))
+        works = to_bytes([run.work for run in runs])
+        call = server.actor.score.remote(works, *(run.media for run in runs))
         outcomes: list[RewardScores | RewardError] = await self._pool.result(server, call, "scored")
         for request, outcome in zip(batch, outcomes, strict=True):
             if request.scores.done():

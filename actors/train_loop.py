@@ -27,13 +27,13 @@ from actors.dispatcher import Dispatcher
 from actors.evaluation import Evaluator
 from actors.group_run import GroupRun
 from actors.learner_group import LearnerGroup, LearnerLost
-from actors.learner_rank import TrainGroup, TrainStepResult
+from actors.learner_rank import TrainStepResult
 from actors.ray_options import RunContext
 from actors.step_recorder import Recent, Recorder
 from actors.worker_slot import WorkerSlot
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
-from pipeline.core.types import PolicyVersion
+from pipeline.core.types import GroupBatch, PolicyVersion
 from pipeline.rl.objectives import get_objective
 from pipeline.rl.on_policy import check_on_policy
 from pipeline.runs import checkpoint
@@ -248,7 +248,10 @@ class TrainLoop:
         while True:
             chunk: StepChunk = await self._unless_stopped(anext(chunks))
             advantages = self._builder.advantages(chunk.runs).advantages
-            groups = [self._train_group(run, advantages[i]) for i, run in enumerate(chunk.runs)]
+            groups = [
+                GroupBatch(trajectory=run.trajectory, advantages=each, micro_batches=run.meta.micro_batches)
+                for run, each in zip(chunk.runs, advantages, strict=True)
+            ]
             began = time.perf_counter()
             call = asyncio.ensure_future(self._learner.train_step(groups, chunk.start, chunk.last))
             reward_metrics: dict[str, float] = {}
@@ -257,14 +260,9 @@ class TrainLoop:
                 reward_metrics = self._builder.advantages(chunk.so_far).metrics
             result: TrainStepResult = await call
             busy += time.perf_counter() - began
-            chunk.lost = result.lost
+            chunk.lost = [chunk.runs[position].group for position in result.lost]
             if chunk.last and not chunk.lost:
                 return LearnerStep(chunk.so_far, reward_metrics | result.metrics, result.version, busy)
-
-    @staticmethod
-    def _train_group(run: GroupRun, advantages: Any) -> TrainGroup:
-        assert run.trajectory is not None  # until it is consumed
-        return TrainGroup(run.group, run.trajectory, advantages, run.meta.micro_batches)
 
     async def _publish(self) -> None:
         """Groups are drawn with the learner's present weights from now on."""

@@ -29,9 +29,9 @@ import ray  # noqa: E402
 import tiny  # noqa: E402
 import tiny_rewards  # noqa: E402
 import torch  # noqa: E402
+from score_work import score_work  # noqa: E402
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel  # noqa: E402
 
-from actors.group_run import ScoreRequest  # noqa: E402
 from actors.ray_options import RunContext, merged_env, to_bytes  # noqa: E402
 from actors.reward_server import RewardServer  # noqa: E402
 from actors.role_actor import use_threads  # noqa: E402
@@ -120,7 +120,7 @@ def one_round(plain, server, prompts: list[PromptItem], number: int) -> tuple[fl
     joined = Media(frames=np.concatenate([one.frames for one in media]), fps=1.0)
     repeated = [prompt for prompt in prompts for _ in range(GROUP)]
     references = [ray.put(one) for one in media]
-    asked = [ScoreRequest(i, (prompt,) * GROUP, None) for i, prompt in enumerate(prompts)]
+    works = [score_work(i, [prompt] * GROUP) for i, prompt in enumerate(prompts)]
 
     def run_plain() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
@@ -129,7 +129,7 @@ def one_round(plain, server, prompts: list[PromptItem], number: int) -> tuple[fl
 
     def run_served() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
-        outcomes = ray.get(server.score.remote(to_bytes(asked), *references))
+        outcomes = ray.get(server.score.remote(to_bytes(works), *references))
         return time.perf_counter() - began, np.concatenate([outcome.values for outcome in outcomes])
 
     if number % 2:

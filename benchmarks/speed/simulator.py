@@ -28,7 +28,7 @@ from actors import train_loop as loop_module
 from actors import worker_slot as slot_module
 from actors.controller import Controller
 from actors.learner_group import LearnerGroup
-from actors.learner_rank import TrainGroup, TrainStepResult
+from actors.learner_rank import TrainStepResult
 from actors.ray_options import RunContext, from_bytes
 from actors.train_loop import TrainLoop
 from actors.worker_pool import WorkerPool
@@ -159,7 +159,7 @@ class Sleepers:
             found.append(RewardScores(values=np.array([one.group % 7, 1.0], np.float32), seconds=seconds))
         return found
 
-    async def train_step(self, seat: str, groups: list[TrainGroup], first: int, last: bool) -> TrainStepResult:
+    async def train_step(self, seat: str, groups: list[Any], first: int, last: bool) -> TrainStepResult:
         began = time.monotonic()
         await asyncio.gather(*(group.trajectory for group in groups))
         share = len(groups) / self.plan.groups_per_step

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import ray
 import torch
 
-from actors.group_run import ScoreRequest
 from actors.ray_options import RunContext, to_bytes
 from actors.reward_server import RewardServer
 from actors.worker_pool import WorkerPool
@@ -24,6 +24,7 @@ from pipeline.config.schema import Config
 from pipeline.core.tensors import checksum, unpack
 from pipeline.core.types import Media, PromptItem
 from pipeline.generators.adapters import to_weight_set
+from pipeline.rl.group_plan import train_work
 
 SCORER = "def one(frames, prompts):\n    return [1.0] * len(prompts)\none.batched = True\n"
 WEIGHTS = {"lora, 20 MB": (400, 12_500), "full, 400 MB": (400, 250_000)}  # tensors, float32 values each
@@ -56,6 +57,7 @@ def _config(folder: Path) -> Config:
         {
             "generator": {"pretrained": "unused"},
             "prompts": {"train": "unused.txt"},
+            "algorithm": {"group_size": 16},
             "rewards": {"one": {"scorer": f"{folder / 'one.py'}:one"}},
             "ray": {"address": "local", "init": {"num_cpus": 4, "object_store_memory": 1536 * 2**20}},
         }
@@ -66,13 +68,14 @@ def reward_server(cfg: Config, folder: Path) -> float:
     """Seconds that a scoring call takes beyond the scorer's own time, for 16 takes of 512 x 512 pixels."""
     ctx = RunContext(cfg=cfg, run_path=str(folder), cwd=os.getcwd())
     server: Any = ray.remote(RewardServer).options(num_cpus=0).remote(ctx, "reward.one-0")
-    prompts = (PromptItem(index=0, text="x"),) * 16
-    ray.get(server.start.remote("one", prompts))
+    prompt = PromptItem(index=0, text="x")
+    work = train_work(cfg, 0, 0, prompt)
+    ray.get(server.start.remote("one", [prompt]))
     media = ray.put(Media(frames=np.zeros((16, 1, 512, 512, 3), np.uint8), fps=8.0))
     found = []
     for group in range(40):
         started = time.perf_counter()
-        (scores,) = ray.get(server.score.remote(to_bytes([ScoreRequest(group, prompts, 1)]), media))
+        (scores,) = ray.get(server.score.remote(to_bytes([replace(work, group=group)]), media))
         found.append(time.perf_counter() - started - scores.seconds)
     ray.kill(server)
     return float(np.median(found[5:]))

@@ -48,6 +48,7 @@ class GroupWork:
     seeds: tuple[int, ...]  # [K] one per take
     sampling: SamplingSpec
     initial: tuple[int, ...] = ()  # [K], seeds of the initial noise where these are not `seeds`
+    scoring_seed: int | None = None  # of the rewards' frame picks, the same for all takes; None: centre picks
 
     @property
     def takes(self) -> int:
@@ -213,7 +214,8 @@ class PolicyVersion:
 class GroupBatch:
     """What the learner trains on: one group."""
 
-    trajectory: Trajectory | None  # None: of several learner ranks, this one replays no part of it
+    # On its way to the learner's ranks, a reference in its place. None: this rank, of several, replays no part of it.
+    trajectory: Trajectory | None
     advantages: np.ndarray  # float32 [K]
     micro_batches: tuple[MicroBatchSpec, ...] | None = None  # None: read from the trajectory
 

@@ -79,6 +79,7 @@ def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: 
             trained_steps=trained_subset(cfg.sampler, window, seed, group),
             guidance_scale=cfg.generator.guidance_scale,
         ),
+        scoring_seed=scoring_seed(cfg, group),
     )
 
 

@@ -25,7 +25,7 @@ from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.config.resources import WorkerRange
 from pipeline.core.errors import RewardError
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
-from pipeline.rl.group_plan import scoring_seed, train_work
+from pipeline.rl.group_plan import train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")
 VERSION = PolicyVersion(number=0, tag="train", checksum="c", weights="weights")
@@ -138,7 +138,7 @@ class World:
         monkeypatch.setattr(worker_slot, "end_process", lambda handle: None)
 
     def group(self, number: int) -> GroupRun:
-        return GroupRun(train_work(self.cfg, number, 0, PROMPT), scoring_seed(self.cfg, number))
+        return GroupRun(train_work(self.cfg, number, 0, PROMPT))
 
     async def run_group(self, run: GroupRun, lost: str = "") -> None:
         await self.dispatcher.run_group(run, lambda works: VERSION, lost)
@@ -411,7 +411,7 @@ def test_groups_go_to_workers_in_the_order_in_which_they_are_needed(world):
     w = world(rollout_workers=1)
 
     async def body():
-        runs = [GroupRun(train_work(w.cfg, number, step, PROMPT), None) for number, step in ((0, 1), (1, 1), (2, 0))]
+        runs = [GroupRun(train_work(w.cfg, number, step, PROMPT)) for number, step in ((0, 1), (1, 1), (2, 0))]
         await asyncio.gather(*(w.run_group(run) for run in runs))
 
     w.run(body)

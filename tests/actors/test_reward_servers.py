@@ -14,9 +14,9 @@ import pytest
 import ray
 import tiny
 from ray_run import REWARDS, Run, make_config
+from score_work import score_work
 
 from actors import ray_options
-from actors.group_run import ScoreRequest
 from actors.ray_options import RunContext, merged_env, to_bytes
 from actors.reward_server import RewardServer
 from jobs.cluster.ray_session import RaySession
@@ -113,9 +113,9 @@ PROMPT = PromptItem(index=0, text="a red circle")
 
 def ask(actor, *levels):
     """Outcomes of one call with a group of one take per level."""
-    asked = [ScoreRequest(i, (PROMPT,), None) for i in range(len(levels))]
+    works = [score_work(i, [PROMPT]) for i in range(len(levels))]
     media = [Media(frames=np.full((1, 1, 4, 4, 3), level, np.uint8), fps=1.0) for level in levels]
-    return ray.get(actor.score.remote(to_bytes(asked), *media))
+    return ray.get(actor.score.remote(to_bytes(works), *media))
 
 
 def test_a_server_that_no_longer_scores_what_it_did_is_given_up(cluster, tiny_sd3, files, tmp_path):

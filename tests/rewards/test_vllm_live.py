@@ -14,9 +14,9 @@ import ray
 import tiny
 from http_server import items
 from PIL import Image
+from score_work import score_work
 from tiny_judge import tiny_judge
 
-from actors.group_run import ScoreRequest
 from actors.ray_options import RunContext, merged_env, to_bytes
 from actors.reward_server import RewardServer
 from jobs.cluster.ray_session import RaySession
@@ -77,8 +77,8 @@ def clips(count=3):
 
 
 def ask(server, *groups):
-    asked = [ScoreRequest(i, tuple(prompts), None) for i, (_, prompts) in enumerate(groups)]
-    return ray.get(server.score.remote(to_bytes(asked), *(media for media, _ in groups)), timeout=300)
+    works = [score_work(i, prompts) for i, (_, prompts) in enumerate(groups)]
+    return ray.get(server.score.remote(to_bytes(works), *(media for media, _ in groups)), timeout=300)
 
 
 def job(media, file, frames=slice(None), system=None, texts=TEXTS):
