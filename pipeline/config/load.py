@@ -160,8 +160,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
             section = section[part]
             if not isinstance(section, dict):
                 raise ConfigError(
-                    f"override {text!r}: {'.'.join(sections[: depth + 1])} is {show(section)}, not a section with keys "
-                    "of its own"
+                    f"override {text!r}: {'.'.join(sections[: depth + 1])} is {show(section)}, not a section with keys"
                 )
         section[name] = value
         keys.add(key)

@@ -1,4 +1,4 @@
-"""Which torch device and dtype a config value names; `auto` depends on the machine. Imports torch only when asked."""
+"""Torch devices and dtypes by their names in the config; `auto` depends on the machine. Imports torch lazily."""
 
 from __future__ import annotations
 

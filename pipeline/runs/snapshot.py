@@ -1,7 +1,7 @@
 """A run at one moment, for whoever watches it: `rushes status`, `watch`, the progress of `rushes train`, experiments.
 
-The controller makes it while the run goes on (`actors.controller`); for a run that has ended, or is seen through its
-files only, the commands make it from those.
+The controller makes it during the run (`actors.controller`). For a run that has ended, or whose controller cannot be
+reached, the commands make it from the run's files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PoolSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationProgress:
-    """Groups of the present evaluation; 0 of 0 while there is none."""
+    """Groups of the current evaluation; 0 of 0 outside of evaluations."""
 
     scored: int = 0
     groups: int = 0
@@ -33,7 +33,7 @@ class EvaluationProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSnapshot:
-    """JSON-able through `to_dict`. The optional fields are empty where only the run's files are seen."""
+    """JSON-able through `to_dict`. The optional fields are empty in a snapshot made from a run's files."""
 
     state: str  # starting, training, evaluating, saving, stopping, ...: for display
     step: int  # optimisation steps completed
@@ -54,7 +54,7 @@ class RunSnapshot:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunSnapshot:
         """From `to_dict`. Keys of another version of Rushes are left out."""
-        known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
-        known["eval_progress"] = EvaluationProgress(**data.get("eval_progress", {}))
-        known["pools"] = {name: PoolSummary(**pool) for name, pool in data.get("pools", {}).items()}
-        return cls(**known)
+        values = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+        values["eval_progress"] = EvaluationProgress(**data.get("eval_progress", {}))
+        values["pools"] = {name: PoolSummary(**pool) for name, pool in data.get("pools", {}).items()}
+        return cls(**values)

@@ -1,4 +1,4 @@
-"""Configs: defaults, overrides, and one clear line for everything that is wrong."""
+"""Configs: defaults, overrides, and one clear line for every mistake."""
 
 from pathlib import Path
 
@@ -209,7 +209,7 @@ def test_file_errors(tmp_path):
     assert "UTF-8" in error_of(tmp_path / "binary.yaml")
 
 
-def test_paths_beside_the_config_are_found(tmp_path):
+def test_relative_paths_are_looked_up_beside_the_config(tmp_path):
     (tmp_path / "train.txt").write_text("a")
     (tmp_path / "mine.py").write_text("")
     config = load_config(write(tmp_path), ["rewards.jpeg.scorer=mine.py:score"])

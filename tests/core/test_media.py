@@ -1,4 +1,4 @@
-"""Real files out and in again, and every kind of broken one."""
+"""Media files survive a round trip, and every kind of broken file is refused."""
 
 import numpy as np
 import pytest

@@ -71,7 +71,7 @@ def test_half_written_folders_are_skipped_with_a_log(tmp_path, caplog):
 
 @pytest.mark.parametrize("when", ["tensors", "state", "manifest", "rename"])
 def test_killed_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, when):
-    """A kill at any point: nothing after it runs, so the partial folder stays as it was."""
+    """A kill at any point: no clean-up runs, so the partial folder stays."""
     save(tmp_path, 1)
 
     class Killed(BaseException):
@@ -92,7 +92,7 @@ def test_killed_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, when
         save(tmp_path, 2)
     monkeypatch.undo()
     assert checkpoint.latest(tmp_path).name == "step-000001"
-    save(tmp_path, 2)  # the left-over does not disturb the next attempt
+    save(tmp_path, 2)  # the partial folder does not disturb the next attempt
     assert checkpoint.latest(tmp_path).name == "step-000002"
 
 
@@ -153,7 +153,7 @@ def test_disk_full_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_real_write_error_inside_safetensors_is_recognised(tmp_path):
-    """safetensors words the system's errors as its own; here a file-size limit stands for the full disk."""
+    """safetensors raises its own kind of error for the system's; a file-size limit stands in for a full disk."""
     save(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
@@ -205,7 +205,7 @@ def test_harmless_changes_may_resume(tmp_path):
     checkpoint.check_config(folder, config(run__steps=500, rollout__workers=4, checkpoint__every=1))
 
 
-def test_a_run_of_a_version_without_some_keys_goes_on(tmp_path):
+def test_a_run_of_a_version_without_some_keys_can_be_resumed(tmp_path):
     folder = save(tmp_path, 1)
     saved = json.loads((folder / checkpoint.IDENTITY).read_text())
     del saved["config"]["sampler"]["same_initial_noise"], saved["config"]["trainable"]["rank"]

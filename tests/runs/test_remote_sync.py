@@ -92,7 +92,7 @@ def test_stores_that_cannot_hold_a_run_are_refused_early(machine, tmp_path):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_a_run_goes_on_on_another_machine(machine, tmp_path, url):
+def test_a_run_is_resumed_on_another_machine(machine, tmp_path, url):
     cfg = config(tmp_path, url)
     run = create(cfg, Path("c.yaml"))
     with RunLock(run), RemoteSync(run):
@@ -101,10 +101,10 @@ def test_a_run_goes_on_on_another_machine(machine, tmp_path, url):
         for step in (1, 2, 3):
             save(cfg, run, step)
         (run.path / ".lock-like").write_text("hidden")
-    found = names(run)
-    assert "config.yaml" in found and "metrics.jsonl" in found and LEASE not in found
-    assert {name.split("/")[1] for name in found if name.startswith("checkpoints")} == {"step-000002", "step-000003"}
-    assert not any(name.startswith(".") for name in found)
+    stored = names(run)
+    assert "config.yaml" in stored and "metrics.jsonl" in stored and LEASE not in stored
+    assert {name.split("/")[1] for name in stored if name.startswith("checkpoints")} == {"step-000002", "step-000003"}
+    assert not any(name.startswith(".") for name in stored)
 
     machine("b")
     cfg = config(tmp_path, url)
@@ -153,7 +153,7 @@ def test_a_half_uploaded_checkpoint_is_never_picked_up(machine, tmp_path, url, m
     assert checkpoint.latest(run.checkpoints).name == "step-000002"  # here it is complete
 
 
-def test_a_learner_on_another_node_gets_the_checkpoint_it_is_told(machine, tmp_path, url):
+def test_a_learner_on_another_node_fetches_its_checkpoint(machine, tmp_path, url):
     cfg = config(tmp_path, url)
     run = create(cfg, Path("c.yaml"))
     save(cfg, run, 1)
@@ -184,11 +184,11 @@ def test_two_machines_cannot_write_one_run(machine, tmp_path, url, monkeypatch):
         machine("a")
     store = remote_sync.store_of(run.path)
     store.write(LEASE, json.dumps({"writer": "process 1 on gone", "time": time.time()}).encode())
-    with RunLock(run), RemoteSync(run):  # a writer that gives no sign is taken for dead
+    with RunLock(run), RemoteSync(run):  # nobody renews the lease: its writer has died
         assert json.loads(store.read(LEASE))["writer"].endswith("on a")
 
 
-def test_what_grows_is_uploaded_while_the_run_goes_on(machine, tmp_path, url, monkeypatch):
+def test_changed_files_are_uploaded_during_the_run(machine, tmp_path, url, monkeypatch):
     monkeypatch.setattr(remote_sync, "INTERVAL_S", 0.05)
     run = create(config(tmp_path, url), Path("c.yaml"))
     store = remote_sync.store_of(run.path)

@@ -60,19 +60,19 @@ def test_resume_takes_the_newest_unfinished_run_of_this_config(tmp_path):
     saved = tmp_path / "c-20260101-000000" / "checkpoints" / "step-000001"
     saved.mkdir(parents=True)
     (saved / "MANIFEST.json").write_text("")
-    assert find_resumable(cfg, Path("x/c.yaml")).name == "c-20260101-000000"  # the newer one has nothing to go on from
+    assert find_resumable(cfg, Path("x/c.yaml")).name == "c-20260101-000000"  # the newer one has no checkpoint
     with pytest.raises(ConfigError, match="no run 'nope'"):
         find_resumable(config(tmp_path, "nope"), Path("c.yaml"))
     with pytest.raises(ConfigError, match="no unfinished run"):
         find_resumable(cfg, Path("fresh.yaml"))
 
 
-def test_a_retried_job_starts_its_run_once_and_then_goes_on(tmp_path, monkeypatch):
+def test_a_retried_job_starts_its_run_once_and_then_resumes_it(tmp_path, monkeypatch):
     first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
     assert (first[1], again[1]) == (False, True) and first[0] == again[0] == RunDir(tmp_path / "mine")
     with pytest.raises(ConfigError, match="run.name is not set"):
         resume_or_create(config(tmp_path), Path("c.yaml"))
-    # one try too many: the run has finished, and nothing is started (which here would fail)
+    # retried after the run has finished: nothing is started, which would fail here
     monkeypatch.setattr(pipeline.tools.preflight, "check_all", lambda cfg: None)
     first[0].summary.write_text(json.dumps({"status": "finished"}))
     checkpoint.save(first[0].checkpoints, 100, {"weights/x": torch.zeros(1)}, {}, {}, config(tmp_path, "mine"), 1)
