@@ -27,8 +27,9 @@ from benchmarks.resilience.cluster import (
     ENVIRONMENT,
     NAMESPACE,
     STORE,
+    Result,
     Training,
-    conclude,
+    cluster_experiment,
     end_properly_on_sigterm,
     image_config,
     say,
@@ -130,46 +131,39 @@ class AutoscaledCluster:
         self._process.kill()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="rushes-autoscaler-"))
+def run(options: argparse.Namespace, folder: Path) -> Result:
     cluster = AutoscaledCluster(folder)
-    found: dict[str, Any] = {"nodes_at_first": cluster.workers()}
+    measured: dict[str, Any] = {"nodes_at_first": cluster.workers()}
 
-    def until(condition: Callable[[], bool], what: str, limit: float = 240) -> float:
+    def until(condition: Callable[[], bool], event: str, limit: float = 240) -> float:
         started = time.monotonic()
         while not condition():
             if time.monotonic() - started > limit:
-                raise SystemExit(f"never came to pass: {what}; {cluster.workers()} worker nodes\n{run.tail()}")
+                raise SystemExit(f"did not happen: {event}; {cluster.workers()} worker nodes\n{training.tail()}")
             time.sleep(0.2)
         seconds = round(time.monotonic() - started, 1)
-        say(f"{what}: {seconds} s (step {run.step})")
+        say(f"{event}: {seconds} s (step {training.step})")
         return seconds
 
     try:
         rollout = {"workers": 2, "threads": 1, "resources": {"CPU": 1, "rushes_rollout": 0.01}}
         sections = {"evaluation": {"prompts": 24}, "rollout": rollout}
-        run = Training(image_config(folder, options.steps, cluster.address, **sections), "autoscaled")
-        found["start_to_two_nodes_s"] = until(lambda: cluster.workers() == 2, "two nodes")
-        until(lambda: run.step >= 2, "two steps")
+        training = Training(image_config(folder, options.steps, cluster.address, **sections), "autoscaled")
+        measured["start_to_two_nodes_s"] = until(lambda: cluster.workers() == 2, "two nodes")
+        until(lambda: training.step >= 2, "two steps")
         import ray
 
         controller = ray.get_actor("autoscaled/controller", NAMESPACE)
         say(str(ray.get(controller.scale.remote({"rollout": 1}))))
-        found["scaled_down_to_one_node_s"] = until(lambda: cluster.workers() == 1, "one node less")
-        found["at_step"] = run.step
-        run.wait(LIMIT_S)
-        found["ended_to_no_node_s"] = until(lambda: cluster.workers() == 0, "no node")
+        measured["scaled_down_to_one_node_s"] = until(lambda: cluster.workers() == 1, "one node less")
+        measured["at_step"] = training.step
+        training.wait(LIMIT_S)
+        measured["ended_to_no_node_s"] = until(lambda: cluster.workers() == 0, "no node")
     finally:
         cluster.close()
-    books = accounts(run, 6, options.steps)
-    return conclude(
-        {**found, "groups_trained": books["trained"], "groups_lost": books["lost"]}, books["wrong"], options.report
-    )
+    books = accounts(training, 6, options.steps)
+    return Result({**measured, "groups_trained": books["trained"], "groups_lost": books["lost"]}, books["wrong"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cluster_experiment(run, __doc__, steps={"type": int, "default": 12}))

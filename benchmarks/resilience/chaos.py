@@ -1,11 +1,11 @@
-"""A training run whose actors and nodes are killed all the time, against the same run left in peace.
+"""A training run whose actors and nodes are killed again and again, against the same run undisturbed.
 
-    make chaos        or        python -m benchmarks.resilience.chaos [--steps 24] [--every 12] [--seed 0] [--report
-    FILE]
+    make chaos
+    python -m benchmarks.resilience.chaos [--steps 24] [--every 12] [--seed 0] [--report FILE]
 
 Both runs train the shipped image generator on a cluster of three raylets on this machine. In the second one, every few
 seconds, a random rollout worker, reward server, learner or controller process gets SIGKILL, or a worker node's raylet
-is switched off with everything on it (another node joins a few seconds later). Nobody helps the run.
+is switched off with everything on it (another node joins a few seconds later). Nobody intervenes.
 
 The last line of stdout is one JSON object. The exit code is 0 when the run finished, every group is accounted for
 exactly once, the held-out reward rose, and the wall time is at most twice that of the undisturbed run.
@@ -20,16 +20,25 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.resilience.cluster import Actor, Nodes, Training, actors, conclude, image_config, kill_process, say
+from benchmarks.resilience.cluster import (
+    Actor,
+    Nodes,
+    Result,
+    Training,
+    actors,
+    cluster_experiment,
+    image_config,
+    kill_process,
+    say,
+)
 
 LIMIT_S = 1500.0
-# How often what is hit. A controller or learner costs the run a restart from its checkpoint, so they are hit less often
+# Relative frequencies. Losing a controller or learner costs a restart from the checkpoint, so they are hit less often
 # than workers, of which there are more.
 WEIGHTS = {"rollout": 6, "reward": 3, "learner": 2, "controller": 1, "node": 2}
 REJOIN_S = 4.0  # a new node comes this long after one was lost
@@ -93,18 +102,8 @@ def accounts(run: Training, groups_per_step: int, steps: int) -> dict[str, Any]:
     return {**groups, "lost": lost, "gain": gain, "wrong": wrong, "heldout": summary["heldout"]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--every", type=float, default=12.0, help="seconds between kills, on average")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
-    parser.add_argument("--report", type=Path, help="also write the result there")
-    parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a temporary folder)")
-    options = parser.parse_args()
-    folder = (options.folder or Path(tempfile.mkdtemp(prefix="rushes-chaos-"))).absolute()
-    nodes = Nodes(workers=2)
-    try:
+def run(options: argparse.Namespace, folder: Path) -> Result:
+    with Nodes(workers=2) as nodes:
         config = image_config(folder, options.steps, nodes.address)
         say(f"undisturbed run of {options.steps} steps in {folder}")
         calm = Training(config, "calm")
@@ -114,8 +113,6 @@ def main() -> int:
         chaos = Chaos(nodes, hit, options.every, options.seed, options.kinds)
         chaos.unleash()
         hit_s = hit.wait(LIMIT_S)
-    finally:
-        nodes.close()
     before, after = accounts(calm, 6, options.steps), accounts(hit, 6, options.steps)
     result = {
         "kills": chaos.kills.total(),
@@ -138,8 +135,17 @@ def main() -> int:
         wrong.append(f"took {result['wall_ratio']} times as long as undisturbed, allowed are 2")
     if after["gain"] <= 0:
         wrong.append(f"the held-out reward did not rise ({after['gain']:+.4f})")
-    return conclude(result, wrong, options.report)
+    return Result(result, wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        cluster_experiment(
+            run,
+            __doc__,
+            steps={"type": int, "default": 24},
+            every={"type": float, "default": 12.0, "help": "seconds between kills, on average"},
+            seed={"type": int, "default": 0},
+            kinds={"nargs": "+", "choices": list(WEIGHTS), "default": list(WEIGHTS)},
+        )
+    )

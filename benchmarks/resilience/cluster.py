@@ -1,11 +1,13 @@
-"""A Ray cluster of several raylets on this machine, a training run on it as its own process, and a look at both.
+"""What the experiments of this folder share: a Ray cluster of several raylets on this machine, a training run on it as
+a process of its own, and the command line of an experiment.
 
-For the proofs in this folder (chaos, scale, head, soak). Every raylet is a real one with its own object store, so a
+Every raylet is a real one with its own object store, so a
 node that is removed takes its actors and objects with it, as a machine would.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +50,35 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def conclude(result: dict[str, Any], wrong: list[str], report: Path | None) -> int:
-    """A proof's end: what is wrong, the result as one JSON line (also into `report`), and the exit code."""
-    for text in wrong:
-        say(f"FAILED: {text}")
-    line = json.dumps(result)
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(line + "\n")
+@dataclass(frozen=True)
+class Result:
+    """What an experiment measured, and what went wrong (empty: it passed)."""
+
+    values: dict[str, Any]
+    problems: list[str]
+
+
+def cluster_experiment(
+    run: Callable[[argparse.Namespace, Path], Result], description: str | None, **options: dict[str, Any]
+) -> int:
+    """The command line of an experiment. `run` gets the parsed options and a folder for its runs; `options`: name ->
+    arguments of `add_argument`. Prints the result as one JSON line (also into --report) and returns the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, arguments in options.items():
+        parser.add_argument(f"--{name}", **arguments)
+    parser.add_argument("--report", type=Path, help="also write the result there")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a temporary folder)")
+    parsed = parser.parse_args()
+    folder = (parsed.folder or Path(tempfile.mkdtemp(prefix=f"rushes-{Path(sys.argv[0]).stem}-"))).absolute()
+    result = run(parsed, folder)
+    for problem in result.problems:
+        say(f"FAILED: {problem}")
+    line = json.dumps(result.values)
+    if parsed.report is not None:
+        parsed.report.parent.mkdir(parents=True, exist_ok=True)
+        parsed.report.write_text(line + "\n")
     print(line, flush=True)
-    return 1 if wrong else 0
+    return 1 if result.problems else 0
 
 
 class Nodes:
@@ -106,7 +128,10 @@ class Nodes:
         """As if its machine were switched off."""
         self.cluster.remove_node(self.nodes.pop(position), allow_graceful=False)
 
-    def close(self) -> None:
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         import ray
 
         ray.shutdown()

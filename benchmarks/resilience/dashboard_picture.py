@@ -1,7 +1,7 @@
 """Draws the Grafana dashboard's panels from a Prometheus that scrapes a run, for the docs: its layout, titles, queries
 and legends, but matplotlib's lines. Every query is a real one, so it also shows which panels have data.
 
-    python benchmarks/resilience/dashboard_picture.py --prometheus http://127.0.0.1:9090 --minutes 10
+    python -m benchmarks.resilience.dashboard_picture --prometheus http://127.0.0.1:9090 --minutes 10
 """
 
 from __future__ import annotations

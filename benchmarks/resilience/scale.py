@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.resilience.chaos import accounts
-from benchmarks.resilience.cluster import NAMESPACE, Nodes, Training, conclude, image_config, say
+from benchmarks.resilience.cluster import NAMESPACE, Nodes, Result, Training, cluster_experiment, image_config, say
 
 LIMIT_S = 900.0
 
@@ -54,55 +53,47 @@ def stored(node: str) -> float:
     return total - state.available_resources_per_node().get(node, {}).get("object_store_memory", total)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="rushes-scale-"))
-    nodes = Nodes(workers=1)
-    found: dict[str, Any] = {}
-    try:
+def run(options: argparse.Namespace, folder: Path) -> Result:
+    measured: dict[str, Any] = {}
+    with Nodes(workers=1) as nodes:
         rollout = {"workers": 1, "threads": 1, "resources": {"CPU": 1.5, "rushes_rollout": 0.01}}
         config = image_config(folder, options.steps, nodes.address, rollout=rollout, evaluation={"prompts": 24})
-        run = Training(config, "scale")
-        run.until(lambda: run.step >= 1, LIMIT_S)
-        say(f"scale: {ask(run, 'scale', {'rollout': 4})}")
-        found["asked_to_second_worker_at_work_s"] = until(
-            run, lambda s: at_work(s, {"rollout-1"}), "a second worker draws groups"
+        training = Training(config, "scale")
+        training.until(lambda: training.step >= 1, LIMIT_S)
+        say(f"scale: {ask(training, 'scale', {'rollout': 4})}")
+        measured["asked_to_second_worker_at_work_s"] = until(
+            training, lambda s: at_work(s, {"rollout-1"}), "a second worker draws groups"
         )
-        waiting = ask(run, "progress", 10**9)
-        found["waited_for_a_node"] = sum(
+        waiting = ask(training, "progress", 10**9)
+        measured["waited_for_a_node"] = sum(
             "waiting for a node" in activity for activity in waiting["activities"].values()
         )
         say("a node joins")
         nodes.nodes.append(nodes.add())
-        found["node_joined_to_its_worker_at_work_s"] = until(
-            run, lambda s: at_work(s, {"rollout-2", "rollout-3"}), "a worker on the new node draws groups"
+        measured["node_joined_to_its_worker_at_work_s"] = until(
+            training, lambda s: at_work(s, {"rollout-2", "rollout-3"}), "a worker on the new node draws groups"
         )
-        until(run, lambda s: s["pools"]["rollout"]["ready"] == 4, "four are ready")
-        step = run.step
-        run.until(lambda: run.step >= step + 2, LIMIT_S)
-        found["takes_per_s_with_four"] = run.metrics()[-1].get("takes_per_s")
-        pids = ask(run, "progress", 10**9)["pids"]
-        say(f"scale: {ask(run, 'scale', {'rollout': 1})}")
-        found["asked_to_three_gone_s"] = until(
-            run, lambda s: sum(name.startswith("rollout-") for name in s["activities"]) == 1, "three have left"
+        until(training, lambda s: s["pools"]["rollout"]["ready"] == 4, "four are ready")
+        step = training.step
+        training.until(lambda: training.step >= step + 2, LIMIT_S)
+        measured["takes_per_s_with_four"] = training.metrics()[-1].get("takes_per_s")
+        pids = ask(training, "progress", 10**9)["pids"]
+        say(f"scale: {ask(training, 'scale', {'rollout': 1})}")
+        measured["asked_to_three_gone_s"] = until(
+            training, lambda s: sum(name.startswith("rollout-") for name in s["activities"]) == 1, "three have left"
         )
         gone = [name for name in pids if name.startswith("rollout-")]
-        found["rollout_workers_before"] = len(gone)
+        measured["rollout_workers_before"] = len(gone)
         started, node = time.monotonic(), nodes.nodes[-1].node_id
-        while stored(node) > 0 and time.monotonic() - started < 120 and run.running:
+        while stored(node) > 0 and time.monotonic() - started < 120 and training.running:
             time.sleep(0.2)
-        found["then_no_object_left_on_the_node_s"] = round(time.monotonic() - started, 1)
-        found["bytes_left_on_the_node"] = stored(node)
-        run.wait(LIMIT_S)
-    finally:
-        nodes.close()
-    books = accounts(run, 6, options.steps)
-    result = {**found, **{f"groups_{k}": books[k] for k in ("admitted", "trained", "failed", "lost")}}
-    return conclude(result | {"steps": options.steps}, books["wrong"], options.report)
+        measured["then_no_object_left_on_the_node_s"] = round(time.monotonic() - started, 1)
+        measured["bytes_left_on_the_node"] = stored(node)
+        training.wait(LIMIT_S)
+    books = accounts(training, 6, options.steps)
+    result = {**measured, **{f"groups_{k}": books[k] for k in ("admitted", "trained", "failed", "lost")}}
+    return Result(result | {"steps": options.steps}, books["wrong"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cluster_experiment(run, __doc__, steps={"type": int, "default": 14}))

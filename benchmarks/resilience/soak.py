@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.resilience.cluster import Nodes, Training, actors, conclude, image_config, say
+from benchmarks.resilience.cluster import Nodes, Result, Training, actors, cluster_experiment, image_config, say
 
 SAMPLE_S = 5.0
 MIB = 2**20
@@ -54,51 +53,41 @@ def is_flat(line: dict[str, float]) -> bool:
     return line["to_mib"] - line["from_mib"] <= max(20.0, 0.1 * line["from_mib"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="rushes-soak-"))
-    nodes = Nodes(workers=1)
+def run(options: argparse.Namespace, folder: Path) -> Result:
     memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    try:
-        more: dict[str, Any] = {"evaluation": {"prompts": 24, "every": 10}, "tracking": {"save_takes_every": 5}}
-        run = Training(image_config(folder, 100_000, nodes.address, **more), "soak")
+    with Nodes(workers=1) as nodes:
+        sections: dict[str, Any] = {"evaluation": {"prompts": 24, "every": 10}, "tracking": {"save_takes_every": 5}}
+        training = Training(image_config(folder, 100_000, nodes.address, **sections), "soak")
         say(f"metrics at {', '.join(nodes.metrics)}")
-        run.until(lambda: run.step >= 1, 600)
+        training.until(lambda: training.step >= 1, 600)
         began = time.monotonic()
-        first, warm, said = run.step, began + 15 * options.minutes, began
-        while run.running and time.monotonic() < began + 60 * options.minutes:
+        first, warm, said = training.step, began + 15 * options.minutes, began
+        while training.running and time.monotonic() < began + 60 * options.minutes:
             time.sleep(SAMPLE_S)
             now = time.monotonic()
             if now - said > 60:
                 said = now
-                say(f"step {run.step}; object stores {stores() / MIB:.0f} MiB")
+                say(f"step {training.step}; object stores {stores() / MIB:.0f} MiB")
             if now < warm:
                 continue
             memory["object stores"].append((now, stores()))
-            for actor in actors(run.name):
+            for actor in actors(training.name):
                 try:
-                    found = psutil.Process(actor.pid).memory_info()
+                    usage = psutil.Process(actor.pid).memory_info()
                 except psutil.NoSuchProcess:
                     continue
-                memory[f"{actor.name} ({actor.pid})"].append((now, found.rss))
-                memory[f"{actor.name} ({actor.pid}), its own"].append((now, found.rss - found.shared))
-        alive, steps = run.running, run.step - first
+                memory[f"{actor.name} ({actor.pid})"].append((now, usage.rss))
+                memory[f"{actor.name} ({actor.pid}), its own"].append((now, usage.rss - usage.shared))
+        alive, steps = training.running, training.step - first
         say(f"{steps} steps in {options.minutes:g} min; stopping")
-        run.process.send_signal(signal.SIGINT)
-        run.process.wait(180)
-    finally:
-        nodes.close()
+        training.process.send_signal(signal.SIGINT)
+        training.process.wait(180)
     lines = {name: growth(samples) for name, samples in sorted(memory.items()) if len(samples) > 5}
     wrong = [f"{name} grows: {line}" for name, line in lines.items() if not is_flat(line)]
     if not alive:
-        wrong.append(f"the run ended early:\n{run.tail()}")
-    return conclude(
-        {"minutes": options.minutes, "steps": steps, "flat": not wrong, "memory": lines}, wrong, options.report
-    )
+        wrong.append(f"the run ended early:\n{training.tail()}")
+    return Result({"minutes": options.minutes, "steps": steps, "flat": not wrong, "memory": lines}, wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cluster_experiment(run, __doc__, minutes={"type": float, "default": 20.0}))

@@ -1,6 +1,6 @@
 """Scoring through a reward server against the plain batched loop, CLIP score on random weights, same batch size.
 
-    python benchmarks/speed/reward_server.py [--batch 16] [--rounds 12] [--layers 12]
+    python -m benchmarks.speed.reward_server [--batch 16] [--rounds 12] [--layers 12]
 
 The plain loop calls the scorer in this process, a batch a call. The server is an actor on a local Ray: the same takes
 come from the object store as groups of four, which share calls (`batch_items`). The two take turns, batch by batch, so
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
@@ -98,7 +98,7 @@ def main() -> None:
         "picture_layers": options.layers,
         "pixels": "256x256 -> 224x224",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, ray {ray.__version__}",
-        "command": f"python benchmarks/speed/reward_server.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m benchmarks.speed.reward_server {' '.join(sys.argv[1:])}".strip(),
     }
     out = ROOT / "benchmarks" / "results" / "reward_server.json"
     out.parent.mkdir(parents=True, exist_ok=True)

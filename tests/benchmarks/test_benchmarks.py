@@ -13,6 +13,7 @@ import tiny
 from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.learning import samples
+from benchmarks.resilience.cluster import Result, cluster_experiment
 from benchmarks.speed import cpu, gpu, standing, tables
 from benchmarks.speed.simulator import Plan, ideal
 from pipeline.core.errors import ConfigError, RushesError
@@ -201,3 +202,17 @@ def test_the_gpu_part_on_a_tiny_model(tiny_sd3, monkeypatch):
     assert found["media"] == [4, 1, 16, 16, 3] and found["efficiency_rollout"] > 0
     with pytest.raises(ConfigError, match="expected one of"):
         gpu.measure_one("huge", lambda _: None)
+
+
+@pytest.mark.parametrize("problems, status", [([], 0), (["one group is lost"], 1)])
+def test_an_experiment_prints_its_result_and_fails_on_problems(tmp_path, monkeypatch, capsys, problems, status):
+    def run(options, folder):
+        return Result({"steps": options.steps, "folder": folder.name}, problems)
+
+    report = tmp_path / "reports" / "head.json"
+    arguments = ["head.py", "--steps", "3", "--folder", str(tmp_path / "runs"), "--report", str(report)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert cluster_experiment(run, "An experiment.", steps={"type": int, "default": 8}) == status
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads(report.read_text()) == {"steps": 3, "folder": "runs"}
+    assert ("FAILED: one group is lost" in err) == bool(problems)
