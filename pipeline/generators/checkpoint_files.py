@@ -1,7 +1,7 @@
 """Checks a local diffusers folder by its files alone: nothing is loaded, no torch is imported.
 
-A cut-off or corrupt safetensors file is found by its header: 8 bytes of length, JSON, and data that must fill the rest
-of the file exactly. Pickle weights are refused, because loading them runs code.
+A truncated or corrupt safetensors file is recognised by its header: 8 bytes of length, JSON, and data that must fill
+the rest of the file exactly. Pickle weights are refused, because loading them runs code.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def _check_weights(folder: Path) -> None:
 
 def lora_files(folder: Path) -> list[Path]:
     """The weight files of an exported LoRA: in the folder itself, and in one folder per further component."""
-    found = [folder / LORA_FILE]
-    if (folder / "README.md").exists():  # a run's folder has an export inside, but none of its own
-        found += [part / name for part in sorted(folder.iterdir()) for name in (LORA_FILE, ADAPTER_FILE)]
-    return [path for path in found if path.is_file()]
+    paths = [folder / LORA_FILE]
+    if (folder / "README.md").exists():  # a run's folder contains an export, but is none
+        paths += [part / name for part in sorted(folder.iterdir()) for name in (LORA_FILE, ADAPTER_FILE)]
+    return [path for path in paths if path.is_file()]
 
 
 def check_lora(files: list[Path]) -> None:

@@ -61,7 +61,7 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     pipe = _loaded(cfg, weights)
     scale = cfg.trainable.alpha / cfg.trainable.rank
     save = getattr(type(pipe), "save_lora_weights", None)
-    known = inspect.signature(save).parameters if save is not None else {}
+    parameters = inspect.signature(save).parameters if save is not None else {}
     together, lines, scratch = {}, [], _fresh(out)
     for name, module in trained_modules(pipe, cfg.trainable).items():
         if not hasattr(module, "peft_config"):
@@ -69,7 +69,7 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         state = get_peft_model_state_dict(module, adapter_name=adapters.ADAPTER)
         state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
         loads = hasattr(module, "load_lora_adapter")
-        if f"{name}_lora_layers" in known and (loads or name.startswith("text_encoder")):
+        if f"{name}_lora_layers" in parameters and (loads or name.startswith("text_encoder")):
             together[f"{name}_lora_layers"] = state
             continue
         folder = scratch / name

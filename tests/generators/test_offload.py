@@ -43,7 +43,7 @@ def watched(pipe, log: list[tuple[str, str]], monkeypatch) -> None:
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             watch(name, module)
-    monkeypatch.setattr(offload, "place_of", lambda module: there[id(module)])
+    monkeypatch.setattr(offload, "device_of", lambda module: there[id(module)])
 
 
 def offloaded(folder: Path, kind: str, **sections) -> Policy:

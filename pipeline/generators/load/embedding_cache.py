@@ -1,11 +1,11 @@
-"""Prompt embeddings on disk, so that a later run need not load the text encoders at all.
+"""Caches prompt embeddings on disk, so that a later run need not load the text encoders at all.
 
     <generator.embedding_cache>/<model>/model.json            what may be left out when loading, or why nothing
     <generator.embedding_cache>/<model>/<call>.safetensors    what `encode_prompt` gave for one call
 
 `<model>` is a digest of the text encoders' and tokenizers' files (or hub id and commit), the pipeline class and the
-dtype; `<call>` one of the arguments of `encode_prompt`, texts and pictures included. The pipeline is called as ever:
-only its `encode_prompt` looks here first. A call that is not here loads the text encoders then.
+dtype; `<call>` one of the arguments of `encode_prompt`, texts and pictures included. Only the pipeline's
+`encode_prompt` is replaced: it reads the cache first. A call that is not cached loads the text encoders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +62,29 @@ class EmbeddingStore:
     # -- what is left out when loading --------------------------------------------------------------------------
 
     def settled(self) -> dict[str, Any] | None:
-        """{"skip": [component names], "reason": why not} once a probe has found out; None before."""
+        """model.json: {"skip": [component names], "reason": why none, "mode": call mode}; None before a probe."""
         try:
-            found = json.loads((self.folder / "model.json").read_text())
-            return found if found["format"] == _FORMAT else None
+            note = json.loads((self.folder / "model.json").read_text())
+            return note if note["format"] == _FORMAT else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def skippable(self) -> list[str]:
         """Text encoders that need not be loaded before a prompt is missing."""
-        found = self.settled()
-        if found is None:
+        note = self.settled()
+        if note is None:
             return []
-        if found["skip"]:
-            log.info("embedding cache %s: %s not loaded unless needed", self.folder, ", ".join(found["skip"]))
-        return list(found["skip"])
+        if note["skip"]:
+            log.info("embedding cache %s: %s not loaded unless needed", self.folder, ", ".join(note["skip"]))
+        return list(note["skip"])
 
     def in_order(self, call_modes: list[CallMode]) -> list[CallMode]:
-        """The mode that an earlier run settled on first: others may encode prompts that are in no file."""
-        known = (self.settled() or {}).get("mode")
-        return sorted(call_modes, key=lambda mode: asdict(mode) != known)
+        """The mode that an earlier run settled on first: others may encode prompts that are not cached."""
+        settled_mode = (self.settled() or {}).get("mode")
+        return sorted(call_modes, key=lambda mode: mode.to_dict() != settled_mode)
 
     def settle(self, pipe: Any, mode: CallMode, works: Callable[[], bool]) -> None:
-        """Tries the pipeline without its text encoders, on calls that are stored, and notes whether that `works`."""
+        """Tries the pipeline without its text encoders, on cached calls, and writes down whether that `works`."""
         if self.settled() is not None:
             return
         names = sorted(n for n, c in pipe.components.items() if n.startswith("text_encoder") and c is not None)
@@ -98,25 +97,25 @@ class EmbeddingStore:
                 try:
                     if not works():
                         reason = "it gives other denoiser inputs without its text encoders"
-                except Exception as error:  # whatever a pipeline raises where it misses them
+                except Exception as error:  # whatever a pipeline raises without them
                     reason = f"it needs them besides encode_prompt ({type(error).__name__}: {str(error)[:160]})"
                 if not reason and self.misses > before:
                     reason = "its prompts are not encoded by arguments that can be stored"
         if reason:
             log.info("%s: text encoders are always loaded: %s", type(pipe).__name__, reason)
-        made = {
+        note = {
             "format": _FORMAT,
             "pipeline": type(pipe).__name__,
             "skip": [] if reason else names,
             "reason": reason,
-            "mode": asdict(mode),
+            "mode": mode.to_dict(),
         }
-        atomic_write(self.folder / "model.json", json.dumps(made, indent=1).encode())
+        atomic_write(self.folder / "model.json", json.dumps(note, indent=1).encode())
 
     # -- the pipeline's encode_prompt ---------------------------------------------------------------------------
 
     def install(self, pipe: Any) -> None:
-        """Makes the pipeline look here before it encodes a prompt."""
+        """Makes the pipeline read the cache before it encodes a prompt."""
         encode = getattr(pipe, "encode_prompt", None)
         if encode is None:
             log.info("%s has no encode_prompt: generator.embedding_cache is not used", type(pipe).__name__)
@@ -124,22 +123,22 @@ class EmbeddingStore:
         signature = inspect.signature(encode)
 
         def stored(*args: Any, **kwargs: Any) -> Any:
-            given = dict(signature.bind(*args, **kwargs).arguments)
-            device = given.pop("device", None) or pipe._execution_device
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            device = arguments.pop("device", None) or pipe._execution_device
             try:
-                path = self.folder / f"{_digest(given)}.safetensors"
+                path = self.folder / f"{_digest(arguments)}.safetensors"
             except _NotStorable:
                 path = None
-            found = None if path is None else self._read(path, device)
-            if found is not None:
+            cached = None if path is None else self._read(path, device)
+            if cached is not None:
                 self.hits += 1
-                return found[0]
+                return cached[0]
             self.misses += 1
             self._complete(pipe)
-            made = encode(*args, **kwargs)
+            embeddings = encode(*args, **kwargs)
             if path is not None:
-                self._write(path, made)
-            return made
+                self._write(path, embeddings)
+            return embeddings
 
         pipe.encode_prompt = stored
 
@@ -229,8 +228,8 @@ def _commit(cfg: GeneratorConfig) -> str:
     """The commit of a hub checkpoint, from the local hub cache; its revision where that is unknown."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(cfg.pretrained, "model_index.json", revision=cfg.revision)
-    return Path(found).parent.name if isinstance(found, (str, os.PathLike)) else str(cfg.revision)
+    path = try_to_load_from_cache(cfg.pretrained, "model_index.json", revision=cfg.revision)
+    return Path(path).parent.name if isinstance(path, (str, os.PathLike)) else str(cfg.revision)
 
 
 def _digest(value: Any) -> str:

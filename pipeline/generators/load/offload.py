@@ -1,5 +1,6 @@
-"""Where a rollout worker's modules lie while others run (`generator.offload`). Rollouts only: the learner has neither
-VAE nor, as a rule, text encoders, and its backward pass needs the denoisers whole.
+"""Moves a rollout worker's modules between accelerator and main memory (`generator.offload`).
+
+Rollouts only: the learner has no VAE and rarely text encoders, and its backward pass needs the whole denoisers.
 
 idle    text encoders, VAE and the like are on the accelerator only while they run, the denoisers always
 group   every layer, the denoisers' too, is on the accelerator only while it runs (diffusers group offloading)
@@ -16,7 +17,7 @@ log = logging.getLogger("rushes.generators")
 
 
 class Offload:
-    """Moves a pipeline's modules as its calls go on. Everything is on the CPU at first."""
+    """Moves a pipeline's modules during its calls. All of them start on the CPU."""
 
     def __init__(self, kind: str, pipe: Any, denoisers: dict[str, torch.nn.Module], device: torch.device) -> None:
         self.kind, self.pipe, self.device = kind, pipe, device
@@ -33,7 +34,7 @@ class Offload:
             module.register_forward_pre_hook(lambda _module, _args: self.clear())
 
     def adopt(self, name: str, module: torch.nn.Module) -> None:
-        """Takes charge of a component, also of one that was loaded late."""
+        """Starts moving a component; also for one that was loaded later."""
         if self.kind == "group":
             from diffusers.hooks import apply_group_offloading
 
@@ -43,18 +44,18 @@ class Offload:
             return
         from accelerate import cpu_offload_with_hook
 
-        _, hook = cpu_offload_with_hook(module, self.device)  # brings it in before each forward pass
+        _, hook = cpu_offload_with_hook(module, self.device)  # moves it to the device before each forward pass
         if name not in self._denoisers:
             self._idle[name] = hook
 
     def clear(self) -> None:
         """Sends everything but the denoisers to the CPU; called before each denoiser pass."""
         for hook in self._idle.values():
-            if place_of(hook.model).type != "cpu":
+            if device_of(hook.model).type != "cpu":
                 hook.offload()
 
     def layers_changed(self, modules: dict[str, torch.nn.Module]) -> None:
-        """Call once LoRA layers have been added."""
+        """Call after LoRA layers have been added."""
         if self.kind == "group":
             from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
@@ -62,8 +63,8 @@ class Offload:
                 _maybe_remove_and_reapply_group_offloading(module)
 
 
-def place_of(module: torch.nn.Module) -> torch.device:
-    """Where a module's weights are."""
+def device_of(module: torch.nn.Module) -> torch.device:
+    """The device of a module's weights."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 

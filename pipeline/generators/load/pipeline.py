@@ -20,8 +20,8 @@ from pipeline.core.library_messages import silence_libraries
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.processors import processors_without_torchvision
 
-# What may be advised for installation: packages that diffusers and transformers name themselves. Any other name in an
-# error may have come from the checkpoint.
+# Packages that a message may tell the user to install: diffusers and transformers name them themselves. Any other name
+# in an error may have come from the checkpoint.
 _ADVISED = frozenset(
     "accelerate beautifulsoup4 bitsandbytes blobfile cosmos-guardrail einops ftfy gguf invisible-watermark k-diffusion "
     "librosa note-seq onnxruntime opencv-python optimum-quanto peft pillow protobuf scipy sentencepiece tiktoken timm "
@@ -57,16 +57,16 @@ def _explain(cfg: GeneratorConfig, error: Exception) -> InputError:
 
 
 def missing_package(error: Exception) -> str | None:
-    """The package whose absence an exception of diffusers or transformers speaks of; None where it does not, or where
-    the name is none of theirs."""
+    """The package that is missing according to an exception of diffusers or transformers; None where it names none, or
+    none that they depend on."""
     if isinstance(error, NameError):  # diffusers imports what needs torchvision only where it is installed
         return None if find_spec("torchvision") else "torchvision"
     if not isinstance(error, ImportError):
         return None
     for pattern in (r"pip install ([\w.\[\]-]+)", r"requires the ([\w-]+) library", r"No module named '(\w+)"):
-        found = re.search(pattern, str(error))
-        if found:
-            package = found[1].lower().strip(".")
+        match = re.search(pattern, str(error))
+        if match:
+            package = match[1].lower().strip(".")
             return package if package.replace("_", "-") in _ADVISED else None
     return None
 
@@ -76,19 +76,19 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The checkpoint's own pipeline class (or `cfg.pipeline`), in evaluation mode, on `device`.
 
-    `skip`: components that are left out (None). `place`: False leaves it on the CPU, in the dtype `device` asks for.
+    `skip`: components that are left out (None). `place`: False leaves it on the CPU, in the dtype for `device`.
     Raises InputError naming the checkpoint. Weights must be safetensors; remote code is never run.
     """
     silence_libraries()
     quantised = _quantised_pipeline(cfg)
-    # Without being told so, diffusers refuses a checkpoint that was saved without a component (SD3's third encoder).
+    # diffusers refuses a checkpoint that was saved without a component (SD3's third encoder) unless None is passed.
     index = model_index(cfg)
     absent = [name for name, entry in index.items() if entry in ([None, None], (None, None))]
-    kind = pipeline_class(cfg, index)
-    _check_required(kind, index, cfg)
+    cls = pipeline_class(cfg, index)
+    _check_required(cls, index, cfg)
     never_ask_to_run_code()
     try:
-        pipe = kind.from_pretrained(
+        pipe = cls.from_pretrained(
             cfg.pretrained,
             revision=cfg.revision,
             dtype=resolve_dtype(cfg.dtype, device.type),
@@ -102,7 +102,7 @@ def load_pipeline(
     except _CANNOT_LOAD as error:
         raise _explain(cfg, error) from error
     for name in skip:
-        setattr(pipe, name, None)  # optional components are loaded in spite of being passed as None
+        setattr(pipe, name, None)  # optional components are loaded although None was passed
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
@@ -115,8 +115,8 @@ def load_pipeline(
 
 
 def channels_last(vae: torch.nn.Module) -> None:
-    """Lays out the weights of 3-D convolutions as a CPU's kernels want them, which would else turn every activation
-    around, twice: a video VAE decodes in two thirds of the time or less. Same values to rounding."""
+    """Stores the weights of 3-D convolutions in the layout of the CPU's kernels, which would otherwise transpose every
+    activation twice: a video VAE decodes in two thirds of the time or less. Equal values up to rounding."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -132,23 +132,23 @@ def pipeline_class(cfg: GeneratorConfig, index: Mapping[str, Any] | None = None)
     import diffusers
 
     name = cfg.pipeline or str((index or {}).get("_class_name"))
-    found = getattr(diffusers, name, None)
-    if cfg.pipeline is None and hasattr(found, "_backends"):
-        return DiffusionPipeline  # it says which packages the class needs
-    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+    cls = getattr(diffusers, name, None)
+    if cfg.pipeline is None and hasattr(cls, "_backends"):
+        return DiffusionPipeline  # its error says which packages the class needs
+    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
         where = "generator.pipeline" if cfg.pipeline else f"{cfg.pretrained}/model_index.json: _class_name"
         raise ConfigError(f"{where}: diffusers has no pipeline class {name!r}; use one of its own")
-    return found
+    return cls
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The modules the sampler steps call, by component name. Raises UnsupportedPolicyError if there is none."""
-    found = {name: pipe.components[name] for name in DENOISERS if pipe.components.get(name) is not None}
-    if not found:
+    """The modules that the sampler steps call, by component name. Raises UnsupportedPolicyError if there is none."""
+    denoisers = {name: pipe.components[name] for name in DENOISERS if pipe.components.get(name) is not None}
+    if not denoisers:
         raise UnsupportedPolicyError(
             f"{type(pipe).__name__} has none of the components {', '.join(DENOISERS)}; there is nothing to train"
         )
-    return found
+    return denoisers
 
 
 def text_encoders_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -185,7 +185,7 @@ def _quantised(cfg: GeneratorConfig) -> Any:
 
 
 def _quantised_pipeline(cfg: GeneratorConfig) -> dict[str, Any]:
-    """The same for the denoisers of a whole pipeline."""
+    """The `from_pretrained` arguments that quantise the denoisers of a whole pipeline."""
     if cfg.quantize == "none":
         return {}
     from diffusers import PipelineQuantizationConfig
@@ -206,10 +206,13 @@ def model_index(cfg: GeneratorConfig) -> dict[str, Any]:
     return index
 
 
-def _check_required(kind: type[DiffusionPipeline], index: Mapping[str, Any], cfg: GeneratorConfig) -> None:
-    """diffusers takes apart whatever stands for a component, a text of two letters too. Raises InputError."""
-    needed = [name for name, p in inspect.signature(kind.__init__).parameters.items() if p.default is p.empty]
-    for name in [*needed, *kind._optional_components]:
+def _check_required(cls: type[DiffusionPipeline], index: Mapping[str, Any], cfg: GeneratorConfig) -> None:
+    """Checks that every component's entry is a pair: diffusers unpacks any value, even a text of two letters.
+
+    Raises InputError.
+    """
+    required = [name for name, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty]
+    for name in [*required, *cls._optional_components]:
         if not isinstance(index.get(name), (list, tuple, type(None))):
             raise InputError(
                 f"{cfg.pretrained}/model_index.json: {name} is {index[name]!r:.80}; expected [library, class]; copy "
@@ -240,8 +243,8 @@ def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch
 
 def load_denoisers(cfg: GeneratorConfig, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     """Only the denoisers of a checkpoint: the learner needs neither text encoders nor VAE."""
-    found = {name: load_component(cfg, name, dtype) for name in DENOISERS}
-    modules = {name: module for name, module in found.items() if module is not None}
+    components = {name: load_component(cfg, name, dtype) for name in DENOISERS}
+    modules = {name: module for name, module in components.items() if module is not None}
     if not modules:
         raise UnsupportedPolicyError(f"{cfg.pretrained}: no {' / '.join(DENOISERS)} in model_index.json")
     for module in modules.values():
