@@ -1,9 +1,9 @@
-"""Several groups in one call of a scorer, and one bad take that fails nothing but its own group.
+"""Several groups in one call of a scorer; a take that cannot be scored fails its group only.
 
 Each group is scored by `RewardRunner.run` as if it were alone (its own frames, its own options). What they share is the
-scorer: the calls that the groups make at the same moment are joined into one, as far as frame size, length and rate
-agree. When a joined call fails it is halved until only the groups that fail alone have failed; such a group is then
-halved by takes, so that the reason names the take.
+scorer: calls that the groups make at the same time are joined, where frame size, length and rate agree. A joined call
+that fails is halved until only the groups that fail alone have failed; such a group is then halved by takes, and the
+reason names the take.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAIT_FOR_GROUPS_S = 0.01  # how long a server waits for more groups to fill a ca
 
 @dataclass(frozen=True, slots=True)
 class Takes:
-    """What one group asks a reward server for."""
+    """The takes of one group that a reward server scores."""
 
     media: Media  # [K, F, H, W, 3]
     prompts: Sequence[PromptItem]  # [K]
@@ -46,7 +46,7 @@ def score_groups(runner: RewardRunner, groups: Sequence[Takes]) -> list[RewardSc
     if len(groups) <= 1 or runner.scorer.relative:
         outcomes = [_outcome(runner, group) for group in groups]
     else:
-        outcomes = _joined(runner, groups)
+        outcomes = _score_joined(runner, groups)
     return [
         name_take(runner, group, outcome) if isinstance(outcome, RewardError) else outcome
         for group, outcome in zip(groups, outcomes, strict=True)
@@ -60,7 +60,7 @@ def name_take(runner: RewardRunner, group: Takes, error: RewardError) -> RewardE
     if takes == 1 or runner.scorer.relative or isinstance(error, RewardUnavailable):
         return error
     bad: Sequence[int] = range(takes)
-    found = error
+    cause = error
     while len(bad) > 1:
         middle = len(bad) // 2
         for half in (bad[:middle], bad[middle:]):
@@ -68,13 +68,13 @@ def name_take(runner: RewardRunner, group: Takes, error: RewardError) -> RewardE
             if isinstance(outcome, RewardUnavailable):
                 return error
             if isinstance(outcome, RewardError):
-                bad, found = half, outcome
+                bad, cause = half, outcome
                 break
         else:
             return error
     prefix = f"reward {runner.name}: "
-    named = RewardError(f"{prefix}take {bad[0]}: {str(found).removeprefix(prefix)}")
-    named.__cause__ = found  # with its traceback, for the log
+    named = RewardError(f"{prefix}take {bad[0]}: {str(cause).removeprefix(prefix)}")
+    named.__cause__ = cause  # with its traceback, for the log
     return named
 
 
@@ -99,8 +99,8 @@ class _Call:
         self.done.set()
 
 
-def _joined(runner: RewardRunner, groups: Sequence[Takes]) -> list[RewardScores | RewardError]:
-    """Each group runs in a thread of its own that only prepares and waits; the calls are made in this one."""
+def _score_joined(runner: RewardRunner, groups: Sequence[Takes]) -> list[RewardScores | RewardError]:
+    """Each group runs in its own thread, which prepares and waits; this thread makes the calls."""
     joint = _Joint(len(groups))
     through = runner.through(joint.call)
 
@@ -126,7 +126,7 @@ def _joined(runner: RewardRunner, groups: Sequence[Takes]) -> list[RewardScores 
 
 
 def _call_together(call: ScorerCall, calls: list[_Call]) -> None:
-    """Answers every call; one that fails among others is repeated in halves."""
+    """Answers every call. A joined call that fails is repeated in halves."""
     try:
         media, prompts = calls[0].media, list(calls[0].prompts)
         if len(calls) > 1:
@@ -139,17 +139,17 @@ def _call_together(call: ScorerCall, calls: list[_Call]) -> None:
             _call_together(call, calls[:middle])
             _call_together(call, calls[middle:])
             return
-        for one in calls:
-            one.answer(error)
+        for waiting in calls:
+            waiting.answer(error)
     except BaseException as error:  # a bug, or out of memory: the waiting threads must end
-        for one in calls:
-            one.answer(error)
+        for waiting in calls:
+            waiting.answer(error)
     else:
         start = 0
-        for one in calls:
-            own = slice(start, start + len(one.prompts))
-            one.answer((scores[own], {name: part[own] for name, part in parts.items()}))
-            start = own.stop
+        for waiting in calls:
+            rows = slice(start, start + len(waiting.prompts))
+            waiting.answer((scores[rows], {name: part[rows] for name, part in parts.items()}))
+            start = rows.stop
 
 
 class _Joint:

@@ -118,5 +118,5 @@ class FunctionScorer(Scorer):
         return np.asarray(results, dtype=np.float32)
 
     def _extra(self, metadata: Any, fps: float) -> dict[str, Any]:
-        known = {"metadata": metadata, "fps": fps}
-        return {**{name: known[name] for name in self.extras}, **self.options}
+        available = {"metadata": metadata, "fps": fps}
+        return {**{name: available[name] for name in self.extras}, **self.options}

@@ -21,23 +21,23 @@ KEY = "rewards"  # of a prompt's metadata
 
 def applies(reward: str, prompt: PromptItem) -> bool:
     """Whether `reward` (its name in the config) judges takes of `prompt`."""
-    wanted = prompt.metadata.get(KEY)
-    return wanted is None or reward in wanted
+    names = prompt.metadata.get(KEY)
+    return names is None or reward in names
 
 
 def check_routing(prompts: Sequence[PromptItem], rewards: Sequence[str], places: Sequence[str], path: Path) -> None:
     """`places`: 'line 3' of each prompt of `path`. Raises `InputError` for a prompt that names no or other rewards."""
     for prompt in prompts:
-        wanted = prompt.metadata.get(KEY)
-        if wanted is None:
+        names = prompt.metadata.get(KEY)
+        if names is None:
             continue
         where = f"{path}, {places[prompt.index]}: metadata.{KEY}"
-        if not isinstance(wanted, list) or not wanted or not all(isinstance(name, str) for name in wanted):
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise InputError(
-                f"{where}: found {wanted!r:.60}; expected a list of the config's rewards, such as [{rewards[0]}], or "
+                f"{where}: found {names!r:.60}; expected a list of the config's rewards, such as [{rewards[0]}], or "
                 "leave it out where all apply"
             )
-        for name in wanted:
+        for name in names:
             if name not in rewards:
                 hint = did_you_mean(name, rewards) or f"; there are: {', '.join(rewards)}"
                 raise InputError(f"{where}: the config has no reward {name!r}{hint}")
@@ -53,19 +53,19 @@ def score_some(
         return score(media, list(prompts))
     if not chosen:
         return RewardScores(values=np.full(takes, np.nan, np.float32))
-    found = score(Media(frames=media.frames[chosen], fps=media.fps), [prompts[i] for i in chosen])
+    scores = score(Media(frames=media.frames[chosen], fps=media.fps), [prompts[i] for i in chosen])
 
     def spread(values: np.ndarray) -> np.ndarray:
         whole = np.full((takes, *values.shape[1:]), np.nan, values.dtype)
         whole[chosen] = values
         return whole
 
-    weights, per_segment, variance = found.segment_weights, found.segment_values, found.variance
+    weights, per_segment, variance = scores.segment_weights, scores.segment_values, scores.variance
     return replace(
-        found,
-        values=spread(found.values),
+        scores,
+        values=spread(scores.values),
         variance=None if variance is None else spread(variance),
         segment_values=None if per_segment is None else spread(per_segment),
         segment_weights=spread(weights) if weights is not None and weights.ndim == 2 else weights,
-        parts={key: spread(part) for key, part in found.parts.items()},
+        parts={key: spread(part) for key, part in scores.parts.items()},
     )

@@ -72,9 +72,9 @@ def combine(
     if normalize:
         shifted = np.exp(logs - logs.max()).mean(axis=1)
         return _mean(values, np.broadcast_to(shifted, values.shape)), values, shifted / shifted.sum()
-    known = ~np.isnan(values)
-    total = np.where(known, values * weights, 0.0).sum(axis=1) / len(weights)
-    return np.where(known.any(axis=1), total, np.nan), values, weights
+    present = ~np.isnan(values)
+    total = np.where(present, values * weights, 0.0).sum(axis=1) / len(weights)
+    return np.where(present.any(axis=1), total, np.nan), values, weights
 
 
 def worst_or_best(
@@ -103,9 +103,9 @@ def worst_or_best(
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted mean over the last axis, leaving NaN out."""
-    known = ~np.isnan(values)
-    mass = np.where(known, weights, 0.0).sum(axis=-1)
-    total = np.where(known, values * weights, 0.0).sum(axis=-1)
+    present = ~np.isnan(values)
+    mass = np.where(present, weights, 0.0).sum(axis=-1)
+    total = np.where(present, values * weights, 0.0).sum(axis=-1)
     return np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), np.nan)
 
 

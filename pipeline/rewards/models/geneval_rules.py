@@ -79,8 +79,8 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     if (np.abs(short) < 1e-3).all():
         return set()
     dx, dy = short / np.linalg.norm(offset)
-    found = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, holds in found.items() if holds}
+    directions = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in directions.items() if holds}
 
 
 def judge(
@@ -94,15 +94,15 @@ def judge(
     groups: list[list[Detection] | None] = []
     for clause in metadata["include"]:
         label, count = clause["class"], clause["count"]
-        found = objects.get(label, [])[:count]
-        checks = [min(len(found), count) / count]
+        present = objects.get(label, [])[:count]
+        checks = [min(len(present), count) / count]
         problems: list[str] = []
-        if len(found) < count:
-            problems.append(f"expected {label}>={count}, found {len(found)}")
+        if len(present) < count:
+            problems.append(f"expected {label}>={count}, found {len(present)}")
             checks += [0.0] * (("color" in clause) + ("position" in clause))
         else:
             if "color" in clause:
-                colors = list(color_of(found))
+                colors = list(color_of(present))
                 right = colors.count(clause["color"])
                 checks.append(min(right, count) / count)
                 if right < count:
@@ -110,7 +110,7 @@ def judge(
             if "position" in clause:
                 relation, target = clause["position"]
                 others = groups[target]
-                pairs = [(a, b) for a in found for b in others or []]
+                pairs = [(a, b) for a in present for b in others or []]
                 holding = [relation in relations(a.box, b.box) for a, b in pairs]
                 checks.append(sum(holding) / len(holding) if holding else 0.0)
                 # as in GenEval, the relation is only looked at if the clause holds so far
@@ -118,7 +118,7 @@ def judge(
                     problems.append(f"no target for {label} to be {relation}")
                 elif not problems and not all(holding):
                     problems.append(f"expected {label} {relation} target")
-        groups.append(None if problems else found)
+        groups.append(None if problems else present)
         reasons += problems
         credits += checks
     for clause in metadata.get("exclude", []):

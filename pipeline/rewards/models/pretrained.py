@@ -1,4 +1,4 @@
-"""Weights of reward models: a hub id or a local folder, safetensors only, and nothing silently left at random."""
+"""Weights of reward models: a hub id or a local folder, safetensors only, and no weight silently left random."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pretrained(
 
     silence_libraries()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of weights that were not asked for; what is missing is checked here
+    logging.set_verbosity_error()  # silences its table of unused weights; missing ones are checked below
     try:
         where = None if "state_dict" in kwargs else model
         _check_names(model)
@@ -127,8 +127,8 @@ def weight_file(model: str, name: str | None = None, suffix: str = ".safetensors
     if path.is_dir():
         files = [path / name] if name else sorted(path.glob(f"*{suffix}"))
         if len(files) != 1 or not files[0].is_file():
-            found = ", ".join(f.name for f in sorted(path.glob("*"))) or "nothing"
-            raise InputError(f"{model}: expected one {suffix} file there, found {found}")
+            present = ", ".join(f.name for f in sorted(path.glob("*"))) or "nothing"
+            raise InputError(f"{model}: expected one {suffix} file there, found {present}")
         return files[0]
     parts = model.split("/")
     if len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and parts[-1].endswith(suffix):
@@ -151,7 +151,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def read_some(model: str, prefix: str) -> dict[str, torch.Tensor]:
+def read_tensors(model: str, prefix: str) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint (folder or hub id) whose names begin so, from all its files; {} if there are none."""
     import json
 
@@ -170,13 +170,13 @@ def read_some(model: str, prefix: str) -> dict[str, torch.Tensor]:
                 relative_name(name, str(index), "copy the checkpoint again")
         else:
             names = ["model.safetensors"]
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name in names:
             with safe_open(file(name), "pt") as weights:
-                found |= {key: weights.get_tensor(key) for key in weights.keys() if key.startswith(prefix)}
+                tensors |= {key: weights.get_tensor(key) for key in weights.keys() if key.startswith(prefix)}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"weights of {model}: {one_line(error)}; {_wanted(model)}") from error
-    return found
+    return tensors
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -139,7 +139,7 @@ def _bytes(text: str) -> bytes:
 
 
 def _decode_png(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]. Only PNG: other formats bring other decoders, and with them other holes."""
+    """uint8 [H, W, 3]. PNG only: each further decoder is a further attack surface."""
     from PIL import Image
 
     try:
@@ -177,11 +177,11 @@ def _decode_tensor(data: bytes) -> np.ndarray:
         raise InputError(f"tensor: not a safetensors file ({str(error)[:80]})") from None
     frames = tensors.get("frames")
     if frames is None or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        found = "no 'frames'" if frames is None else f"frames {frames.dtype} {list(frames.shape)}"
-        raise InputError(f"tensor: found {found}; expected 'frames' uint8 [F, H, W, 3]")
+        got = "no 'frames'" if frames is None else f"frames {frames.dtype} {list(frames.shape)}"
+        raise InputError(f"tensor: found {got}; expected 'frames' uint8 [F, H, W, 3]")
     return frames
 
 
 def too_many_pixels(size: int) -> str:
-    """In words, for an `InputError`."""
+    """Text of the `InputError`."""
     return f"it would take {size / 2**30:.1f} GiB decoded (limit {MAX_PIXEL_BYTES / 2**30:.0f} GiB); send less"

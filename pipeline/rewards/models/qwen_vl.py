@@ -100,7 +100,7 @@ class QwenVlReader:
                 f"{path}: has {len(embedding)} words, the tokenizer of {model} needs {max(self.reward_ids) + 1} for "
                 f"{', '.join(tokens)}; give the `model` it was trained from"
             )
-        self.own_words = [str(word) for word in self.tokenizer.added_tokens_decoder.values()]
+        self.special_tokens = [str(word) for word in self.tokenizer.added_tokens_decoder.values()]
         config = pretrained_config(Qwen2VLConfig, model)
         config.text_config.vocab_size = len(embedding)
         self.model = pretrained(Qwen2VLModel, model, self.device, self.dtype, config=config, state_dict=backbone)
@@ -113,8 +113,8 @@ class QwenVlReader:
             return torch.cat([self._read(items[part], questions[part]) for part in batches(len(items), self.batch)])
 
     def check_text(self, text: str) -> str:
-        """The prompt, which may not hold the model's own words. Raises `RewardError`."""
-        for word in self.own_words:
+        """The prompt, which may not contain the model's special tokens. Raises `RewardError`."""
+        for word in self.special_tokens:
             if word in text:
                 raise RewardError(f"the prompt {text!r:.60} holds {word}, which steers the reward model; take it out")
         return text

@@ -1,8 +1,8 @@
-"""What a VLM judge is asked and how its answer is read: a YAML file, checked when it is loaded.
+"""Rubrics of VLM judges: the question and how the answer is read, in a YAML file that is checked when loaded.
 
     mode: likert            # likert: numbers found by patterns; rating: a digit, by its probability; yes_no:
                             # probability of yes; pairwise: which is better
-    system: You are …       # optional; the same for every take, before the pictures, and so worked out once on vLLM
+    system: You are …       # optional; the same for every take, before the pictures: vLLM caches it
     prompt: |               # {prompt} is the take's prompt; {frames} and {fps} describe a clip; {metadata.key} a column
       Rate how well the picture shows "{prompt}".  Alignment (1-5): X
     axes:                   # likert: one pattern each, whose first group is the number
@@ -65,7 +65,7 @@ class Rubric:
     labels: bool = True
 
     def fill(self, prompt: PromptItem, frames: int, fps: float) -> str:
-        """The question about one take. Other braces than the known ones are left as they are."""
+        """The question about one take. Other text in braces is left unchanged."""
 
         def value(match: re.Match) -> str:
             name = match.group(1)
@@ -81,12 +81,12 @@ class Rubric:
         """{"score": weighted mean of the axes on 0..1, axis: number}. Raises `Unparseable`."""
         values = {}
         for axis, pattern in self.axes.items():
-            found = {match.group(1) for match in pattern.finditer(text)}
-            if len(found) != 1:
-                problem = "is there more than once" if found else "is not in the answer"
+            numbers = {match.group(1) for match in pattern.finditer(text)}
+            if len(numbers) != 1:
+                problem = "is there more than once" if numbers else "is not in the answer"
                 raise Unparseable(f"{axis} {problem}: {text!r:.120}")
             try:
-                values[axis] = float(found.pop())
+                values[axis] = float(numbers.pop())
             except (TypeError, ValueError):
                 raise Unparseable(f"{axis} is no number: {text!r:.120}") from None
             if not self.low <= values[axis] <= self.high:
@@ -136,10 +136,10 @@ def load_rubric(source: str) -> Rubric:
 
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
-        known = builtin_rubrics()
-        if source not in known:
-            hint = did_you_mean(source, known)
-            raise ConfigError(f"rubric: found {source!r}{hint}; expected a .yaml file or one of {', '.join(known)}")
+        shipped = builtin_rubrics()
+        if source not in shipped:
+            hint = did_you_mean(source, shipped)
+            raise ConfigError(f"rubric: found {source!r}{hint}; expected a .yaml file or one of {', '.join(shipped)}")
         text = (resources.files("pipeline") / "rewards" / "models" / "rubrics" / f"{source}.yaml").read_text(
             encoding="utf-8"
         )
@@ -166,8 +166,8 @@ def parse_rubric(data: Any, source: str) -> Rubric:
         raise fail(f"mode: found {mode!r}{did_you_mean(mode or '', MODES)}; expected one of {', '.join(MODES)}")
     for key in data:
         if key not in _COMMON | _KEYS[mode]:
-            known = sorted(_COMMON | _KEYS[mode])
-            raise fail(f"unknown key {key!r}{did_you_mean(key, known) or '; the keys are ' + ', '.join(known)}")
+            allowed = sorted(_COMMON | _KEYS[mode])
+            raise fail(f"unknown key {key!r}{did_you_mean(key, allowed) or '; the keys are ' + ', '.join(allowed)}")
     if not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
         raise fail("prompt: the text of the question is missing")
     fields: dict[str, Any] = {"mode": mode, "prompt": data["prompt"], "system": data.get("system")}
@@ -231,14 +231,14 @@ def _yes_no(data: dict, fail: Any) -> dict[str, float]:
 def _pairwise(data: dict, fail: Any) -> dict[str, Any]:
     if not isinstance(data.get("labels", True), bool):
         raise fail(f"labels: found {data['labels']!r}; expected true or false")
-    found: dict[str, Any] = {"labels": data.get("labels", True)}
+    fields: dict[str, Any] = {"labels": data.get("labels", True)}
     if "axes" in data:
         if {"first", "second", "tie"} & set(data):
             raise fail("axes: the verdict is read from the axes or by first, second and tie, not by both")
-        return found | _likert({"axes": data["axes"], "range": [0, 1]}, fail)
+        return fields | _likert({"axes": data["axes"], "range": [0, 1]}, fail)
     for key in ("first", "second", *(["tie"] if "tie" in data else [])):
-        found[key] = _pattern(data.get(key), key, 0, fail)
-    return found
+        fields[key] = _pattern(data.get(key), key, 0, fail)
+    return fields
 
 
 def _pattern(value: Any, key: str, groups: int, fail: Any) -> re.Pattern:

@@ -4,7 +4,7 @@ All questions of a call go to the engine as one list: it batches them continuous
 their first token on (the rubric's system message; in edits also the source picture) is computed once and kept (prefix
 caching). Only safetensors are loaded, and no code out of a checkpoint runs.
 
-vLLM's pins differ from Rushes', so it lives in an environment of its own (`jobs.setup_vllm`).
+vLLM's pins differ from Rushes', so it needs its own environment (`jobs.setup_vllm`).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def check_engine(options: Any) -> None:
             raise ConfigError(f"engine.{key}: cannot be set{hint}")
         kind = OPTIONS[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            wanted = {int: "a whole number", bool: "true or false", str: "a text", dict: "a mapping"}
-            expected = "a number" if isinstance(kind, tuple) else wanted[kind]
+            kinds = {int: "a whole number", bool: "true or false", str: "a text", dict: "a mapping"}
+            expected = "a number" if isinstance(kind, tuple) else kinds[kind]
             raise ConfigError(f"engine.{key}: found {value!r}; expected {expected}")
 
 
@@ -150,15 +150,15 @@ class Engine(ChatModel):
         )
 
     def _answer(self, question: Question, output: RequestOutput) -> Answer:
-        said = output.outputs[0]
+        completion = output.outputs[0]
         first: tuple[tuple[str, float], ...] = ()
         if question.words:
-            assert said.logprobs is not None
-            known = self._tokens(question.words)
-            first = tuple((word, said.logprobs[0][token].logprob) for token, word in known.items())
+            assert completion.logprobs is not None
+            tokens = self._tokens(question.words)
+            first = tuple((word, completion.logprobs[0][token].logprob) for token, word in tokens.items())
         return Answer(
-            text=said.text,
-            cut=said.finish_reason == "length",
+            text=completion.text,
+            cut=completion.finish_reason == "length",
             first=first,
             cached=(output.num_cached_tokens or 0) / len(output.prompt_token_ids or [0]),
         )
@@ -167,11 +167,11 @@ class Engine(ChatModel):
         """Every token of the vocabulary that says one of these words: {id: text}. Raises `ConfigError`."""
         if words not in self._ids:
             texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-            found = {i: text for i, text in enumerate(texts) if bare(text) in words}
-            silent = [word for word in words if word not in {bare(text) for text in found.values()}]
+            tokens = {i: text for i, text in enumerate(texts) if bare(text) in words}
+            silent = [word for word in words if word not in {bare(text) for text in tokens.values()}]
             if silent:
                 raise ConfigError(f"rubric: no single token of {self.name} says {silent[0]!r}; use other words")
-            if len(found) > MAX_WORDS:
-                raise ConfigError(f"rubric: {len(found)} tokens say one of {words}; at most {MAX_WORDS} can be asked")
-            self._ids[words] = found
+            if len(tokens) > MAX_WORDS:
+                raise ConfigError(f"rubric: {len(tokens)} tokens say one of {words}; at most {MAX_WORDS} can be asked")
+            self._ids[words] = tokens
         return self._ids[words]

@@ -1,4 +1,4 @@
-"""JSON over HTTP for the scorers that ask another program: time limit, retries, size limit, no redirects, no pickle."""
+"""JSON over HTTP for scorers that call another program: time limit, retries, size limit, no redirects, no pickle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.rewards.models.images import shrunk
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes
 _TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
-_NOBODY = {401, 402, 403, 404, 405, 407}  # whatever is sent gets the same answer
+_FATAL_STATUS = {401, 402, 403, 404, 405, 407}  # retrying cannot help, whatever is sent
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -61,7 +61,7 @@ class JsonClient:
                 time.sleep(self.pause_s * 2 ** (attempt - 1))
             try:
                 return self._once(self.url + path, data)
-            except _TryAgain as error:
+            except _Retryable as error:
                 last = error
         tries = f" ({self.retries + 1} tries)" if self.retries else ""
         raise RewardUnavailable(f"{self.url}{path}: {last}{tries}") from last.__cause__
@@ -77,37 +77,37 @@ class JsonClient:
                 text = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
             message = f"the server answered {error.code} {error.reason}{': ' + text if text else ''}"
             if error.code in _TRANSIENT:
-                raise _TryAgain(message) from error
-            kind = RewardUnavailable if error.code in _NOBODY else RewardError
+                raise _Retryable(message) from error
+            kind = RewardUnavailable if error.code in _FATAL_STATUS else RewardError
             raise kind(f"{url}: {message}") from error
         except TimeoutError as error:
-            raise _TryAgain(f"no answer within {self.timeout_s:g} s") from error
+            raise _Retryable(f"no answer within {self.timeout_s:g} s") from error
         except (urllib.error.URLError, OSError, urllib.error.ContentTooShortError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                raise _TryAgain(f"no answer within {self.timeout_s:g} s") from error
-            raise _TryAgain(f"cannot be reached ({reason})") from error
+                raise _Retryable(f"no answer within {self.timeout_s:g} s") from error
+            raise _Retryable(f"cannot be reached ({reason})") from error
         except Exception as error:  # http.client raises its own tree for broken answers
-            raise _TryAgain(f"broken answer ({type(error).__name__}: {error})") from error
+            raise _Retryable(f"broken answer ({type(error).__name__}: {error})") from error
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise _TryAgain(f"the answer is not JSON: {body[:60]!r}") from error
+            raise _Retryable(f"the answer is not JSON: {body[:60]!r}") from error
 
 
-class _TryAgain(Exception):
-    """A failure that another try may mend."""
+class _Retryable(Exception):
+    """A failure that another attempt may not have."""
 
 
 def _read(answer: Any, deadline: float) -> bytes:
-    """The body, within the deadline: a socket's time-out alone lets a dripping server take for ever."""
+    """The body, within the deadline: a socket's time-out alone lets a dripping server take forever."""
     chunks: list[bytes] = []
     size = 0
     while chunk := answer.read1(1 << 16):
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER:
-            raise _TryAgain(f"the answer is longer than {MAX_ANSWER} bytes")
+            raise _Retryable(f"the answer is longer than {MAX_ANSWER} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError
     return b"".join(chunks)

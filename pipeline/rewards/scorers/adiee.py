@@ -1,7 +1,7 @@
 """ADIEE (arXiv 2507.07317): how well an edit was carried out, by a LLaVA-NeXT with a score token.
 
 The model sees the picture before and after the edit side by side and the instruction, answers with a sentence that
-holds [SCORE], and a small head reads the hidden state from which that token was said.
+holds [SCORE], and a small head reads the hidden state that produced that token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.models.pretrained import batches, check_batch, image_processor, pretrained, read_some, tokenizer
+from pipeline.rewards.models.pretrained import (
+    batches,
+    check_batch,
+    image_processor,
+    pretrained,
+    read_tensors,
+    tokenizer,
+)
 from pipeline.rewards.models.prompt_pictures import read_picture
 
 if TYPE_CHECKING:
@@ -54,21 +61,21 @@ class Adiee(Scorer):
         from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
         self.device, self.dtype, self.batch = resolve_device(device), named_dtype(dtype), check_batch(batch)
-        self.words = tokenizer(model)
-        if TOKEN not in self.words.get_vocab():
+        self.tokenizer = tokenizer(model)
+        if TOKEN not in self.tokenizer.get_vocab():
             raise InputError(f"{model}: its tokenizer has no {TOKEN}; give a checkpoint of ADIEE")
-        self.words.padding_side = "left"
-        self.words.pad_token = self.words.pad_token or self.words.eos_token
-        self.score_id = self.words.convert_tokens_to_ids(TOKEN)
-        self.own_words = [str(word) for word in self.words.added_tokens_decoder.values()]
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.score_id = self.tokenizer.convert_tokens_to_ids(TOKEN)
+        self.special_tokens = [str(word) for word in self.tokenizer.added_tokens_decoder.values()]
         self.head = self._head(model)
         self.model = pretrained(LlavaNextForConditionalGeneration, model, self.device, self.dtype, key_mapping=NAMES)
         config = self.model.config
         settings, _ = LlavaNextProcessor.get_processor_dict(model)  # older ones keep the chat template apart
         self.processor = LlavaNextProcessor(
             image_processor=image_processor(model),
-            tokenizer=self.words,
-            chat_template=self.words.chat_template or settings.get("chat_template"),
+            tokenizer=self.tokenizer,
+            chat_template=self.tokenizer.chat_template or settings.get("chat_template"),
             patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             num_additional_image_tokens=1,  # CLIP's class token
@@ -76,13 +83,13 @@ class Adiee(Scorer):
 
     def _head(self, model: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Weight and bias of its three layers, float32."""
-        found = read_some(model, "score_decoder.")
+        tensors = read_tensors(model, "score_decoder.")
         names = [(f"score_decoder.{i}.weight", f"score_decoder.{i}.bias") for i in (0, 2, 4)]
-        missing = [name for pair in names for name in pair if name not in found]
-        if missing or len(found[names[-1][0]]) not in (1, 3):
+        missing = [name for pair in names for name in pair if name not in tensors]
+        if missing or len(tensors[names[-1][0]]) not in (1, 3):
             what = f"{missing[0]} is missing" if missing else "its head has neither 1 nor 3 outputs"
             raise InputError(f"{model}: not a checkpoint of ADIEE ({what})")
-        return [(found[w].float().to(self.device), found[b].float().to(self.device)) for w, b in names]
+        return [(tensors[w].float().to(self.device), tensors[b].float().to(self.device)) for w, b in names]
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
         pairs = [side_by_side(self._source(p), frame) for p, frame in zip(prompts, media.frames[:, 0], strict=True)]
@@ -96,7 +103,7 @@ class Adiee(Scorer):
         return read_picture(prompt.image)
 
     def _checked(self, text: str) -> str:
-        for word in (*self.own_words, self.processor.image_token):
+        for word in (*self.special_tokens, self.processor.image_token):
             if word in text:
                 raise RewardError(f"the prompt {text!r:.60} holds {word}, which steers the reward model; take it out")
         return text
@@ -114,21 +121,27 @@ class Adiee(Scorer):
         ]
         inputs = self.processor(text=texts, images=pairs, padding=True, return_tensors="pt")
         inputs = inputs.to(self.device, self.dtype)
-        states: list[torch.Tensor] = []  # of the last position, from which each token of the answer was said
+        states: list[torch.Tensor] = []  # of the last position, that produced each token of the answer
         hook = self.model.model.language_model.norm.register_forward_hook(
             lambda _module, _given, out: states.append(out[:, -1].float())
         )
         try:
             with torch.inference_mode():
                 ids = self.model.generate(
-                    **inputs, max_new_tokens=ANSWER, do_sample=False, num_beams=1, pad_token_id=self.words.pad_token_id
+                    **inputs,
+                    max_new_tokens=ANSWER,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=self.tokenizer.pad_token_id,
                 )[:, -len(states) :]
         finally:
             hook.remove()
         said = ids == self.score_id
-        for answer, found, question in zip(ids, said.any(1), questions, strict=True):
-            if not found:
-                raise RewardError(f"the answer {self.words.decode(answer)!r:.60} to {question!r:.100} has no {TOKEN}")
+        for answer, has_score, question in zip(ids, said.any(1), questions, strict=True):
+            if not has_score:
+                raise RewardError(
+                    f"the answer {self.tokenizer.decode(answer)!r:.60} to {question!r:.100} has no {TOKEN}"
+                )
         x = torch.stack(states, 1)[torch.arange(len(ids)), last_true(said)]
         for i, (weight, bias) in enumerate(self.head):
             x = torch.nn.functional.linear(x, weight, bias)

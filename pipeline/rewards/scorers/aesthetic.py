@@ -46,12 +46,12 @@ class Aesthetic(Scorer):
 
 def linear_chain(tensors: dict, source: str, width: int) -> list[tuple]:
     """[(weight, bias)] in the order of their layer numbers. Raises `InputError` unless they lead from `width` to 1."""
-    found: dict[int, dict] = {}
+    by_number: dict[int, dict] = {}
     for name, tensor in tensors.items():
         match = re.search(r"(?:^|\.)(\d+)\.(weight|bias)$", name)
         if match and "vision_model" not in name:
-            found.setdefault(int(match.group(1)), {})[match.group(2)] = tensor
-    layers = [found[i] for i in sorted(found)]
+            by_number.setdefault(int(match.group(1)), {})[match.group(2)] = tensor
+    layers = [by_number[i] for i in sorted(by_number)]
     shapes = [list(layer["weight"].shape) if len(layer) == 2 else None for layer in layers]
     expected: int | None = width
     for shape in shapes:

@@ -46,30 +46,32 @@ def condition_picture(prompt: PromptItem, size: tuple[int, int], classes: bool) 
     return np.asarray(picture if picture.size == size[::-1] else picture.resize(size[::-1], how))
 
 
-def f1(found: np.ndarray, wanted: np.ndarray) -> float:
+def f1(extracted: np.ndarray, given: np.ndarray) -> float:
     """F1 of two bool maps; 1 if both are empty."""
-    total = int(found.sum()) + int(wanted.sum())
-    return 2.0 * int((found & wanted).sum()) / total if total else 1.0
+    total = int(extracted.sum()) + int(given.sum())
+    return 2.0 * int((extracted & given).sum()) / total if total else 1.0
 
 
-def mean_iou(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean IoU over the classes of `wanted`, leaving out pixels of class 255. Raises `RewardError` if none is left."""
-    counts = wanted != IGNORED
-    classes = np.unique(wanted[counts])
+def mean_iou(extracted: np.ndarray, given: np.ndarray) -> float:
+    """Mean IoU over the classes of `given`, leaving out pixels of class 255. Raises `RewardError` if none is left."""
+    counts = given != IGNORED
+    classes = np.unique(given[counts])
     if not len(classes):
         raise RewardError("the condition has no pixel that counts (all are of class 255)")
-    ious = [((found == c) & (wanted == c)).sum() / (((found == c) | (wanted == c)) & counts).sum() for c in classes]
+    ious = [
+        ((extracted == c) & (given == c)).sum() / (((extracted == c) | (given == c)) & counts).sum() for c in classes
+    ]
     return float(np.mean(ious))
 
 
-def normalised_rmse(found: np.ndarray, wanted: np.ndarray) -> float:
+def normalised_rmse(extracted: np.ndarray, given: np.ndarray) -> float:
     """RMSE of two maps, each brought to 0..1 first (depth is known up to scale and shift); a flat map is all 0."""
 
     def unit(values: np.ndarray) -> np.ndarray:
         values = values.astype(np.float64) - values.min()
         return values / values.max() if values.max() > 0 else values
 
-    return float(np.sqrt(np.mean((unit(found) - unit(wanted)) ** 2)))
+    return float(np.sqrt(np.mean((unit(extracted) - unit(given)) ** 2)))
 
 
 @register("condition")
@@ -102,8 +104,8 @@ class Condition(Scorer):
             self.device = resolve_device(device)
             self.model, self.processor = pretrained(cls, model, self.device, torch.float32), image_processor(model)
         compare: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-            "edges": lambda found, wanted: f1(found, wanted > 127),
-            "depth": lambda found, wanted: 1.0 - normalised_rmse(found, wanted),
+            "edges": lambda extracted, given: f1(extracted, given > 127),
+            "depth": lambda extracted, given: 1.0 - normalised_rmse(extracted, given),
             "segmentation": mean_iou,
         }
         self.compare = compare[kind]
@@ -111,12 +113,12 @@ class Condition(Scorer):
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
         frames = media.frames[:, 0]
         size = (frames.shape[1], frames.shape[2])
-        wanted = [condition_picture(prompt, size, self.kind == "segmentation") for prompt in prompts]
+        given = [condition_picture(prompt, size, self.kind == "segmentation") for prompt in prompts]
         if self.kind == "edges":
-            found = [canny(frame, self.low, self.high) for frame in frames]
+            extracted = [canny(frame, self.low, self.high) for frame in frames]
         else:
-            found = [row for part in batches(len(frames), self.batch) for row in self.extract(frames[part])]
-        return np.asarray([self.compare(a, b) for a, b in zip(found, wanted, strict=True)], dtype=np.float32)
+            extracted = [row for part in batches(len(frames), self.batch) for row in self.extract(frames[part])]
+        return np.asarray([self.compare(a, b) for a, b in zip(extracted, given, strict=True)], dtype=np.float32)
 
     def extract(self, frames: np.ndarray) -> list[np.ndarray]:
         """uint8 [N, H, W, 3] -> per picture depth float [H, W] or class numbers int [H, W]."""

@@ -22,7 +22,7 @@ ALIASES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard"
 
 @register("geneval")
 class Geneval(Scorer):
-    """GenEval's rules on a COCO detector: 1 if objects, counts, colours and positions are as asked (or partial credit).
+    """GenEval's rules on a COCO detector: 1 if objects, counts, colours and positions match (or partial credit).
 
     The official evaluation uses Mask2Former's masks to grey out what surrounds an object before its colour is named;
     a box detector has no masks, so here the whole box is shown to CLIP. Scores are not comparable with the benchmark's.
@@ -56,16 +56,16 @@ class Geneval(Scorer):
         self.classifiers: dict[str, Any] = {}
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        wanted = [_renamed(prompt.metadata) for prompt in prompts]
-        for metadata in wanted:
-            check_metadata(metadata, set(self.labels.values()))
-            if self.clip is None and any("color" in clause for clause in metadata["include"]):
+        metadata = [_renamed(prompt.metadata) for prompt in prompts]
+        for row in metadata:
+            check_metadata(row, set(self.labels.values()))
+            if self.clip is None and any("color" in clause for clause in row["include"]):
                 raise RewardError("a prompt asks for a colour; set the option clip to a CLIP model")
         frames, verdicts = media.frames[:, 0], []
         for part in batches(len(frames), self.batch):
-            for frame, metadata, found in zip(frames[part], wanted[part], self.detect(frames[part]), strict=True):
-                objects = keep(found, metadata.get("tag") == "counting", self.max_overlap)
-                verdicts.append(judge(objects, metadata, functools.partial(self.colors, frame)))
+            for frame, row, detections in zip(frames[part], metadata[part], self.detect(frames[part]), strict=True):
+                objects = keep(detections, row.get("tag") == "counting", self.max_overlap)
+                verdicts.append(judge(objects, row, functools.partial(self.colors, frame)))
         correct = np.asarray([v.correct for v in verdicts], dtype=np.float32)
         partial = np.asarray([v.partial for v in verdicts], dtype=np.float32)
         return {"score": partial if self.partial else correct, "correct": correct, "partial": partial}
@@ -82,12 +82,12 @@ class Geneval(Scorer):
             outputs, threshold=0.0, target_sizes=[(height, width)] * len(frames)
         )
         limits = torch.tensor([width, height, width, height], dtype=torch.float32, device=self.device)
-        found = []
+        detections = []
         for result in results:
             boxes = torch.minimum(result["boxes"].float().clamp(min=0), limits).tolist()
             rows = zip(result["labels"].tolist(), result["scores"].tolist(), boxes, strict=True)
-            found.append([Detection(self.labels[i], score, tuple(box)) for i, score, box in rows])
-        return found
+            detections.append([Detection(self.labels[i], score, tuple(box)) for i, score, box in rows])
+        return detections
 
     def colors(self, frame: np.ndarray, boxes: Sequence[Detection]) -> list[str]:
         """The likeliest of GenEval's ten colours of each box of uint8 [H, W, 3], zero-shot by CLIP."""
@@ -95,13 +95,13 @@ class Geneval(Scorer):
 
         assert self.clip is not None
         names = self._classifier(boxes[0].label)
-        found = []
+        colors = []
         for detection in boxes:
             x0, y0, x1, y1 = (round(v) for v in detection.box)
             x0, y0 = min(x0, frame.shape[1] - 1), min(y0, frame.shape[0] - 1)  # at least one pixel is shown
             crop = frame[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
-            found.append(COLORS[int(torch.argmax(self.clip.images(crop[None]) @ names.T))])
-        return found
+            colors.append(COLORS[int(torch.argmax(self.clip.images(crop[None]) @ names.T))])
+        return colors
 
     def _classifier(self, label: str) -> Any:
         """Unit vectors [10, D]: per colour the mean of its three descriptions' embeddings."""

@@ -1,4 +1,4 @@
-"""Is it the same person? The cosine of face embeddings of the picture and of the prompt's reference picture.
+"""Does the picture show the same person? Cosine of the face embeddings of the picture and of the prompt's reference.
 
 The identity reward of ID-Aligner (arXiv 2404.15449): detect, align, embed, compare. Detection, alignment and the
 default embedding (YuNet and SFace) are OpenCV's own. Embedders of the ArcFace family in ONNX take the same aligned
@@ -39,7 +39,7 @@ class Identity(Scorer):
         threads: int = 1,
     ) -> None:
         """`detector`, `embedder`: ONNX files. `mean`, `std`: what the embedder's pixels (RGB, 0 to 255) are normalised
-        with; ArcFace's are 127.5 and 127.5. `confidence`: fainter detections are no faces. `missing`: the score of a
+        with; ArcFace's are 127.5 and 127.5. `confidence`: detections below it are ignored. `missing`: the score of a
         picture without a face."""
         self.mean, self.std = check_number("mean", mean), check_number("std", std, 1e-6)
         confidence = check_number("confidence", confidence, 0.0, 1.0)
@@ -59,13 +59,13 @@ class Identity(Scorer):
             self.embedder = cv2.dnn.readNetFromONNX(paths[1])
         except cv2.error as error:
             raise InputError(f"OpenCV cannot load {paths[0]} and {paths[1]}: {one_line(error, 600)}") from error
-        self.known: dict[str, np.ndarray] = {}
+        self.cache: dict[str, np.ndarray] = {}
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         """Part `faces`: how many were found."""
-        wanted = [[self._reference(path) for path in references(prompt)] for prompt in prompts]
+        targets_of_takes = [[self._reference(path) for path in references(prompt)] for prompt in prompts]
         scores, counts = [], []
-        for frame, targets in zip(media.frames[:, 0], wanted, strict=True):
+        for frame, targets in zip(media.frames[:, 0], targets_of_takes, strict=True):
             faces = self.faces(frame)
             counts.append(len(faces))
             if len(faces):
@@ -84,14 +84,14 @@ class Identity(Scorer):
             picture = self.cv2.resize(picture, (width, height), interpolation=self.cv2.INTER_AREA)
         self.detector.setInputSize((width, height))
         try:
-            _, found = self.detector.detect(picture)
+            _, detections = self.detector.detect(picture)
         except self.cv2.error as error:
             raise RewardError(f"the face detector failed on a picture of {width} x {height}: {error}") from error
-        if found is None:
+        if detections is None:
             return np.zeros((0, 15), np.float32)
         scale = np.tile([frame.shape[1] / width, frame.shape[0] / height], 7)
-        found = np.concatenate([found[:, :14] * scale, found[:, 14:]], axis=1).astype(np.float32)
-        return found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
+        faces = np.concatenate([detections[:, :14] * scale, detections[:, 14:]], axis=1).astype(np.float32)
+        return faces[np.argsort(-faces[:, 2] * faces[:, 3], kind="stable")]
 
     def embed(self, frame: np.ndarray, face: np.ndarray) -> np.ndarray:
         """Unit vector float32 [D] of a face that `faces` found. Raises `RewardError` if there is no such vector."""
@@ -108,14 +108,14 @@ class Identity(Scorer):
         return vector / length
 
     def _reference(self, path: str) -> np.ndarray:
-        if path not in self.known:
+        if path not in self.cache:
             picture = read_picture(path)
             faces = self.faces(picture)
             if not len(faces):
                 raise RewardError(
                     f"no face was found in the reference picture {path}; choose another, or lower confidence"
                 )
-            if len(self.known) >= _CACHED:
-                self.known.pop(next(iter(self.known)))
-            self.known[path] = self.embed(picture, faces[0])
-        return self.known[path]
+            if len(self.cache) >= _CACHED:
+                self.cache.pop(next(iter(self.cache)))
+            self.cache[path] = self.embed(picture, faces[0])
+        return self.cache[path]

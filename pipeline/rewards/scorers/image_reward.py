@@ -24,7 +24,7 @@ from pipeline.rewards.models.pretrained import batches, check_batch, read_safete
 if TYPE_CHECKING:
     import torch
 
-TOKENS = 35  # prompts are padded to, and silently cut at, this many tokens
+TOKENS = 35  # prompts are padded to, and silently cut off at, this many tokens
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
 # The published model: BLIP-large's picture tower, BERT-base with cross-attention. A config.json beside them wins.
@@ -143,12 +143,12 @@ def build(folder: Path) -> Any:
         }
     )
     loaded = {transformers_name(k): v.float() for k, v in read_safetensors(path).items()}
-    wanted = model.state_dict()
-    bad = [k for k, v in wanted.items() if k not in loaded and not k.endswith("position_ids")]
-    bad += [k for k, v in wanted.items() if k in loaded and loaded[k].shape != v.shape]
+    expected = model.state_dict()
+    bad = [k for k, v in expected.items() if k not in loaded and not k.endswith("position_ids")]
+    bad += [k for k, v in expected.items() if k in loaded and loaded[k].shape != v.shape]
     if bad:
         names = ", ".join(bad[:3])
         raise InputError(f"{path}: {len(bad)} weights of ImageReward are missing or of another shape ({names})")
     with torch.no_grad():
-        model.load_state_dict({k: loaded[k] for k in wanted if k in loaded}, strict=False)
+        model.load_state_dict({k: loaded[k] for k in expected if k in loaded}, strict=False)
     return model.eval().requires_grad_(False)

@@ -101,9 +101,9 @@ class Mps(Scorer):
                 seen = self.clip.vision_model(pixel_values=pixels[part].to(self.dtype)).last_hidden_state
                 seen = self.clip.visual_projection(seen).float()  # all tokens, without CLIP's last layer norm
                 words, ends, masks = (torch.cat([read[text][i] for text in texts[part]]) for i in range(3))
-                for cross, own in self.layers:
-                    seen = seen + _cross_attention(seen, words, masks, cross)
-                    seen = seen + _self_attention(seen, own)
+                for cross_weights, self_weights in self.layers:
+                    seen = seen + _cross_attention(seen, words, masks, cross_weights)
+                    seen = seen + _self_attention(seen, self_weights)
                 rows.append(torch.nn.functional.cosine_similarity(seen[:, 0], ends, dim=-1))
         lengths = {text: len(self.tokenizer(text, verbose=False).input_ids) for text in read}
         cut = np.asarray([max(0, lengths[text] - self.context) for text in texts], dtype=np.float32)
@@ -131,25 +131,25 @@ def cross_layers(tensors: dict[str, torch.Tensor], width: int, path: str) -> lis
     """(cross-attention, self-attention) weights of each layer. Raises `InputError` for missing or other shapes."""
     import torch
 
-    found: dict[tuple[int, int], Layer] = {}
+    parts: dict[tuple[int, int], Layer] = {}
     for name, value in tensors.items():
         match = re.match(r"cross_model\.layers\.(\d+)\.([01])\.fn\.(.+)$", name)
         if match:
             plain = match[3].replace("norm.gamma", "norm.weight").replace("norm.beta", "norm.bias")
-            found.setdefault((int(match[1]), int(match[2])), {})[plain] = value
-    count = len(found) // 2
+            parts.setdefault((int(match[1]), int(match[2])), {})[plain] = value
+    count = len(parts) // 2
     for number in range(count):
-        for part, wanted in enumerate((_CROSS, _SELF)):
-            layer = found.get((number, part), {})
-            missing = [name for name in wanted if name not in layer]
+        for part, names in enumerate((_CROSS, _SELF)):
+            layer = parts.get((number, part), {})
+            missing = [name for name in names if name not in layer]
             if missing:
                 raise InputError(f"{path}: cross_model.layers.{number}.{part}.fn.{missing[0]} is missing; not MPS?")
             layer.setdefault("norm.bias", torch.zeros(len(layer["norm.weight"])))
             if len(layer["norm.weight"]) != width:
                 raise InputError(f"{path}: the cross model is {len(layer['norm.weight'])} wide, CLIP's tokens {width}")
-    if not count or len(found) % 2:
+    if not count or len(parts) % 2:
         raise InputError(f"{path}: holds no whole cross_model; expected MPS's cross_model.layers.…")
-    return [(found[number, 0], found[number, 1]) for number in range(count)]
+    return [(parts[number, 0], parts[number, 1]) for number in range(count)]
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -179,7 +179,7 @@ def _normed(x: torch.Tensor, w: Layer) -> torch.Tensor:
 
 
 def _cross_attention(x: torch.Tensor, words: torch.Tensor, mask: torch.Tensor, w: Layer) -> torch.Tensor:
-    """What picture tokens x [B, N, D] take from words [B, T, D], beside a feed-forward of their own."""
+    """Cross-attention of picture tokens x [B, N, D] to prompt tokens [B, T, D], in parallel with a feed-forward."""
     h = _normed(x, w)
     k, v = (words @ w["to_kv.weight"].T).chunk(2, dim=-1)
     seen = _attend(h @ w["to_q.weight"].T, k, v, mask) @ w["to_out.weight"].T

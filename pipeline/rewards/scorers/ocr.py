@@ -16,14 +16,14 @@ _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]')
 
 
 def target_text(prompt: PromptItem) -> str:
-    """What is to be written: metadata `text`, else what stands between the prompt's first double quotes, straight or
+    """The text to be written: metadata `text`, else what stands between the prompt's first double quotes, straight or
     curly. Raises `RewardError` if there is nothing."""
     given = prompt.metadata.get("text")
     if given is None:
         match = _QUOTED.search(prompt.text)
         given = next((group for group in match.groups() if group), None) if match else None
     if not isinstance(given, str) or not normalised(given):
-        raise RewardError(f"the prompt {prompt.text[:60]!r} asks for no text; put the wanted text in double quotes")
+        raise RewardError(f"the prompt {prompt.text[:60]!r} asks for no text; put the text to write in double quotes")
     return given
 
 
@@ -41,12 +41,12 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def accuracy(read: str, wanted: str) -> float:
-    """1 - min(distance, n) / n with n the wanted text's length; 1 if the wanted text is part of what was read."""
-    read, wanted = normalised(read), normalised(wanted)
-    if wanted in read:
+def accuracy(read: str, target: str) -> float:
+    """1 - min(distance, n) / n with n the target's length; 1 if the target is part of what was read."""
+    read, target = normalised(read), normalised(target)
+    if target in read:
         return 1.0
-    return 1.0 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+    return 1.0 - min(edit_distance(read, target), len(target)) / len(target)
 
 
 @register("ocr")
@@ -76,9 +76,9 @@ class Ocr(Scorer):
         )
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
-        wanted = [target_text(prompt) for prompt in prompts]
+        targets = [target_text(prompt) for prompt in prompts]
         return np.asarray(
-            [accuracy(self.read(frame), text) for frame, text in zip(media.frames[:, 0], wanted, strict=True)],
+            [accuracy(self.read(frame), text) for frame, text in zip(media.frames[:, 0], targets, strict=True)],
             dtype=np.float32,
         )
 

@@ -100,8 +100,8 @@ def parse_answer(answer: Any, items: int) -> dict[str, np.ndarray]:
 
 def _numbers(name: str, values: Any, items: int, finite: bool) -> np.ndarray:
     if not isinstance(values, list) or len(values) != items:
-        found = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
-        raise RewardError(f"the server's {name} holds {found} for {items} items")
+        got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
+        raise RewardError(f"the server's {name} holds {got} for {items} items")
     checked = []
     for value in values:
         if value is None and not finite:

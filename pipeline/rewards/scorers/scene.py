@@ -42,7 +42,7 @@ _AT_ONCE = 16  # frames: their pixels stay in a core's cache
 
 
 @dataclass(frozen=True)
-class Found:
+class SeenObject:
     """One object seen in a frame."""
 
     colour: str | None
@@ -97,28 +97,28 @@ def _squared(offset: np.ndarray) -> np.ndarray:
     return np.einsum("...i,...i", offset, offset)
 
 
-def find_objects(frame: np.ndarray, named: bool = True) -> list[Found]:
+def find_objects(frame: np.ndarray, named: bool = True) -> list[SeenObject]:
     """Objects of a frame uint8 [H, W, 3], largest first. `named` False: without their colour and shape."""
     return find_in_frames(frame[None], named)[0]
 
 
-def find_in_frames(frames: np.ndarray, named: bool = True) -> list[list[Found]]:
+def find_in_frames(frames: np.ndarray, named: bool = True) -> list[list[SeenObject]]:
     """`find_objects` of each of the frames uint8 [N, H, W, 3]; a call per frame costs twice the time."""
-    found: list[list[Found]] = []
+    objects: list[list[SeenObject]] = []
     for at in range(0, len(frames), _AT_ONCE):
-        found += _find(frames[at : at + _AT_ONCE], named)
-    return found
+        objects += _find(frames[at : at + _AT_ONCE], named)
+    return objects
 
 
-def _find(frames: np.ndarray, named: bool) -> list[list[Found]]:
+def _find(frames: np.ndarray, named: bool) -> list[list[SeenObject]]:
     count, height, width = frames.shape[:3]
     edges = (frames[:, :2], frames[:, -2:], frames[:, :, :1], frames[:, :, -1:])
     background = _median(np.concatenate([edge.reshape(count, -1, 3) for edge in edges], axis=1))
     far = _squared(frames - background[:, None, None]) > CONTRAST**2
-    nearest = np.zeros(far.shape, np.int64)  # only asked of pixels that are object
+    nearest = np.zeros(far.shape, np.int64)  # only set for pixels that are object
     nearest[far] = (_LENGTHS - 2 * (frames[far].astype(np.float32) @ _COLOURS.T)).argmin(-1)
     least = SPECK * height * width
-    found: list[list[Found]] = [[] for _ in frames]
+    objects: list[list[SeenObject]] = [[] for _ in frames]
     labels, _ = ndimage.label(far, _WITHIN_A_FRAME)
     areas = np.bincount(labels.ravel())
     for label, (in_time, *box) in enumerate(ndimage.find_objects(labels), start=1):
@@ -128,8 +128,8 @@ def _find(frames: np.ndarray, named: bool) -> list[list[Found]]:
         mask = labels[place] == label
         for part in _split_colours(mask, nearest[place], least):
             (top, bottom), (left, right) = _extent(part.any(axis=1)), _extent(part.any(axis=0))
-            found[in_time.start].append(
-                Found(
+            objects[in_time.start].append(
+                SeenObject(
                     colour=_name_colour(frames[place][part], nearest[place][part]) if named else None,
                     shape=_name_shape(part[top:bottom, left:right]) if named else None,
                     x=(box[1].start + (left + right) / 2) / width,
@@ -137,7 +137,7 @@ def _find(frames: np.ndarray, named: bool) -> list[list[Found]]:
                     area=int(np.count_nonzero(part)),
                 )
             )
-    return [sorted(items, key=lambda item: -item.area) for items in found]
+    return [sorted(items, key=lambda item: -item.area) for items in objects]
 
 
 def _extent(seen: Any) -> tuple[int, int]:
@@ -184,39 +184,39 @@ def check_image(frame: np.ndarray, caption: str) -> dict[str, float]:
     """Credit in [0, 1] for each attribute ``caption`` asks of one frame uint8 [H, W, 3].
 
     Keys: ``colour``, ``shape``, ``count`` always; ``position`` or ``relation`` where the caption has one.  Of a
-    moving scene's caption a single frame is asked for the object only.  An empty frame has credit nowhere.
+    moving scene's caption a single frame is checked for the object only.  An empty frame has credit nowhere.
     """
     return _credits(find_objects(frame), caption)
 
 
-def _credits(found: list[Found], caption: str) -> dict[str, float]:
+def _credits(objects: list[SeenObject], caption: str) -> dict[str, float]:
     scene = scene_world.parse_caption(caption)
     if scene.relation is not None:
-        return _check_relation(found, scene)
+        return _check_relation(objects, scene)
     credits = {
         "colour": 0.0,
         "shape": 0.0,
-        "count": max(0.0, 1 - abs(len(found) - scene.count) / scene.count),
+        "count": max(0.0, 1 - abs(len(objects) - scene.count) / scene.count),
     }
     if scene.position is not None:
         credits["position"] = 0.0
-    if found:
-        credits["colour"] = float(np.mean([item.colour == scene.colour for item in found]))
-        credits["shape"] = float(np.mean([item.shape == scene.shape for item in found]))
+    if objects:
+        credits["colour"] = float(np.mean([item.colour == scene.colour for item in objects]))
+        credits["shape"] = float(np.mean([item.shape == scene.shape for item in objects]))
         if scene.position is not None:
-            side = _dominant(found[0].x - 0.5, found[0].y - 0.5, CENTRE, _SIDES)
+            side = _dominant(objects[0].x - 0.5, objects[0].y - 0.5, CENTRE, _SIDES)
             credits["position"] = float(side == scene.position)
     return credits
 
 
-def _check_relation(found: list[Found], scene: scene_world.Scene) -> dict[str, float]:
+def _check_relation(objects: list[SeenObject], scene: scene_world.Scene) -> dict[str, float]:
     """Credits of a two-object caption: the objects seen are matched to the two named ones at their best."""
-    wanted = scene.pairs
+    named = scene.pairs
     best = {"colour": 0.0, "shape": 0.0, "relation": 0.0}
-    seats: list[Found | None] = [*found[:4], None]
+    seats: list[SeenObject | None] = [*objects[:4], None]
     for chosen in permutations(seats + [None], 2):
-        colours = [item is not None and item.colour == pair[0] for item, pair in zip(chosen, wanted, strict=True)]
-        shapes = [item is not None and item.shape == pair[1] for item, pair in zip(chosen, wanted, strict=True)]
+        colours = [item is not None and item.colour == pair[0] for item, pair in zip(chosen, named, strict=True)]
+        shapes = [item is not None and item.shape == pair[1] for item, pair in zip(chosen, named, strict=True)]
         credits = {"colour": float(np.mean(colours)), "shape": float(np.mean(shapes)), "relation": 0.0}
         first, second = chosen
         # An object counts as the named one if its colour, or failing that its shape, says so.
@@ -225,21 +225,21 @@ def _check_relation(found: list[Found], scene: scene_world.Scene) -> dict[str, f
             credits["relation"] = float(seen == scene.relation)
         if sum(credits.values()) > sum(best.values()):
             best = credits
-    return best | {"count": max(0.0, 1 - abs(len(found) - 2) / 2)}
+    return best | {"count": max(0.0, 1 - abs(len(objects) - 2) / 2)}
 
 
 def check_motion(frames: np.ndarray, caption: str) -> dict[str, float]:
     """Credit for ``direction`` and ``speed`` of a clip uint8 [F, H, W, 3]; nothing where nothing moves.
 
     The largest object's centre is fitted with a straight line over the frames in which one is seen, which must be
-    most of them.  The speed words are told apart by the line's slope, in frame widths per frame step.
+    most of them.  The speed words are distinguished by the line's slope, in frame widths per frame step.
     """
     scene = scene_world.parse_caption(caption)
     if not scene.is_video:
         raise ValueError(f"caption {caption!r} names no motion")
     credits = {"direction": 0.0, "speed": 0.0}
-    found = find_in_frames(frames, named=False)
-    seen = [(t, objects[0]) for t, objects in enumerate(found) if objects]
+    objects_by_frame = find_in_frames(frames, named=False)
+    seen = [(t, objects[0]) for t, objects in enumerate(objects_by_frame) if objects]
     if len(seen) < max(2, 0.6 * len(frames)):
         return credits
     times = np.array([t for t, _ in seen], dtype=float)
@@ -283,8 +283,8 @@ class SceneScorer(Scorer):
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         """Scores and parts float32 [K] of ``media.frames`` uint8 [K, 1, H, W, 3]."""
         texts = [_in_grammar(prompt) for prompt in prompts]
-        found = find_in_frames(media.frames[:, 0])
-        return _columns([_credits(objects, text) for objects, text in zip(found, texts, strict=True)])
+        objects_by_take = find_in_frames(media.frames[:, 0])
+        return _columns([_credits(objects, text) for objects, text in zip(objects_by_take, texts, strict=True)])
 
 
 @register("motion")

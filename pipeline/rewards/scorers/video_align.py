@@ -145,8 +145,8 @@ def published_config(weights: Path) -> dict[str, dict[str, float]]:
         file = folder / "model_config.json"
         if weights.exists() and file.is_file():
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                return {key: {name: float(found[key][name]) for name in part} for key, part in PUBLISHED.items()}
+                config = json.loads(file.read_text(encoding="utf-8"))
+                return {key: {name: float(config[key][name]) for name in part} for key, part in PUBLISHED.items()}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{file}: not VideoReward's config ({type(error).__name__}: {error})") from error
     return PUBLISHED

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @register("vlm_judge")
 class VlmJudge(Scorer):
-    """A vision-language model asked by a rubric: ratings, P(yes), or win rate within the group (all 0 to 1)."""
+    """A vision-language model that follows a rubric: ratings, P(yes), or win rate within the group (all 0 to 1)."""
 
     reads = "video"
     tested_with = "random weights"
@@ -117,19 +117,19 @@ class VlmJudge(Scorer):
 
     def _ask(self, questions: Sequence[Question], read: Callable[[Answer], T]) -> tuple[list[T], list[Answer]]:
         """All questions at once; those whose answers cannot be read again. Raises `RewardError` after `attempts`."""
-        found: dict[int, tuple[T, Answer]] = {}
+        results: dict[int, tuple[T, Answer]] = {}
         for attempt in range(self.attempts):
-            left = [i for i in range(len(questions)) if i not in found]
+            left = [i for i in range(len(questions)) if i not in results]
             # a repeated question at temperature 0 would get the same answer again
             temperature = self.temperature if attempt == 0 else max(self.temperature, 0.7)
-            asked = [replace(questions[i], temperature=temperature, seed=attempt) for i in left]
-            for i, answer in zip(left, self.chat.ask(asked), strict=True):
+            batch = [replace(questions[i], temperature=temperature, seed=attempt) for i in left]
+            for i, answer in zip(left, self.chat.ask(batch), strict=True):
                 try:
-                    found[i] = read(answer), answer
+                    results[i] = read(answer), answer
                 except Unparseable as error:
                     last = error
-            if len(found) == len(questions):
-                values, answers = zip(*(found[i] for i in range(len(questions))), strict=True)
+            if len(results) == len(questions):
+                values, answers = zip(*(results[i] for i in range(len(questions))), strict=True)
                 return list(values), list(answers)
         raise RewardError(
             f"the judge {self.chat.name} gave no readable answer in {self.attempts} tries: {last}"
@@ -165,6 +165,6 @@ def _text_of(answer: Answer) -> str:
 
 
 def _cached(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-    """The part `cached`, where it is known."""
+    """The part `cached`, where the backend reports it."""
     shares = np.asarray([answer.cached for answer in answers], dtype=np.float32)
     return {} if np.isnan(shares).any() else {"cached": shares}
