@@ -62,9 +62,9 @@ def test_a_fifth_is_held_out_and_no_word_is():
     assert {scene.shape for scene in kept} == set(scene_world.SHAPES)
 
 
-def test_prompt_files_are_what_the_code_writes(tmp_path):
-    for fresh in scene_world.write_prompt_files(tmp_path):
-        assert fresh.read_text() == (PROMPTS / fresh.name).read_text(), f"{fresh.name} is stale"
+def test_prompt_files_hold_the_prompts_of_the_code():
+    for name, lines in scene_world.prompt_files().items():
+        assert (PROMPTS / name).read_text() == "\n".join(lines) + "\n", f"{name} is stale"
     assert len(scene_world.image_prompts(True)) >= 96
     assert len(scene_world.video_prompts(True)) == 40
 

@@ -19,7 +19,6 @@ Only numpy and PIL are needed here: workers that merely score must not have to i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -207,19 +206,14 @@ def video_prompts(held_out: bool) -> list[str]:
     return [caption(side[i]) for i in np.random.default_rng(22).permutation(len(side))]
 
 
-def write_prompt_files(folder: str | Path = "configs/prompts") -> list[Path]:
-    """Write the four prompt files of the repository, one caption a line; returns their paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
+def prompt_files() -> dict[str, list[str]]:
+    """The lines of the four files in configs/prompts, by file name: a caption each."""
+    return {
         "image-train.txt": image_prompts(held_out=False),
         "image-heldout.txt": image_prompts(held_out=True),
         "video-train.txt": video_prompts(held_out=False),
         "video-heldout.txt": video_prompts(held_out=True),
     }
-    for name, lines in files.items():
-        (folder / name).write_text("\n".join(lines) + "\n")
-    return [folder / name for name in files]
 
 
 # ------------------------------------------------------------------------------------------------- sampling
