@@ -79,7 +79,7 @@ class BatchBuilder:
         while True:
             async with self._changed:
                 await self._changed.wait_for(self._has_work)
-                while (step := self.ledger.wanted()) is not None:
+                while (step := self.ledger.step_to_admit()) is not None:
                     group = self.ledger.admit(step, self._cursor.next().index)
                     heapq.heappush(self._waiting, (step, group.id))
             while self._may_start():
@@ -90,7 +90,7 @@ class BatchBuilder:
                 await asyncio.sleep(0)  # it is waiting for a worker before there is room for the next one
 
     def _has_work(self) -> bool:
-        return not self._paused and (self.ledger.wanted() is not None or self._may_start())
+        return not self._paused and (self.ledger.step_to_admit() is not None or self._may_start())
 
     def _may_start(self) -> bool:
         return not self._paused and self._next_is_fresh()
@@ -103,10 +103,10 @@ class BatchBuilder:
         that results do not depend on timing."""
         runs = [self._group_run(heapq.heappop(self._waiting)[1])]
         first = self.ledger.groups[runs[0].group]
-        call = rollout_call_index(self.cfg, first.place)
+        call = rollout_call_index(self.cfg, first.position)
         while call is not None and self._next_is_fresh():
             other = self.ledger.groups[self._waiting[0][1]]
-            if (other.step, rollout_call_index(self.cfg, other.place)) != (first.step, call):
+            if (other.step, rollout_call_index(self.cfg, other.position)) != (first.step, call):
                 break
             runs.append(self._group_run(heapq.heappop(self._waiting)[1]))
         return runs

@@ -5,10 +5,10 @@
        └──────────┼───────────┘                         (its trajectory was lost)
                   └──► failed(reason)                   (attempts used up, slot given back)
 
-What happens to a group while it runs (rollout, scoring, retries) is `actors.group_run.GroupRun`'s.
+What happens to a group while it runs (rollout, scoring, retries) is recorded in `actors.group_run.GroupRun`.
 
 Steps are numbered from 0; step s turns learner version s into s + 1. Group ids rise in admission order, and the
-batch of a step is its first `groups_per_step` unfiltered groups in id order, so it does not depend on who was faster.
+batch of a step is its first `groups_per_step` unfiltered groups in id order, so it does not depend on timing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Group:
     id: int
     step: int  # the optimisation step that will consume it
     prompt: int  # row in the prompt set
-    place: int = 0  # how many groups its step had been given before it
+    position: int = 0  # among the groups admitted to its step
     state: str = QUEUED
     version: int | None = None  # policy version of the current or last rollout
 
@@ -60,10 +60,10 @@ class Ledger:
         if self.slots < groups_per_step:
             raise ValueError(f"slots {self.slots} cannot hold one step of {groups_per_step} groups")
         self.groups: dict[int, Group] = {}  # active ones
-        # Kept beside them, so that no question asked per group costs a walk over all active ones.
-        self._held: dict[int, int] = {}  # step -> its active groups
-        self._scored: dict[int, int] = {}  # step -> those of them that are scored
-        self._given: dict[int, int] = {}  # step -> groups admitted to it so far
+        # Counts of them, so that nothing done per group walks over all active ones.
+        self._active_by_step: dict[int, int] = {}  # step -> its active groups
+        self._scored_by_step: dict[int, int] = {}  # step -> its scored groups, which are active too
+        self._admitted_by_step: dict[int, int] = {}  # step -> groups admitted to it so far
         self.next_id = 0
         self.step = 0  # the step to be consumed next
         self.version = 0  # newest published policy version
@@ -75,21 +75,21 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------- admission
 
-    def wanted(self) -> int | None:
-        """The step for which a group should be admitted now, or None: no slot free or nothing missing."""
+    def step_to_admit(self) -> int | None:
+        """The step to which a group should be admitted now; None if no slot is free, or every step has its groups."""
         if len(self.groups) >= self.slots:
             return None
         ahead = range(self.step, min(self.step + self.max_staleness + 1, self.steps))
-        return next((step for step in ahead if self._held.get(step, 0) < self.groups_per_step), None)
+        return next((step for step in ahead if self._active_by_step.get(step, 0) < self.groups_per_step), None)
 
     def admit(self, step: int, prompt: int) -> Group:
-        if step != self.wanted():
-            raise LedgerError(f"no group of step {step} is wanted now (wanted: {self.wanted()})")
-        place = self._given.get(step, 0)
-        group = Group(id=self.next_id, step=step, prompt=prompt, place=place)
+        if step != self.step_to_admit():
+            raise LedgerError(f"no group may be admitted to step {step} now (only to: {self.step_to_admit()})")
+        position = self._admitted_by_step.get(step, 0)
+        group = Group(id=self.next_id, step=step, prompt=prompt, position=position)
         self.groups[group.id] = group
-        self._given[step] = place + 1
-        self._held[step] = self._held.get(step, 0) + 1
+        self._admitted_by_step[step] = position + 1
+        self._active_by_step[step] = self._active_by_step.get(step, 0) + 1
         self.next_id += 1
         return group
 
@@ -145,12 +145,12 @@ class Ledger:
     def first(self, learner_version: int, count: int) -> list[int] | None:
         """The first `count` of them, once these are scored.
 
-        Their places are then certain, though the rest of the step is still on its way, as long as none is lost and
-        fails: a group admitted later, in the slot of one that ended as filtered or failed, has a higher id.
+        They are then certain to be the first of the batch, unless one is lost and fails: a group that is admitted
+        later, to replace a filtered or failed one, has a higher id.
         """
         if learner_version != self.step:
             raise LedgerError(f"the learner is at version {learner_version} but step {self.step} is next")
-        if self._scored.get(self.step, 0) < count:
+        if self._scored_by_step.get(self.step, 0) < count:
             return None
         chosen = sorted(g.id for g in self.groups.values() if g.step == self.step)[:count]
         if len(chosen) < count or any(self.groups[g].state != SCORED for g in chosen):
@@ -174,7 +174,7 @@ class Ledger:
             raise LedgerError(f"groups {groups} are not the batch of step {self.step}: {self.batch(learner_version)}")
         for group in groups:
             self._end(self.groups[group], TRAINED)
-        for counts in (self.filtered_by_step, self._held, self._scored, self._given):
+        for counts in (self.filtered_by_step, self._active_by_step, self._scored_by_step, self._admitted_by_step):
             counts.pop(self.step, None)
         self.step += 1
 
@@ -207,7 +207,7 @@ class Ledger:
             "retries": self.retries,
             "filtered_by_step": {str(step): n for step, n in self.filtered_by_step.items()},
             "active": [
-                {"id": g.id, "step": g.step, "prompt": g.prompt, "place": g.place}
+                {"id": g.id, "step": g.step, "prompt": g.prompt, "position": g.position}
                 for _, g in sorted(self.groups.items())
             ],
         }
@@ -220,21 +220,21 @@ class Ledger:
         self.retries = int(state["retries"])
         self.filtered_by_step = {int(step): n for step, n in state["filtered_by_step"].items()}
         self.groups = {g["id"]: Group(**g) for g in state["active"]}
-        self._held, self._scored = dict(Counter(group.step for group in self.groups.values())), {}
-        self._given = {}
+        self._active_by_step, self._scored_by_step = dict(Counter(group.step for group in self.groups.values())), {}
+        self._admitted_by_step = {}
         for group in self.groups.values():
-            self._given[group.step] = max(self._given.get(group.step, 0), group.place + 1)
+            self._admitted_by_step[group.step] = max(self._admitted_by_step.get(group.step, 0), group.position + 1)
         counts = self.counts()
         if counts["admitted"] != sum(counts[name] for name in (*ENDS, *ACTIVE)):
             raise LedgerError(f"the saved counts do not add up: {counts}")
 
-    # ------------------------------------------------------------------------------------------- inside
+    # ------------------------------------------------------------------------------------------- helpers
 
     def _get(self, group: int) -> Group:
         item = self.groups.get(group)
         if item is None:
-            known = "has already ended" if 0 <= group < self.next_id else "was never admitted"
-            raise LedgerError(f"group {group} {known}")
+            reason = "has already ended" if 0 <= group < self.next_id else "was never admitted"
+            raise LedgerError(f"group {group} {reason}")
         return item
 
     def _expect(self, group: int, states: str | tuple[str, ...]) -> Group:
@@ -246,11 +246,11 @@ class Ledger:
     def _to(self, item: Group, state: str) -> None:
         if SCORED in (item.state, state):
             change = (state == SCORED) - (item.state == SCORED)
-            self._scored[item.step] = self._scored.get(item.step, 0) + change
+            self._scored_by_step[item.step] = self._scored_by_step.get(item.step, 0) + change
         item.state = state
 
     def _end(self, item: Group, end: str) -> None:
         self._to(item, end)
         self.ended[end] += 1
-        self._held[item.step] -= 1
+        self._active_by_step[item.step] -= 1
         del self.groups[item.id]

@@ -20,7 +20,7 @@ def make(groups_per_step=2, max_staleness=0, max_failed_groups=3, steps=100, slo
 
 def admit_all(ledger: Ledger) -> list[int]:
     ids = []
-    while (step := ledger.wanted()) is not None:
+    while (step := ledger.step_to_admit()) is not None:
         ids.append(ledger.admit(step, prompt=ledger.next_id * 10).id)
     return ids
 
@@ -65,9 +65,9 @@ def test_filtered_group_gives_its_slot_to_the_next_prompt_of_the_same_step():
     admit_all(ledger)
     score(ledger, 0)
     ledger.filter(0)
-    assert ledger.wanted() == 0
+    assert ledger.step_to_admit() == 0
     assert ledger.admit(0, prompt=7).id == 2
-    assert ledger.wanted() is None
+    assert ledger.step_to_admit() is None
     score(ledger, 2)
     score(ledger, 1)
     assert ledger.batch(0) == [1, 2]
@@ -91,7 +91,7 @@ def test_failed_group_gives_its_slot_back_and_counts_in_a_row():
     admit_all(ledger)
     ledger.start(0, 0)
     ledger.failed(0, "boom", retries=1)
-    assert ledger.counts()["failed"] == 1 and ledger.wanted() == 0 and not ledger.too_many_failures
+    assert ledger.counts()["failed"] == 1 and ledger.step_to_admit() == 0 and not ledger.too_many_failures
     score(ledger, 1)  # a success in between starts the count again
     assert ledger.failed_in_row == 0
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_staleness_is_checked_again_at_consumption():
 def test_slots_bound_the_active_groups():
     ledger = make(groups_per_step=2, max_staleness=3, slots=3)
     assert len(admit_all(ledger)) == 3
-    with pytest.raises(LedgerError, match="wanted"):
+    with pytest.raises(LedgerError, match="no group may be admitted"):
         ledger.admit(1, prompt=0)
     with pytest.raises(ValueError, match="slots"):
         make(groups_per_step=4, slots=3)
@@ -237,7 +237,7 @@ class Chaos:
         ledger, rng = self.ledger, self.rng
         kind = rng.choice(EVENTS)
         by_state = {state: [g for g in ledger.groups.values() if g.state == state] for state in ACTIVE}
-        if kind == "admit" and (step := ledger.wanted()) is not None:
+        if kind == "admit" and (step := ledger.step_to_admit()) is not None:
             group = ledger.admit(step, prompt=rng.randrange(50))
             assert group.id not in self.step_of
             self.step_of[group.id] = step
@@ -290,16 +290,16 @@ class Chaos:
             assert counts[end] == sum(1 for how in self.ends.values() if how == end)
         assert set(self.ledger.groups) == set(self.step_of) - set(self.ends)
         assert len(self.ledger.groups) <= self.ledger.slots
-        self.check_wanted()
+        self.check_step_to_admit()
 
-    def check_wanted(self) -> None:
+    def check_step_to_admit(self) -> None:
         """The ledger's running counts against a walk over all active groups."""
         ledger = self.ledger
         ahead = range(ledger.step, min(ledger.step + ledger.max_staleness + 1, ledger.steps))
         held = {step: sum(g.step == step for g in ledger.groups.values()) for step in ahead}
         short = [step for step in ahead if held[step] < ledger.groups_per_step]
         full = len(ledger.groups) >= ledger.slots
-        assert ledger.wanted() == (None if full or not short else short[0])
+        assert ledger.step_to_admit() == (None if full or not short else short[0])
         scored = [g.id for g in ledger.groups.values() if g.step == ledger.step and g.state == "scored"]
         ready = len(scored) == ledger.groups_per_step and self.trained == ledger.step < ledger.steps
         if self.trained == ledger.step:
