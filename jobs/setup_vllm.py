@@ -92,7 +92,7 @@ def add_hook(python: Path) -> None:
 
 
 def import_error(python: Path, code: str) -> str:
-    """What the code dies of in that environment, in its last words; empty if it runs."""
+    """The end of stderr if the code fails in that environment, else ''."""
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stderr[-2000:]
 

@@ -1,1 +1,1 @@
-"""The way to a Ray cluster and to the runs on it."""
+"""Access to a Ray cluster and to the runs on it."""

@@ -1,4 +1,4 @@
-"""The way to a Ray cluster: directly on its nodes, or from anywhere through the dashboard's port (Ray Jobs API).
+"""Client of a Ray cluster: directly on its nodes, or from anywhere through the dashboard's port (Ray Jobs API).
 
 Token authentication works in both: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN are read by Ray itself.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RUN_KEY = "rushes_run"  # metadata of a run's job
-CALL_KEY = "rushes_call"  # metadata of the small jobs that ask a question
+CALL_KEY = "rushes_call"  # metadata of the small jobs that are calls of `run_api`
 POLL_S = 0.5
 TERMINAL = ("STOPPED", "SUCCEEDED", "FAILED")
 _NEED = "give --address http://HOST:8265 (the dashboard), or HOST:6379 on a machine of the cluster"
@@ -51,11 +51,11 @@ def reachable(address: str | None) -> str:
 
 
 def refused(address: str, error: BaseException) -> ConfigError:
-    """One line for what Ray says when it does not let us in."""
+    """One line for the error that Ray raises when it refuses the connection."""
     text = one_line(error, 600)
     if type(error).__name__ == "AuthenticationError" or "401" in text[:80] or "403" in text[:80]:
         return ConfigError(
-            f"{address}: the cluster wants a token, or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            f"{address}: the cluster requires a token, or a different one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
             "(or have its token in ~/.ray/auth_token)"
         )
     return ConfigError(f"{address}: {text[:300] or type(error).__name__}")
@@ -76,7 +76,7 @@ def jobs_client(address: str) -> JobSubmissionClient:
 
 
 def open_cluster(given: str | None) -> Cluster:
-    """Connects. Raises `ConfigError` when there is no cluster or it does not let us in."""
+    """Connects. Raises `ConfigError` when there is no cluster or it refuses the connection."""
     address = reachable(find_address(given))
     return JobsCluster(address) if address.startswith(("http://", "https://")) else Cluster(address)
 
@@ -97,7 +97,7 @@ class Cluster:
             raise refused(address, error) from error
 
     def running(self) -> list[str]:
-        """Names of the runs that go on."""
+        """Names of the running runs."""
         return run_api.running()
 
     def call(self, operation: str, run: str | None = None, **arguments: Any) -> Any:
@@ -121,15 +121,15 @@ class Cluster:
         if self.jobs is None:
             return []
         try:
-            found = [job for job in self.jobs.list_jobs() if RUN_KEY in (job.metadata or {})]
+            jobs = [job for job in self.jobs.list_jobs() if RUN_KEY in (job.metadata or {})]
         except RuntimeError as error:
             raise refused(self.address, error) from error
-        found = [job for job in found if run is None or job.metadata[RUN_KEY] == run]
-        return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+        jobs = [job for job in jobs if run is None or job.metadata[RUN_KEY] == run]
+        return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
 
 class JobsCluster(Cluster):
-    """A cluster of which only the dashboard's port is reachable: questions travel as small jobs (a few seconds)."""
+    """A cluster of which only the dashboard's port is reachable: each call is a small Ray job (a few seconds)."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -140,7 +140,7 @@ class JobsCluster(Cluster):
 
         try:
             actors = list_actors(self.address, filters=[("state", "=", "ALIVE")], limit=10_000)
-        except Exception as error:  # Ray's state API raises kinds of its own, which differ between versions
+        except Exception as error:  # Ray's state API raises its own exceptions, which differ between versions
             raise refused(self.address, error) from error
         return list(
             run_api.controllers(actor.name or "" for actor in actors if actor.ray_namespace == run_api.NAMESPACE)
@@ -154,10 +154,10 @@ class JobsCluster(Cluster):
 
     def _answers(self, operation: str, run: str | None, arguments: dict[str, Any]) -> Iterator[Any]:
         assert self._jobs is not None
-        known = self.running()
-        if run is not None and run not in known:
-            raise run_api.unknown_run(run, known)
-        if not known and operation == "overview":
+        running = self.running()
+        if run is not None and run not in running:
+            raise run_api.unknown_run(run, running)
+        if not running and operation == "overview":
             yield []
             return
         text = json.dumps(({"run": run} if run else {}) | arguments)
@@ -179,12 +179,12 @@ class JobsCluster(Cluster):
             if not answered:
                 last = " ".join(self._jobs.get_job_logs(job).split())[-300:]
                 message = one_line(self._jobs.get_job_info(job).message or "")
-                raise RunFailed(f"{self.address}: asking the cluster failed: {message} {last}")
+                raise RunFailed(f"{self.address}: the call to the cluster failed: {message} {last}")
         finally:
             self._clean_up(job, stop=operation in run_api.STREAMS)
 
     def _environment(self, run: str | None) -> dict[str, Any]:
-        """The working directory of the run's own job, so that the same sources answer; else of another that goes on
+        """The working directory of the run's own job, so that the same sources answer; else that of another running run
         (those of ended jobs are deleted by Ray); else none: the cluster must have Rushes installed."""
         for job in [*(self.jobs_of(run) if run else []), *self.jobs_of()]:
             if job.status not in TERMINAL and (job.runtime_env or {}).get("working_dir"):
@@ -192,7 +192,7 @@ class JobsCluster(Cluster):
         return {}
 
     def _clean_up(self, job: str, stop: bool) -> None:
-        """Questions leave nothing in the cluster's list of jobs."""
+        """Removes the job of a call from the cluster's list."""
         assert self._jobs is not None
         with contextlib.suppress(RuntimeError, ConnectionError, OSError):
             if stop:
@@ -213,7 +213,7 @@ def _value(answer: dict[str, Any]) -> Any:
 
 
 def tail(client: JobSubmissionClient, job: str) -> Iterator[str]:
-    """The job's output, piece by piece, until the job ends. A lost connection is taken up again where it was."""
+    """The job's output, piece by piece, until the job ends. Reconnects where a connection was lost."""
     import aiohttp
 
     loop, seen, failures = asyncio.new_event_loop(), 0, 0

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster or starts a small local one, and leaves nothing of it behind."""
+"""The Ray of a run: joins a cluster or starts a small local one, whose processes end with the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-# Of a Ray that is ours and has no dashboard: nobody reads these, and Ray takes a third less of the cores without them.
+# For a local Ray without a dashboard: nobody reads these, and without them Ray uses a third less of the cores.
 _UNSEEN = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
@@ -51,13 +51,13 @@ def _messages_to_the_log() -> None:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets those that are not set, for as long as it is open."""
-    own = {key: value for key, value in variables.items() if key not in os.environ}
-    os.environ.update(own)
+    """Sets the variables that are not set yet, within the `with` block."""
+    unset = {key: value for key, value in variables.items() if key not in os.environ}
+    os.environ.update(unset)
     try:
         yield
     finally:
-        for key in own:
+        for key in unset:
             os.environ.pop(key, None)
 
 

@@ -1,4 +1,4 @@
-"""Questions to the runs of a Ray cluster, asked where Ray itself is reachable.
+"""Calls to the controllers of the runs in a Ray cluster, from where Ray itself is reachable.
 
 A run is found by its controller, the actor `RUN/controller` of the namespace `rushes`. On a node of the cluster the
 functions are called directly; from outside, `jobs.cluster.client` submits `python -m jobs.cluster.run_api OPERATION
@@ -27,7 +27,7 @@ WATCH_S = 2.0
 
 
 def controller_options(run: RunDir, life: int = 1) -> dict[str, Any]:
-    """Ray options of the run's controller; `life`: how many it has had. The controller of a mirrored run stays on the
+    """Ray options of the run's controller; `life`: its number, from 1. The controller of a mirrored run stays on the
     driver's node, whose scratch folder is what is mirrored."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -43,15 +43,15 @@ def controller_options(run: RunDir, life: int = 1) -> dict[str, Any]:
 
 def controllers(names: Iterable[str]) -> dict[str, str]:
     """Run -> its controller's actor name, the newest one, among the names of living actors."""
-    found: dict[str, tuple[int, str]] = {}
+    newest: dict[str, tuple[int, str]] = {}
     for name in names:
         if match := _CONTROLLER.fullmatch(name):
-            one = (int(match.group(2) or 1), name)
-            found[match.group(1)] = max(found.get(match.group(1), one), one)
-    return {run: name for run, (_, name) in sorted(found.items())}
+            candidate = (int(match.group(2) or 1), name)
+            newest[match.group(1)] = max(newest.get(match.group(1), candidate), candidate)
+    return {run: name for run, (_, name) in sorted(newest.items())}
 
 
-def _here() -> dict[str, str]:
+def _controller_names() -> dict[str, str]:
     import ray
 
     actors = ray.util.list_named_actors(all_namespaces=True)
@@ -59,25 +59,25 @@ def _here() -> dict[str, str]:
 
 
 def running() -> list[str]:
-    """Names of the runs that go on in this cluster."""
-    return list(_here())
+    """Names of the runs that are running in this cluster."""
+    return list(_controller_names())
 
 
 def _controller(run: str) -> Any:
     import ray
 
-    known = _here()
+    names = _controller_names()
     try:
-        return ray.get_actor(known[run], namespace=NAMESPACE)
+        return ray.get_actor(names[run], namespace=NAMESPACE)
     except (KeyError, ValueError):
-        raise unknown_run(run, list(known)) from None
+        raise unknown_run(run, list(names)) from None
 
 
-def unknown_run(run: str, known: list[str]) -> ConfigError:
+def unknown_run(run: str, running: list[str]) -> ConfigError:
     from pipeline.core.files import did_you_mean
 
-    there = f"going on: {', '.join(known)}" if known else "none is going on"
-    return ConfigError(f"no run {run!r} is going on in this cluster ({there}){did_you_mean(run, known)}")
+    names = f"running: {', '.join(running)}" if running else "none is running"
+    return ConfigError(f"no run {run!r} is running in this cluster ({names}){did_you_mean(run, running)}")
 
 
 def ask(run: str, method: str, *args: Any) -> Any:
@@ -107,7 +107,7 @@ def snapshot(run: str, since: int = -1) -> dict[str, Any]:
 
 
 def overview() -> list[dict[str, Any]]:
-    """One row per run that goes on: run, state, step, steps, reward (of the last step, or None)."""
+    """One row per running run: run, state, step, steps, reward (of the last step, or None)."""
     rows = []
     for run in running():
         try:
@@ -164,19 +164,19 @@ def follow_log(run: str) -> Iterator[str]:
     offset = 0
     while True:
         try:
-            found = log(run, offset)
+            part = log(run, offset)
         except (ConfigError, RunFailed):
             if offset == 0:
                 raise
             return
-        offset = found["offset"]
-        if found["text"]:
-            yield found["text"]
+        offset = part["offset"]
+        if part["text"]:
+            yield part["text"]
         else:
             time.sleep(WATCH_S)
 
 
-STREAMS = ("watch", "follow_log")  # these go on as long as the run
+STREAMS = ("watch", "follow_log")  # these last as long as the run
 OPERATIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (running, overview, snapshot, stop, kill, scale, log, watch, follow_log)
 }

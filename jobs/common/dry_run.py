@@ -1,4 +1,4 @@
-"""What `rushes train --dry-run` prints: the plan of a run, after every check that needs no model."""
+"""What `rushes train --dry-run` prints: what the run would do, after every check that needs no model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 def print_dry_run(cfg: Config, console: Console) -> None:
     """Raises what `check_all` raises."""
-    found = check_all(cfg, dry=True)
+    checks = check_all(cfg, dry=True)
     generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler
     takes = algorithm.group_size * algorithm.groups_per_step
     noisy = stochastic_steps(sampler, cfg.run.seed, 0)
-    heldout = min(cfg.evaluation.prompts or len(found.heldout), len(found.heldout))
+    heldout = min(cfg.evaluation.prompts or len(checks.heldout), len(checks.heldout))
     size = f"{generator.width}x{generator.height}" + (
         f", {generator.num_frames} frames" if generator.num_frames > 1 else ""
     )
-    if found.components:
-        kinds = [found.components[name] for name in DENOISERS if name in found.components]
+    if checks.components:
+        kinds = [checks.components[name] for name in DENOISERS if name in checks.components]
         source = f"{generator.pretrained} ({', '.join(kinds)}; files complete)"
     else:
         source = f"{generator.pretrained} (hub id, not here)"
@@ -33,7 +33,7 @@ def print_dry_run(cfg: Config, console: Console) -> None:
     rows = {
         "generator": f"{source}, {size}",
         "training": cfg.trainable.description,
-        "prompts": f"{len(found.train)} to train on, {len(found.heldout)} held out",
+        "prompts": f"{len(checks.train)} to train on, {len(checks.heldout)} held out",
         "each step": f"{algorithm.groups_per_step} prompts x {algorithm.group_size} takes = {takes} takes, "
         f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {', '.join(map(str, noisy))}",
         "whole run": f"{cfg.run.steps} steps, {takes * cfg.run.steps:,} takes",
@@ -45,15 +45,15 @@ def print_dry_run(cfg: Config, console: Console) -> None:
         "workers": f"{cfg.rollout.workers} rollout, "
         + ", ".join(f"{r.workers} reward.{name}" for name, r in cfg.rewards.items())
         + (", 1 learner" if cfg.learner.ranks == 1 else f", {cfg.learner.ranks} learner ranks"),
-        "disk": f"about {found.disk_needed / 2**20:,.0f} MiB needed, {found.disk_free / 2**30:,.1f} GiB free",
+        "disk": f"about {checks.disk_needed / 2**20:,.0f} MiB needed, {checks.disk_free / 2**30:,.1f} GiB free",
     }
     for name, text in rows.items():
         console.print(f"{name:<11} {text}", highlight=False, markup=False, soft_wrap=True)
-    checked, unchecked = what_was_checked(found.components, cfg)
+    checked, unchecked = what_was_checked(checks.components, cfg)
     rows = {"checked": checked, "not checked": unchecked}
-    if found.lacking:
+    if checks.lacking:
         rows["machine"] = (
-            f"too small: the actors reserve {found.lacking}; rushes train would stop here, so join a cluster "
+            f"too small: the actors reserve {checks.lacking}; rushes train would stop here, so join a cluster "
             "(ray.address) or lower the reservations"
         )
     for name, text in rows.items():
@@ -62,7 +62,7 @@ def print_dry_run(cfg: Config, console: Console) -> None:
 
 
 def what_was_checked(components: dict[str, str], cfg: Config) -> tuple[str, str]:
-    """In words: what the checks before covered, and what they could not. `components`: empty for a hub id."""
+    """What the checks covered, and what they could not cover, as text. `components`: empty for a hub id."""
     done = ["keys and values", "prompt files", "scorers and their options", "trackers", "disk"]
     later = ["whether the checkpoint can be a policy (rushes inspect)", "the scorers' own weights", "memory"]
     if components:

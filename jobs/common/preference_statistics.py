@@ -88,12 +88,12 @@ def folds_of(prompts: np.ndarray) -> np.ndarray:
 def accuracy_with_ties(difference: np.ndarray, label: np.ndarray, prompts: np.ndarray) -> tuple[Proportion, float]:
     """Three-way accuracy at thresholds fitted on the other folds, and the threshold of all pairs."""
     folds = folds_of(prompts)
-    found = np.zeros(len(label))
+    correct = np.zeros(len(label))
     for fold in np.unique(folds):
         test = folds == fold
         train = ~test if (~test).any() else test
-        found[test] = hits_with_ties(difference[test], label[test], fit_threshold(difference[train], label[train]))
-    return proportion(found, prompts), fit_threshold(difference, label)
+        correct[test] = hits_with_ties(difference[test], label[test], fit_threshold(difference[train], label[train]))
+    return proportion(correct, prompts), fit_threshold(difference, label)
 
 
 # ------------------------------------------------------------------------------------------------ calibration

@@ -1,1 +1,1 @@
-"""Starts the controller and keeps it running."""
+"""The driver of a run: starts the controller and keeps it running."""

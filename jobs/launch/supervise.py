@@ -1,4 +1,4 @@
-"""Runs the controller to its end: shows its progress, passes signals on, and starts another one when it dies."""
+"""Supervises the controller: shows its progress, passes signals on, and starts a new one when it dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.runs.paths import RunDir
 from pipeline.runs.snapshot import RunSnapshot
 
 POLL_S = 0.5
-GONE_S = 60.0  # a dead controller's actors end with it; those that have not by then are ended
+GONE_S = 60.0  # seconds after which the remaining actors of a dead controller are killed
 log = logging.getLogger("rushes.driver")
 
 
@@ -32,7 +32,7 @@ class StopRequest(Protocol):
 def supervise(
     cfg: Config, run: RunDir, resume_from: Path | None, signals: StopRequest, console: Console, debug: bool
 ) -> dict[str, Any]:
-    """The run's result, from as many controllers as it takes. A controller that dies (its process or node, not an error
+    """The run's result. A controller that dies (its process or node, not an error
     that it reports) is followed by another from the last checkpoint, until more than `faults.max_restarts` have died
     without a new step. Raises what ended the run."""
     import ray
@@ -41,8 +41,8 @@ def supervise(
 
     if run.name in running():
         raise ConfigError(
-            f"run.name: a run {run.name!r} is going on in this cluster; watch it with rushes watch {run.name}, or use "
-            "another run.name"
+            f"run.name: a run {run.name!r} is already running in this cluster; watch it with rushes watch {run.name}, "
+            "or use another run.name"
         )
     view = make_view(console, run.name)
     furthest, deaths, life = -1, 0, 0
@@ -79,14 +79,14 @@ def supervise(
             step = checkpoint.step_of(resume_from) if resume_from is not None else 0
             if signals.stop_requested:  # it died before it could save: what counts is the last checkpoint
                 return {"status": "stopped", "step": step, "checkpoint": str(resume_from) if resume_from else None}
-            log.warning("%s; another one goes on at step %d (death %d)", problem, step, deaths)
-            view.note(f"{problem}; going on at step {step}")
+            log.warning("%s; a new controller continues at step %d (death %d)", problem, step, deaths)
+            view.note(f"{problem}; continuing at step {step}")
     finally:
         view.close()
 
 
 def _is_death(error: Exception) -> bool:
-    """The controller is gone, as opposed to an exception of its own (which may be about another actor's death)."""
+    """Whether the controller itself died; an exception it raises may be about another actor's death."""
     from ray import exceptions as rx
 
     gone = rx.RayActorError | rx.WorkerCrashedError | rx.NodeDiedError | rx.OutOfMemoryError

@@ -231,7 +231,7 @@ def test_a_killed_worker_learner_and_controller_change_nothing(cluster, undistur
         outcome = ended.result(300)
     assert outcome["status"] == "finished" and outcome["groups"] == undisturbed.outcome["groups"]
     assert outcome["takes"] == 32
-    assert "its process died" in said.getvalue() and "going on at step" in said.getvalue()
+    assert "its process died" in said.getvalue() and "continuing at step" in said.getvalue()
     rooms = [room for room in placement_group_table().values() if room["name"].startswith("killed/")]
     assert [room["state"] for room in rooms] == ["REMOVED"] * 2, "a dead controller's learner still has its resources"
     same_results(run, undisturbed)

@@ -344,13 +344,13 @@ def test_a_run_of_this_machine_is_seen_and_stopped_through_its_folder(capsys, tm
     assert writer_of(RunDir(folder)) is None
 
 
-def test_the_report_of_a_run_that_goes_on(capsys, tmp_path):
+def test_the_report_of_a_running_run(capsys, tmp_path):
     folder = make_run(tmp_path, steps=3, finished=False)
     with RunLock(RunDir(folder)), open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "reward/me')  # a line being written
         file.flush()
         status, out, err = run(capsys, "report", folder)
-    assert status == 0 and "going on" in (folder / "report.html").read_text(), err
+    assert status == 0 and "running (or stopped): 3" in (folder / "report.html").read_text(), err
 
 
 def test_an_unknown_run_lists_those_of_the_folder(capsys, tmp_path):
