@@ -1,4 +1,4 @@
-"""Compiled denoiser blocks: the same takes and the same training to rounding; machines that cannot compile go on."""
+"""Compiled denoiser blocks: the same takes and training to rounding; machines that cannot compile run eagerly."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
-    found = []
-    for wanted in (False, True):
+    results = []
+    for compiled in (False, True):
         cfg = tiny.config(tiny_wan, optimizer={"lr": 1e-3, "eps": 1e-2}, **CASES[name])
-        cfg = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"compile": wanted})})
+        cfg = cfg.model_copy(update={"generator": cfg.generator.model_copy(update={"compile": compiled})})
         policy = Policy.load(cfg, "cpu", threads=1)
         policy.probe()
         policy.add_adapters()
@@ -47,10 +47,10 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         copies = [lane.modules for lane in learner.replicas] + [lane.reference or {} for lane in learner.replicas]
         denoisers = [policy.pipe.transformer, *(copy["transformer"] for copy in copies if copy)]
         blocks = [block for denoiser in denoisers for block in repeated_blocks(denoiser).values()]
-        assert all((block._compiled_call_impl is not None) == wanted for block in blocks) and blocks
+        assert all((block._compiled_call_impl is not None) == compiled for block in blocks) and blocks
         metrics = [learner.train_step(groups) for groups in batches(cfg, 2)]
-        found.append((media, trajectory, metrics, learner.weights()))
-    (media, trajectory, metrics, weights), (other_media, other_trajectory, other_metrics, other_weights) = found
+        results.append((media, trajectory, metrics, learner.weights()))
+    (media, trajectory, metrics, weights), (other_media, other_trajectory, other_metrics, other_weights) = results
     assert np.abs(media.frames.astype(int) - other_media.frames).max() <= 1
     final, other = (t.parts[0].final.data for t in (trajectory, other_trajectory))
     np.testing.assert_allclose(other, final, rtol=1e-4, atol=1e-5)
@@ -64,7 +64,7 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         np.testing.assert_allclose(unpack(other_weights.tensors[key]), unpack(packed), rtol=1e-3, atol=2e-5)
 
 
-def test_a_machine_without_a_compiler_goes_on_and_says_so(tmp_path):
+def test_a_machine_without_a_compiler_runs_eagerly_and_says_so(tmp_path):
     script = (
         "import logging, torch; logging.basicConfig();"
         "from pipeline.generators.load.compiling import compile_blocks;"
@@ -78,7 +78,7 @@ def test_a_machine_without_a_compiler_goes_on_and_says_so(tmp_path):
     assert "generator.compile: this machine cannot" in done.stderr and "/nowhere/g++" in done.stderr
 
 
-def test_what_has_no_blocks_is_refused():
+def test_a_model_without_blocks_is_refused():
     with pytest.raises(UnsupportedPolicyError, match=r"transformer \(Linear\) has no blocks"):
         compile_blocks({"transformer": torch.nn.Linear(2, 2)}, torch.device("cpu"))
 

@@ -26,26 +26,26 @@ def folder(request, tiny_sd3, tiny_wan):
 
 @pytest.fixture(params=[1.0, 3.0], ids=["alone", "guided"])
 def policy(folder, request):
-    made = Policy.load(
+    policy = Policy.load(
         tiny.config(folder, sampler=WINDOW, generator={"guidance_scale": request.param}, rollout={"batch": 8}), "cpu", 1
     )
-    made.probe(PROMPTS)
-    return made
+    policy.probe(PROMPTS)
+    return policy
 
 
 @pytest.fixture
 def rows(policy, monkeypatch):
     """Rows of every denoiser call from here on."""
-    found: list[int] = []
+    counts: list[int] = []
     module = policy.modules["transformer"]
     forward = module.forward
 
     def counted(*args, **kwargs):
-        found.append((kwargs.get("hidden_states") if not args else args[0]).shape[0])
+        counts.append((kwargs.get("hidden_states") if not args else args[0]).shape[0])
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(module, "forward", counted)
-    return found
+    return counts
 
 
 def test_one_row_until_the_first_noise_and_the_same_takes(policy, rows, monkeypatch):
@@ -85,7 +85,7 @@ def test_takes_with_their_own_noise_are_computed_apart(policy, rows):
 
 
 def test_a_call_whose_rows_differ_is_left_whole(policy):
-    """Whatever was said of their origins."""
+    """Even if their origins are equal."""
     prefix = SharedPrefix(["same"] * 4, 3, policy.spec)
     assert prefix.active and prefix.distinct == [0]
     layout = policy.spec.layouts[InputKey(CallKey(prefix.calls, 0), "kwargs.hidden_states")]
@@ -98,7 +98,7 @@ def test_a_call_whose_rows_differ_is_left_whole(policy):
 
 
 def test_a_denoiser_with_further_outputs_is_called_whole(policy, rows, monkeypatch):
-    """Where the takes are in its other outputs is not known, so that they cannot be spread."""
+    """Where the takes are in its other outputs is unknown, so the distinct takes cannot be expanded."""
     module, work = policy.modules["transformer"], train_work(policy.cfg, 0, 0, PROMPTS[0])
     expected = policy.rollout(work)[0]
     forward = module.forward

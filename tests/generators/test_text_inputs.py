@@ -1,4 +1,4 @@
-"""Text encoders trained by RL: live embeddings in the learner, weights, caches, export."""
+"""Text encoders trained by RL: embeddings computed again in the learner, weights, caches, export."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def group(policy: Policy, number: int) -> GroupBatch:
 
 
 def advance(policy: Policy, learner: Learner, steps: range) -> list[dict[str, float]]:
-    found = []
+    history = []
     for step in steps:
-        found.append(learner.train_step([group(policy, step)]))
+        history.append(learner.train_step([group(policy, step)]))
         policy.load_weights(learner.weights())
-    return found
+    return history
 
 
 def test_on_policy_ratio_is_one_and_only_what_is_trained_moves(start):

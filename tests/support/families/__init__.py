@@ -187,7 +187,7 @@ UNTESTED: dict[str, str] = {
     "SanaSprint": "refused: TrigFlow, no first-order counterpart among the samplers",
     "SkyReelsV2DiffusionForcing": "refused: a copy of the scheduler per frame",
     "LEDITS++, GLIGEN, AttendAndExcite": "refused until generator.call_kwargs or the prompts bring what they need",
-    "HunyuanImage": "steps after its guider goes over to APG are refused; earlier ones train (sampler.window.range)",
+    "HunyuanImage": "steps after its guider switches to APG are refused; earlier ones train (sampler.window.range)",
     "Kandinsky 2.2, 3": "probed and trained by hand (cfg uncond-first; 3: scale g+1); too slow for a test",
     "Allegro": "probed and trained by hand (cfg uncond-first); decodes only in tiles",
     "Cosmos": "needs cosmos_guardrail, which is not installed here",

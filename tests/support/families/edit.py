@@ -1,4 +1,4 @@
-"""Families that start from a picture, a clip or a mask, or add a network beside the denoiser."""
+"""Families that start from a picture, a clip or a mask, or add a network to the denoiser."""
 
 from __future__ import annotations
 

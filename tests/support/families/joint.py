@@ -1,4 +1,4 @@
-"""Families whose denoiser is not alone: another for the unconditional branch, or sound beside the picture."""
+"""Families with a second denoiser for the unconditional branch, or with sound: random-weight pipelines."""
 
 from __future__ import annotations
 

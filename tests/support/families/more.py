@@ -1,4 +1,4 @@
-"""Further families, beyond the ones asked for: tiny random-weight pipelines from the real classes."""
+"""Further image and video families: tiny random-weight pipelines from the real classes."""
 
 from __future__ import annotations
 

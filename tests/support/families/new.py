@@ -1,4 +1,4 @@
-"""Families found in a trial over what diffusers has besides: tiny random-weight pipelines from the real classes."""
+"""Recent image and video families: tiny random-weight pipelines from the real classes."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def hunyuan_video_15():
 
 
 def hunyuan_image():
-    """Its guider goes over to guidance with momentum at a step of its own: earlier ones can be trained."""
+    """Its guider switches to guidance with momentum at some step: earlier steps can be trained."""
     guider = d.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2)
     return d.HunyuanImagePipeline(
         transformer=d.HunyuanImageTransformer2DModel(
