@@ -15,9 +15,21 @@ def text_of(run):
     return build_report(run).read_text("utf-8")
 
 
-def test_finished_video_run_shows_everything(tmp_path):
-    run = make_run(tmp_path)
-    html = text_of(run)
+def without_plots(run):
+    """Plots take most of a report's time; they are made from these files."""
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        (run / name).unlink()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> str:
+    """The report of a finished video run."""
+    return text_of(make_run(tmp_path_factory.mktemp("finished")))
+
+
+def test_finished_video_run_shows_everything(finished):
+    html = finished
     assert "0.550" in html and "0.830" in html and "+0.280" in html and "11.2 standard errors" in html
     assert html.count("<video ") == 12 and html.count('src="data:video/mp4;base64,') == 12
     assert html.count('alt="frame ') == 12 * 4 and "w 0.49" in html
@@ -34,17 +46,16 @@ def test_finished_video_run_shows_everything(tmp_path):
     assert html.index("before, step 0") < html.index("after, step 40")
 
 
-def test_it_is_self_contained(tmp_path):
-    html = text_of(make_run(tmp_path))
+def test_it_is_self_contained(finished):
+    html = finished
     links = re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', html)
     assert links == [] and "<script" not in html and "@import" not in html
     assert not re.findall(r'url\((?!["\']?(?:#|data:))', html)
 
 
-def test_how_rewards_are_combined_is_shown(tmp_path):
+def test_how_rewards_are_combined_is_shown(tmp_path, finished):
+    assert "How the rewards are combined" in finished and "The advantage of the weighted sum of rewards." in finished
     run = make_run(tmp_path, finished=False)
-    html = text_of(run)
-    assert "How the rewards are combined" in html and "The advantage of the weighted sum of rewards." in html
     config = (run / "config.yaml").read_text()
     config = config.replace("combine: rewards", "combine: pareto").replace("normalize: none", "normalize: running", 1)
     (run / "config.yaml").write_text(
@@ -62,7 +73,7 @@ def test_how_rewards_are_combined_is_shown(tmp_path):
 
 
 def test_images_are_shown_as_pictures(tmp_path):
-    html = text_of(make_run(tmp_path, frames=1))
+    html = text_of(without_plots(make_run(tmp_path, frames=1)))
     assert "<video" not in html and html.count('<img src="data:image/png;base64,') == 12
 
 
@@ -87,10 +98,11 @@ def test_a_cut_metrics_line_and_a_corrupt_take_do_not_stop_it(tmp_path):
 
 
 def test_prompts_are_escaped(tmp_path):
-    run = make_run(tmp_path)
+    run = without_plots(make_run(tmp_path))
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("quickstart-1", "<script>alert(1)</script>"))
-    assert "<script>alert" not in text_of(run)
+    html = text_of(run)
+    assert "<script>alert" not in html and "&lt;script&gt;alert(1)" in html
 
 
 def test_wrong_folders(tmp_path):
