@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from actors.group_run import GroupFailed, GroupRun, GroupState, PolicySource
 from actors.pool_supervisor import PoolSupervisor
-from actors.ray_errors import first_error, is_lost, is_preempted
+from actors.ray_errors import is_lost, is_preempted
 from actors.ray_options import RunContext, to_bytes
 from actors.request_queue import RequestQueue
 from actors.reward_server import RewardServer
@@ -202,13 +202,9 @@ class Dispatcher:
     async def _score(self, run: GroupRun) -> dict[str, RewardScores]:
         """The scores of all rewards, in config order. Raises `CallFailed` when the media are lost, or `GroupFailed`."""
         try:
-            async with asyncio.TaskGroup() as rewards:
-                scores = {name: rewards.create_task(self._score_one(run, name)) for name in self._batchers}
-        except BaseExceptionGroup as failures:
-            raise first_error(failures) from None
+            return {name: await self._score_one(run, name) for name in self._batchers}  # all are queued already
         finally:
             self._withdraw_requests(run)
-        return {name: task.result() for name, task in scores.items()}
 
     async def _score_one(self, run: GroupRun, reward: str) -> RewardScores:
         while True:

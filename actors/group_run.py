@@ -51,7 +51,8 @@ class GroupRun:
 
     def begin_rollout(self) -> None:
         self.state = GroupState.ROLLOUT
-        self.work = replace(self.work, attempt=self.failed_rollouts + 1)
+        if self.work.attempt != self.failed_rollouts + 1:
+            self.work = replace(self.work, attempt=self.failed_rollouts + 1)
 
     def drawn(self, meta: RolloutMeta, media: ray.ObjectRef, trajectory: ray.ObjectRef) -> None:
         self.meta, self.media, self.trajectory = meta, media, trajectory

@@ -65,7 +65,8 @@ class ScoreBatcher:
     def withdraw(self, request: PendingScore) -> None:
         """Nobody waits for these scores any more."""
         self.requests.withdraw(request)
-        request.scores.cancel()
+        if not request.scores.cancel() and not request.scores.cancelled():
+            request.scores.exception()  # seen: asyncio would report one that nobody has looked at
 
     # ------------------------------------------------------------------------------------------- calls
 

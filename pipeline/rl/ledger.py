@@ -13,8 +13,8 @@ batch of a step is its first `groups_per_step` unfiltered groups in id order, so
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 QUEUED, RUNNING, SCORED = "queued", "running", "scored"
@@ -60,9 +60,8 @@ class Ledger:
         if self.slots < groups_per_step:
             raise ValueError(f"slots {self.slots} cannot hold one step of {groups_per_step} groups")
         self.groups: dict[int, Group] = {}  # active ones
-        # Counts of them, so that nothing done per group walks over all active ones.
-        self._active_by_step: dict[int, int] = {}  # step -> its active groups
-        self._scored_by_step: dict[int, int] = {}  # step -> its scored groups, which are active too
+        # The same by step, so that nothing done per group walks over all active ones.
+        self._active_by_step: dict[int, dict[int, Group]] = {}  # step -> id -> group, in rising order of ids
         self._admitted_by_step: dict[int, int] = {}  # step -> groups admitted to it so far
         self.next_id = 0
         self.step = 0  # the step to be consumed next
@@ -80,7 +79,7 @@ class Ledger:
         if len(self.groups) >= self.slots:
             return None
         ahead = range(self.step, min(self.step + self.max_staleness + 1, self.steps))
-        return next((step for step in ahead if self._active_by_step.get(step, 0) < self.groups_per_step), None)
+        return next((step for step in ahead if len(self._active_by_step.get(step, ())) < self.groups_per_step), None)
 
     def admit(self, step: int, prompt: int) -> Group:
         if step != self.step_to_admit():
@@ -89,7 +88,7 @@ class Ledger:
         group = Group(id=self.next_id, step=step, prompt=prompt, position=position)
         self.groups[group.id] = group
         self._admitted_by_step[step] = position + 1
-        self._active_by_step[step] = self._active_by_step.get(step, 0) + 1
+        self._active_by_step.setdefault(step, {})[group.id] = group
         self.next_id += 1
         return group
 
@@ -109,18 +108,18 @@ class Ledger:
                 f"group {group}: version {version} would be {item.step - version} behind at step {item.step}, "
                 f"allowed are {self.max_staleness}"
             )
-        self._to(item, RUNNING)
+        item.state = RUNNING
         item.version = version
 
     def scored(self, group: int, retries: int = 0) -> None:
         """All rewards have scored it, after that many retries."""
-        self._to(self._expect(group, RUNNING), SCORED)
+        self._expect(group, RUNNING).state = SCORED
         self.failed_in_row = 0
         self.retries += retries
 
     def lost(self, group: int) -> None:
         """Its trajectory is gone (a node died): it needs another rollout."""
-        self._to(self._expect(group, SCORED), QUEUED)
+        self._expect(group, SCORED).state = QUEUED
 
     # ------------------------------------------------------------------------------------------- the ends
 
@@ -150,10 +149,8 @@ class Ledger:
         """
         if learner_version != self.step:
             raise LedgerError(f"the learner is at version {learner_version} but step {self.step} is next")
-        if self._scored_by_step.get(self.step, 0) < count:
-            return None
-        chosen = sorted(g.id for g in self.groups.values() if g.step == self.step)[:count]
-        if len(chosen) < count or any(self.groups[g].state != SCORED for g in chosen):
+        chosen = self._scored_prefix(self.step, count)
+        if len(chosen) < count:
             return None
         for group in chosen:
             version = self.groups[group].version
@@ -164,9 +161,12 @@ class Ledger:
 
     def scored_first(self, learner_version: int) -> int:
         """The largest `count` for which `first` has an answer."""
-        ordered = sorted((g for g in self.groups.values() if g.step == learner_version), key=lambda g: g.id)
-        ordered = ordered[: self.groups_per_step]
-        return next((i for i, group in enumerate(ordered) if group.state != SCORED), len(ordered))
+        return len(self._scored_prefix(learner_version, self.groups_per_step))
+
+    def _scored_prefix(self, step: int, count: int) -> list[int]:
+        """The ids of the first groups of a step up to the first one that is not scored, at most `count`."""
+        prefix = takewhile(lambda group: group.state == SCORED, self._active_by_step.get(step, {}).values())
+        return [group.id for group in islice(prefix, count)]
 
     def trained(self, groups: list[int], learner_version: int) -> None:
         """The learner has consumed the current step's batch (it was at `learner_version` before)."""
@@ -174,7 +174,7 @@ class Ledger:
             raise LedgerError(f"groups {groups} are not the batch of step {self.step}: {self.batch(learner_version)}")
         for group in groups:
             self._end(self.groups[group], TRAINED)
-        for counts in (self.filtered_by_step, self._active_by_step, self._scored_by_step, self._admitted_by_step):
+        for counts in (self.filtered_by_step, self._active_by_step, self._admitted_by_step):
             counts.pop(self.step, None)
         self.step += 1
 
@@ -220,7 +220,9 @@ class Ledger:
         self.retries = int(state["retries"])
         self.filtered_by_step = {int(step): n for step, n in state["filtered_by_step"].items()}
         self.groups = {g["id"]: Group(**g) for g in state["active"]}
-        self._active_by_step, self._scored_by_step = dict(Counter(group.step for group in self.groups.values())), {}
+        self._active_by_step = {}
+        for _, group in sorted(self.groups.items()):
+            self._active_by_step.setdefault(group.step, {})[group.id] = group
         self._admitted_by_step = {}
         for group in self.groups.values():
             self._admitted_by_step[group.step] = max(self._admitted_by_step.get(group.step, 0), group.position + 1)
@@ -243,14 +245,8 @@ class Ledger:
             raise LedgerError(f"group {group} is {item.state}, expected {states}")
         return item
 
-    def _to(self, item: Group, state: str) -> None:
-        if SCORED in (item.state, state):
-            change = (state == SCORED) - (item.state == SCORED)
-            self._scored_by_step[item.step] = self._scored_by_step.get(item.step, 0) + change
-        item.state = state
-
     def _end(self, item: Group, end: str) -> None:
-        self._to(item, end)
+        item.state = end
         self.ended[end] += 1
-        self._active_by_step[item.step] -= 1
+        del self._active_by_step[item.step][item.id]
         del self.groups[item.id]
