@@ -122,14 +122,14 @@ def test_all_includes_must_hold_and_no_exclude_may():
 
 def test_colours_count_only_among_the_most_confident_n():
     objects = {"dog": [Detection("dog", 0.9 - i / 10, box(10 * i, 0)) for i in range(4)]}
-    asked = []
+    shown = []
 
     def colors(boxes):
-        asked.append(boxes)
+        shown.append(boxes)
         return ["red", "blue", "red", "red"][: len(boxes)]
 
     two = verdict(objects, [clause("dog", 2, color="red")], colors=colors)
-    assert not two.correct and two.partial == pytest.approx((1 + 1 / 2) / 2) and len(asked[0]) == 2
+    assert not two.correct and two.partial == pytest.approx((1 + 1 / 2) / 2) and len(shown[0]) == 2
     assert verdict(objects, [clause("dog", 1, color="red")], colors=colors).correct
     missing = verdict({}, [clause("dog", 1, color="red")])  # no colour is looked at
     assert not missing.correct and missing.partial == 0

@@ -63,11 +63,11 @@ def test_a_picture_keeps_to_its_own_edges_and_not_to_anothers(tmp_path):
 def test_comparisons_on_worked_examples():
     a, b = np.array([[1, 1, 0, 0]], bool), np.array([[1, 0, 1, 0]], bool)
     assert f1(a, b) == 0.5 and f1(a, a) == 1.0 and f1(a & False, b & False) == 1.0 and f1(a, ~a) == 0.0
-    wanted = np.array([[0, 0, 1, 1, 255]])
-    assert mean_iou(np.array([[0, 0, 1, 1, 7]]), wanted) == 1.0  # class 255 does not count
-    assert mean_iou(np.array([[0, 1, 1, 1, 0]]), wanted) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    given = np.array([[0, 0, 1, 1, 255]])
+    assert mean_iou(np.array([[0, 0, 1, 1, 7]]), given) == 1.0  # class 255 does not count
+    assert mean_iou(np.array([[0, 1, 1, 1, 0]]), given) == pytest.approx((1 / 2 + 2 / 3) / 2)
     with pytest.raises(RewardError, match="no pixel that counts"):
-        mean_iou(wanted, np.full_like(wanted, 255))
+        mean_iou(given, np.full_like(given, 255))
     depth = np.array([[1.0, 2.0, 3.0]])
     assert normalised_rmse(depth, 10 * depth + 5) == pytest.approx(0)
     assert normalised_rmse(depth, -depth) == pytest.approx((2 / 3) ** 0.5)
@@ -91,10 +91,10 @@ def test_segmentation_matches_the_model_run_by_hand(tmp_path):
         pixels = normalised([square], mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         with torch.no_grad():
             logits = torch.nn.functional.interpolate(model(pixels).logits, (40, 60), mode="bilinear")
-        found = logits[0].argmax(0).numpy()
-        wanted = np.where(np.arange(60) < 30, found, 3)
-        paths.append(save(tmp_path, f"{i}.png", wanted))
-        expected.append(mean_iou(found, wanted))
+        predicted = logits[0].argmax(0).numpy()
+        given = np.where(np.arange(60) < 30, predicted, 3)
+        paths.append(save(tmp_path, f"{i}.png", given))
+        expected.append(mean_iou(predicted, given))
     prompts = [tiny.items("a", image=path)[0] for path in paths]
     values = run("condition", media, prompts, kind="segmentation", model=str(tmp_path)).values
     np.testing.assert_allclose(values, expected, atol=0.01)  # a pixel on a border may fall to the other side

@@ -32,7 +32,7 @@ def written(*texts, size=(320, 96)):
 
 
 @pytest.mark.parametrize(
-    "read, wanted, expected",
+    "read, target, expected",
     [
         ("HELLO 2026", "hello 2026", 1.0),
         ("say hello 2026 now", "Hello2026", 1.0),  # a part of what was read
@@ -44,8 +44,8 @@ def written(*texts, size=(320, 96)):
         ("STRASSE", "straße", 1 - 2 / 6),
     ],
 )
-def test_accuracy_on_worked_examples(read, wanted, expected):
-    assert accuracy(read, wanted) == pytest.approx(expected)
+def test_accuracy_on_worked_examples(read, target, expected):
+    assert accuracy(read, target) == pytest.approx(expected)
 
 
 def test_edit_distance_against_the_recursive_definition():

@@ -145,12 +145,12 @@ def test_the_best_share_is_the_attenuated_mean_of_those_segments():
 def test_the_whole_share_is_the_mean_and_shares_are_ordered(attenuation):
     media = clip(np.random.default_rng(0).integers(0, 256, 24), takes=3)
     options = {"attenuation": attenuation, "count": 6}
-    found = {a: runner(aggregate=a, **options).run(media, prompts(3), 2).values for a in ("mean", "min", 1.0, 1 / 6)}
-    np.testing.assert_allclose(found["mean"], found[1.0], rtol=1e-5)
+    scores = {a: runner(aggregate=a, **options).run(media, prompts(3), 2).values for a in ("mean", "min", 1.0, 1 / 6)}
+    np.testing.assert_allclose(scores["mean"], scores[1.0], rtol=1e-5)
     segments = runner(**options).run(media, prompts(3), 2).segment_values
-    np.testing.assert_allclose(found["min"], segments.min(axis=1))
-    np.testing.assert_allclose(found[1 / 6], segments.max(axis=1))  # ceil(6 / 6) segments, whatever their weight
-    assert (found["min"] <= found["mean"]).all() and (found["mean"] <= found[1 / 6]).all()
+    np.testing.assert_allclose(scores["min"], segments.min(axis=1))
+    np.testing.assert_allclose(scores[1 / 6], segments.max(axis=1))  # ceil(6 / 6) segments, whatever their weight
+    assert (scores["min"] <= scores["mean"]).all() and (scores["mean"] <= scores[1 / 6]).all()
 
 
 def test_attenuation_falls_off_from_the_middle_and_follows_the_clips_length():

@@ -31,8 +31,8 @@ def judge(tmp_path):
     def make(body, **args):
         path = tmp_path / "judge.py"
         path.write_text(f"import numpy as np\nlog = []\ndef better(a, b, prompt, gain=1.0):\n    {body}\n")
-        own = RewardConfig(scorer="tournament", args={"judge": f"{path}:better", **args})
-        return build_reward("t", own)
+        cfg = RewardConfig(scorer="tournament", args={"judge": f"{path}:better", **args})
+        return build_reward("t", cfg)
 
     return make
 

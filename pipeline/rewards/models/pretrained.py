@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.code_names import check_kernels
 from pipeline.core.errors import ConfigError, InputError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.core.library_messages import silence_libraries
 from pipeline.core.safe_paths import relative_name
+from pipeline.generators.checkpoint_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -78,9 +80,6 @@ def pretrained(
 
 def _check_names(model: str) -> None:
     """Raises `InputError` where a local checkpoint's config names a kernel of the hub."""
-    from pipeline.core.code_names import check_kernels
-    from pipeline.generators.checkpoint_files import read_json
-
     file = Path(model) / "config.json"
     if file.exists():
         check_kernels(read_json(file), file)

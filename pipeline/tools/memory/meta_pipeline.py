@@ -1,5 +1,5 @@
-"""A pipeline without weights: it runs its own code on real (zero) latents, while every network only says what it would
-return and how many bytes it would hold. So the memory of a checkpoint is known before any weights are loaded.
+"""A pipeline without weights: it runs its own code on real (zero) latents, while its networks return only the shapes of
+their outputs and count the bytes they would hold. So a checkpoint's memory is known before any weights are loaded.
 
 Networks are built from their configs as torch fake tensors, which have shapes and dtypes and no data. The pipeline's
 own code between them, which looks at values, sees real zeros of the right shapes.
@@ -110,14 +110,14 @@ class MetaPipeline:
         self.steps, self.sample = 0, None
 
     def _watch(self, scheduler: Any) -> None:
-        own = scheduler.step
+        original = scheduler.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            self.sample = inspect.signature(own).bind(*args, **kwargs).arguments["sample"]
+            self.sample = inspect.signature(original).bind(*args, **kwargs).arguments["sample"]
             self.steps += 1
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        step.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+        step.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         scheduler.step = step
 
     def _pipeline(self) -> Any:
@@ -245,7 +245,7 @@ def pipeline_name(cfg: GeneratorConfig) -> str:
 def configs_folder(cfg: GeneratorConfig) -> Path:
     """The checkpoint's folder, or the snapshot of a hub id (its configs and tokenizers alone are fetched).
 
-    Raises InputError when it is neither here nor to be had.
+    Raises InputError when it is neither here nor can be fetched.
     """
     folder = Path(cfg.pretrained).expanduser()
     if folder.is_dir():
