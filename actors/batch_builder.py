@@ -39,7 +39,7 @@ log = logging.getLogger("rushes.training")
 class StepChunk:
     """Groups of a step that the learner gets in one call."""
 
-    start: int  # place in the batch of the first one; 0 begins the step, again if a group before it was replaced
+    start: int  # position of the first one in the batch; 0 begins the step, or begins it again
     runs: list[GroupRun]
     so_far: list[GroupRun]  # the batch up to here
     last: bool  # the chunk ends the step
@@ -70,8 +70,8 @@ class BatchBuilder:
     # ------------------------------------------------------------------------------------------- admission
 
     async def run(self) -> None:
-        """Admits groups and sees them through until it is cancelled, as it is when the run is rolled back. Raises
-        `RunFailed` when too many groups fail, or are filtered."""
+        """Admits groups and awaits them, until it is cancelled (a run that is rolled back starts another builder).
+        Raises `RunFailed` when too many groups fail or are filtered."""
         async with asyncio.TaskGroup() as self._tasks:
             await self._admission_loop(self._tasks)
 
@@ -124,7 +124,7 @@ class BatchBuilder:
     # ------------------------------------------------------------------------------------------- a group's life
 
     async def _run_call(self, runs: list[GroupRun]) -> None:
-        """Groups that share a rollout call; each goes on to its scores by itself."""
+        """Draws groups that share a rollout call; each is then scored by itself."""
         if len(runs) == 1:
             await self._run_group(runs[0])
             return
@@ -254,7 +254,7 @@ class BatchBuilder:
     # ------------------------------------------------------------------------------------------- state
 
     def _state(self) -> dict[str, Any]:
-        """All three parts are made anew: what happens next does not show in them."""
+        """A snapshot: later changes do not show in it."""
         return {
             "cursor": self._cursor.state(),
             "ledger": self.ledger.state(),

@@ -107,14 +107,14 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------- a group's life
 
     async def room(self) -> None:
-        """Waits while `rollout.queue_capacity` groups wait for a rollout worker."""
+        """Waits while `rollout.queue_capacity` calls wait for a rollout worker."""
         await self.rollouts.requests.room()
 
     async def run_group(self, run: GroupRun, policy: PolicySource, lost: str = "") -> None:
         """rollout -> every reward; returns when `run` is SCORED.
 
-        `lost`: the takes that it had are gone, for this reason. Raises `GroupFailed` when `faults.max_attempts`
-        rollouts of it have failed, or as many scorings of the same takes.
+        `lost`: takes drawn earlier are gone, for this reason. Raises `GroupFailed` after `faults.max_attempts` failed
+        rollouts, or as many failed scorings of the same takes.
         """
         if lost:
             self._rollout_failed(run, "scoring", lost)

@@ -125,7 +125,7 @@ class Evaluator:
         self.media = Media(frames=np.concatenate(kept_frames), fps=fps) if kept_frames else None
 
     async def _shown(self, run: GroupRun) -> Media | None:
-        """None: a node died with them. They are for the report only, and already scored."""
+        """The takes of a group, or None if a node died with them: they are for the report only, and already scored."""
         try:
             return None if run.media is None else await run.media
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The record of one group's progress, and what whoever awaits the group has to know of it."""
+"""The record of one group's progress, and the interface through which training and evaluation await groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actors.request_queue import Priority
 from pipeline.core.types import GroupWork, PolicyVersion, RewardScores, RolloutMeta
 
 PolicySource = Callable[[Sequence[GroupWork]], PolicyVersion]
-"""The version to draw these groups with, asked for when a worker is about to begin."""
+"""Returns the version to draw these groups with; called when a worker is about to begin."""
 
 
 class GroupState(enum.Enum):
@@ -25,8 +25,7 @@ class GroupState(enum.Enum):
 
 @dataclass(eq=False)
 class GroupRun:
-    """One group on its way: its work, what has come of it so far, and what went wrong. Retries use the same work, and
-    thus the same seeds."""
+    """One group: its work, its results so far, and its failures. Retries use the same work, so the same seeds."""
 
     work: GroupWork
     state: GroupState = GroupState.WAITING
@@ -59,7 +58,7 @@ class GroupRun:
         self.state, self.failed_scorings, self.avoid = GroupState.SCORING, 0, None
 
     def start_over(self) -> None:
-        """Back to before its rollout."""
+        """Drops the takes; the group waits for a rollout again."""
         self.state, self.media, self.trajectory, self.scores = GroupState.WAITING, None, None, {}
 
 
@@ -72,13 +71,13 @@ class GroupFailed(Exception):
 
 
 class GroupRunner(Protocol):
-    """What training and evaluation need of the dispatcher."""
+    """The part of the dispatcher that training and evaluation use."""
 
     async def room(self) -> None:
-        """Waits while enough groups wait for a rollout worker: the back-pressure on admission."""
+        """Waits while the queue for rollout workers is full: back-pressure on admission."""
 
     async def rollout_together(self, runs: Sequence[GroupRun], policy: PolicySource) -> None:
         """Draws groups of one step in one pipeline call. If that fails, `run_group` draws them one by one."""
 
     async def run_group(self, run: GroupRun, policy: PolicySource, lost: str = "") -> None:
-        """rollout -> every reward. `lost`: why the takes that it had are gone. Raises `GroupFailed`."""
+        """rollout -> every reward. `lost`: why takes drawn earlier are gone. Raises `GroupFailed`."""

@@ -72,7 +72,7 @@ class PoolSupervisor:
         pool.limits = WorkerRange(size, size) if size else configured
         after = min(max(before, pool.limits.min), pool.limits.max)
         if after != before:
-            pool.resize(after, "asked for by hand" if size else f"back to the config's limits, {configured}")
+            pool.resize(after, "set by hand" if size else f"back to the config's limits, {configured}")
         change = f"{before} -> {after} workers" if after != before else f"{before} workers, as before"
         return change if size else f"{change}; the policy decides again, within {configured}"
 

@@ -1,7 +1,7 @@
 """Requests that wait for a worker: the most urgent first, with back-pressure on whoever makes them.
 
-The queues live in the controller and hold references and small metadata only. Whoever brings new work waits for room in
-a full queue; a retry needs none, since its own consumer could be the one it would wait for.
+The queues live in the controller and hold references and small metadata only. New work waits for room in a full queue;
+a retry does not, since it might wait for its own consumer.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class RequestQueue(Generic[Request]):
         return {"depth": float(depth), "wait_s": wait, "blocked_s": blocked, "age_s": self.age()}
 
     def _grant_room(self) -> None:
-        """Lets as many blocked producers go on as there is room for."""
+        """Wakes as many blocked producers as there is room for."""
         for granted in itertools.islice(self._blocked, max(0, self.capacity - len(self))):
             if not granted.done():
                 granted.set_result(None)

@@ -54,7 +54,7 @@ class RolloutWorker(RoleActor):
         groups = ", ".join(str(work.group) for work in works)
         with self.doing(f"generating {works[0].purpose} group {groups}", works[0].group):
             if self.held != key:
-                raise RuntimeError(f"asked for version {key}, holding {self.held}")
+                raise RuntimeError(f"version {key} is to be used, but this worker is holding {self.held}")
             number = key[0]
             metas: list[RolloutMeta] = []
             objects: list[Media | Trajectory | None] = []

@@ -6,7 +6,7 @@ consumes    score requests, the most urgent first
 waits for   a request; then a free server; then a moment for groups that fill the call to `batch_items` takes
 unblocked   by `put` and `retry`, and by servers that come free
 
-A call that fails as a whole says nothing about its groups: each is scored again in a call of its own, uncounted. What a
+When a shared call fails as a whole, each of its groups is scored again in a call of its own, uncounted. What a
 pre-empted server hands back goes to another one, uncounted. So a request's future only ever gets the scores, or a
 failure that is this group's own.
 """

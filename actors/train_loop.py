@@ -6,8 +6,8 @@ train       consumes    scored chunks from the `BatchBuilder`, one step after th
             waits for   the next chunk, the learner
             unblocked   by groups that are scored; ended by `run.steps`, or a stop
 
-It asks the other actors for everything and passes references on; frames and latents never enter this process, except
-the few takes that are kept as files. When the learner is lost, a new one starts from the last checkpoint, and the loop
+All computing is done by other actors; this process passes references on. Frames and latents never enter it, except the
+few takes that are kept as files. When the learner is lost, a new one starts from the last checkpoint, and the loop
 goes back to it: the training groups on their way are cancelled and admitted again with the same ids and seeds.
 """
 
@@ -174,7 +174,7 @@ class TrainLoop:
         await _cancel(self._watching)
 
     async def close(self) -> None:
-        """Ends all actors, and writes what is recorded."""
+        """Ends the learner and finishes writing metrics."""
         self._learner.stop()
         if self._recorder is not None:
             await self._recorder.close()
@@ -298,7 +298,7 @@ class TrainLoop:
             await self.save_if_new()
         except LearnerLost as error:
             log.error("no checkpoint could be saved: %s", error)
-        if self._saved_step != self._version:  # what is not saved has not been done
+        if self._saved_step != self._version:  # unsaved steps are lost
             self._version = max(self._saved_step, 0)
 
     async def rescue(self) -> None:

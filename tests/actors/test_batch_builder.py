@@ -1,4 +1,4 @@
-"""The training side of the flow without workers: what is submitted, when, and after pauses, failures and a resume."""
+"""The batch builder without workers: which groups are drawn, when, and after pauses, failures and a resume."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_a_worker_never_asks_for_a_version_that_the_ledger_does_not_know_yet():
         await builder.published(version(0))
         for number in (1, 2):
             builder.ledger.step = number  # as if the learner had taken a step
-            async with builder._changed:  # others are looking at the books
+            async with builder._changed:  # others read the ledger
                 publishing = asyncio.ensure_future(builder.published(version(number)))
                 await asyncio.sleep(0)
                 assert builder.policy([]).number == builder.ledger.version == number - 1

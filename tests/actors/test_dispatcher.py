@@ -1,5 +1,5 @@
-"""A group's life with made-up actors: retries on the same seeds, what is counted and what is not, isolation of a bad
-group, lost takes, back-pressure, cancellation; and random faults under the invariants of design.md."""
+"""The dispatcher with made-up actors: retries on the same seeds, counted and uncounted failures, isolation of a bad
+group, lost takes, back-pressure, cancellation; and random faults under the invariants."""
 
 from __future__ import annotations
 
