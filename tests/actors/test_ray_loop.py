@@ -207,8 +207,8 @@ def test_a_learner_group_says_what_it_waits_for(cluster, tiny_sd3, files, tmp_pa
 
 
 def test_a_killed_worker_learner_and_controller_change_nothing(cluster, undisturbed):
-    """One after the other: the worker is replaced, the learner restarts from the checkpoint, and so does the run under a
-    new controller."""
+    """One after the other: the worker is replaced, the learner restarts from the checkpoint, and so does a controller
+    in place of the killed one."""
     run = object.__new__(Run)
     run.dir = RunDir(undisturbed.cfg.run.dir / "killed")
     run.dir.path.mkdir()
