@@ -326,7 +326,7 @@ class WorkerPool:
         return PoolSummary(
             ready=sum(slot.alive for slot in staying),
             busy=sum(slot.busy for slot in self.slots),
-            wanted=len(staying),
+            target=len(staying),
             leaving=len(self.slots) - len(staying),
             min=self.limits.min,
             max=self.limits.max,

@@ -62,9 +62,9 @@ def main() -> None:
             add_hook(python)
     if PROJECT.name == "site-packages":  # else servers are started with the project's folder on their path
         (packages_of(python) / "main.pth").write_text(f"{PROJECT}\n")
-    found = import_error(python, "import ray, torchvision, transformers, vllm; from vllm import LLM")
-    if found:
-        sys.exit(f"{folder} was made, but vLLM cannot be imported in it:\n{found}")
+    failure = import_error(python, "import ray, torchvision, transformers, vllm; from vllm import LLM")
+    if failure:
+        sys.exit(f"{folder} was made, but vLLM cannot be imported in it:\n{failure}")
     print(f"vLLM is ready: runtime_env: {{py_executable: {python.absolute()}}}")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.resilience.autoscaler [--steps 12] [--report FILE]
 
-With Ray's own fake node provider: its nodes are real raylets on this machine. Each has room for one rollout worker.
+With Ray's fake node provider: its nodes are real raylets on this machine. Each has room for one rollout worker.
 The run asks for two (0 -> 2 nodes), is then scaled to one (the drained worker's node must become idle and go: 2 -> 1),
 and ends (1 -> 0). The last line of stdout is one JSON object.
 """
@@ -105,7 +105,7 @@ class AutoscaledCluster:
         while True:
             try:
                 ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-                end_properly_on_sigterm()  # over Ray's own handler
+                end_properly_on_sigterm()  # replaces Ray's handler
                 return
             except ConnectionError:
                 if time.monotonic() > limit:

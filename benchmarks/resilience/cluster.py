@@ -1,8 +1,8 @@
-"""What the experiments of this folder share: a Ray cluster of several raylets on this machine, a training run on it as
-a process of its own, and the command line of an experiment.
+"""What the experiments of this folder share: a Ray cluster of several raylets on this machine, a training run on it in
+a separate process, and the command line of an experiment.
 
-Every raylet is a real one with its own object store, so a
-node that is removed takes its actors and objects with it, as a machine would.
+Every raylet is a real one with its own object store, so a node that is removed takes its actors and objects with it,
+as a machine would.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Nodes:
         )
         self.nodes = [self.add() for _ in range(workers)]
         ray.init(self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        end_properly_on_sigterm()  # over Ray's own handler
+        end_properly_on_sigterm()  # replaces Ray's handler
 
     @property
     def address(self) -> str:
@@ -151,15 +151,15 @@ class Actor:
 
 
 def actors(run: str) -> list[Actor]:
-    """The run's living actors, as Ray's own tables have them."""
+    """The run's living actors, from Ray's actor table."""
     from ray._private.state import actors as table
 
-    found = []
+    alive = []
     for entry in table().values():
         name, state = entry.get("Name", ""), entry.get("State")
         if name.startswith(f"{run}/") and state == "ALIVE" and entry.get("Pid", 0) > 0:
-            found.append(Actor(name=name, pid=int(entry["Pid"]), node=entry["Address"]["NodeID"]))
-    return sorted(found, key=lambda actor: actor.name)
+            alive.append(Actor(name=name, pid=int(entry["Pid"]), node=entry["Address"]["NodeID"]))
+    return sorted(alive, key=lambda actor: actor.name)
 
 
 def end_properly_on_sigterm() -> None:
@@ -234,11 +234,11 @@ class Training:
     def metrics(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        found = []
+        rows = []
         for line in lines:
             with contextlib.suppress(ValueError):  # the last one may be half-written
-                found.append(json.loads(line))
-        return found
+                rows.append(json.loads(line))
+        return rows
 
     def until(self, condition: Any, timeout: float) -> None:
         limit = time.monotonic() + timeout

@@ -56,7 +56,7 @@ def draw(board: dict, prometheus: str, minutes: float, run: str, out: Path) -> l
             for series in query(prometheus, target["expr"].replace("$run", run), minutes):
                 labels = series["metric"]
                 text = re.sub(
-                    r"\{\{(\w+)\}\}", lambda m, found=labels: found.get(m.group(1), ""), target["legendFormat"]
+                    r"\{\{(\w+)\}\}", lambda m, labels=labels: labels.get(m.group(1), ""), target["legendFormat"]
                 )
                 times = [(float(t) - time.time()) / 60 for t, _ in series["values"]]
                 axes.plot(

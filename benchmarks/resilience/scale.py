@@ -1,4 +1,4 @@
-"""A run that is scaled from one rollout worker to four and back to one while it goes on.
+"""A run that is scaled from one rollout worker to four and back to one while it trains.
 
     python -m benchmarks.resilience.scale [--steps 14] [--report FILE]
 

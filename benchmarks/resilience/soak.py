@@ -4,7 +4,7 @@
 
 Samples every five seconds. The first quarter is warm-up; over the rest a straight line is fitted to each actor's memory
 (of one process: a replaced one begins anew) and to the object stores. An actor's resident memory counts what it has
-mapped of its node's object store; its own is what remains without shared pages. Flat means that a line rises by less
+mapped of its node's object store; "its own" is what remains without shared pages. Flat means that a line rises by less
 than 10 % or 20 MiB over that time, whichever is more. The last line of stdout is one JSON object; the exit code is 0
 when all are flat and the run still trained at the end.
 """
@@ -61,12 +61,12 @@ def run(options: argparse.Namespace, folder: Path) -> Result:
         say(f"metrics at {', '.join(nodes.metrics)}")
         training.until(lambda: training.step >= 1, 600)
         began = time.monotonic()
-        first, warm, said = training.step, began + 15 * options.minutes, began
+        first, warm, last_report = training.step, began + 15 * options.minutes, began
         while training.running and time.monotonic() < began + 60 * options.minutes:
             time.sleep(SAMPLE_S)
             now = time.monotonic()
-            if now - said > 60:
-                said = now
+            if now - last_report > 60:
+                last_report = now
                 say(f"step {training.step}; object stores {stores() / MIB:.0f} MiB")
             if now < warm:
                 continue

@@ -30,12 +30,12 @@ REPEATS = 3
 def seconds_of(call: Callable[[], object]) -> float:
     """Median wall time of a call, after one that warms up."""
     call()
-    found = []
+    seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         call()
-        found.append(time.perf_counter() - started)
-    return float(np.median(found))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
 
 
 def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
@@ -65,9 +65,9 @@ def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
 
     for name, call in calls(loop).items():
         sizes = [takes // 2, takes] if name == "decode" else [takes, 2 * takes, 3 * takes]
-        found = {size: seconds_per_take(call, size) for size in sizes}
-        result[f"{name}_batch"] = best = min(found, key=lambda size: found[size])
-        result[name] = found[best]
+        by_size = {size: seconds_per_take(call, size) for size in sizes}
+        result[f"{name}_batch"] = best = min(by_size, key=lambda size: by_size[size])
+        result[name] = by_size[best]
     for name, call in calls(compiled).items():
         result[f"compiled_{name}"] = seconds_per_take(call, int(result[f"{name}_batch"]))
     for kind in ("", "compiled_"):

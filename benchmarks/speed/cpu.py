@@ -72,15 +72,15 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
         loops = {n: stack.enter_context(MeasurementServer([*plain, str(n)], n)) for n in sorted({1, cores})}
         tried = {n: [loop.measure() for _ in range(2)][1]["time/step"] for n, loop in loops.items()}
         threads = min(tried, key=lambda n: tried[n])
-        found = [_round(name, copies, loops[threads]) for _ in _said(rounds, config, say)]
+        results = [_round(name, copies, loops[threads]) for _ in _announced(rounds, config, say)]
         less_s = _median(run_steps(config, LESS_WORK[name], RUN_STEPS - 1), "time/step")
         fast = stack.enter_context(MeasurementServer([*plain, str(threads), "--fast"], threads))
         fast.measure()  # warms up
         compiled_plain_s = _plain_step(fast)["time/step"]
-    ours = [row for each in found for row in each["run"]]
-    step, plain_s = _median(ours, "time/step"), float(np.median([each["plain"]["time/step"] for each in found]))
-    bare = [row for each in found for row in each["bare"]]
-    by_round = [each["bare_s"] / (each["run_s"] * cores) for each in found]
+    ours = [row for each in results for row in each["run"]]
+    step, plain_s = _median(ours, "time/step"), float(np.median([each["plain"]["time/step"] for each in results]))
+    bare = [row for each in results for row in each["bare"]]
+    by_round = [each["bare_s"] / (each["run_s"] * cores) for each in results]
     return {
         "cores": cores,
         "rounds": rounds,
@@ -89,7 +89,7 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
         "efficiency": float(np.median(by_round)),
         "efficiency_by_round": by_round,
         "efficiency_against_compiled_bare": float(
-            np.median([each["compiled_s"] / (each["run_s"] * cores) for each in found])
+            np.median([each["compiled_s"] / (each["run_s"] * cores) for each in results])
         ),
         "bare": {key: _median(bare, key) for key in bare[0]},
         "roles": {name: _median(ours, f"time/{name}") for name in ("rollout", "score", "learn", "sync")},
@@ -98,20 +98,20 @@ def quickstart(name: str, say: Say, rounds: int) -> dict[str, Any]:
             "step_s": plain_s,
             "compiled_step_s": compiled_plain_s,
             "efficiency": _median(bare, "step_s") / plain_s / threads,
-            **{n: float(np.median([e["plain"][f"time/{n}"] for e in found])) for n in ("rollout", "score", "learn")},
+            **{n: float(np.median([e["plain"][f"time/{n}"] for e in results])) for n in ("rollout", "score", "learn")},
         },
-        "speedup_vs_plain_loop": float(np.median([each["plain"]["time/step"] / each["run_s"] for each in found])),
+        "speedup_vs_plain_loop": float(np.median([each["plain"]["time/step"] / each["run_s"] for each in results])),
         "speedup_vs_compiled_plain_loop": compiled_plain_s / step,
         "between_roles": between_roles(ours, cores),
         "less_work": {
             "overrides": LESS_WORK[name],
             "step_s": less_s,
-            "speedup_vs_plain_loop": found[-1]["plain"]["time/step"] / less_s,  # the plain loop had just run
+            "speedup_vs_plain_loop": results[-1]["plain"]["time/step"] / less_s,  # the plain loop had just run
         },
     }
 
 
-def _said(rounds: int, config: str, say: Say) -> Iterator[int]:
+def _announced(rounds: int, config: str, say: Say) -> Iterator[int]:
     for number in range(rounds):
         say(f"{config}: round {number + 1} of {rounds}")
         yield number
@@ -164,16 +164,16 @@ def machine() -> dict[str, Any]:
 
 def measure(sections: list[str], say: Say, out: Path = RESULTS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Measures `sections` (of SECTIONS) and writes `out`, keeping what it holds of others."""
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    if found.get("format") != FORMAT:
-        found = {"format": FORMAT}
+    measured: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    if measured.get("format") != FORMAT:
+        measured = {"format": FORMAT}
     for section in sections:
         facts = machine()
-        found[section] = {**SECTIONS[section](say, rounds), "machine": facts}
-        found |= _summary(found)
+        measured[section] = {**SECTIONS[section](say, rounds), "machine": facts}
+        measured |= _summary(measured)
         out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(out, (json.dumps(found, indent=2) + "\n").encode())
-    return found
+        atomic_write(out, (json.dumps(measured, indent=2) + "\n").encode())
+    return measured
 
 
 def _simulated(say: Say, _rounds: int) -> dict[str, Any]:
@@ -196,19 +196,19 @@ SECTIONS: dict[str, Callable[[Say, int], dict[str, Any]]] = {
 }
 
 
-def _summary(found: dict[str, Any]) -> dict[str, Any]:
+def _summary(measured: dict[str, Any]) -> dict[str, Any]:
     """The headline keys, from the sections that have been measured."""
     result: dict[str, Any] = {
-        "efficiency": {name: found[name]["efficiency"] for name in CONFIGS if name in found},
+        "efficiency": {name: measured[name]["efficiency"] for name in CONFIGS if name in measured},
         "speedup_vs_plain_loop": {},
     }
-    if "quickstart" in found:
+    if "quickstart" in measured:
         result["speedup_vs_plain_loop"] = {
-            "same_recipe": found["quickstart"]["speedup_vs_plain_loop"],
-            "less_work": found["quickstart"]["less_work"]["speedup_vs_plain_loop"],
+            "same_recipe": measured["quickstart"]["speedup_vs_plain_loop"],
+            "less_work": measured["quickstart"]["less_work"]["speedup_vs_plain_loop"],
         }
-    if "quickstart_image" in found:
-        image = found["quickstart_image"]
+    if "quickstart_image" in measured:
+        image = measured["quickstart_image"]
         result["speedup_vs_plain_loop"] |= {
             "same_recipe_image": image["speedup_vs_plain_loop"],
             "less_work_image": image["less_work"]["speedup_vs_plain_loop"],

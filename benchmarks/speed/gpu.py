@@ -256,10 +256,10 @@ def _finished(value: Any, device: str) -> Any:
 
 def measure_gpu(names: list[str], say: Callable[[str], None], out: Path) -> Path:
     """Measures each of `names` (`all`: every one) and writes `out`."""
-    found = {}
+    results = {}
     for name in list(BUILDERS) if names == ["all"] else names:
         began = time.time()
-        found[name] = {**measure_one(name, say), "bench_s": round(time.time() - began)}
+        results[name] = {**measure_one(name, say), "bench_s": round(time.time() - began)}
         out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(out, (json.dumps(found, indent=2) + "\n").encode())
+        atomic_write(out, (json.dumps(results, indent=2) + "\n").encode())
     return out

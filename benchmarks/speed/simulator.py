@@ -90,12 +90,12 @@ def ideal(plan: Plan) -> list[float]:
     rolled: list[list[tuple[float, int]]] = []
 
     def roll(step: int, open_at: float) -> None:
-        found = []
+        rollouts = []
         for group in range(step * size, (step + 1) * size):
             start = max(heapq.heappop(workers), open_at)
             heapq.heappush(workers, start + plan.rollout(group))
-            found.append((start + plan.rollout(group), group))
-        rolled.append(found)
+            rollouts.append((start + plan.rollout(group), group))
+        rolled.append(rollouts)
 
     for step in range(plan.steps):
         while len(rolled) < min(step + plan.max_staleness + 1, plan.steps):
@@ -152,12 +152,12 @@ class Sleepers:
         return [meta], Media(frames=np.zeros((2, 1, size // 6, 1, 3), np.uint8), fps=8.0), trajectory
 
     async def score(self, seat: str, order: bytes, *media: Media) -> list[RewardScores]:
-        found = []
-        for one in from_bytes(order):
-            seconds = self.plan.score(one.group)
+        scores = []
+        for work in from_bytes(order):
+            seconds = self.plan.score(work.group)
             await asyncio.sleep(seconds)
-            found.append(RewardScores(values=np.array([one.group % 7, 1.0], np.float32), seconds=seconds))
-        return found
+            scores.append(RewardScores(values=np.array([work.group % 7, 1.0], np.float32), seconds=seconds))
+        return scores
 
     async def train_step(self, seat: str, groups: list[Any], first: int, last: bool) -> TrainStepResult:
         began = time.monotonic()
@@ -307,21 +307,21 @@ def simulate(plan: Plan) -> dict[str, float]:
 
 
 def simulate_all(sizes: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """Simulations at several numbers of workers, on a Ray of its own; `efficiency_<largest>` is the headline. And of
+    """Simulations at several numbers of workers, on a local Ray; `efficiency_<largest>` is the headline. And of
     the largest number in lockstep: one group per worker and step, so that all begin and end at nearly the same time."""
     from jobs.cluster.ray_session import RaySession
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, RaySession(_config(Plan(workers=1), Path(folder))):
         small = [workers for workers in sizes if workers <= 16]  # these keep a core idle even together
         say(f"simulating {', '.join(map(str, small))} workers side by side")
         with ThreadPoolExecutor() as pool:
-            found |= zip(map(str, small), pool.map(simulate, [Plan(workers=n) for n in small]), strict=True)
+            results |= zip(map(str, small), pool.map(simulate, [Plan(workers=n) for n in small]), strict=True)
         for workers in sorted(set(sizes) - set(small)):
             say(f"simulating {workers} workers")
-            found[str(workers)] = simulate(Plan(workers=workers))
-        found |= {f"efficiency_{workers}": found[str(workers)]["efficiency"] for workers in sizes}
+            results[str(workers)] = simulate(Plan(workers=workers))
+        results |= {f"efficiency_{workers}": results[str(workers)]["efficiency"] for workers in sizes}
         say(f"simulating {max(sizes)} workers in lockstep")
-        found["lockstep"] = {"workers": max(sizes), **simulate(replace(Plan(workers=max(sizes)), **LOCKSTEP))}
+        results["lockstep"] = {"workers": max(sizes), **simulate(replace(Plan(workers=max(sizes)), **LOCKSTEP))}
     plan = asdict(Plan(workers=max(sizes)))
-    return found | {"plan": plan, "workers_per_process": PER_PROCESS}
+    return results | {"plan": plan, "workers_per_process": PER_PROCESS}

@@ -72,13 +72,13 @@ def reward_server(cfg: Config, folder: Path) -> float:
     work = train_work(cfg, 0, 0, prompt)
     ray.get(server.start.remote("one", [prompt]))
     media = ray.put(Media(frames=np.zeros((16, 1, 512, 512, 3), np.uint8), fps=8.0))
-    found = []
+    overheads = []
     for group in range(40):
         started = time.perf_counter()
         (scores,) = ray.get(server.score.remote(to_bytes([replace(work, group=group)]), media))
-        found.append(time.perf_counter() - started - scores.seconds)
+        overheads.append(time.perf_counter() - started - scores.seconds)
     ray.kill(server)
-    return float(np.median(found[5:]))
+    return float(np.median(overheads[5:]))
 
 
 class Holder:
@@ -124,24 +124,24 @@ def weight_sync(tensors: int, values: int) -> dict[str, float]:
         rows.append({"pack_s": packed - started, "put_s": put - packed, **ray.get(holder.load.remote([reference]))})
         del reference, weights
     ray.kill(holder)
-    found = {key: float(np.median([row[key] for row in rows[1:]])) for key in rows[0]}
-    found["total_s"] = sum(value for key, value in found.items() if key != "plain_copy_s")
-    return {**found, "times_a_plain_copy": found["total_s"] / found["plain_copy_s"]}
+    medians = {key: float(np.median([row[key] for row in rows[1:]])) for key in rows[0]}
+    medians["total_s"] = sum(value for key, value in medians.items() if key != "plain_copy_s")
+    return {**medians, "times_a_plain_copy": medians["total_s"] / medians["plain_copy_s"]}
 
 
 def small_costs(say: Callable[[str], None]) -> dict[str, Any]:
-    """All of them; starts a Ray of its own."""
+    """All of them; starts a local Ray."""
     from jobs.cluster.ray_session import RaySession
 
     say("queues")
-    found: dict[str, Any] = {f"queue_round_trip_s_{n}_workers": queue_round_trip(n) for n in (1, 256)}
+    costs: dict[str, Any] = {f"queue_round_trip_s_{n}_workers": queue_round_trip(n) for n in (1, 256)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "one.py").write_text(SCORER)
         cfg = _config(folder)
         with RaySession(cfg):
             say("reward server")
-            found["reward_server_overhead_s"] = reward_server(cfg, folder)
+            costs["reward_server_overhead_s"] = reward_server(cfg, folder)
             say("weights")
-            found["weights"] = {label: weight_sync(*shape) for label, shape in WEIGHTS.items()}
-    return found
+            costs["weights"] = {label: weight_sync(*shape) for label, shape in WEIGHTS.items()}
+    return costs

@@ -1,4 +1,4 @@
-"""Processes that measure whenever they are asked: to start one takes longer than what it times."""
+"""Processes that take one measurement per request: starting one takes longer than what it times."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class MeasurementServer:
 
 def together(processes: Sequence[MeasurementServer]) -> list[dict[str, float]]:
     """Measurements that are taken at the same time. Raises as `MeasurementServer.measure` does."""
-    return [_answer(process) for process in [_asked(process) for process in processes]]
+    return [_answer(process) for process in [_request(process) for process in processes]]
 
 
-def _asked(standing: MeasurementServer) -> MeasurementServer:
+def _request(server: MeasurementServer) -> MeasurementServer:
     try:
-        standing._process.stdin.write("\n")  # type: ignore[union-attr]
-        standing._process.stdin.flush()  # type: ignore[union-attr]
+        server._process.stdin.write("\n")  # type: ignore[union-attr]
+        server._process.stdin.flush()  # type: ignore[union-attr]
     except BrokenPipeError:
         pass  # its answer is missing, and is explained there
-    return standing
+    return server
 
 
-def _answer(standing: MeasurementServer) -> dict[str, float]:
-    line = standing._process.stdout.readline()  # type: ignore[union-attr]
+def _answer(server: MeasurementServer) -> dict[str, float]:
+    line = server._process.stdout.readline()  # type: ignore[union-attr]
     if not line:
-        standing._errors.seek(0)
-        raise RushesError(f"bench: {standing._process.args!r} failed: {standing._errors.read().strip()[-400:]}")
+        server._errors.seek(0)
+        raise RushesError(f"bench: {server._process.args!r} failed: {server._errors.read().strip()[-400:]}")
     return json.loads(line)

@@ -30,35 +30,35 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def render(found: dict[str, Any]) -> list[str]:
+def render(results: dict[str, Any]) -> list[str]:
     """Markdown tables of the sections that were measured."""
     blocks = []
-    names = [name for name in ("quickstart", "quickstart_image") if name in found]
+    names = [name for name in ("quickstart", "quickstart_image") if name in results]
     if names:
         rows = [
-            ["efficiency (bare passes on all cores at once)", *(f"{found[n]['efficiency']:.2f}" for n in names)],
-            ["in each round", *(", ".join(f"{e:.2f}" for e in found[n]["efficiency_by_round"]) for n in names)],
+            ["efficiency (bare passes on all cores at once)", *(f"{results[n]['efficiency']:.2f}" for n in names)],
+            ["in each round", *(", ".join(f"{e:.2f}" for e in results[n]["efficiency_by_round"]) for n in names)],
             ["the same against bare passes with compiled blocks and the VAE layout of a run"]
-            + [f"{found[n]['efficiency_against_compiled_bare']:.2f}" for n in names],
-            ["efficiency of the plain loop", *(f"{found[n]['plain_loop']['efficiency']:.2f}" for n in names)],
+            + [f"{results[n]['efficiency_against_compiled_bare']:.2f}" for n in names],
+            ["efficiency of the plain loop", *(f"{results[n]['plain_loop']['efficiency']:.2f}" for n in names)],
             ["takes per second, against the plain loop's best thread count"]
-            + [f"{found[n]['speedup_vs_plain_loop']:.2f} x" for n in names],
+            + [f"{results[n]['speedup_vs_plain_loop']:.2f} x" for n in names],
             ["the same against a plain loop with compiled blocks and the same VAE layout"]
-            + [f"{found[n]['speedup_vs_compiled_plain_loop']:.2f} x" for n in names],
-            ["takes per second", *(f"{found[n]['takes_per_s']:.1f}" for n in names)],
-            ["step (s)", *(f"{found[n]['step_s']:.2f}" for n in names)],
+            + [f"{results[n]['speedup_vs_compiled_plain_loop']:.2f} x" for n in names],
+            ["takes per second", *(f"{results[n]['takes_per_s']:.1f}" for n in names)],
+            ["step (s)", *(f"{results[n]['step_s']:.2f}" for n in names)],
         ]
         for role in ("rollout", "score", "learn", "sync"):
-            rows.append([f"{role} (s per step and worker)", *(f"{found[n]['roles'][role]:.2f}" for n in names)])
-        rows.append(["controller, queues, sync", *(f"{found[n]['between_roles']:.1%}" for n in names)])
+            rows.append([f"{role} (s per step and worker)", *(f"{results[n]['roles'][role]:.2f}" for n in names)])
+        rows.append(["controller, queues, sync", *(f"{results[n]['between_roles']:.1%}" for n in names)])
         blocks.append(_table(["", *(f"`{n}`" for n in names)], rows))
-        for name, less in ((name, found[name]["less_work"]) for name in names):
+        for name, less in ((name, results[name]["less_work"]) for name in names):
             blocks.append(
                 f"Work-saving recipe for `{name}` (`{' '.join(less['overrides'])}`): "
                 f"{less['speedup_vs_plain_loop']:.2f} x the plain loop's takes per second with the quickstart's own."
             )
-    if "simulated" in found:
-        simulated = found["simulated"]
+    if "simulated" in results:
+        simulated = results["simulated"]
         shown = {key: row for key, row in simulated.items() if key.isdigit()}
         if (lockstep := simulated.get("lockstep")) is not None:
             shown[f"{lockstep['workers']}, one group per worker and step"] = lockstep
@@ -73,8 +73,8 @@ def render(found: dict[str, Any]) -> list[str]:
         ]
         header = ["simulated workers", "share of the ideal speed", "groups per second", "controller CPU ms per group"]
         blocks.append(_table(header, rows))
-    if "small" in found:
-        small = found["small"]
+    if "small" in results:
+        small = results["small"]
         rows = [
             ["request for a worker, to its end, 1 worker", f"{1e6 * small['queue_round_trip_s_1_workers']:.0f} µs"],
             [
@@ -87,7 +87,7 @@ def render(found: dict[str, Any]) -> list[str]:
             rows.append([f"weights, {label}: pack, put, pull, apply, checksum", f"{1e3 * entry['total_s']:.0f} ms"])
             rows.append([f"weights, {label}: as a plain copy", f"{1e3 * entry['plain_copy_s']:.0f} ms"])
         blocks.append(_table(["between the roles", "time"], rows))
-    last = next((found[name]["machine"] for name in reversed(list(found)) if "machine" in found[name]), None)
+    last = next((results[name]["machine"] for name in reversed(list(results)) if "machine" in results[name]), None)
     if last:
         packages = ", ".join(f"{name} {number}" for name, number in last["packages"].items())
         blocks.append(f"Measured {last['when'][:10]} on {last['cores']} cores ({last['cpu']}), {packages}.")

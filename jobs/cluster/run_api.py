@@ -111,15 +111,15 @@ def overview() -> list[dict[str, Any]]:
     rows = []
     for run in running():
         try:
-            found = snapshot(run)
+            progress = snapshot(run)
         except ConfigError:
             continue  # ended in between
         except RunFailed as error:
             rows.append({"run": run, "state": str(error), "step": None, "steps": None, "reward": None})
             continue
-        records = found["records"]
+        records = progress["records"]
         reward = records[-1]["reward/mean"] if records else None
-        rows.append({"run": run, **{key: found[key] for key in ("state", "step", "steps")}, "reward": reward})
+        rows.append({"run": run, **{key: progress[key] for key in ("state", "step", "steps")}, "reward": reward})
     return rows
 
 
@@ -149,13 +149,13 @@ def watch(run: str) -> Iterator[dict[str, Any]]:
     seen = 0
     while True:
         try:
-            found = snapshot(run, seen)
+            progress = snapshot(run, seen)
         except (ConfigError, RunFailed):
             if seen == 0 and run not in running():
                 raise
             return
-        yield found
-        seen = found["recorded"]
+        yield progress
+        seen = progress["recorded"]
         time.sleep(WATCH_S)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.rl.group_plan import stochastic_steps
+from pipeline.rl.objectives import get_objective
 from pipeline.tools.preflight import check_all
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ def print_dry_run(cfg: Config, console: Console) -> None:
     checks = check_all(cfg, dry=True)
     generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler
     takes = algorithm.group_size * algorithm.groups_per_step
-    noisy = stochastic_steps(sampler, cfg.run.seed, 0)
+    steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0)))
+    if get_objective(algorithm.objective).draws_noise:
+        sampling = f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {steps}"
+    else:
+        sampling = f"ode with {sampler.steps} sampler steps, no noise, trained at the noise levels of steps {steps}"
     heldout = min(cfg.evaluation.prompts or len(checks.heldout), len(checks.heldout))
     size = f"{generator.width}x{generator.height}" + (
         f", {generator.num_frames} frames" if generator.num_frames > 1 else ""
@@ -34,8 +39,7 @@ def print_dry_run(cfg: Config, console: Console) -> None:
         "generator": f"{source}, {size}",
         "training": cfg.trainable.description,
         "prompts": f"{len(checks.train)} to train on, {len(checks.heldout)} held out",
-        "each step": f"{algorithm.groups_per_step} prompts x {algorithm.group_size} takes = {takes} takes, "
-        f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {', '.join(map(str, noisy))}",
+        "each step": f"{algorithm.groups_per_step} prompts x {algorithm.group_size} takes = {takes} takes, {sampling}",
         "whole run": f"{cfg.run.steps} steps, {takes * cfg.run.steps:,} takes",
         "rewards": ", ".join(f"{name} ({r.scorer}) x {r.weight:g}" for name, r in cfg.rewards.items()),
         "evaluation": f"{heldout * cfg.evaluation.takes_per_prompt} takes before and after"

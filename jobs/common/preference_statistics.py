@@ -62,8 +62,8 @@ def hits(difference: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 def hits_with_ties(difference: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
     """Three answers: a tie (label 0) where |difference| <= threshold, else the sign. Threshold below 0: never a tie."""
-    said = np.where(np.abs(difference) <= threshold, 0, np.sign(difference))
-    return (said == label).astype(np.float64)
+    answer = np.where(np.abs(difference) <= threshold, 0, np.sign(difference))
+    return (answer == label).astype(np.float64)
 
 
 def fit_threshold(difference: np.ndarray, label: np.ndarray) -> float:

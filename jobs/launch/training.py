@@ -44,7 +44,8 @@ def run_training(
     if or_start and resume:
         raise ConfigError("--resume and --resume-or-start: give one of them; the latter also resumes")
     if or_start:
-        run, resume = resume_or_create(cfg, Path(config_path))
+        opened = resume_or_create(cfg, Path(config_path))
+        run, resume = opened.folder, opened.resumed
     else:
         run = find_resumable(cfg, Path(config_path)) if resume else create(cfg, Path(config_path))
     with RunLock(run), RemoteSync(run):

@@ -52,10 +52,10 @@ def draw_dataset(kind: str, recipe: Recipe, seed: int) -> tuple[np.ndarray, Tens
         drawn.append(scene_world.draw_video(scene, rng) if video else scene_world.draw_image(scene, rng))
         texts.append([scene_world.wrong_caption(scene, liar, recipe.wrong) for _ in range(CAPTION_VARIANTS)])
     tokenizer = build_tokenizer()
-    known: dict[str, list[int]] = {}
+    caption_ids: dict[str, list[int]] = {}
     for text in {text for row in texts for text in row}:
-        known[text] = tokenizer(text, padding="max_length", max_length=TEXT_LENGTH, truncation=True).input_ids
-    return np.stack(drawn), torch.tensor([[known[text] for text in row] for row in texts])
+        caption_ids[text] = tokenizer(text, padding="max_length", max_length=TEXT_LENGTH, truncation=True).input_ids
+    return np.stack(drawn), torch.tensor([[caption_ids[text] for text in row] for row in texts])
 
 
 def to_pixels(drawn: np.ndarray) -> Tensor:

@@ -12,7 +12,7 @@ _OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "run.log")
 
 
 def check_replaceable(folder: Path, key: str, needed: Sequence[Path]) -> None:
-    """Raises `ConfigError` unless `folder` holds an export and none of `needed` (files that are still wanted: the
+    """Raises `ConfigError` unless `folder` holds an export and none of `needed` (files that are still used: the
     checkpoint, the generator), the working folder, or the home folder. Deletes nothing."""
     home = folder.resolve()
     for path in (Path.cwd(), Path.home(), *needed):
@@ -30,5 +30,7 @@ def check_replaceable(folder: Path, key: str, needed: Sequence[Path]) -> None:
     made = "model_index.json" in names or LORA_FILE in names or any(folder.glob(f"*/{ADAPTER_FILE}"))
     made = made or ("README.md" in names and any(folder.glob(f"*/{LORA_FILE}")))
     if kept or not made:
-        found = f"holds a run ({kept[0]})" if kept else "holds something else than an export"
-        raise ConfigError(f"{key} {folder}: {found}; --force replaces exports only: choose another folder, or empty it")
+        problem = f"holds a run ({kept[0]})" if kept else "holds something else than an export"
+        raise ConfigError(
+            f"{key} {folder}: {problem}; --force replaces exports only: choose another folder, or empty it"
+        )

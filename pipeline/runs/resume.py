@@ -77,8 +77,16 @@ def find_resumable(cfg: Config, config_path: Path) -> RunDir:
     return RunDir(max(candidates).path)
 
 
-def resume_or_create(cfg: Config, config_path: Path) -> tuple[RunDir, bool]:
-    """The run `run.name` and whether it was there already; else a new one of that name, for jobs that are retried.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedRun:
+    """A run's folder, and whether the run in it is resumed rather than new."""
+
+    folder: RunDir
+    resumed: bool
+
+
+def resume_or_create(cfg: Config, config_path: Path) -> OpenedRun:
+    """The run `run.name` if it exists, else a new one of that name: for jobs that are retried.
 
     Raises `ConfigError` when run.name is not set: a retry could not find the run.
     """
@@ -87,5 +95,5 @@ def resume_or_create(cfg: Config, config_path: Path) -> tuple[RunDir, bool]:
     check_name(cfg.run.name)
     run = RunDir(cfg.run.dir / cfg.run.name)
     if run.path.is_dir() or remote_sync.exists(run.path):
-        return find_resumable(cfg, config_path), True
-    return create(cfg, config_path), False
+        return OpenedRun(folder=find_resumable(cfg, config_path), resumed=True)
+    return OpenedRun(folder=create(cfg, config_path), resumed=False)

@@ -16,7 +16,7 @@ class PoolSummary:
 
     ready: int  # workers that can take work, or have some
     busy: int
-    wanted: int  # workers that it should have, those that still start included
+    target: int  # workers that it should have, including those that still start
     leaving: int  # busy for the last time
     min: int
     max: int

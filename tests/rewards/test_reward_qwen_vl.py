@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
-from pipeline.rewards.models.qwen_vl import fitted
+from pipeline.rewards.models.qwen_vl import resized_shape
 from pipeline.rewards.scorers import hpsv3, video_align
 
 TEXTS = ("a red cat", "Eine Tür, 猫 {prompt}", "")
@@ -117,7 +117,7 @@ def test_hpsv3_refuses_what_is_not_its_checkpoint(hps, tmp_path):
     whole = load_file(hps[0] / "hpsv3.safetensors")
     cases = {
         "rm_head.5.weight is missing": {k: v for k, v in whole.items() if k != "rm_head.5.weight"},
-        "expected a whole Qwen2-VL and a head": {k: v for k, v in whole.items() if "rm_head" not in k},
+        "expected all weights of Qwen2-VL and a head": {k: v for k, v in whole.items() if "rm_head" not in k},
         "weights are not in the checkpoint": {k: v for k, v in whole.items() if "layers.1." not in k},
         "the tokenizer of .* needs": {
             k: v[: len(tiny.qwen_tokenizer())] if "embed" in k else v for k, v in whole.items()
@@ -131,10 +131,10 @@ def test_hpsv3_refuses_what_is_not_its_checkpoint(hps, tmp_path):
 
 def test_pictures_are_fitted_to_multiples_of_28():
     most = 256 * 28 * 28
-    assert fitted(512, 512, most, most) == (448, 448)
-    assert fitted(720, 1280, most, most) == (336, 588)  # 16:9: a little less than the area
-    assert fitted(20, 20, most, most) == (448, 448)
-    assert fitted(1, 150, most, 10 * most)[0] == 56 and fitted(5, 900, 784, most) == (28, 896)
+    assert resized_shape(512, 512, most, most) == (448, 448)
+    assert resized_shape(720, 1280, most, most) == (336, 588)  # 16:9: a little less than the area
+    assert resized_shape(20, 20, most, most) == (448, 448)
+    assert resized_shape(1, 150, most, 10 * most)[0] == 56 and resized_shape(5, 900, 784, most) == (28, 896)
 
 
 # ---------------------------------------------------------------------------------------- VideoReward
@@ -254,9 +254,9 @@ def test_video_align_shows_the_prompt_to_the_text_score_only_and_sees_the_end_of
 
 
 def test_video_align_frame_choice_follows_the_frame_rate():
-    assert video_align.chosen_frames(16, 8.0) == [0, 5, 10, 15]
-    assert video_align.chosen_frames(80, 8.0) == [round(i * 79 / 19) for i in range(20)]
-    assert len(video_align.chosen_frames(10_000, 8.0)) == 768
-    assert video_align.chosen_frames(3, 8.0) == [0, 2] and video_align.chosen_frames(2, 30.0) == [0, 1]
+    assert video_align.sampled_frames(16, 8.0) == [0, 5, 10, 15]
+    assert video_align.sampled_frames(80, 8.0) == [round(i * 79 / 19) for i in range(20)]
+    assert len(video_align.sampled_frames(10_000, 8.0)) == 768
+    assert video_align.sampled_frames(3, 8.0) == [0, 2] and video_align.sampled_frames(2, 30.0) == [0, 1]
     with pytest.raises(RewardError, match="clips of 2 frames or more, got 1"):
-        video_align.chosen_frames(1, 8.0)
+        video_align.sampled_frames(1, 8.0)

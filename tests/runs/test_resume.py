@@ -69,13 +69,14 @@ def test_resume_takes_the_newest_unfinished_run_of_this_config(tmp_path):
 
 def test_a_retried_job_starts_its_run_once_and_then_resumes_it(tmp_path, monkeypatch):
     first, again = (resume_or_create(config(tmp_path, "mine"), Path("c.yaml")) for _ in range(2))
-    assert (first[1], again[1]) == (False, True) and first[0] == again[0] == RunDir(tmp_path / "mine")
+    assert (first.resumed, again.resumed) == (False, True)
+    assert first.folder == again.folder == RunDir(tmp_path / "mine")
     with pytest.raises(ConfigError, match="run.name is not set"):
         resume_or_create(config(tmp_path), Path("c.yaml"))
     # retried after the run has finished: nothing is started, which would fail here
     monkeypatch.setattr(pipeline.tools.preflight, "check_all", lambda cfg: None)
-    first[0].summary.write_text(json.dumps({"status": "finished"}))
-    checkpoint.save(first[0].checkpoints, 100, {"weights/x": torch.zeros(1)}, {}, {}, config(tmp_path, "mine"), 1)
+    first.folder.summary.write_text(json.dumps({"status": "finished"}))
+    checkpoint.save(first.folder.checkpoints, 100, {"weights/x": torch.zeros(1)}, {}, {}, config(tmp_path, "mine"), 1)
     output = io.StringIO()
     assert (
         training.run_training(config(tmp_path, "mine"), Path("c.yaml"), or_start=True, console=Console(file=output))

@@ -14,7 +14,7 @@ from diffusers import LCMScheduler
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import SamplingSpec
-from pipeline.generators.record.first_order import StepTimes
+from pipeline.generators.record.first_order import StepTimes, kinds_for
 from pipeline.generators.record.recording import RawStep, Recording
 from pipeline.rl.samplers import Transition, log_prob, transition
 from pipeline.rl.samplers.base import clean_and_noise
@@ -40,7 +40,9 @@ def policy_transition(
     if not isinstance(scheduler, LCMScheduler):
         kind = sampling.kind if noisy else "ode"
         return transition(kind, sampling.noise_level, prediction, x, out, times.sigma, times.sigma_next, times.cap)
-    consistency = transition("lcm", 1.0, prediction, x, out, times.sigma, times.sigma_next, times.cap)
+    consistency = transition(
+        kinds_for(scheduler, prediction)[0], 1.0, prediction, x, out, times.sigma, times.sigma_next, times.cap
+    )
     if noisy:
         return consistency
     if last:

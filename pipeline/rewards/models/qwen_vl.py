@@ -1,8 +1,8 @@
-"""Qwen2-VL as the reader of a reward model: a picture or clip and a question go in, the last hidden state at the
-question's reward tokens comes out. HPSv3 and VideoReward are a small head on it.
+"""Qwen2-VL as the backbone of a reward model: maps a picture or clip and a question to the last hidden states at the
+question's reward tokens. HPSv3 and VideoReward each put a small head on these.
 
-Both were trained with the positions 0, 1, 2, … for every token, pictures included, and not with Qwen2-VL's positions in
-time, height and width (their forward pass leaves `position_ids` out); so the text model is called without them here.
+Both models were trained with plain token positions 0, 1, 2, … (their forward pass leaves out `position_ids`), pictures
+included, instead of Qwen2-VL's positions in time, height and width. So the text model is called without them here too.
 """
 
 from __future__ import annotations
@@ -30,36 +30,37 @@ if TYPE_CHECKING:
     import torch
 
 FACTOR = 28  # sides are multiples of patch 14 x merge 2
-_BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-_AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+_PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A picture or clip as Qwen2-VL takes it."""
+class VisionInput:
+    """A picture or clip as Qwen2-VL's vision tower takes it."""
 
     patches: torch.Tensor  # float32 [t * h * w, 3 * 2 * 14 * 14], normalised
     grid: tuple[int, int, int]  # t, h, w in patches
     clip: bool
 
 
-def fitted(height: int, width: int, least: int, most: int) -> tuple[int, int]:
-    """The nearest multiples of 28 whose product is from `least` to `most` pixels, the aspect ratio kept as far as
-    possible. If rounding leaves nothing between the two, `most` wins. Raises `RewardError` for extreme ratios."""
+def resized_shape(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of 28 with `min_pixels` to `max_pixels` pixels, near the input's aspect ratio.
+    If rounding leaves nothing between the two, `max_pixels` wins. Raises `RewardError` for extreme ratios."""
     if max(height, width) / min(height, width) > 200:
         raise RewardError(f"the picture is {width} x {height}; Qwen2-VL takes aspect ratios up to 200")
     new_h, new_w = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
-    if new_h * new_w > most:
-        shrink = math.sqrt(height * width / most)
+    if new_h * new_w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
         new_h, new_w = (max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (height, width))
-    elif new_h * new_w < least:
-        grow = math.sqrt(least / (height * width))
+    elif new_h * new_w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
         new_h, new_w = (math.ceil(side * grow / FACTOR) * FACTOR for side in (height, width))
     return new_h, new_w
 
 
-def shown(pixels: torch.Tensor, clip: bool) -> Shown:
-    """Pixels [F, 3, H, W] from 0 to 255, H and W multiples of 28; F even for a clip, 1 for a picture (shown twice).
+def vision_input(pixels: torch.Tensor, clip: bool) -> VisionInput:
+    """Patches of pixels [F, 3, H, W] from 0 to 255, H and W multiples of 28; F even for a clip, 1 for a picture (which
+    is repeated once).
 
     A patch is 2 frames x 14 x 14 pixels in the order channel, time, row, column; patches come frame pair by frame pair,
     in blocks of 2 x 2 that the model merges into one token.
@@ -72,7 +73,7 @@ def shown(pixels: torch.Tensor, clip: bool) -> Shown:
         x = x.expand(2, -1, -1, -1)
     t, h, w = x.shape[0] // 2, x.shape[2] // 14, x.shape[3] // 14
     x = x.reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return Shown(x.reshape(t * h * w, -1), (t, h, w), clip)
+    return VisionInput(x.reshape(t * h * w, -1), (t, h, w), clip)
 
 
 class QwenVlReader:
@@ -82,30 +83,30 @@ class QwenVlReader:
         self, weights: str, model: str, tokens: Sequence[str], device: str, dtype: str, batch: int, lora: float = 1.0
     ) -> None:
         """`weights`: safetensors of the whole model; `model`: Qwen2-VL's config and tokenizer. `lora`: alpha / rank of
-        an adapter that is still apart in the weights."""
+        the adapter, where the weights hold one unmerged."""
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
         self.device, self.dtype, self.batch = resolve_device(device), named_dtype(dtype), check_batch(batch)
         path = weight_file(weights)
-        backbone, head = split_weights(merged(read_safetensors(path), lora))
+        backbone, head = split_weights(merge_adapters(read_safetensors(path), lora))
         embedding = backbone.get("language_model.embed_tokens.weight")
         if embedding is None or not head:
-            raise InputError(f"{path}: expected a whole Qwen2-VL and a head named rm_head; see docs/rewards.md")
+            raise InputError(f"{path}: expected all weights of Qwen2-VL and a head named rm_head; see docs/rewards.md")
         self.head = {name: value.float().to(self.device) for name, value in head.items()}
         self.tokenizer = tokenizer(model)
         self.tokenizer.add_tokens(list(tokens), special_tokens=True)
         self.reward_ids = self.tokenizer.convert_tokens_to_ids(list(tokens))
         if max(self.reward_ids) >= len(embedding):
             raise InputError(
-                f"{path}: has {len(embedding)} words, the tokenizer of {model} needs {max(self.reward_ids) + 1} for "
-                f"{', '.join(tokens)}; give the `model` it was trained from"
+                f"{path}: has {len(embedding)} token embeddings, the tokenizer of {model} needs "
+                f"{max(self.reward_ids) + 1} for {', '.join(tokens)}; give the `model` it was trained from"
             )
-        self.special_tokens = [str(word) for word in self.tokenizer.added_tokens_decoder.values()]
+        self.special_tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         config = pretrained_config(Qwen2VLConfig, model)
         config.text_config.vocab_size = len(embedding)
         self.model = pretrained(Qwen2VLModel, model, self.device, self.dtype, config=config, state_dict=backbone)
 
-    def read(self, items: Sequence[Shown], questions: Sequence[str]) -> torch.Tensor:
+    def read(self, items: Sequence[VisionInput], questions: Sequence[str]) -> torch.Tensor:
         """Last hidden states float32 [N, reward tokens, D] of N pictures or clips, each with its question."""
         import torch
 
@@ -114,42 +115,46 @@ class QwenVlReader:
 
     def check_text(self, text: str) -> str:
         """The prompt, which may not contain the model's special tokens. Raises `RewardError`."""
-        for word in self.special_tokens:
-            if word in text:
-                raise RewardError(f"the prompt {text!r:.60} holds {word}, which steers the reward model; take it out")
+        for token in self.special_tokens:
+            if token in text:
+                raise RewardError(f"the prompt {text!r:.60} holds {token}, which steers the reward model; take it out")
         return text
 
-    def _read(self, items: Sequence[Shown], questions: Sequence[str]) -> torch.Tensor:
+    def _read(self, items: Sequence[VisionInput], questions: Sequence[str]) -> torch.Tensor:
         import torch
 
         texts = [self._text(item, question) for item, question in zip(items, questions, strict=True)]
         rows = [torch.tensor(self.tokenizer(text).input_ids, device=self.device) for text in texts]
-        # padding on the right, where no token looks: the model is causal
+        # padded on the right: the model is causal, so no token attends to the padding
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         patches = torch.cat([item.patches for item in items]).to(self.device, self.dtype)
         grids = torch.tensor([item.grid for item in items], device=self.device)
-        seen = torch.cat(self.model.get_image_features(patches, grids).pooler_output)
-        words = self.model.get_input_embeddings()(ids)
-        pads = [self.tokenizer.convert_tokens_to_ids(_pad(clip)) for clip in (False, True)]
-        place = ((ids == pads[0]) | (ids == pads[1])) & mask.bool()
-        words = words.masked_scatter(place[..., None].expand_as(words), seen.to(words.dtype))
-        out = self.model.language_model(inputs_embeds=words, attention_mask=mask, use_cache=False).last_hidden_state
-        at = torch.stack([(row == word).nonzero()[0, 0] for row in ids for word in self.reward_ids])
-        at = at.view(len(rows), -1)
-        return out[torch.arange(len(rows), device=self.device)[:, None], at].float()
+        features = torch.cat(self.model.get_image_features(patches, grids).pooler_output)
+        embeddings = self.model.get_input_embeddings()(ids)
+        pad_ids = [self.tokenizer.convert_tokens_to_ids(_pad(clip)) for clip in (False, True)]
+        is_visual = ((ids == pad_ids[0]) | (ids == pad_ids[1])) & mask.bool()
+        embeddings = embeddings.masked_scatter(
+            is_visual[..., None].expand_as(embeddings), features.to(embeddings.dtype)
+        )
+        out = self.model.language_model(
+            inputs_embeds=embeddings, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        positions = torch.stack([(row == token).nonzero()[0, 0] for row in ids for token in self.reward_ids])
+        positions = positions.view(len(rows), -1)
+        return out[torch.arange(len(rows), device=self.device)[:, None], positions].float()
 
-    def _text(self, item: Shown, question: str) -> str:
+    def _text(self, item: VisionInput, question: str) -> str:
         t, h, w = item.grid
-        return f"{_BEFORE}{_pad(item.clip) * (t * h * w // 4)}<|vision_end|>{question}{_AFTER}"
+        return f"{_PREFIX}{_pad(item.clip) * (t * h * w // 4)}<|vision_end|>{question}{_SUFFIX}"
 
 
 def _pad(clip: bool) -> str:
     return "<|video_pad|>" if clip else "<|image_pad|>"
 
 
-def merged(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """peft's names undone and its adapters added to what they adapt: W + scale x B A. Raises `InputError`."""
+def merge_adapters(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """The weights under their names without PEFT, adapters merged: W + scale x B A. Raises `InputError`."""
     out: dict[str, torch.Tensor] = {}
     adapters: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
@@ -161,7 +166,9 @@ def merged(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Te
             out[name.replace(".base_layer.", ".")] = value
     for name, pair in adapters.items():
         if name not in out or set(pair) != {"A", "B"}:
-            raise InputError(f"the weights hold an adapter of {name}, but not all of it and what it adapts")
+            raise InputError(
+                f"the weights hold an incomplete adapter of {name}: lora_A, lora_B and the base weight are all needed"
+            )
         out[name] = (out[name].float() + scale * pair["B"] @ pair["A"]).to(out[name].dtype)
     return out
 

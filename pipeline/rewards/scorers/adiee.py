@@ -136,13 +136,13 @@ class Adiee(Scorer):
                 )[:, -len(states) :]
         finally:
             hook.remove()
-        said = ids == self.score_id
-        for answer, has_score, question in zip(ids, said.any(1), questions, strict=True):
+        is_score = ids == self.score_id
+        for answer, has_score, question in zip(ids, is_score.any(1), questions, strict=True):
             if not has_score:
                 raise RewardError(
                     f"the answer {self.tokenizer.decode(answer)!r:.60} to {question!r:.100} has no {TOKEN}"
                 )
-        x = torch.stack(states, 1)[torch.arange(len(ids)), last_true(said)]
+        x = torch.stack(states, 1)[torch.arange(len(ids)), last_true(is_score)]
         for i, (weight, bias) in enumerate(self.head):
             x = torch.nn.functional.linear(x, weight, bias)
             x = x.relu() if i < 2 else x
@@ -151,9 +151,9 @@ class Adiee(Scorer):
         return x[:, 0].cpu().numpy()
 
 
-def last_true(said: torch.Tensor) -> torch.Tensor:
+def last_true(mask: torch.Tensor) -> torch.Tensor:
     """Where the last True of each row of bool [N, T] is, int [N]; every row has one."""
-    return said.shape[1] - 1 - said.flip(1).int().argmax(1)
+    return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
 
 
 def side_by_side(source: np.ndarray, result: np.ndarray) -> Image:

@@ -1,4 +1,4 @@
-"""HPSv3: human preference over a wide range of pictures, on Qwen2-VL-7B (Ma et al., ICCV 2025)."""
+"""HPSv3: predicted human preference for pictures of many kinds, on Qwen2-VL-7B (Ma et al., ICCV 2025)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from pipeline.core.errors import InputError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.models.qwen_vl import QwenVlReader, Shown, fitted, shown
+from pipeline.rewards.models.qwen_vl import QwenVlReader, VisionInput, resized_shape, vision_input
 
 if TYPE_CHECKING:
     import torch
 
-PIXELS = 256 * 28 * 28  # a picture's area after resizing: the least and the most
+PIXELS = 256 * 28 * 28  # a picture's area after resizing, minimum and maximum
 TOKEN = "<|Reward|>"
 
-# What the model was trained to read, to the last blank: other words give other scores.
+# The prompt that the model was trained with, whitespace included: any change changes the scores.
 QUESTION = (
     "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall "
     "score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being "
@@ -85,7 +85,7 @@ class Hpsv3(Scorer):
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         questions = [QUESTION.replace("{text_prompt}", self.reader.check_text(p.text)) for p in prompts]
-        hidden = self.reader.read([_shown(frame) for frame in media.frames[:, 0]], questions)[:, 0]
+        hidden = self.reader.read([_vision_input(frame) for frame in media.frames[:, 0]], questions)[:, 0]
         out = self._head(hidden).cpu().numpy()
         return {"score": out[:, 0], "sigma": np.exp(out[:, 1])}
 
@@ -101,11 +101,11 @@ class Hpsv3(Scorer):
         return x
 
 
-def _shown(frame: np.ndarray) -> Shown:
-    """uint8 [H, W, 3], resized to about 256 x 28 x 28 pixels by PIL's bicubic filter."""
+def _vision_input(frame: np.ndarray) -> VisionInput:
+    """Of uint8 [H, W, 3], resized to about 256 x 28 x 28 pixels by PIL's bicubic filter."""
     import torch
     from PIL import Image
 
-    height, width = fitted(frame.shape[0], frame.shape[1], PIXELS, PIXELS)
+    height, width = resized_shape(frame.shape[0], frame.shape[1], PIXELS, PIXELS)
     picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-    return shown(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], clip=False)
+    return vision_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], clip=False)

@@ -1,8 +1,8 @@
 """VideoReward of VideoAlign: visual quality, motion quality and text alignment of a clip, on Qwen2-VL-2B (Liu et al.,
 2025, arXiv 2501.13918).
 
-One question holds three reward tokens. The prompt's text stands only before the last one, and the model is causal: the
-first two scores do not depend on it.
+One question holds three reward tokens. The prompt's text comes only before the last one and the model is causal, so the
+first two scores do not depend on the prompt.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_choice
-from pipeline.rewards.models.qwen_vl import QwenVlReader, Shown, fitted, shown
+from pipeline.rewards.models.qwen_vl import QwenVlReader, VisionInput, resized_shape, vision_input
 
 TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 ASPECTS = ("visual", "motion", "text")  # in the order of the tokens
-RATE, LEAST_FRAMES, MOST_FRAMES = 2.0, 4, 768  # frames a second that are shown, and bounds of their number
-LEAST_PIXELS, MOST_PIXELS = 128 * 28 * 28, 256 * 28 * 28  # of a frame
+SAMPLE_FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768  # frames per second that are scored, and bounds of their number
+MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 256 * 28 * 28  # of a frame
 
-# The published checkpoint's model_config.json; one beside the weights wins.
+# The published checkpoint's model_config.json; a file beside the weights takes precedence.
 PUBLISHED: dict[str, dict[str, float]] = {
     "inference_config": {
         "VQ_mean": 3.6757,
@@ -37,7 +37,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "peft_lora_config": {"lora_r": 64, "lora_alpha": 128},
 }
 
-# What the model was trained to read, to the last blank: other words give other scores.
+# The prompt that the model was trained with, whitespace included: any change changes the scores.
 QUESTION = (
     "\nYou are tasked with evaluating a generated video based on three distinct criteria: Visual Quality, Motion "
     "Quality, and Text Alignment. Please provide a rating from 0 to 10 for each of the three categories, with 0 being "
@@ -111,14 +111,14 @@ class VideoAlign(Scorer):
         dtype: str = "bfloat16",
         batch: int = 2,
     ) -> None:
-        """`weights`: safetensors of the whole model; `model`: Qwen2-VL's config and tokenizer. `aspect`: what is the
-        score: overall (the sum), visual, motion or text; all three are logged as parts."""
+        """`weights`: safetensors of the whole model; `model`: Qwen2-VL's config and tokenizer. `aspect`: which
+        score is the reward: overall (the sum), visual, motion or text; all three are logged as parts."""
         self.aspect = check_choice("aspect", aspect, ("overall", *ASPECTS))
         config = published_config(Path(weights))
         lora, norm = config["peft_lora_config"], config["inference_config"]
         self.mean, self.std = (
-            np.array([norm[f"{letters}_{what}"] for letters in ("VQ", "MQ", "TA")], np.float32)
-            for what in ("mean", "std")
+            np.array([norm[f"{letters}_{statistic}"] for letters in ("VQ", "MQ", "TA")], np.float32)
+            for statistic in ("mean", "std")
         )
         scale = lora["lora_alpha"] / lora["lora_r"]
         self.reader = QwenVlReader(weights, model, TOKENS, device, dtype, batch, lora=scale)
@@ -130,9 +130,9 @@ class VideoAlign(Scorer):
         check_choice("aspect", args.get("aspect", "overall"), ("overall", *ASPECTS))
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        picks = chosen_frames(media.frames.shape[1], media.fps)
+        picks = sampled_frames(media.frames.shape[1], media.fps)
         questions = [QUESTION.replace("{text_prompt}", self.reader.check_text(p.text)) for p in prompts]
-        hidden = self.reader.read([_shown(frames[picks]) for frames in media.frames], questions)
+        hidden = self.reader.read([_vision_input(frames[picks]) for frames in media.frames], questions)
         raw = (hidden @ self.reader.head["rm_head.weight"].T)[..., 0].cpu().numpy()
         z = (raw - self.mean) / self.std
         parts = dict(zip(ASPECTS, z.T, strict=True))
@@ -152,28 +152,28 @@ def published_config(weights: Path) -> dict[str, dict[str, float]]:
     return PUBLISHED
 
 
-def chosen_frames(total: int, fps: float) -> list[int]:
-    """Which frames of a clip are shown: 2 a second, at least 4, an even number, first and last among them."""
+def sampled_frames(total: int, fps: float) -> list[int]:
+    """Indices of the frames that are scored: 2 per second, at least 4, an even number, first and last included."""
     import torch
 
-    most = min(MOST_FRAMES, total) // 2 * 2
-    count = round(min(max(total / fps * RATE, LEAST_FRAMES), most) / 2) * 2
+    limit = min(MAX_FRAMES, total) // 2 * 2
+    count = round(min(max(total / fps * SAMPLE_FPS, MIN_FRAMES), limit) / 2) * 2
     if count < 2:
         raise RewardError(f"video_align needs clips of 2 frames or more, got {total}")
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
-def _shown(frames: np.ndarray) -> Shown:
-    """uint8 [F, H, W, 3], each frame resized to at most 256 x 28 x 28 pixels.
+def _vision_input(frames: np.ndarray) -> VisionInput:
+    """Of uint8 [F, H, W, 3], each frame resized to at most 256 x 28 x 28 pixels.
 
-    As torchvision resizes tensors: bicubic with antialiasing in float, and only then 8 bits again.
+    As torchvision resizes tensors: bicubic with antialiasing in float, then rounded to 8 bits.
     """
     import torch
 
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    size = fitted(frames.shape[1], frames.shape[2], LEAST_PIXELS, MOST_PIXELS)
+    size = resized_shape(frames.shape[1], frames.shape[2], MIN_PIXELS, MAX_PIXELS)
     if size != tuple(frames.shape[1:3]):
         pixels = torch.nn.functional.interpolate(
             pixels, size, mode="bicubic", antialias=True, align_corners=False
         ).clamp(0, 255).round()  # fmt: skip
-    return shown(pixels, clip=True)
+    return vision_input(pixels, clip=True)
