@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -14,8 +15,10 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray come first: with several processes, they are the longest chain."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Tests that start Ray come first: with several processes, they are the longest chain. Then files with slow tests,
+    so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -30,6 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
+            if file.endswith("test_families.py"):
+                return nodeid.partition("[")[2] or file  # nothing is shared by two families
             return "ray" if "pytest.mark.ray" in (root / file).read_text() else file
 
     return ByFile(config, log)

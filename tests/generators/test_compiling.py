@@ -33,6 +33,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
     results = []
@@ -64,6 +65,7 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         np.testing.assert_allclose(unpack(other_weights.tensors[key]), unpack(packed), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_runs_eagerly_and_says_so(tmp_path):
     script = (
         "import logging, torch; logging.basicConfig();"

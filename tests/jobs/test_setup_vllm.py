@@ -19,6 +19,7 @@ def test_the_environment_gets_our_ray_and_our_dependencies_but_no_extras():
     assert any(line.startswith("pydantic") for line in needed) and not any("extra" in line for line in needed)
 
 
+@pytest.mark.slow
 def test_torchvision_can_be_imported_once_its_operators_are_declared(tmp_path):
     """A stand-in that asks for its operators when it is imported, as torchvision does."""
     (tmp_path / "hook.py").write_text(setup_vllm.HOOK)

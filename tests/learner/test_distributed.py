@@ -71,6 +71,7 @@ def compared(tiny_sd3, tmp_path_factory):
     }, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_ranks_train_as_one(compared, name):
     results, out = compared
@@ -90,6 +91,7 @@ def test_two_ranks_train_as_one(compared, name):
         assert two["read"] == [{0, 2}, {0, 2}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_replicas_train_as_one_and_always_the_same(compared, name):
     results, out = compared
@@ -102,6 +104,7 @@ def test_two_replicas_train_as_one_and_always_the_same(compared, name):
     assert first["ema"].checksum == again["ema"].checksum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_checkpoint_goes_from_one_rank_to_two_and_back(compared, name):
     results, out = compared
@@ -142,6 +145,7 @@ def test_every_micro_batch_counts_once_and_ranks_meet_in_equal_calls(parts):
         assert shares[0] == [Assignment(i, True) for i in range(len(kinds))]
 
 
+@pytest.mark.slow
 def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, tiny_sd3, tmp_path):
     """Context parallelism on Wan by diffusers' plan; SD3 has none and is refused."""
     cfg = tiny.config(tiny_wan, **COMMON, algorithm={"kl_beta": 0.1})
