@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 LOAD = """
 import logging
 from pathlib import Path
@@ -17,6 +19,7 @@ logger.warning("your prompt was truncated")
 """
 
 
+@pytest.mark.slow
 def test_only_what_is_named_is_dropped():
     done = subprocess.run(
         [sys.executable, "-c", LOAD], capture_output=True, text=True, timeout=120, env=dict(os.environ)

@@ -36,6 +36,8 @@ from pipeline.rl.group_plan import ode_sampling, train_work
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 CHECKS = ("probe", "parity", "ratio", "LoRA step", "full step", "export")
+# What `make test-fast` runs: a U-Net, a joint transformer, a distilled guidance, a video, two experts.
+FAST = ("StableDiffusion", "StableDiffusion3", "Flux", "Wan 2.1", "Wan 2.2 (two experts)")
 RESULTS: dict[str, dict[str, str]] = {}
 
 
@@ -132,7 +134,10 @@ def checksums(policy: Policy, but) -> dict[str, float]:
     }
 
 
-@pytest.fixture(scope="module", params=families.TESTED)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in families.TESTED],
+)
 def case(request, tmp_path_factory):
     RESULTS[request.param] = {}
     return Case(request.param, tmp_path_factory.mktemp("family"))

@@ -238,7 +238,11 @@ def test_a_missing_package_is_named(error, package, monkeypatch):
     ("build", "says"),
     [
         (families_edit.amused, ["AmusedScheduler", "no first-order counterpart"]),
-        (families_new.hunyuan_image, ["AdaptiveProjectedMixGuidance changes its rule", "sampler.window.range="]),
+        pytest.param(
+            families_new.hunyuan_image,
+            ["AdaptiveProjectedMixGuidance changes its rule", "sampler.window.range="],
+            marks=pytest.mark.slow,
+        ),
         (families_edit.skyreels_diffusion_forcing, ["none of its steps through pipe.scheduler", "no log-prob"]),
     ],
 )

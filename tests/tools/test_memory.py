@@ -24,6 +24,8 @@ from pipeline.rl.group_plan import train_work
 from pipeline.tools.memory.estimate import _add_adapters, _rollout, _run, _weight_bytes, estimate_memory, training_bytes
 from pipeline.tools.memory.meta_pipeline import MetaPipeline, weight_bytes_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)
 SMALL = ["algorithm.group_size=2", "evaluation.batch=2"]
@@ -162,7 +164,6 @@ def stored_bytes(module: torch.nn.Module) -> int:
     return total
 
 
-@pytest.mark.slow
 def test_the_controller_is_planned_with_the_takes_it_writes():
     small = load_config(ROOT / "configs" / "quickstart.yaml", SMALL)
     large = load_config(ROOT / "configs" / "quickstart.yaml", [*SMALL, "generator.height=112", "generator.width=208"])
