@@ -80,6 +80,7 @@ def test_a_machine_without_a_compiler_runs_eagerly_and_says_so(tmp_path):
     assert "generator.compile: this machine cannot" in done.stderr and "/nowhere/g++" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(UnsupportedPolicyError, match=r"transformer \(Linear\) has no blocks"):
         compile_blocks({"transformer": torch.nn.Linear(2, 2)}, torch.device("cpu"))

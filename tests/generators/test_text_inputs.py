@@ -161,6 +161,7 @@ def test_resume_is_bit_for_bit(tiny_sd3):
     assert resumed.weights("ema").checksum == straight.weights("ema").checksum
 
 
+@pytest.mark.slow
 def test_exports_give_the_same_pictures_in_plain_diffusers(start, tmp_path):
     folder, make = start
     cfg = make(trainable={"modules": "both"}, optimizer={"lr": 0.1})

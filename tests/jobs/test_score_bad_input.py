@@ -95,6 +95,7 @@ def test_every_bad_file_is_a_row_of_its_own_and_the_good_ones_are_scored(capsys,
     assert rows["alpha.png"]["score"] == pytest.approx(same, rel=0.1)  # plain white, not what lies under the alpha
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames_are_scored_and_too_many_are_refused_before_decoding(capsys, folder, monkeypatch):
     write_clip(folder / "long.mp4", 10_000, size=(16, 16))
     Image.fromarray(GREY).save(folder / "still.png")
