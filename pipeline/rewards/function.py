@@ -10,26 +10,31 @@ On videos such a function is applied to single frames, segment by segment. What 
     redness.reads = "video"                          # the whole clip at once; a parameter `fps` gets its frame rate
     redness.batched = True                           # frames [K, F, H, W, 3], lists of K prompts (and metadata) -> [K]
 
-Further parameters are options, set by `rewards.<name>.args`. A reward that cannot score must raise: the group is
-retried and never scored 0.
+Further parameters are options, set by `rewards.<name>.args`. An `async def` is awaited, all takes of a call together.
+What a reward is given is its own: it may write into the frames. A reward that cannot score must raise: the group is
+retried and never scored 0. How the file is imported: `pipeline.rewards.user_code`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import copy
+import functools
 import inspect
-import sys
+import threading
 import traceback
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer
+from pipeline.rewards.user_code import import_file
 
 _EXTRAS = ("metadata", "fps")
 
@@ -51,30 +56,70 @@ def load_function(spec: str) -> Callable[..., Any]:
             f"scorer {spec!r}: {path} is not there{did_you_mean(path.name, neighbours) or '; check the path'}"
         )
     try:
-        code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
+        module = import_file(path)  # the user's own file: running it is the point
     except SyntaxError as error:
         raise ConfigError(
-            f"{path}:{error.lineno}: syntax error in the reward file ({error.msg}); correct that line"
+            f"{error.filename or path}:{error.lineno or 1}: syntax error in the reward file ({error.msg}); correct "
+            "that line"
         ) from None
-    except (UnicodeDecodeError, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: the reward file cannot be read ({error})") from None
-    module = types.ModuleType(f"rushes_user_{path.stem}")
-    module.__file__ = str(path)
-    folder = str(path.parent.absolute())
-    if folder not in sys.path:  # so that it can import its neighbours, now and when it is called
-        sys.path.append(folder)
-    try:
-        exec(code, module.__dict__)  # the user's own file: running it is the point
-    except Exception as error:
-        last = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f":{last[-1].lineno}" if last else ""
-        raise ConfigError(f"{path}{line}: importing the reward file raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.absolute())]
+        line = f":{lines[-1].lineno}" if lines else ""
+        raise ConfigError(
+            f"{path}{line}: importing the reward file raised {type(error).__name__}: {one_line(error)}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [k for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         hint = did_you_mean(name, names) or (f"; it has {', '.join(names)}" if names else "; it defines no functions")
         raise ConfigError(f"{path}: has no function {name!r}{hint}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"{path}: {name} yields its results; a reward must return them, so use return")
     return function
+
+
+def call_function(function: Callable[..., Any], calls: Sequence[tuple[tuple, dict[str, Any]]]) -> list[Any]:
+    """The results of a user's function for each (args, kwargs). Those of an async function are awaited together.
+
+    The function owns what it is given: arrays, metadata and options are copies. Raises what the function raises.
+    """
+    with _no_exit():
+        results = [function(*copy.deepcopy(args), **copy.deepcopy(kwargs)) for args, kwargs in calls]
+    if any(inspect.isawaitable(result) for result in results):
+        return asyncio.run_coroutine_threadsafe(_all(results), _event_loop()).result()
+    return results
+
+
+async def _all(results: list[Any]) -> list[Any]:
+    """Every result, awaited where it is awaitable. Raises the first failure in order, once all have ended."""
+
+    async def one(result: Any) -> Any:
+        with _no_exit():
+            return await result if inspect.isawaitable(result) else result
+
+    done = await asyncio.gather(*map(one, results), return_exceptions=True)
+    for result in done:
+        if isinstance(result, BaseException):
+            raise result
+    return done
+
+
+@contextlib.contextmanager
+def _no_exit() -> Iterator[None]:
+    """sys.exit() in a user's function is its failure, not the end of this process."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"the function called sys.exit({error.code!r})") from error
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all async functions of the process, in a thread of its own: a client that a function keeps between
+    calls belongs to its loop, and the caller may be a coroutine itself."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 class FunctionScorer(Scorer):
@@ -88,7 +133,12 @@ class FunctionScorer(Scorer):
         self.batched = bool(getattr(self.function, "batched", False))
         if self.reads not in ("frame", "video"):
             raise ConfigError(f"{spec}: reads = {self.reads!r}; expected 'frame' or 'video'")
-        parameters = inspect.signature(self.function).parameters
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except ValueError:  # some functions written in C
+            raise ConfigError(
+                f"{spec}: the parameters of {self.function!r:.60} cannot be read; wrap it in a def"
+            ) from None
         names = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         keywords = [p.name for p in parameters.values() if p.kind == p.KEYWORD_ONLY]
         if len(names) < 2:
@@ -106,16 +156,19 @@ class FunctionScorer(Scorer):
         self.options = dict(options)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
-        metadata = [prompt.metadata for prompt in prompts]
         if self.batched:
-            return self.function(media.frames, [p.text for p in prompts], **self._extra(metadata, media.fps))
-        results = []
-        for frames, prompt, data in zip(media.frames, prompts, metadata, strict=True):
-            value = self.function(frames, prompt.text, **self._extra(data, media.fps))
+            metadata = [copy.deepcopy(prompt.metadata) for prompt in prompts]  # takes of one prompt share theirs
+            texts = [prompt.text for prompt in prompts]
+            return call_function(self.function, [((media.frames, texts), self._extra(metadata, media.fps))])[0]
+        calls = [
+            ((frames, prompt.text), self._extra(prompt.metadata, media.fps))
+            for frames, prompt in zip(media.frames, prompts, strict=True)
+        ]
+        results = call_function(self.function, calls)
+        for value in results:
             if np.ndim(value) != 0 or isinstance(value, str | bytes | dict) or value is None:
                 raise TypeError(f"the function returned {value!r:.60} instead of one number")
-            results.append(float(value))
-        return np.asarray(results, dtype=np.float32)
+        return np.asarray([float(value) for value in results], dtype=np.float32)
 
     def _extra(self, metadata: Any, fps: float) -> dict[str, Any]:
         available = {"metadata": metadata, "fps": fps}

@@ -98,9 +98,12 @@ class RewardRunner:
         return other
 
     def call(self, media: Media, prompts: Sequence[PromptItem]) -> Scored:
-        """One call of the scorer: (scores [N], parts [N]), checked. Raises `RewardError`."""
+        """One call of the scorer: (scores [N], parts [N]), checked. Raises `RewardError`.
+
+        Other rewards read the same frames, so the scorer cannot write into them; a user's function gets a copy.
+        """
         try:
-            output = self.scorer.score(media, prompts)
+            output = self.scorer.score(_read_only(media), prompts)
         except RewardError as error:
             text = str(error)
             raise type(error)(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
@@ -110,6 +113,12 @@ class RewardRunner:
                 f"{one_line(error, 600)}{_line_of(error)}"
             ) from error
         return check_output(self.name, output, len(prompts))
+
+
+def _read_only(media: Media) -> Media:
+    frames = media.frames.view()
+    frames.flags.writeable = False
+    return Media(frames=frames, fps=media.fps)
 
 
 def _line_of(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.function import is_function_spec, load_function
+from pipeline.rewards.function import call_function, is_function_spec, load_function
 from pipeline.rewards.models.pairwise import Pair, PairwiseJudge, contradictions, matches_by_prompt, win_rates
 from pipeline.rewards.registry import create_scorer, scorer_class
 
@@ -27,9 +27,12 @@ class _FunctionJudge(PairwiseJudge):
         self.spec, self.function, self.options = spec, load_function(spec), options
 
     def compare(self, first: Media, second: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
+        calls = [
+            ((a, b, prompt.text), self.options)
+            for a, b, prompt in zip(first.frames, second.frames, prompts, strict=True)
+        ]
         chances = []
-        for a, b, prompt in zip(first.frames, second.frames, prompts, strict=True):
-            value = self.function(a, b, prompt.text, **self.options)
+        for value in call_function(self.function, calls):
             if value is None or np.ndim(value) != 0 or isinstance(value, str | bytes | dict):
                 raise TypeError(f"the judge returned {value!r:.60} instead of one number from 0 to 1")
             chances.append(float(value))
@@ -57,7 +60,9 @@ class Tournament(Scorer):
         judge = args["judge"]
         if not isinstance(judge, str) or not judge:
             raise ConfigError(f"judge: found {judge!r}; expected file.py:function or a scorer that compares")
-        if not is_function_spec(judge) and not issubclass(scorer_class(judge), PairwiseJudge):
+        if is_function_spec(judge):
+            load_function(judge)
+        elif not issubclass(scorer_class(judge), PairwiseJudge):
             raise ConfigError(f"judge: {judge} scores takes one by one, it does not compare; use it without tournament")
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:

@@ -170,7 +170,7 @@ def _vision_input(frames: np.ndarray) -> VisionInput:
     """
     import torch
 
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    pixels = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float()
     size = resized_shape(frames.shape[1], frames.shape[2], MIN_PIXELS, MAX_PIXELS)
     if size != tuple(frames.shape[1:3]):
         pixels = torch.nn.functional.interpolate(
