@@ -119,7 +119,8 @@ def test_names_of_files_packages_and_installed_modules(tmp_path):
         assert score_of(f"{tmp_path}/{file}.py:score") == [value, value], file
 
 
-def test_a_file_that_has_changed_is_imported_again(tmp_path):
+def test_a_file_that_has_changed_is_imported_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for value in (1, 2):  # the same size, within a second
         write(tmp_path, {"mine.py": f"import utils\ndef score(frames, prompt):\n    return utils.K + {value}\n"})
         write(tmp_path, {"utils.py": f"K = {value}\n"})
