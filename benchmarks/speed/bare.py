@@ -46,7 +46,7 @@ def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
     work = train_work(cfg, 0, 0, loop.prompts[0])
     takes = work.takes
     with torch.no_grad():
-        latents, _ = loop.rollout(work)
+        latents = loop.rollout(work).latents
     text = work.prompts[0].text
     result: dict[str, float] = {}
 

@@ -24,8 +24,8 @@ from diffusers import (
 from diffusers.models import attention_processor
 from families import edit as families_edit
 from families import image as families_image
-from families import more as families_more
-from families import new as families_new
+from families import language_model
+from families import video as videos
 
 from jobs.cli import main
 from pipeline.core.errors import UnsupportedPolicyError
@@ -139,7 +139,7 @@ def test_inputs_that_cannot_be_recorded_are_refused(sd, monkeypatch):
 def test_a_scheduler_without_counterpart_is_refused_by_inspect(root, capsys):
     torch.manual_seed(0)
     folder = root / "svd"
-    families_more.stable_video_diffusion().save_pretrained(folder)
+    videos.stable_video_diffusion().save_pretrained(folder)
     assert main(["inspect", str(folder), "--device", "cpu"]) == 1
     assert "no first-order counterpart" in capsys.readouterr().out
 
@@ -239,7 +239,7 @@ def test_a_missing_package_is_named(error, package, monkeypatch):
     [
         (families_edit.amused, ["AmusedScheduler", "no first-order counterpart"]),
         pytest.param(
-            families_new.hunyuan_image,
+            language_model.hunyuan_image,
             ["AdaptiveProjectedMixGuidance changes its rule", "sampler.window.range="],
             marks=pytest.mark.slow,
         ),

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from families import edit as edits
 from families import image as images
-from families import joint, more, new
+from families import image_dit, joint, language_model, stable_diffusion
 from families import video as videos
 from families.parts import liven
 from pipeline.config.schema import Config
@@ -113,17 +113,17 @@ FAMILIES: dict[str, Family] = {
     "LTX": Family(videos.ltx, size=32, frames=9, call=_T5),
     "LTXImageToVideo": Family(videos.ltx_i2v, size=32, frames=9, call=_T5, conditions=("image",)),
     "Mochi": Family(videos.mochi, frames=7, call=_T5),
-    "StableDiffusionInstructPix2Pix": Family(more.instruct_pix2pix, conditions=("image",), **_DDIM),
-    "StableDiffusionXLImg2Img": Family(more.sdxl_img2img, conditions=("image",), **_DDIM, slow=True),
-    "StableDiffusion3Img2Img": Family(more.sd3_img2img, conditions=("image",), call=_T5, slow=True),
-    "AuraFlow": Family(more.aura_flow, call=_T5),
-    "CogView3Plus": Family(more.cogview3, size=32, call=_T5, **_DDIM),
-    "CogView4": Family(more.cogview4, size=32, call={"max_sequence_length": 16}, slow=True),
-    "HunyuanDiT": Family(more.hunyuan_dit, **_DDIM),
-    "Bria": Family(more.bria, call=_T5, slow=True),
-    "DiT": Family(more.class_conditional, values={"class_labels": 7}, **_DDIM),
-    "SkyReelsV2": Family(more.skyreels_v2, size=32, vae_gain=8.0, frames=5, call=_T5, slow=True),
-    "WanVACE": Family(more.wan_vace, size=32, vae_gain=8.0, frames=5, call=_T5, slow=True),
+    "StableDiffusionInstructPix2Pix": Family(stable_diffusion.instruct_pix2pix, conditions=("image",), **_DDIM),
+    "StableDiffusionXLImg2Img": Family(stable_diffusion.sdxl_img2img, conditions=("image",), **_DDIM, slow=True),
+    "StableDiffusion3Img2Img": Family(stable_diffusion.sd3_img2img, conditions=("image",), call=_T5, slow=True),
+    "AuraFlow": Family(image_dit.aura_flow, call=_T5),
+    "CogView3Plus": Family(image_dit.cogview3, size=32, call=_T5, **_DDIM),
+    "CogView4": Family(image_dit.cogview4, size=32, call={"max_sequence_length": 16}, slow=True),
+    "HunyuanDiT": Family(image_dit.hunyuan_dit, **_DDIM),
+    "Bria": Family(image_dit.bria, call=_T5, slow=True),
+    "DiT": Family(image_dit.class_conditional, values={"class_labels": 7}, **_DDIM),
+    "SkyReelsV2": Family(videos.skyreels_v2, size=32, vae_gain=8.0, frames=5, call=_T5, slow=True),
+    "WanVACE": Family(videos.wan_vace, size=32, vae_gain=8.0, frames=5, call=_T5, slow=True),
     "LatentConsistencyModelImg2Img": Family(
         edits.latent_consistency_img2img, conditions=("image",), sampler="lcm", noise=1.0, slow=True
     ),
@@ -156,14 +156,16 @@ FAMILIES: dict[str, Family] = {
     "HunyuanVideoFramepack": Family(
         edits.framepack, size=32, frames=5, vae_gain=0.3, call=_HUNYUAN, conditions=("image",)
     ),
-    "EasyAnimate": Family(new.easy_animate, size=128, frames=5),
-    "LongCatImage": Family(new.longcat_image, call={"enable_prompt_rewrite": False}),
-    "HunyuanVideo15": Family(new.hunyuan_video_15, size=32, frames=5, slow=True),
-    "Kandinsky5T2V": Family(new.kandinsky5_video, size=32, frames=5, call={"max_sequence_length": 16}, slow=True),
-    "Krea2": Family(new.krea2, call={"max_sequence_length": 16}, slow=True),
-    "ErnieImage": Family(new.ernie_image, size=32, slow=True),
-    "StableDiffusionSAG": Family(new.self_attention_guidance, **_DDIM, slow=True),
-    "StableDiffusionPAG": Family(more.perturbed_attention, **_DDIM),
+    "EasyAnimate": Family(language_model.easy_animate, size=128, frames=5),
+    "LongCatImage": Family(language_model.longcat_image, call={"enable_prompt_rewrite": False}),
+    "HunyuanVideo15": Family(language_model.hunyuan_video_15, size=32, frames=5, slow=True),
+    "Kandinsky5T2V": Family(
+        language_model.kandinsky5_video, size=32, frames=5, call={"max_sequence_length": 16}, slow=True
+    ),
+    "Krea2": Family(language_model.krea2, call={"max_sequence_length": 16}, slow=True),
+    "ErnieImage": Family(language_model.ernie_image, size=32, slow=True),
+    "StableDiffusionSAG": Family(stable_diffusion.self_attention_guidance, **_DDIM, slow=True),
+    "StableDiffusionPAG": Family(stable_diffusion.perturbed_attention, **_DDIM),
     "Ideogram4": Family(joint.ideogram4, call={"max_sequence_length": 32}, slow=True),
     "LTX2": Family(
         joint.ltx2,
@@ -172,10 +174,12 @@ FAMILIES: dict[str, Family] = {
         call={"max_sequence_length": 32, "guidance_rescale": 0.0, "spatio_temporal_guidance_blocks": [1]},
         slow=True,
     ),
-    "ChronoEdit": Family(new.chrono_edit, size=32, vae_gain=8.0, frames=5, call=_T5, conditions=("image",), slow=True),
-    "LucyEdit": Family(new.lucy_edit, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",), slow=True),
+    "ChronoEdit": Family(
+        edits.chrono_edit, size=32, vae_gain=8.0, frames=5, call=_T5, conditions=("image",), slow=True
+    ),
+    "LucyEdit": Family(edits.lucy_edit, size=32, vae_gain=8.0, frames=5, call=_T5, clips=("video",), slow=True),
     "QwenImageEditPlus": Family(
-        new.qwen_image_edit_plus, size=128, call={"max_sequence_length": 64}, conditions=("image",), slow=True
+        edits.qwen_image_edit_plus, size=128, call={"max_sequence_length": 64}, conditions=("image",), slow=True
     ),
     "LTXCondition": Family(edits.ltx_condition, size=32, frames=9, call=_T5, conditions=("image",)),
 }

@@ -8,7 +8,6 @@ import diffusers as d
 import transformers as tf
 
 from families import image as images
-from families import more
 from families import parts as p
 from families import video as videos
 from families.image import BETAS, _euler_flow, _flux_transformer, stable_diffusion
@@ -258,4 +257,30 @@ def amused():
 
 def skyreels_diffusion_forcing():
     """Refused: a copy of the scheduler per frame."""
-    return _through(d.SkyReelsV2DiffusionForcingPipeline, more.skyreels_v2())
+    return _through(d.SkyReelsV2DiffusionForcingPipeline, videos.skyreels_v2())
+
+
+def chrono_edit():
+    parts = videos._wan_parts(image_encoder=p.clip_vision(), image_processor=p.clip_image_processor())
+    parts["transformer"] = d.ChronoEditTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=4,
+        text_dim=DIM,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+        image_dim=DIM,
+        added_kv_proj_dim=24,
+    )
+    return d.ChronoEditPipeline(**parts)
+
+
+def lucy_edit():
+    return _through(d.LucyEditPipeline, d.WanPipeline(**videos._wan_parts(transformer=videos._wan_transformer(8))))
+
+
+def qwen_image_edit_plus():
+    return images.qwen_image_edit(d.QwenImageEditPlusPipeline)

@@ -10,7 +10,7 @@ from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from families import image as images
 from families import parts as p
 from families.image import _euler_flow
-from families.new import LANGUAGE, qwen3_vl
+from families.language_model import LANGUAGE, qwen3_vl
 from families.parts import DIM, tokenizer
 
 

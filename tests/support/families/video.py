@@ -304,3 +304,70 @@ def latte():
         text_encoder=p.t5(),
         tokenizer=tokenizer(),
     )
+
+
+def skyreels_v2():
+    parts = _wan_parts()
+    parts["transformer"] = d.SkyReelsV2Transformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=DIM,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+    return d.SkyReelsV2Pipeline(**parts)
+
+
+def wan_vace():
+    parts = _wan_parts()
+    parts["transformer"] = d.WanVACETransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=DIM,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+        vace_layers=[0],
+        vace_in_channels=72,
+    )
+    return d.WanVACEPipeline(**parts)
+
+
+def stable_video_diffusion():
+    """Refused: EDM noise levels, and a guidance scale per frame."""
+    return d.StableVideoDiffusionPipeline(
+        unet=d.UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            sample_size=8,
+            in_channels=8,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=DIM,
+            num_attention_heads=8,
+            projection_class_embeddings_input_dim=24,
+            addition_time_embed_dim=8,
+        ),
+        scheduler=d.EulerDiscreteScheduler(
+            **BETAS, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True
+        ),
+        vae=d.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            latent_channels=4,
+        ),
+        image_encoder=p.clip_vision(True),
+        feature_extractor=p.clip_image_processor(),
+    )

@@ -1,4 +1,4 @@
-"""Further image and video families: tiny random-weight pipelines from the real classes."""
+"""Image families with a diffusion transformer and T5, CLIP or LLaMA text encoders, or classes in place of text."""
 
 from __future__ import annotations
 
@@ -6,40 +6,8 @@ import diffusers as d
 import transformers as tf
 
 from families import parts as p
-from families.image import BETAS, _euler_flow, sd3, sdxl, stable_diffusion
+from families.image import BETAS, _euler_flow
 from families.parts import DIM, tokenizer
-from families.video import _wan_parts
-
-
-def instruct_pix2pix():
-    """Three branches in one batch, two scales."""
-    return stable_diffusion(d.StableDiffusionInstructPix2PixPipeline, unet=p.unet(in_channels=8))
-
-
-def perturbed_attention():
-    return d.StableDiffusionPAGPipeline(
-        unet=p.unet(),
-        scheduler=d.DDIMScheduler(**BETAS, clip_sample=False),
-        vae=p.kl(),
-        text_encoder=p.clip(),
-        tokenizer=tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        pag_applied_layers=["mid"],
-    )
-
-
-def sdxl_img2img():
-    return d.StableDiffusionXLImg2ImgPipeline(**sdxl().components)
-
-
-def sd3_img2img():
-    return d.StableDiffusion3Img2ImgPipeline(**_known(sd3().components, "image_encoder", "feature_extractor"))
-
-
-def _known(components, *without):
-    return {name: value for name, value in components.items() if name not in without}
 
 
 def aura_flow():
@@ -210,71 +178,4 @@ def class_conditional():
         ),
         vae=p.kl(),
         scheduler=d.DDIMScheduler(),
-    )
-
-
-def skyreels_v2():
-    parts = _wan_parts()
-    parts["transformer"] = d.SkyReelsV2Transformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=DIM,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    )
-    return d.SkyReelsV2Pipeline(**parts)
-
-
-def wan_vace():
-    parts = _wan_parts()
-    parts["transformer"] = d.WanVACETransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=DIM,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-        vace_layers=[0],
-        vace_in_channels=72,
-    )
-    return d.WanVACEPipeline(**parts)
-
-
-def stable_video_diffusion():
-    """Refused: EDM noise levels, and a guidance scale per frame."""
-    return d.StableVideoDiffusionPipeline(
-        unet=d.UNetSpatioTemporalConditionModel(
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            sample_size=8,
-            in_channels=8,
-            out_channels=4,
-            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-            cross_attention_dim=DIM,
-            num_attention_heads=8,
-            projection_class_embeddings_input_dim=24,
-            addition_time_embed_dim=8,
-        ),
-        scheduler=d.EulerDiscreteScheduler(
-            **BETAS, prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True
-        ),
-        vae=d.AutoencoderKLTemporalDecoder(
-            block_out_channels=(32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            latent_channels=4,
-        ),
-        image_encoder=p.clip_vision(True),
-        feature_extractor=p.clip_image_processor(),
     )

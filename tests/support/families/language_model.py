@@ -1,15 +1,14 @@
-"""Recent image and video families: tiny random-weight pipelines from the real classes."""
+"""Image and video families whose prompts are encoded by a (vision-)language model, such as Qwen2.5-VL or Qwen3-VL."""
 
 from __future__ import annotations
 
 import diffusers as d
 import transformers as tf
 
-from families import edit as edits
 from families import image as images
 from families import parts as p
 from families import video as videos
-from families.image import BETAS, _euler_flow
+from families.image import _euler_flow
 from families.parts import DIM, tokenizer
 
 ROPE = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
@@ -271,37 +270,3 @@ def ernie_image():
         pe=None,
         pe_tokenizer=None,
     )
-
-
-def self_attention_guidance():
-    """A third call of the denoiser, on a sample that the pipeline has blurred."""
-    scheduler = d.DDIMScheduler(**BETAS, clip_sample=False)
-    return images.stable_diffusion(d.StableDiffusionSAGPipeline, scheduler=scheduler)
-
-
-def chrono_edit():
-    parts = videos._wan_parts(image_encoder=p.clip_vision(), image_processor=p.clip_image_processor())
-    parts["transformer"] = d.ChronoEditTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12,
-        out_channels=4,
-        text_dim=DIM,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-        image_dim=DIM,
-        added_kv_proj_dim=24,
-    )
-    return d.ChronoEditPipeline(**parts)
-
-
-def lucy_edit():
-    return edits._through(
-        d.LucyEditPipeline, d.WanPipeline(**videos._wan_parts(transformer=videos._wan_transformer(8)))
-    )
-
-
-def qwen_image_edit_plus():
-    return images.qwen_image_edit(d.QwenImageEditPlusPipeline)
