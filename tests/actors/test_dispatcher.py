@@ -1,192 +1,25 @@
 """The dispatcher with made-up actors: retries on the same seeds, counted and uncounted failures, isolation of a bad
-group, lost takes, back-pressure, cancellation; and random faults under the invariants."""
+group, lost takes, back-pressure, and cancellation."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import random
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
-import tiny
+from dispatcher_world import PROMPT, World, fail_times, no_time, scores_of
 from ray import exceptions as rx
 
-from actors import worker_slot
-from actors.dispatcher import Dispatcher
 from actors.group_run import GroupFailed, GroupRun, GroupState
 from actors.ray_errors import WorkerPreempted
-from actors.ray_options import RunContext, from_bytes
-from actors.worker_pool import WorkerPool
-from actors.worker_slot import WorkerSlot, WorkerState
-from pipeline.config.resources import WorkerRange
+from actors.worker_slot import WorkerState
 from pipeline.core.errors import RewardError
-from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.core.types import PolicyVersion
 from pipeline.rl.group_plan import train_work
-
-PROMPT = PromptItem(index=0, text="a red circle")
-VERSION = PolicyVersion(number=0, tag="train", checksum="c", weights="weights")
-
-
-class Reference:
-    """To a made-up actor's answer: as with Ray's, it may be awaited again, and a cancelled await leaves the call be."""
-
-    def __init__(self, answer: Awaitable) -> None:
-        self._call = asyncio.ensure_future(answer)
-        self._call.add_done_callback(lambda call: call.cancelled() or call.exception())
-
-    def __await__(self):
-        return asyncio.shield(self._call).__await__()
-
-
-class Method:
-    def __init__(self, call: Callable) -> None:
-        self.remote = call
-
-    def options(self, **_options) -> Method:
-        return self
-
-
-class Actor:
-    """A made-up rollout worker or reward server. What it does is the `World`'s."""
-
-    def __init__(self, world: World, pool: WorkerPool, slot: WorkerSlot) -> None:
-        self.world, self.pool, self.slot = world, pool, slot
-        self.info = Method(lambda: Reference(self._info()))
-        self.start = Method(lambda *args: Reference(self._info()))
-        self.generate = Method(self._generate)
-        self.score = Method(lambda order, *media: Reference(self._score(from_bytes(order), media)))
-
-    async def _info(self) -> dict:
-        return {"host": "here", "node": "n", "pid": 0}
-
-    def _generate(self, order: bytes, weights: str | None) -> list:
-        works, key = from_bytes(order)
-        objects = [f"{what} {work.group}" for work in works for what in ("media", "trajectory")]
-        return [Reference(self._drawn(works, key, weights)), *objects]
-
-    async def _drawn(self, works: list[GroupWork], key, weights: str | None) -> list[RolloutMeta]:
-        self.world.rollouts.append((self.slot.name, works))
-        self.world.weights.append(weights)
-        await self.world.rollout_takes()
-        self.world.on_rollout(self.slot.name, works)
-        return [
-            RolloutMeta(
-                group=work.group,
-                attempt=work.attempt,
-                version=key[0],
-                worker=self.slot.name,
-                seconds={"total": 0.0},
-                trajectory_bytes=0,
-                media_bytes=0,
-            )
-            for work in works
-        ]
-
-    async def _score(self, requests, media) -> list:
-        groups = [request.group for request in requests]
-        assert list(media) == [f"media {group}" for group in groups]
-        self.world.scorings.append((self.slot.name, groups))
-        await self.world.scoring_takes()
-        return self.world.on_score(self.slot.name, groups)
-
-
-async def no_time() -> None:
-    await asyncio.sleep(0)
-
-
-def scores_of(groups: list[int]) -> list:
-    return [RewardScores(values=np.full(4, group, np.float32)) for group in groups]
-
-
-class World:
-    """A dispatcher whose actors do what a test says."""
-
-    def __init__(self, folder: Path, monkeypatch, rollout_workers=2, servers=1, rewards=("a",), **sections) -> None:
-        cfg = tiny.config(
-            folder,
-            **{
-                "run": {"steps": 9},
-                "rollout": {"workers": rollout_workers},
-                "algorithm": {"group_size": 4, "groups_per_step": 3},
-                "faults": {"max_attempts": 2, "call_timeout_s": 30},
-                **sections,
-            },
-        )
-        reward = next(iter(cfg.rewards.values())).model_copy(
-            update={"workers": WorkerRange(servers, servers), "batch_items": 12}
-        )
-        self.cfg = cfg.model_copy(update={"rewards": dict.fromkeys(rewards, reward)})
-        self.rollouts: list[tuple[str, list[GroupWork]]] = []
-        self.scorings: list[tuple[str, list[int]]] = []
-        self.weights: list[str | None] = []
-        self.rollout_takes: Callable[[], Awaitable[None]] = no_time
-        self.scoring_takes: Callable[[], Awaitable[None]] = no_time
-        self.on_rollout: Callable[[str, list[GroupWork]], None] = lambda worker, works: None
-        self.on_score: Callable[[str, list[int]], list] = lambda server, groups: scores_of(groups)
-        self.dispatcher = Dispatcher(RunContext(cfg=self.cfg, run_path=str(folder), cwd=os.getcwd()), [PROMPT])
-
-        def new_actor(pool: WorkerPool, slot: WorkerSlot) -> None:
-            slot.generation += 1
-            slot.state, slot.replace_reason = WorkerState.STARTING, ""
-            slot.handle = Actor(self, pool, slot)
-
-        monkeypatch.setattr(WorkerPool, "_new_actor", new_actor)
-        monkeypatch.setattr(worker_slot, "end_process", lambda handle: None)
-
-    def group(self, number: int) -> GroupRun:
-        return GroupRun(train_work(self.cfg, number, 0, PROMPT))
-
-    async def run_group(self, run: GroupRun, lost: str = "") -> None:
-        await self.dispatcher.run_group(run, lambda works: VERSION, lost)
-
-    async def together(self, runs: list[GroupRun]) -> list:
-        """They share a rollout call. Outcomes: None, or an exception."""
-        await self.dispatcher.rollout_together(runs, lambda works: VERSION)
-        return await asyncio.gather(*(self.run_group(run) for run in runs), return_exceptions=True)
-
-    async def all_alive(self) -> None:
-        pools = self.dispatcher.pools
-        while not all(slot.alive for pool in pools for slot in pool.slots):
-            await asyncio.sleep(0.001)
-
-    def run(self, body: Callable[[], Awaitable]):
-        async def beside_it():
-            running = asyncio.ensure_future(self.dispatcher.run())
-            try:
-                await self.dispatcher.ready()
-                await self.all_alive()
-                return await asyncio.wait_for(body(), 20)
-            finally:
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
-
-        return asyncio.run(beside_it())
-
-    @property
-    def drawn(self) -> list[list[int]]:
-        """Groups of each rollout call."""
-        return [[work.group for work in works] for _, works in self.rollouts]
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     return lambda **options: World(tmp_path, monkeypatch, **options)
-
-
-def fail_times(count: int, error: Exception) -> Callable:
-    """Raises `error` so many times."""
-    left = [count]
-
-    def fail(*_args) -> None:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise error
-
-    return fail
 
 
 def test_a_group_comes_back_with_the_scores_of_every_reward_in_config_order(world):
@@ -446,72 +279,3 @@ def test_a_cancelled_group_leaves_nothing_behind(world):
 
     w.run(body)
     assert w.drawn == [[0], [2], [4]]  # the cancelled one in the queue was never begun
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_random_faults_keep_the_invariants(world, seed):
-    """Every group ends exactly once: scored, or failed after exactly its attempts; all its attempts use the same seeds,
-    and nothing that is not its own counts."""
-    rng = random.Random(seed)
-    max_attempts = rng.choice([1, 2, 3])
-    w = world(
-        rollout_workers=rng.choice([1, 3]),
-        servers=rng.choice([1, 2]),
-        rewards=("a", "b"),
-        faults={"max_attempts": max_attempts},
-    )
-    charged: Counter[int] = Counter()
-    charged_scorings: Counter[int] = Counter()
-    errors = [MemoryError("ill"), RewardError("bad"), WorkerPreempted("asked to end"), rx.RayActorError()]
-
-    def on_rollout(worker, works):
-        if rng.random() < 0.3:
-            error = rng.choice(errors)
-            if len(works) == 1 and not isinstance(error, WorkerPreempted):
-                charged[works[0].group] += 1
-            raise error
-        for work in works:
-            charged_scorings[work.group] = 0
-
-    def on_score(server, groups):
-        if rng.random() < 0.15:
-            error = rng.choice([*errors, rx.ObjectLostError("00", None, "")])
-            if len(groups) == 1 and isinstance(error, rx.ObjectLostError):
-                charged[groups[0]] += 1
-            elif len(groups) == 1 and not isinstance(error, WorkerPreempted):
-                charged_scorings[groups[0]] += 1
-            raise error
-        bad = [group for group in groups if rng.random() < 0.1]
-        charged_scorings.update(bad)
-        return [RewardError("bad") if group in bad else scores_of([group])[0] for group in groups]
-
-    async def a_moment() -> None:
-        await asyncio.sleep(rng.random() * 1e-3)
-
-    w.on_rollout, w.on_score = on_rollout, on_score
-    w.rollout_takes = w.scoring_takes = a_moment
-
-    async def body():
-        runs = [w.group(number) for number in range(60)]
-        calls = [w.together(runs[i : i + 3]) for i in range(0, 60, 3)]
-        return runs, [outcome for outcomes in await asyncio.gather(*calls) for outcome in outcomes]
-
-    runs, outcomes = w.run(body)
-    seeds: dict[int, set] = {}
-    for _, works in w.rollouts:
-        for work in works:
-            seeds.setdefault(work.group, set()).add(work.seeds)
-            assert work.attempt <= max_attempts
-    assert all(len(of_group) == 1 for of_group in seeds.values()) and len(seeds) == 60
-    failed = [run for run, outcome in zip(runs, outcomes, strict=True) if outcome is not None]
-    assert all(isinstance(outcome, GroupFailed | None) for outcome in outcomes)
-    assert 0 < len(failed) < 60 if max_attempts == 1 else len(failed) < 60
-    for run, outcome in zip(runs, outcomes, strict=True):
-        if outcome is None:
-            assert run.state is GroupState.SCORED and list(run.scores) == ["a", "b"]
-            assert charged[run.group] == run.failed_rollouts < max_attempts
-        else:
-            # late scorings of a group that has failed already, or is drawn again, are not its own any more
-            assert outcome.attempts == max_attempts
-            assert charged[run.group] >= max_attempts or charged_scorings[run.group] >= max_attempts
-        assert run.requests == {}

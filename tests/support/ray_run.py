@@ -45,11 +45,19 @@ for function in (brightness, slow, broken, flat):
 """
 
 
+def write_files(folder: Path) -> Path:
+    """Prompt sets and the rewards above, for `make_config`."""
+    (folder / "train.txt").write_text("a red circle\nb blue square\nc green circle\na blue circle\nb red square\n")
+    (folder / "heldout.txt").write_text("c red square\na green square\nb green circle\nc blue circle\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
 def make_config(sd3: Path, files: Path, runs: Path, reward: str = "brightness", **sections) -> Config:
     base = {
         "run": {"dir": str(runs), "steps": 2},
         "prompts": {"train": str(files / "train.txt"), "heldout": str(files / "heldout.txt")},
-        # running statistics are in every checkpoint: a resumed run must go on with them
+        # running statistics are in every checkpoint: a resumed run must continue with them
         "rewards": {"own": {"scorer": f"{files / 'rewards.py'}:{reward}", "normalize": "running"}},
         "evaluation": {"prompts": 4, "steps": 3, "batch": 2},
         "optimizer": {"lr": 1e-2, "ema_decay": 0.9},
