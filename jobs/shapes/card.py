@@ -1,4 +1,4 @@
-"""Judge a freshly made generator in plain diffusers, and write its model card and sample sheet."""
+"""Evaluates a newly trained shapes generator in plain diffusers, and writes its model card and sample sheet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 10
 
 
 def sample(pipeline: DiffusionPipeline, kind: str, prompts: list[str], seed: int, **options: object) -> np.ndarray:
-    """Takes uint8 [K, F, 48, 48, 3] of K prompts (F = 1 for images) through the pipeline's ``__call__``."""
+    """Takes uint8 [K, F, 48, 48, 3] of K prompts (F = 1 for images) through the pipeline's `__call__`."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": STEPS, **call_options(kind), **options}
@@ -30,7 +30,7 @@ def sample(pipeline: DiffusionPipeline, kind: str, prompts: list[str], seed: int
 
 
 def judge(take: np.ndarray, prompt: str) -> dict[str, float]:
-    """Credits of one take uint8 [F, 48, 48, 3], ``reward`` included (video: half scene, half motion)."""
+    """Credits of one take uint8 [F, 48, 48, 3], and their mean `reward` (video: half scene, half motion)."""
     frames = [check_image(frame, prompt) for frame in take]
     credits = {name: float(np.mean([row[name] for row in frames])) for name in frames[0]}
     reward = float(np.mean(list(credits.values())))
@@ -42,20 +42,20 @@ def judge(take: np.ndarray, prompt: str) -> dict[str, float]:
 
 
 def mean_credits(takes: np.ndarray, prompts: list[str]) -> dict[str, float]:
-    """Mean of every credit over the takes whose caption asks for it."""
+    """Mean of every credit over the takes whose caption defines it."""
     rows = [judge(take, prompt) for take, prompt in zip(takes, prompts, strict=True)]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: round(float(np.mean([row[name] for row in rows if name in row])), 3) for name in names}
 
 
 def held_out_prompts(kind: str, count: int) -> list[str]:
-    """``count`` held-out prompts, going round again where there are fewer."""
+    """`count` held-out prompts, repeated in order if there are fewer."""
     prompts = scene_world.image_prompts(held_out=True) if kind == "image" else scene_world.video_prompts(held_out=True)
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def evaluate(kind: str, folder: Path, count: int | None = None) -> dict[str, object]:
-    """Sample held-out prompts at guidance 1 and ten Euler steps; returns takes, prompts, credits, seconds."""
+    """Takes, credits and seconds of held-out prompts, sampled at guidance 1 with ten Euler steps."""
     pipeline = DiffusionPipeline.from_pretrained(str(folder))
     prompts = held_out_prompts(kind, count or (128 if kind == "image" else 80))
     started = time.time()
@@ -65,7 +65,7 @@ def evaluate(kind: str, folder: Path, count: int | None = None) -> dict[str, obj
 
 
 def sheet(takes: np.ndarray, columns: int, scale: int = 2, gap: int = 2) -> Image.Image:
-    """Contact sheet of takes uint8 [K, F, H, W, 3]: images in a grid, clips as one film strip a row."""
+    """Contact sheet of takes uint8 [K, F, H, W, 3]: images in a grid, clips with one row of frames each."""
     if takes.shape[1] > 1:
         columns = takes.shape[1]
     tiles = takes.reshape(-1, *takes.shape[2:])
@@ -87,7 +87,7 @@ pipeline_tag: {task}
 
 # {name}
 
-A very small {what}, made from nothing for the Rushes quickstart by
+A very small {what}, trained from scratch for the Rushes quickstart by
 `python -m jobs.shapes.make {kind}`. It is a stock `{pipeline}`; no code of Rushes is needed to use it.
 It was trained only on pictures that `pipeline/rewards/models/scene_world.py` draws; no outside data or weights went
 into it.
@@ -110,15 +110,15 @@ out = pipe(
 
 ## What it understands
 
-A closed grammar (anything else is out of its world): {grammar}
+A small grammar, and nothing else: {grammar}
 Colours: {colours}. Shapes: {shapes}.
 
 ## Imperfect on purpose
 
 {wrong:.0%} of the training captions had one or more attributes replaced by a random other value. The pictures
-are clean; the words are only partly obeyed. That gap is what reinforcement learning has to close.
+are clean but follow the prompt only partly. Reinforcement learning has to close that gap.
 
-Never seen in training, in pictures or in captions: {held_out}. These compositions make the held-out
+Never seen in training, in pictures or in captions: {held_out}. These combinations are the held-out
 prompts (`configs/prompts/{kind}-heldout.txt`). The checker's mean credits on them, at guidance 1 and {steps}
 Euler steps, over {count} takes:
 
@@ -126,7 +126,7 @@ Euler steps, over {count} takes:
 |{rules}|
 | {values} |
 
-## Made of
+## Components
 
 {sizes}
 
@@ -139,10 +139,10 @@ weights, 10 % empty captions), seed {seed}. Text encoders were trained together 
 def write_card(
     kind: str, folder: Path, parts: ImageParts | VideoParts, recipe: Recipe, result: dict, notes: dict
 ) -> None:
-    """Write README.md and samples.png into a saved pipeline folder."""
+    """Writes README.md and samples.png into a saved pipeline folder."""
     video = kind == "video"
-    shown = 8 if video else 48
-    sheet(result["takes"][:shown], columns=12).save(folder / "samples.png", optimize=True)
+    count = 8 if video else 48
+    sheet(result["takes"][:count], columns=12).save(folder / "samples.png", optimize=True)
     credits = result["credits"]
     counts = [
         f"* `{name}`: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"

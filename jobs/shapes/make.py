@@ -1,11 +1,10 @@
-"""Make the two shipped generators from nothing: draw scenes, train an autoencoder, then a flow model.
+"""Trains the two shipped generators from scratch: draws scenes, trains an autoencoder, then a flow model.
 
     python -m jobs.shapes.make image            # -> models/shapes-image
     python -m jobs.shapes.make video            # -> models/shapes-video
 
-Deterministic for a seed, a thread count and a torch version.  Both captions and pictures come from
-``pipeline.rewards.models.scene_world``; a share of the captions is wrong on purpose (see the model card this job
-writes).
+Deterministic for a seed, a thread count and a torch version. Captions and pictures come from
+`pipeline.rewards.models.scene_world`; a share of the captions is wrong on purpose (see the model card).
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from jobs.shapes.parts import RECIPES, TEXT_LENGTH, ImageParts, Recipe, VideoPar
 from pipeline.generators.export_folder import check_replaceable
 from pipeline.rewards.models import scene_world
 
-CAPTION_VARIANTS = 4  # captions drawn per scene, each wrong or right by its own coin
-DROPOUT = 0.1  # share of captions emptied, so that classifier-free guidance works too
+CAPTION_VARIANTS = 4  # captions per scene, each wrong or right independently
+DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
 
 
 def log(text: str) -> None:
-    """One timestamped line."""
+    """Prints a line with the time."""
     print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
@@ -44,13 +43,13 @@ def log(text: str) -> None:
 
 def draw_dataset(kind: str, recipe: Recipe, seed: int) -> tuple[np.ndarray, Tensor]:
     """Pictures uint8 [N, 48, 48, 3] or clips [N, 9, 48, 48, 3], and caption ids int64 [N, variants, 12]."""
-    rng, liar = (np.random.default_rng([seed, kind == "video", use]) for use in range(2))
+    rng, caption_rng = (np.random.default_rng([seed, kind == "video", use]) for use in range(2))
     video = kind == "video"
     drawn, texts = [], []
     for _ in range(recipe.samples):
         scene = scene_world.sample_scene(rng, video=video)
         drawn.append(scene_world.draw_video(scene, rng) if video else scene_world.draw_image(scene, rng))
-        texts.append([scene_world.wrong_caption(scene, liar, recipe.wrong) for _ in range(CAPTION_VARIANTS)])
+        texts.append([scene_world.wrong_caption(scene, caption_rng, recipe.wrong) for _ in range(CAPTION_VARIANTS)])
     tokenizer = build_tokenizer()
     caption_ids: dict[str, list[int]] = {}
     for text in {text for row in texts for text in row}:
@@ -68,10 +67,10 @@ def to_pixels(drawn: np.ndarray) -> Tensor:
 
 
 def object_weights(pixels: Tensor, extra: float) -> Tensor:
-    """Loss weights float [B, 1, (F,) H, W], mean 1: pixels at and around coloured objects count ``extra`` more.
+    """Loss weights float [B, 1, (F,) H, W], mean 1: pixels at and around objects have `extra` more weight.
 
-    Objects are a twentieth of the picture and all of the difficulty; backgrounds are almost neutral, so what is
-    colourful is object.
+    Objects cover about a twentieth of a picture and are what is hard to reconstruct. Backgrounds are almost grey, so
+    colourful pixels belong to objects.
     """
     colourful = (pixels.amax(1) - pixels.amin(1) > 0.25).float()
     flat = colourful.reshape(-1, 1, *pixels.shape[-2:])
@@ -83,10 +82,10 @@ def object_weights(pixels: Tensor, extra: float) -> Tensor:
 def fit_autoencoder(
     parts: ImageParts | VideoParts, drawn: np.ndarray, recipe: Recipe, rng: np.random.Generator
 ) -> None:
-    """Train ``parts.vae`` in place: L1 + MSE + a whisper of KL.
+    """Trains `parts.vae` in place: L1 + MSE + a small KL term.
 
-    The video autoencoder sees single frames and whole clips in turn: frames are cheap and teach what is spatial.
-    bfloat16 autocast halves the time of the convolutions on CPUs that have it and costs nothing visible.
+    The video autoencoder alternates between single frames and whole clips: frames are cheap and teach spatial detail.
+    bfloat16 autocast halves the time of the convolutions on CPUs that support it, without a visible loss of quality.
     """
     optimiser = torch.optim.AdamW(parts.vae.parameters(), lr=recipe.vae_lr, weight_decay=1e-4, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(recipe.vae_steps))
@@ -99,8 +98,8 @@ def fit_autoencoder(
             pixels = to_pixels(drawn[index, rng.integers(scene_world.FRAMES, size=len(index))][:, None])
         with torch.autocast("cpu", torch.bfloat16):
             raw, kl = parts.encode_pixels(pixels, sample=True)
-            again = parts.decode_pixels(raw)
-        error = again.float() - pixels
+            decoded = parts.decode_pixels(raw)
+        error = decoded.float() - pixels
         weights = object_weights(pixels, recipe.object_weight)
         loss = (weights * (error.abs() + 2.0 * error.square())).mean() + recipe.kl * kl.float()
         optimiser.zero_grad(set_to_none=True)
@@ -114,9 +113,9 @@ def fit_autoencoder(
 
 
 def polish_decoder(parts: ImageParts | VideoParts, drawn: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> None:
-    """Train the decoder alone on jittered latents of whole clips: crisper edges, and off-manifold latents too.
+    """Trains the decoder alone on perturbed latents of whole clips, for sharper edges.
 
-    A generator's latents are never quite an encoder's; a decoder that has seen slightly wrong ones forgives them.
+    The latents that a generator draws differ slightly from an encoder's; the perturbation makes the decoder robust.
     """
     drawn = drawn[: max(1, len(drawn) // 4)]
     with torch.no_grad():
@@ -130,8 +129,8 @@ def polish_decoder(parts: ImageParts | VideoParts, drawn: np.ndarray, recipe: Re
         index = rng.integers(len(drawn), size=5)
         pixels, raw = to_pixels(drawn[index]), latents[index]
         with torch.autocast("cpu", torch.bfloat16):
-            again = parts.decode_pixels(raw + 0.08 * spread * torch.randn_like(raw))
-        error = again.float() - pixels
+            decoded = parts.decode_pixels(raw + 0.08 * spread * torch.randn_like(raw))
+        error = decoded.float() - pixels
         loss = (object_weights(pixels, recipe.object_weight) * (error.abs() + 2.0 * error.square())).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -144,7 +143,7 @@ def polish_decoder(parts: ImageParts | VideoParts, drawn: np.ndarray, recipe: Re
 
 @torch.no_grad()
 def encode_all(parts: ImageParts | VideoParts, drawn: np.ndarray) -> Tensor:
-    """Normalised latents of the whole data set; the statistics go into the VAE config on the way."""
+    """Normalised latents of the whole data set; also writes their statistics into the VAE config."""
     chunks = np.array_split(drawn, len(drawn) // 50)
     raw = torch.cat([parts.encode_pixels(to_pixels(chunk))[0] for chunk in chunks])
     parts.set_statistics(raw)
@@ -155,7 +154,7 @@ def encode_all(parts: ImageParts | VideoParts, drawn: np.ndarray) -> Tensor:
 
 
 def cosine(steps: int, warmup: int = 50, floor: float = 0.02):
-    """Learning-rate factor: linear warm-up, then half a cosine down to ``floor``."""
+    """Learning-rate factor: linear warm-up, then half a cosine down to `floor`."""
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -182,16 +181,16 @@ def fit_flow(
     seed: int,
     save_at: Callable[[int, nn.Module], None],
 ) -> None:
-    """Train transformer and text encoders in place; the averaged weights are put back at the end.
+    """Trains transformer and text encoders in place; at the end they get the averaged weights.
 
-    ``save_at(step, average)`` is called after every step with a copy of ``parts`` holding the averaged weights.
+    `save_at(step, average)` is called after every step with a copy of `parts` that holds the averaged weights.
     """
     trained = [parts.transformer, *parts.encoders]
     average = copy.deepcopy(parts).eval()
     pairs = [
         (slow, fast)
-        for mine, yours in zip([average.transformer, *average.encoders], trained, strict=True)
-        for slow, fast in zip(mine.parameters(), yours.parameters(), strict=True)
+        for averaged, module in zip([average.transformer, *average.encoders], trained, strict=True)
+        for slow, fast in zip(averaged.parameters(), module.parameters(), strict=True)
     ]
     weights = [p for module in trained for p in module.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -232,18 +231,18 @@ def fit_flow(
 
 
 def ship(kind: str, parts: ImageParts | VideoParts, recipe: Recipe, out: Path, notes: dict[str, object]) -> None:
-    """Save as a diffusers folder with card and sample sheet; the folder appears all at once or not at all."""
+    """Saves a diffusers folder with card and sample sheet; `out` is replaced only when it is complete."""
     parts.eval()
     pipeline = parts.pipeline(recipe.shift)
-    part, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
-    for leftover in (part, old):
+    partial, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".old")
+    for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.save_pretrained(part, safe_serialization=True)
-    result = evaluate(kind, part)
-    write_card(kind, part, parts, recipe, result, notes)
+    pipeline.save_pretrained(partial, safe_serialization=True)
+    result = evaluate(kind, partial)
+    write_card(kind, partial, parts, recipe, result, notes)
     if out.exists():
         out.rename(old)
-    part.rename(out)
+    partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
     log(f"shipped {out}: {result['credits']}")
 
@@ -256,7 +255,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimisation steps of the transformer")
     parser.add_argument("--wrong", type=float, help="share of wrong training captions")
-    parser.add_argument("--threads", type=int, default=1, help="small models gain nothing from a second")
+    parser.add_argument("--threads", type=int, default=1, help="a second thread does not speed up models this small")
     parser.add_argument("--work", type=Path, help="keep and reuse the trained autoencoder in this folder")
     parser.add_argument("--ship-every", type=int, default=0, help="also ship the half-trained model this often")
     parser.add_argument("--resume", type=Path, help="start from this saved pipeline's weights")
@@ -275,16 +274,16 @@ def main() -> None:
     parts = ImageParts() if options.kind == "image" else VideoParts()
     drawn, captions = draw_dataset(options.kind, recipe, options.seed)
     log(f"drew {len(drawn)} scenes in {time.time() - started:.0f} s")
-    kept = None if options.work is None else options.work / f"{options.kind}-vae.safetensors"
-    if kept is not None and kept.exists():
-        load_model(parts.vae, kept)
+    vae_file = None if options.work is None else options.work / f"{options.kind}-vae.safetensors"
+    if vae_file is not None and vae_file.exists():
+        load_model(parts.vae, vae_file)
     else:
         fit_autoencoder(parts, drawn, recipe, np.random.default_rng(options.seed))
         if recipe.polish_steps:
             polish_decoder(parts, drawn, recipe, np.random.default_rng(options.seed + 1))
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            save_model(parts.vae, str(kept))
+        if vae_file is not None:
+            vae_file.parent.mkdir(parents=True, exist_ok=True)
+            save_model(parts.vae, str(vae_file))
     parts.vae.requires_grad_(False).eval()
     vae_seconds = time.time() - started
     latents = encode_all(parts, drawn)

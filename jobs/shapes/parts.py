@@ -1,7 +1,7 @@
-"""The pieces of the two shipped generators: tokenizers, text encoders, autoencoders, transformers.
+"""The components of the two shipped generators: tokenizers, text encoders, autoencoders, transformers.
 
 Everything is a stock diffusers / transformers class with a small config, so that the saved folders load with
-``DiffusionPipeline.from_pretrained`` and nothing of this repository.  Sizes were chosen for two CPU cores.
+`DiffusionPipeline.from_pretrained`, without this repository. The sizes are chosen for two CPU cores.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from transformers import (
 from pipeline.rewards.models import scene_world
 
 TEXT_LENGTH = 12  # longest caption is 8 words, plus begin and end
-# The end token must not be id 2: transformers' CLIP then falls back to a legacy rule (largest id is the end).
+# The end token must not have id 2: transformers' CLIP would then use a legacy rule (the largest id is the end).
 SPECIALS = ("<pad>", "<bos>", "<unk>", "<eos>")
 PAD, BOS, UNK, EOS = range(4)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over the grammar's vocabulary: ``<bos> words <eos>``, padded with ``<pad>``."""
+    """Word-level tokenizer over the grammar's vocabulary: `<bos> words <eos>`, padded with `<pad>`."""
     words = [*SPECIALS, *scene_world.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -99,13 +99,13 @@ def _posterior(posterior: DiagonalGaussianDistribution, sample: bool) -> tuple[T
 
 
 class ImageParts(nn.Module):
-    """All of the image generator: 48 px -> 12 x 12 x 4 latents -> 36 tokens."""
+    """The image generator: 48 px -> 12 x 12 x 4 latents -> 36 tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = build_tokenizer()
         self.text_encoder, self.text_encoder_2 = build_clip(64, 2), build_clip(64, 2)
-        # SD3 may go without its third encoder, but plain from_pretrained then refuses the folder: a tiny one.
+        # SD3 works without its third encoder, but from_pretrained refuses a folder without it: so a tiny one.
         self.text_encoder_3 = T5EncoderModel(T5Config(**t5_sizes(128, layers=1)))
         self.vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
@@ -148,20 +148,20 @@ class ImageParts(nn.Module):
         return self.vae.decode(raw).sample
 
     def set_statistics(self, raw: Tensor) -> None:
-        """Put the latents' scale into the VAE config, so that normalised latents have unit variance."""
+        """Writes the latents' scale into the VAE config, so that normalised latents have unit variance."""
         self.vae.register_to_config(scaling_factor=float(1 / raw.std()), shift_factor=float(raw.mean()))
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Raw latents to the space the transformer works in."""
+        """Raw latents -> the normalised latents of the transformer."""
         return (raw - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def velocity(self, noisy: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
-        """Predicted ``noise - clean`` at noise level sigma float [B], captioned by token ids [B, 12]."""
+        """Predicted noise - clean at noise levels sigma float [B] for captions as token ids [B, 12]."""
         outputs = [clip(ids, output_hidden_states=True) for clip in self.encoders[:2]]
         context = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
         pooled = torch.cat([out.text_embeds for out in outputs], dim=-1)
-        # The SD3 pipeline pads the third encoder's text to max_sequence_length and masks nothing.  That length
-        # is a call argument, so the model sees several and does not come to depend on one.
+        # The SD3 pipeline pads the third encoder's text to max_sequence_length without a mask. That length
+        # is a call argument, so training varies it.
         extra = (0, 4, 52)[int(torch.multinomial(torch.tensor([0.82, 0.14, 0.04]), 1))]
         third = self.text_encoder_3(nn.functional.pad(ids, (0, extra), value=PAD))[0]
         context = torch.cat([context, third], dim=1)
@@ -183,7 +183,7 @@ class ImageParts(nn.Module):
 
 
 class VideoParts(nn.Module):
-    """All of the video generator: 9 x 48 px -> 3 x 6 x 6 x 16 latents -> 108 tokens."""
+    """The video generator: 9 x 48 px -> 3 x 6 x 6 x 16 latents -> 108 tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class VideoParts(nn.Module):
         width = 96
         self.text_encoder = UMT5EncoderModel(UMT5Config(**t5_sizes(width, layers=2)))
         # patch_size=2 folds 2 x 2 pixels into channels first (as Wan 2.2 does): no convolution runs at full
-        # resolution, which is most of what decoding costs on a CPU.  2 (fold) * 4 (two halvings) = 8x.
+        # resolution, where decoding on a CPU spends most of its time. 2 (fold) x 4 (two halvings) = 8.
         self.vae = AutoencoderKLWan(
             base_dim=16,
             z_dim=16,
@@ -235,14 +235,14 @@ class VideoParts(nn.Module):
         return self.vae.decode(raw).sample
 
     def set_statistics(self, raw: Tensor) -> None:
-        """Put the latents' per-channel mean and deviation into the VAE config."""
+        """Writes the latents' per-channel mean and standard deviation into the VAE config."""
         dims = (0, 2, 3, 4)
         self.vae.register_to_config(
             latents_mean=[float(v) for v in raw.mean(dims)], latents_std=[float(v) for v in raw.std(dims)]
         )
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Raw latents to the space the transformer works in."""
+        """Raw latents -> the normalised latents of the transformer."""
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
@@ -250,10 +250,10 @@ class VideoParts(nn.Module):
         return (raw - mean) / std
 
     def velocity(self, noisy: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
-        """Predicted ``noise - clean`` at noise level sigma float [B], captioned by token ids [B, 12]."""
+        """Predicted noise - clean at noise levels sigma float [B] for captions as token ids [B, 12]."""
         mask = ids != PAD
         context = self.text_encoder(ids, attention_mask=mask.long()).last_hidden_state
-        # WanPipeline zeroes what lies behind the caption and pads to max_sequence_length, a call argument.
+        # WanPipeline zeroes the embeddings after the caption and pads to max_sequence_length, a call argument.
         extra = (0, 4, 52)[int(torch.multinomial(torch.tensor([0.5, 0.4, 0.1]), 1))]
         context = nn.functional.pad(context * mask[..., None], (0, 0, 0, extra))
         return self.transformer(noisy, sigma * 1000, context, return_dict=False)[0]
@@ -271,21 +271,21 @@ class VideoParts(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths of one training."""
+    """Data sizes, step counts and hyperparameters of one training."""
 
     samples: int  # drawn scenes
     vae_steps: int
-    vae_batch: int  # single pictures a step
-    clip_batch: int  # video: whole clips a step, in turn with single pictures; 0 for images
+    vae_batch: int  # single pictures per step
+    clip_batch: int  # video: whole clips per step, alternating with single pictures; 0 for images
     steps: int  # transformer and text encoders
     batch: int
     vae_lr: float = 2e-3
     kl: float = 1e-3  # weight of the KL term (mean over latents)
-    object_weight: float = 0.0  # how much more the loss minds pixels at objects
-    polish_steps: int = 0  # of the decoder alone, afterwards
+    object_weight: float = 0.0  # extra loss weight of pixels at objects
+    polish_steps: int = 0  # afterwards, of the decoder alone
     lr: float = 1.2e-3
     shift: float = 2.0  # of the noise schedule
-    wrong: float = 0.45  # share of training captions with something replaced
+    wrong: float = 0.45  # share of training captions with replaced attributes
 
 
 RECIPES = {
@@ -295,7 +295,7 @@ RECIPES = {
 
 
 def call_options(kind: str) -> dict[str, object]:
-    """Keyword arguments with which the shipped pipelines are meant to be called (steps and prompt apart)."""
+    """Keyword arguments of calls of the shipped pipelines, besides prompt and steps."""
     options: dict[str, object] = {"height": scene_world.SIZE, "width": scene_world.SIZE, "guidance_scale": 1.0}
     if kind == "image":
         return options | {"max_sequence_length": TEXT_LENGTH}

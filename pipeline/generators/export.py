@@ -22,7 +22,7 @@ from pipeline.generators.checkpoint_files import ADAPTER_FILE, LORA_FILE, check_
 from pipeline.generators.load.pipeline import load_pipeline, trained_modules
 
 
-def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
+def _load_trained(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
     """The checkpoint's pipeline on the CPU with the trained weights in place, never quantised."""
     pipe = load_pipeline(cfg.generator.model_copy(update={"quantize": "none"}), torch.device("cpu"))
     modules = trained_modules(pipe, cfg.trainable)
@@ -31,8 +31,8 @@ def _loaded(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
     return pipe
 
 
-def _fresh(out: Path) -> Path:
-    """A scratch folder beside `out`, so that a half-written export is never taken for a whole one."""
+def _scratch_folder(out: Path) -> Path:
+    """A scratch folder beside `out`, so that an incomplete export never has its name."""
     out = out.absolute()
     scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -48,33 +48,33 @@ def _finish(scratch: Path, out: Path) -> Path:
 
 
 def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
-    """Writes the adapter in the format that the pipeline's own loader reads, and a README that says how. Returns `out`.
+    """Writes the adapter in the format that the pipeline's loader reads, and a README with the lines that load it.
 
     `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(out)`; components that the pipeline class has no
     LoRA loader for (a second expert, a class without one) get a folder each: for
-    `pipe.<component>.load_lora_adapter(out/<component>, prefix=None)`, or in PEFT's own format where the model class
-    has no loader either. alpha / rank is folded into lora_B, so that a loader that knows no alpha gets the same model.
-    Raises ConfigError when full weights were trained.
+    `pipe.<component>.load_lora_adapter(out/<component>, prefix=None)`, or in PEFT's format where the model class has
+    no loader either. alpha / rank is folded into lora_B, so that loaders that ignore alpha get the same model. Returns
+    `out`. Raises ConfigError when full weights were trained.
     """
     if weights.kind != "lora":
         raise ConfigError("export: this run trained full weights; use --format full")
-    pipe = _loaded(cfg, weights)
+    pipe = _load_trained(cfg, weights)
     scale = cfg.trainable.alpha / cfg.trainable.rank
     save = getattr(type(pipe), "save_lora_weights", None)
     parameters = inspect.signature(save).parameters if save is not None else {}
-    together, lines, scratch = {}, [], _fresh(out)
+    pipeline_layers, lines, scratch = {}, [], _scratch_folder(out)
     for name, module in trained_modules(pipe, cfg.trainable).items():
         if not hasattr(module, "peft_config"):
-            continue  # none of trainable.targets is in it
+            continue  # it contains none of trainable.targets
         state = get_peft_model_state_dict(module, adapter_name=adapters.ADAPTER)
         state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
-        loads = hasattr(module, "load_lora_adapter")
-        if f"{name}_lora_layers" in parameters and (loads or name.startswith("text_encoder")):
-            together[f"{name}_lora_layers"] = state
+        has_loader = hasattr(module, "load_lora_adapter")
+        if f"{name}_lora_layers" in parameters and (has_loader or name.startswith("text_encoder")):
+            pipeline_layers[f"{name}_lora_layers"] = state
             continue
         folder = scratch / name
         folder.mkdir(parents=True)
-        if loads:
+        if has_loader:
             save_file(state, folder / LORA_FILE)
             lines.append(f'pipe.{name}.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
             continue
@@ -83,8 +83,8 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(folder)
         save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / ADAPTER_FILE)
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{name}").merge_and_unload()')
-    if save is not None and together:
-        save(save_directory=scratch, safe_serialization=True, **together)
+    if save is not None and pipeline_layers:
+        save(save_directory=scratch, safe_serialization=True, **pipeline_layers)
         lines.insert(0, 'pipe.load_lora_weights(".")')
     (scratch / "README.md").write_text(
         f"LoRA for {cfg.generator.pretrained} ({type(pipe).__name__}), made by Rushes.\n\n"
@@ -96,8 +96,8 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
 
 
 def load_lora(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Puts an export of `export_lora` in place, as its README says. Raises InputError for settings that are not a plain
-    LoRA's, and what diffusers and PEFT raise."""
+    """Loads an export of `export_lora` into `pipe`, as its README says. Raises InputError for settings that are not a
+    plain LoRA's, and what diffusers and PEFT raise."""
     files = lora_files(folder)
     check_lora(files)
     for path in files:
@@ -112,9 +112,9 @@ def load_lora(pipe: DiffusionPipeline, folder: Path) -> None:
 
 def export_full(cfg: Config, weights: WeightSet, out: Path) -> Path:
     """Writes a whole diffusers folder for `DiffusionPipeline.from_pretrained(out)`; a LoRA is merged in."""
-    pipe = _loaded(cfg, weights)
+    pipe = _load_trained(cfg, weights)
     if weights.kind == "lora":
         adapters.merge_and_unload(trained_modules(pipe, cfg.trainable))
-    scratch = _fresh(out)
+    scratch = _scratch_folder(out)
     pipe.save_pretrained(scratch, safe_serialization=True)
     return _finish(scratch, out)

@@ -1,6 +1,6 @@
 """How many rollout workers and reward servers a learner can use: a model of one step's time, and a choice from it.
 
-Everything is computed from seconds that were measured (`measured` reads them from a run's metrics) or given.
+It is computed from times that are measured (`measured` reads them from a run's metrics) or given.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SLACK = 0.05  # a step may be this share longer than with unlimited reward servers
+SLACK = 0.05  # a step may take this share longer than with unlimited reward servers
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of work in one optimisation step, were there one worker of each kind."""
+    """Seconds of work in one optimisation step with one worker of each kind."""
 
     groups: int  # groups per step
     rollout: float  # drawing all groups, on one rollout worker
@@ -26,12 +26,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class Sizing:
-    """Numbers of workers and what they lead to."""
+    """Numbers of workers, and the predicted step time and utilisation."""
 
     rollout: int
     reward: dict[str, int]
     step: float  # seconds
-    rollout_busy: float  # share of the time that a rollout worker works
+    rollout_busy: float  # share of the time that a rollout worker is busy
     learner_busy: float
 
 
@@ -40,33 +40,37 @@ def step_seconds(times: Timings, rollout: int, reward: Mapping[str, int], stalen
 
     staleness 0: the roles take turns. Workers draw whole groups in waves; scoring begins with the first finished group
     and ends after the last wave, or after the slowest reward has caught up; then comes the update.
-    staleness s > 0: the roles overlap, so the busiest one decides; but a group's way through all of them must fit into
-    s + 1 steps, whatever the number of workers.
+    staleness s > 0: the roles overlap, so the busiest one decides; but one group's latency through all of them must fit
+    into s + 1 steps, whatever the number of workers.
     """
-    groups, one = times.groups, times.rollout / times.groups
+    groups, group_s = times.groups, times.rollout / times.groups
     update = times.learn + times.sync
     if staleness:
-        way = one + max((s / groups for s in times.score.values()), default=0.0) + update
+        latency = group_s + max((s / groups for s in times.score.values()), default=0.0) + update
         busiest = max([times.rollout / rollout, update, *(s / reward[name] for name, s in times.score.items())])
-        return max(busiest, way / (staleness + 1))
+        return max(busiest, latency / (staleness + 1))
     waves = math.ceil(groups / rollout)
     last_wave = groups - (waves - 1) * rollout
-    ready = waves * one
+    ready = waves * group_s
     for name, seconds in times.score.items():
         each, servers = seconds / groups, reward[name]
         ready = max(
-            ready, waves * one + math.ceil(last_wave / servers) * each, one + math.ceil(groups / servers) * each
+            ready,
+            waves * group_s + math.ceil(last_wave / servers) * each,
+            group_s + math.ceil(groups / servers) * each,
         )
     return ready + update
 
 
 def size(times: Timings, rollout: int, staleness: int) -> Sizing:
-    """`rollout` workers with the fewest reward servers that do not hold them up (by more than 5 %)."""
-    most = times.groups * (staleness + 1)
-    reward = dict.fromkeys(times.score, most)
+    """`rollout` workers with the fewest reward servers that do not slow them down (by more than 5 %)."""
+    max_servers = times.groups * (staleness + 1)
+    reward = dict.fromkeys(times.score, max_servers)
     limit = step_seconds(times, rollout, reward, staleness) * (1 + SLACK)
     for name in reward:
-        enough = (n for n in range(1, most + 1) if step_seconds(times, rollout, reward | {name: n}, staleness) <= limit)
+        enough = (
+            n for n in range(1, max_servers + 1) if step_seconds(times, rollout, reward | {name: n}, staleness) <= limit
+        )
         reward[name] = next(enough)
     step = step_seconds(times, rollout, reward, staleness)
     return Sizing(
@@ -78,12 +82,12 @@ def size(times: Timings, rollout: int, staleness: int) -> Sizing:
     )
 
 
-def choices(times: Timings, staleness: int, most: int | None = None) -> list[Sizing]:
+def choices(times: Timings, staleness: int, max_rollout: int | None = None) -> list[Sizing]:
     """One sizing per useful number of rollout workers, ascending; numbers that save no time are left out.
-    More workers than the groups that may be under way never help."""
+    Workers beyond the number of groups that may be in flight never help."""
     limit = times.groups * (staleness + 1)
     rows: list[Sizing] = []
-    for rollout in range(1, min(limit, most or limit) + 1):
+    for rollout in range(1, min(limit, max_rollout or limit) + 1):
         row = size(times, rollout, staleness)
         if not rows or row.step < rows[-1].step * (1 - 1e-3):
             rows.append(row)
@@ -102,10 +106,10 @@ def choose(rows: Sequence[Sizing], worth: float) -> Sizing:
 def measured(
     records: Sequence[Mapping[str, float]], groups: int, rollout_workers: int, reward_workers: Mapping[str, int]
 ) -> Timings:
-    """Medians over the steps of a run (metrics.jsonl), the first left out where there are others: it warms up.
+    """Medians over the steps of a run (metrics.jsonl), without the first if there are others: it is the warm-up.
 
-    The metrics are seconds per worker, so they are multiplied by the workers of their time: those that the record
-    itself states (`workers/rollout`, `workers/reward.NAME`), else those given here. Raises ValueError without any step.
+    The metrics are seconds per worker, so they are multiplied by the number of workers at that step: what the record
+    states (`workers/rollout`, `workers/reward.NAME`), else the given numbers. Raises ValueError without any step.
     """
     rows = [row for row in records if "time/rollout" in row]
     rows = rows[1:] if len(rows) > 2 else rows

@@ -51,7 +51,7 @@ def test_the_choice_stops_where_workers_no_longer_pay():
     rows = choices(GUIDE, 1)
     assert [row.rollout for row in rows] == [1, 2, 3, 4] and choose(rows, 0.05) is rows[-1]
     assert choose(rows, 0.05).reward == {"clip": 1}
-    assert choose(choices(GUIDE, 1, most=2), 0.05).rollout == 2
+    assert choose(choices(GUIDE, 1, max_rollout=2), 0.05).rollout == 2
     rows = choices(GUIDE, 0)
     assert [row.rollout for row in rows] == [1, 2, 3, 4, 7, 8]  # 5 and 6 need two waves like 4
     assert (

@@ -1,4 +1,7 @@
-"""The first-order grid that a pipeline's scheduler stands for, and the times of each of its steps."""
+"""The first-order time grid in place of a pipeline's scheduler, and the noise levels of each of its steps.
+
+The recorder draws policy steps on this grid, and the learner replays them at the recorded levels.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from diffusers import (
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.rl.samplers import samplers_for
 
-# Kept as they are: their grid is DDIM's, and some pipelines ask for the class.
-_KEPT = (DDIMScheduler, CogVideoXDDIMScheduler, LCMScheduler)
+# Kept as they are: their grid is DDIM's, and some pipelines check the class.
+_FIRST_ORDER = (DDIMScheduler, CogVideoXDDIMScheduler, LCMScheduler)
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Flow: sigma falls from 1 to 0, whatever the scheduler's own direction. Others: alphas_cumprod."""
+    """Noise levels of a step. Flow: sigma, falling from 1 to 0 in any scheduler's direction. Others: alphas_cumprod."""
 
     sigma: float
     sigma_next: float
@@ -54,16 +57,16 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def kinds_for(scheduler: Any, prediction: str) -> tuple[str, ...]:
-    """The sampler kinds that fit, best first."""
+    """Samplers (`sampler.kind`) that fit the scheduler, best first."""
     return samplers_for(prediction, type(scheduler).__name__)
 
 
 def _no_begin_index(begin_index: int = 0) -> None:
-    """DDIM finds its place by the timestep."""
+    """DDIM finds its position by the timestep."""
 
 
 def _first_order_flow(scheduler: Any) -> Any:
-    """The scheduler itself, or the one that takes one model call per step on its grid and draws no noise of its own."""
+    """The scheduler itself, or the one that takes one model call per step on its grid and draws no noise."""
     config = scheduler.config
     if isinstance(scheduler, FlowMatchLCMScheduler) and config.get("scale_factors"):
         raise UnsupportedPolicyError(
@@ -87,7 +90,7 @@ def _first_order_flow(scheduler: Any) -> Any:
 
 
 def first_order_scheduler(pipe: Any) -> str:
-    """Puts the matching first-order grid in place where the checkpoint's scheduler has another; returns prediction.
+    """Replaces the checkpoint's scheduler by a first-order one where it is not one; returns the prediction type.
 
     Flow schedulers of order 1 keep their own sigmas (their `step` is replaced anyway). Diffusion models get DDIM,
     whose latents are not rescaled by sigma as in the Euler and LMS families.
@@ -101,11 +104,11 @@ def first_order_scheduler(pipe: Any) -> str:
         return prediction
     if isinstance(scheduler, CogVideoXDPMScheduler):
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(scheduler.config)
-    elif not isinstance(scheduler, _KEPT) or scheduler.config.get("thresholding"):
+    elif not isinstance(scheduler, _FIRST_ORDER) or scheduler.config.get("thresholding"):
         clip = bool(scheduler.config.get("clip_sample", False))
         pipe.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clip, thresholding=False)
         if hasattr(scheduler, "set_begin_index"):
-            pipe.scheduler.set_begin_index = _no_begin_index  # some pipelines call it without looking for it
+            pipe.scheduler.set_begin_index = _no_begin_index  # some pipelines call it without checking that it exists
     ours, theirs = pipe.scheduler.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), atol=1e-5):
         raise UnsupportedPolicyError(

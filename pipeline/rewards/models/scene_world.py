@@ -1,10 +1,10 @@
-"""Procedurally drawn, captioned scenes: the world both shipped generators are trained on.
+"""Procedurally drawn, captioned scenes: the training data of both shipped generators, and what the scene scorer checks.
 
-A :class:`Scene` is the full list of attributes of one picture or clip.  ``caption`` and ``parse_caption`` are
-exact inverses of each other over a small closed grammar, ``draw_image`` / ``draw_video`` render a scene with
-random free parameters (place, size, background tint), and ``is_held_out`` is the one definition of the split.
+`Scene` holds the attributes of one picture or clip. `caption` and `parse_caption` are inverses of each other over a
+small grammar, `draw_image` and `draw_video` render a scene with random position, size and background tint, and
+`is_held_out` defines the split into training and held-out scenes.
 
-Grammar (one line each, words only, no punctuation)::
+Grammar (words only, no punctuation):
 
     a COLOUR SHAPE
     a COLOUR SHAPE at the left|right|top|bottom
@@ -13,7 +13,7 @@ Grammar (one line each, words only, no punctuation)::
     a COLOUR SHAPE moving left|right|up|down slowly|quickly         (video)
 
 Coordinates are pixels with the origin at the top left; every drawing is 48 x 48.
-Only numpy and PIL are needed here: workers that merely score must not have to import torch.
+Only numpy and PIL are imported, so that reward servers need not import torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 SIZE = 48  # pixels, both axes
 FRAMES = 9  # 1 + 2 * 4: a causal video VAE with 4x temporal compression makes 3 latent frames of it
 FPS = 8.0
-SUPERSAMPLE = 8  # drawn this much larger, then box-filtered down: smooth edges at 48 px
+SUPERSAMPLE = 8  # drawn this much larger, then box-filtered down for smooth edges
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (222, 44, 40),
@@ -44,24 +44,24 @@ RELATIONS = ("left of", "right of", "above", "below")
 DIRECTIONS = ("left", "right", "up", "down")
 SPEEDS = ("slowly", "quickly")
 
-# Compositions no generator is trained on and no RL prompt names: about a fifth of the 24.  Every colour and
-# every shape still occurs in training with other partners, so what is tested is composing, not vocabulary.
+# Colour and shape combinations in no generator's training data and no training prompt: about a fifth of the 24. Every
+# colour and every shape occurs in training with others, so they test composition, not vocabulary.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {("red", "triangle"), ("green", "square"), ("blue", "cross"), ("yellow", "circle"), ("purple", "square")}
 )
 
-# Unit steps (dx, dy) for everything that names a side or a direction.
+# Unit steps (dx, dy) of all words for a side or a direction.
 STEPS = {
     "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "up": (0, -1), "down": (0, 1),
     "left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1),
 }  # fmt: skip
-# Pixels per frame step for each speed word; the checker cuts between the two ranges.
+# Pixels per frame for each speed word; the checker's threshold is between the two ranges.
 SPEED_RANGES = {"slowly": (0.85, 1.15), "quickly": (2.2, 2.7)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Attributes of one scene; ``None`` marks an attribute its caption does not mention."""
+    """Attributes of one scene; None: the caption does not mention it."""
 
     colour: str
     shape: str
@@ -75,12 +75,12 @@ class Scene:
 
     @property
     def is_video(self) -> bool:
-        """True where the scene moves."""
+        """Whether the scene moves."""
         return self.direction is not None
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The (colour, shape) compositions the scene names, one or two."""
+        """The one or two (colour, shape) pairs of the scene."""
         first = (self.colour, self.shape)
         return (first,) if self.relation is None else (first, (self.other_colour or "", self.other_shape or ""))
 
@@ -89,7 +89,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The one caption of ``scene``."""
+    """The caption of `scene`; every scene has exactly one."""
     noun = scene.shape if scene.count == 1 else PLURALS[scene.shape]
     text = f"{COUNTS[scene.count]} {scene.colour} {noun}"
     if scene.position is not None:
@@ -102,7 +102,7 @@ def caption(scene: Scene) -> str:
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene a caption describes; raises ``ValueError`` naming the first word that does not fit."""
+    """The scene that a caption describes. Raises ValueError naming the first word that does not fit."""
     words = text.strip().lower().split()
     where = f"caption {text!r}"
     if len(words) < 3:
@@ -138,7 +138,7 @@ def parse_caption(text: str) -> Scene:
 
 
 def _pair(colour: str, shape: str, where: str) -> tuple[str, str]:
-    """Check one colour word and one shape word."""
+    """(colour, shape) if both are words of the grammar. Raises ValueError."""
     if colour not in PALETTE:
         raise ValueError(f"{where}: {colour!r} is not a colour; one of {', '.join(PALETTE)}")
     if shape not in SHAPES:
@@ -147,7 +147,7 @@ def _pair(colour: str, shape: str, where: str) -> tuple[str, str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word the grammar can produce, sorted: the word-level tokenizers are built from it."""
+    """All words of the grammar, sorted; the word-level tokenizers are built from them."""
     words = {"at", "the", "moving", *PALETTE, *SHAPES, *PLURALS.values(), *COUNTS.values(), *POSITIONS}
     words |= {*DIRECTIONS, *SPEEDS}
     for relation in RELATIONS:
@@ -159,12 +159,12 @@ def vocabulary() -> list[str]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True where the scene names a held-out composition anywhere."""
+    """Whether the scene contains a held-out (colour, shape) pair."""
     return any(pair in HELD_OUT for pair in scene.pairs)
 
 
 def all_image_scenes() -> list[Scene]:
-    """Every image scene of the grammar in a fixed order: plain, placed, counted, related."""
+    """All image scenes of the grammar in a fixed order: single objects, positions, counts, relations."""
     pairs = [(colour, shape) for colour in PALETTE for shape in SHAPES]
     scenes = [Scene(c, s) for c, s in pairs]
     scenes += [Scene(c, s, position=p) for c, s in pairs for p in POSITIONS]
@@ -180,34 +180,34 @@ def all_image_scenes() -> list[Scene]:
 
 
 def all_video_scenes() -> list[Scene]:
-    """Every video scene of the grammar in a fixed order."""
+    """All video scenes of the grammar in a fixed order."""
     return [Scene(c, s, direction=d, speed=v) for c in PALETTE for s in SHAPES for d in DIRECTIONS for v in SPEEDS]
 
 
 def image_prompts(held_out: bool, count: int | None = None) -> list[str]:
-    """Image prompts of one side of the split, distinct and deterministic.
+    """Distinct image prompts of one side of the split, the same at every call.
 
-    Relations outnumber everything else in the grammar, so they are thinned to fill up to ``count`` lines
-    (default 256 for training, 128 held out) while every shorter caption is kept.
+    Relations outnumber all other scenes, so only as many are drawn as fill up `count` prompts (default 256 for
+    training, 128 held out); all other scenes are kept.
     """
     count = (128 if held_out else 256) if count is None else count
-    side = [scene for scene in all_image_scenes() if is_held_out(scene) == held_out]
-    short = [scene for scene in side if scene.relation is None]
-    related = [scene for scene in side if scene.relation is not None]
+    scenes = [scene for scene in all_image_scenes() if is_held_out(scene) == held_out]
+    others = [scene for scene in scenes if scene.relation is None]
+    related = [scene for scene in scenes if scene.relation is not None]
     order = np.random.default_rng(20).permutation(len(related))
-    chosen = short + [related[i] for i in order[: max(0, count - len(short))]]
-    mixed = np.random.default_rng(21).permutation(len(chosen))  # the first lines of a file show every kind
+    chosen = others + [related[i] for i in order[: max(0, count - len(others))]]
+    mixed = np.random.default_rng(21).permutation(len(chosen))  # so that the first lines of a file show every kind
     return [caption(chosen[i]) for i in mixed][:count]
 
 
 def video_prompts(held_out: bool) -> list[str]:
-    """Video prompts of one side of the split (152 for training, 40 held out), in a fixed mixed order."""
-    side = [scene for scene in all_video_scenes() if is_held_out(scene) == held_out]
-    return [caption(side[i]) for i in np.random.default_rng(22).permutation(len(side))]
+    """Video prompts of one side of the split (152 for training, 40 held out), in a fixed shuffled order."""
+    scenes = [scene for scene in all_video_scenes() if is_held_out(scene) == held_out]
+    return [caption(scenes[i]) for i in np.random.default_rng(22).permutation(len(scenes))]
 
 
 def prompt_files() -> dict[str, list[str]]:
-    """The lines of the four files in configs/prompts, by file name: a caption each."""
+    """File name -> lines of the four prompt files in configs/prompts, one caption per line."""
     return {
         "image-train.txt": image_prompts(held_out=False),
         "image-heldout.txt": image_prompts(held_out=True),
@@ -220,7 +220,7 @@ def prompt_files() -> dict[str, list[str]]:
 
 
 def sample_scene(rng: np.random.Generator, video: bool = False, held_out: bool = False) -> Scene:
-    """One random scene of one side of the split; image kinds are drawn with fixed shares."""
+    """A random scene of one side of the split; the kinds of image scenes have fixed probabilities."""
     while True:
         colour, shape = str(rng.choice(list(PALETTE))), str(rng.choice(SHAPES))
         scene = Scene(colour, shape)
@@ -245,7 +245,7 @@ def sample_scene(rng: np.random.Generator, video: bool = False, held_out: bool =
 
 
 def changed(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene:
-    """``scene`` with one named attribute set to a random *other* value that keeps its caption in the grammar."""
+    """`scene` with `attribute` set to a random different value, such that its caption stays in the grammar."""
     options: dict[str, list] = {
         "colour": [c for c in PALETTE if c != scene.other_colour],
         "other_colour": [c for c in PALETTE if c != scene.colour],
@@ -262,7 +262,7 @@ def changed(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene:
 
 
 def stated_attributes(scene: Scene) -> list[str]:
-    """Names of the attributes the caption states and that can be changed one at a time."""
+    """Names of the attributes that the caption states and that can be changed independently."""
     names = ["colour", "shape"]
     if scene.position is None and scene.relation is None and scene.direction is None:
         names.append("count")  # the grammar has no 'two circles at the left'
@@ -274,11 +274,11 @@ def stated_attributes(scene: Scene) -> list[str]:
 
 
 def wrong_caption(scene: Scene, rng: np.random.Generator, p: float = 0.35, further: float = 0.45) -> str:
-    """A training caption: right with probability ``1 - p``, else with attributes replaced at random.
+    """A training caption: correct with probability 1 - p, else with attributes replaced at random.
 
-    One attribute is replaced, and each further one with probability ``further``.  This is how the shipped models come
-    to be imperfect on purpose: the pictures are clean while the words are only partly obeyed, which is the gap
-    reinforcement learning is there to close.  A held-out composition never enters a caption, right or wrong.
+    One attribute is replaced, and each further one with probability `further`. Wrong captions make the shipped models
+    imperfect on purpose: pictures are clean but follow the prompt only partly, which leaves reinforcement learning
+    something to improve. No caption contains a held-out pair.
     """
     if rng.random() >= p:
         return caption(scene)
@@ -297,7 +297,7 @@ def wrong_caption(scene: Scene, rng: np.random.Generator, p: float = 0.35, furth
 
 
 def shape_polygon(shape: str) -> np.ndarray | None:
-    """Corners float [N, 2] in the box [-1, 1]^2 of a polygonal shape; None for the circle."""
+    """Corners float [N, 2] of a polygonal shape, in the box [-1, 1]^2; None for the circle."""
     if shape == "square":
         return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float) * 0.9
     if shape == "triangle":
@@ -310,7 +310,7 @@ def shape_polygon(shape: str) -> np.ndarray | None:
 
 
 def paint(canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: float, y: float, r: float):
-    """Draw one filled shape of 'radius' ``r`` centred at (x, y), all in canvas pixels."""
+    """Draws a filled shape of "radius" `r` centred at (x, y), all in canvas pixels."""
     corners = shape_polygon(shape)
     if corners is None:
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
@@ -319,7 +319,7 @@ def paint(canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int],
 
 
 def render(objects: list[tuple[str, str, float, float, float]], background: tuple[int, int, int]) -> np.ndarray:
-    """Frame uint8 [48, 48, 3] of ``(colour, shape, x, y, radius)`` objects on a plain background."""
+    """Frame uint8 [48, 48, 3] of `objects` (colour, shape, x, y, radius) on a plain background."""
     side = SIZE * SUPERSAMPLE
     image = Image.new("RGB", (side, side), background)
     canvas = ImageDraw.Draw(image)
@@ -335,7 +335,7 @@ def random_background(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, float, float, float]]:
-    """Random places and sizes, in pixels, that satisfy an image scene with room to spare."""
+    """Random positions and sizes, in pixels, that satisfy an image scene with a margin."""
     mid = SIZE / 2
     if scene.relation is not None:
         dx, dy = STEPS[scene.relation]
@@ -355,12 +355,12 @@ def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str
         r = rng.uniform(6.2, 7.4)
         centres: list[np.ndarray] = []
         while len(centres) < scene.count:
-            spot = rng.uniform(r * 1.05 + 1.5, SIZE - r * 1.05 - 1.5, 2)
-            # Bounding boxes apart on some axis, so that no two shapes can touch whatever their outline.
-            if all(np.abs(spot - c).max() > 2.1 * r + 2.5 for c in centres):
-                centres.append(spot)
+            centre = rng.uniform(r * 1.05 + 1.5, SIZE - r * 1.05 - 1.5, 2)
+            # Bounding boxes are disjoint, so that no two shapes touch.
+            if all(np.abs(centre - c).max() > 2.1 * r + 2.5 for c in centres):
+                centres.append(centre)
             elif rng.random() < 0.02:
-                centres.clear()  # a corner was painted into: start over
+                centres.clear()  # no room may be left for another object: start over
         return [(scene.colour, scene.shape, float(x), float(y), float(r)) for x, y in centres]
     r = float(rng.uniform(7.5, 10.0))
     if scene.position is None:
@@ -373,7 +373,7 @@ def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str
 
 
 def draw_image(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Picture uint8 [48, 48, 3] of an image scene (a moving scene draws as its object at rest)."""
+    """Picture uint8 [48, 48, 3] of an image scene (of a moving scene: its object at rest)."""
     return render(place_objects(scene, rng), random_background(rng))
 
 
