@@ -1,8 +1,8 @@
 """Makes the environment in which `vlm_judge` runs vLLM's engine: `python -m jobs.setup_vllm [.venv-vllm [cpu|gpu]]`.
 
-vLLM pins torch and transformers, so it does not go into Rushes' own environment: reward servers that need it start
+vLLM pins torch and transformers, so it needs a separate environment: reward servers that need it start
 with `runtime_env: {py_executable: .venv-vllm/bin/python}`. The environment gets this Python, this Ray and Rushes' own
-dependencies, and vLLM: unless told, the CPU build where there is no `nvidia-smi` (4.4 GB, some minutes).
+dependencies, and vLLM: by default the CPU build where there is no `nvidia-smi` (4.4 GB, some minutes).
 """
 
 from __future__ import annotations

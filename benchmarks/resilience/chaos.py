@@ -71,7 +71,7 @@ class Chaos:
                 return False
             self._nodes.kill(self._random.randrange(len(self._nodes.nodes)))
             self._missing.append(time.monotonic())
-            what = "node"
+            victim_name = "node"
         else:
             living: list[Actor] = [actor for actor in actors(self._run.name) if actor.role == kind]
             if not living:
@@ -79,9 +79,9 @@ class Chaos:
             victim = self._random.choice(living)
             if not kill_process(victim.pid):
                 return False
-            what = victim.name
+            victim_name = victim.name
         self.kills[kind] += 1
-        say(f"killed {what} ({self.kills.total()}); the run is at step {self._run.step}")
+        say(f"killed {victim_name} ({self.kills.total()}); the run is at step {self._run.step}")
         return True
 
 

@@ -163,7 +163,7 @@ def actors(run: str) -> list[Actor]:
 
 
 def end_properly_on_sigterm() -> None:
-    """So that `finally` ends the raylets also when the script itself is told to go."""
+    """Makes SIGTERM raise SystemExit, so that `finally` blocks end the raylets."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 

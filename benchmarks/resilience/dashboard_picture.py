@@ -86,9 +86,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--run", default=".*", help="regular expression, as the dashboard's variable")
     parser.add_argument("--out", type=Path, default=Path("docs/images/dashboard.png"))
-    given = parser.parse_args()
-    empty = draw(json.loads(DASHBOARD.read_text()), given.prometheus, given.minutes, given.run, given.out)
-    print(f"{given.out}: {given.out.stat().st_size / 1000:.0f} kB; without data: {', '.join(empty) or 'none'}")
+    options = parser.parse_args()
+    empty = draw(json.loads(DASHBOARD.read_text()), options.prometheus, options.minutes, options.run, options.out)
+    print(f"{options.out}: {options.out.stat().st_size / 1000:.0f} kB; without data: {', '.join(empty) or 'none'}")
 
 
 if __name__ == "__main__":

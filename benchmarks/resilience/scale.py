@@ -2,9 +2,10 @@
 
     python -m benchmarks.resilience.scale [--steps 14] [--report FILE]
 
-The cluster begins with one worker node that has room for two workers; another node joins after four are asked for. What
-is measured: seconds from asking to the first group drawn by a new worker, from the node's joining to the first group
-drawn on it, and from asking for one worker until the others' processes are gone and no object is left on their node.
+The cluster begins with one worker node that has room for two workers; another node joins after four are requested.
+Measures seconds from the request to the first group drawn by a new worker, from the node's joining to the first group
+drawn on it, and from the request for one worker until the others' processes are gone and no object is left on their
+node.
 The last line of stdout is one JSON object; the exit code is 0 when the run finished and lost no group.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.resilience.soak --minutes 20 [--report FILE]
 
 Samples every five seconds. The first quarter is warm-up; over the rest a straight line is fitted to each actor's memory
-(of one process: a replaced one begins anew) and to the object stores. An actor's resident memory counts what it has
+(per process: its replacement gets another line) and to the object stores. An actor's resident memory counts what it has
 mapped of its node's object store; "its own" is what remains without shared pages. Flat means that a line rises by less
 than 10 % or 20 MiB over that time, whichever is more. The last line of stdout is one JSON object; the exit code is 0
 when all are flat and the run still trained at the end.

@@ -1,8 +1,8 @@
 """The GPU part of the suite: random weights in the shapes of real models, rollout and learner in one process.
 
-Speed does not depend on what the weights are, so nothing is downloaded: the denoiser and the VAE have the published
+Speed does not depend on the values of weights, so nothing is downloaded: the denoiser and the VAE have the published
 configs (stabilityai/stable-diffusion-3.5-medium, black-forest-labs/FLUX.1-dev, Wan-AI/Wan2.1-T2V-1.3B-Diffusers), the
-text encoders one layer each, since a prompt is encoded once. Not run yet: no GPU was at hand.
+text encoders one layer each, since a prompt is encoded once. Not run yet: no GPU was available.
 """
 
 from __future__ import annotations

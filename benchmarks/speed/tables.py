@@ -20,8 +20,8 @@ def renew(results: Path, docs: Path = DOCS) -> Path:
         raise InputError(f"{docs}: the markers {BEGIN!r} and {END!r} are missing")
     head, rest = text.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
-    made = "\n\n".join(render(json.loads(results.read_text())))
-    atomic_write(docs, f"{head}{BEGIN}\n{made}\n{END}{tail}".encode())
+    rendered = "\n\n".join(render(json.loads(results.read_text())))
+    atomic_write(docs, f"{head}{BEGIN}\n{rendered}\n{END}{tail}".encode())
     return docs
 
 

@@ -131,7 +131,7 @@ def submit_job(
 
 def exit_code(client: JobSubmissionClient, job: str, note: Callable[[str], None]) -> int:
     """Exit status of an ended job: the run's own, 130 when it was stopped, 1 when Ray does not know. `note` receives a
-    line about a job that failed without an exit code of its own."""
+    line about a job that failed without an exit code."""
     info = client.get_job_info(job)
     if info.status == "SUCCEEDED":
         return 0

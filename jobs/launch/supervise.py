@@ -103,7 +103,7 @@ class _Watch:
         from actors.ray_options import RunContext, actor_env
 
         ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
-        self.host, self.step = os.uname().nodename, -1  # the driver's host, until the controller has told its own
+        self.host, self.step = os.uname().nodename, -1  # the driver's host until the controller reports its host
         self.controller: Any = (
             ray.remote(Controller)
             .options(num_cpus=0, runtime_env={"env_vars": actor_env(1)}, **controller_options(run, life))
@@ -111,15 +111,15 @@ class _Watch:
         )
 
     def until_the_end(self, view: View, signals: StopRequest) -> dict[str, Any]:
-        """The controller's result. Raises its exception, or the one that says that it is gone."""
+        """The controller's result. Raises its exception, or Ray's if it is gone."""
         import ray
 
         ended = self.controller.run.remote()
-        seen, told = 0, False
+        seen, stopping = 0, False
         while True:
             ready, _ = ray.wait([ended], timeout=POLL_S)
-            if signals.stop_requested and not told:
-                told = True
+            if signals.stop_requested and not stopping:
+                stopping = True
                 view.note("stopping: saving the last completed step (Ctrl-C again stops at once)")
                 self.controller.stop.remote()
             try:

@@ -185,7 +185,7 @@ class RolloutConfig(Section):
     @property
     def queue_capacity(self) -> int:
         """Items that each queue between the roles may hold. With fewer than one per worker, workers that finish at the
-        same time would wait to hand over."""
+        same time would wait for room in it."""
         return max(8, self.workers.max)
 
 

@@ -144,7 +144,7 @@ class MicroBatchSpec:
     position: int  # among the part's micro-batches
     takes: int
     modules: tuple[str, ...]  # called in this order, "reference" for a pass of the reference policy
-    extra_replay_check: bool  # comparing its replay with the rollout would cost a forward pass of its own
+    extra_replay_check: bool  # comparing its replay with the rollout would cost an extra forward pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +167,7 @@ class RewardScores:
     variance: np.ndarray | None = None  # float32 [K], of a take's repeated scorings (rewards.*.score_repeats)
     segment_values: np.ndarray | None = None  # float32 [K, S], frame scorers on video
     segment_weights: np.ndarray | None = None  # float32 [S], or [K, S] where they depend on the take
-    segment_frames: np.ndarray | None = None  # int64 [S, n], the frames that were looked at
+    segment_frames: np.ndarray | None = None  # int64 [S, n], the frames that were scored
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # auxiliary float32 [K], logged only
     seconds: float = 0.0
 

@@ -33,13 +33,13 @@ from pipeline.generators.load.pipeline import load_component, model_index
 log = logging.getLogger("rushes.generators")
 
 _FORMAT = 2
-_SAMPLES, _CHUNK = 32, 1 << 16  # places and bytes looked at in a large weight file
+_SAMPLES, _CHUNK = 32, 1 << 16  # places and bytes per place that are hashed of a large weight file
 _WHOLE = 1 << 22  # files up to this size are read whole
-_LANGUAGE = ("text_encoder", "tokenizer", "processor")  # component names that decide an embedding start so
+_LANGUAGE = ("text_encoder", "tokenizer", "processor")  # prefixes of component names that an embedding depends on
 
 
 class _NotStorable(Exception):
-    """A value that cannot be told apart by content, or not be written."""
+    """A value that has no digest of its content, or that cannot be written."""
 
 
 class EmbeddingStore:

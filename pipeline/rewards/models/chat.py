@@ -1,7 +1,7 @@
-"""A chat model as the judges see it: it is handed all questions of a call at once and answers them in order.
+"""The interface of a chat model to the judges: it gets all questions of a call at once and answers them in order.
 
-`pipeline.rewards.models.endpoint` and `pipeline.rewards.models.vllm_engine` implement it; what is asked and how an
-answer is read is decided by `pipeline.rewards.scorers.vlm_judge` and its rubric.
+`pipeline.rewards.models.endpoint` and `pipeline.rewards.models.vllm_engine` implement it; the questions and how
+an answer is parsed are up to `pipeline.rewards.scorers.vlm_judge` and its rubric.
 """
 
 from __future__ import annotations

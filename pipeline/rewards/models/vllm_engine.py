@@ -78,7 +78,8 @@ def check_engine(options: Any) -> None:
 
 
 class Engine(ChatModel):
-    """The model of a hub id or folder. `pictures`: most in one question. `words`: its first tokens, if asked for."""
+    """The model of a hub id or folder. `pictures`: the most in one question. `words`: answers whose first-token
+    probabilities are needed."""
 
     def __init__(
         self, model: str, pictures: int, words: tuple[str, ...], max_side: int, options: dict[str, Any] | None = None
@@ -124,7 +125,7 @@ class Engine(ChatModel):
         self.special_tokens = tuple(str(token) for token in added if token.special)
         self._ids: dict[tuple[str, ...], dict[int, str]] = {}
         if words:
-            self._tokens(words)  # what no token says is a mistake of the rubric, to be told at the start
+            self._tokens(words)  # a word without a token is an error in the rubric: raise at start
 
     def show(self, takes: Sequence[Sequence[np.ndarray]]) -> list[list[dict[str, Any]]]:
         return [
@@ -164,13 +165,13 @@ class Engine(ChatModel):
         )
 
     def _tokens(self, words: tuple[str, ...]) -> dict[int, str]:
-        """Every token of the vocabulary that says one of these words: {id: text}. Raises `ConfigError`."""
+        """All tokens of the vocabulary that spell one of these words: {id: text}. Raises `ConfigError`."""
         if words not in self._ids:
             texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
             tokens = {i: text for i, text in enumerate(texts) if bare(text) in words}
-            silent = [word for word in words if word not in {bare(text) for text in tokens.values()}]
-            if silent:
-                raise ConfigError(f"rubric: no single token of {self.name} says {silent[0]!r}; use other words")
+            missing = [word for word in words if word not in {bare(text) for text in tokens.values()}]
+            if missing:
+                raise ConfigError(f"rubric: no single token of {self.name} says {missing[0]!r}; use other words")
             if len(tokens) > MAX_WORDS:
                 raise ConfigError(f"rubric: {len(tokens)} tokens say one of {words}; at most {MAX_WORDS} can be asked")
             self._ids[words] = tokens

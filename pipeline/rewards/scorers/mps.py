@@ -63,7 +63,7 @@ class Mps(Scorer):
         batch: int = 16,
     ) -> None:
         """`weights`: safetensors of the whole model; `model`: CLIP's config and tokenizer. `threshold`: prompt tokens
-        whose similarity to the condition is below this share of the largest are not looked at (the published
+        whose similarity to the condition is below this share of the largest are masked (the published
         evaluation's 0.3; training used 0.01). `scale` divides the score."""
         self.device, self.dtype, self.batch = resolve_device(device), named_dtype(dtype), check_batch(batch)
         self.threshold, self.scale = check_number("threshold", threshold, 0.0, 1.0), check_number("scale", scale, 1e-6)

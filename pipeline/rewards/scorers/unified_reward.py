@@ -1,6 +1,6 @@
 """UnifiedReward and UnifiedReward-Think (Wang et al., arXiv 2503.05236 and 2505.03318), on vLLM or behind an endpoint.
 
-The models are asked in the words they were trained on, which are rubrics (`rubrics/unified_reward_*.yaml`); which one
+The models get the prompts they were trained with, as rubrics (`rubrics/unified_reward_*.yaml`); which one
 depends on the version and on whether pictures or clips are judged. As a judge of pairs the scorer goes into
 `tournament`; Think only compares.
 """

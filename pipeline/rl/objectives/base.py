@@ -70,7 +70,7 @@ class Objective(ABC):
     draws_noise: ClassVar[bool]  # takes are drawn with the sampler's noise; else without any, by the ODE
     needs_old_mean: ClassVar[bool] = False  # the rollout keeps the means of its transitions
     joins_steps: ClassVar[bool] = False  # several trained steps may share one denoiser call
-    extra_replay_check: ClassVar[bool] = False  # comparing replay with rollout costs a forward pass of its own
+    extra_replay_check: ClassVar[bool] = False  # comparing replay with rollout costs an extra forward pass
     replay_metric: ClassVar[str]  # name of the largest difference between replay and rollout
     samplers: ClassVar[tuple[str, ...] | None] = None  # those it is defined for; None: all
     max_updates_per_step: ClassVar[int | None] = None  # None: any number
@@ -78,7 +78,7 @@ class Objective(ABC):
     def check(self, cfg: Config) -> None:
         """Rules of consistency that concern the objective. Raises `ConfigError` naming the key and the fix.
 
-        Own rules of a subclass come beside these: call `super().check(cfg)`.
+        A subclass adds its rules to these: call `super().check(cfg)`.
         """
         if self.draws_noise and self.samplers is not None and cfg.sampler.kind not in self.samplers:
             raise ConfigError(f"algorithm.objective: {self.name} needs sampler.kind {' or '.join(self.samplers)}")

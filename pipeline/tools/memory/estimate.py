@@ -157,7 +157,7 @@ def _modules_stay_in_place() -> Iterator[None]:
     """Within the block `Module.to` does nothing, for every module of the process.
 
     PEFT moves the layers it adds to the device and dtype of the layers they adapt. For networks without data there is
-    no device to move to, `Module.to` fails on fake parameters that have weak references, and the layers are wanted in
+    no device to move to, `Module.to` fails on fake parameters that have weak references, and the layers must stay in
     float32. PEFT has no switch for it, so the method itself is replaced while the layers are added. Safe here because
     `rushes inspect` runs in one thread and nothing else moves modules meanwhile.
     """
