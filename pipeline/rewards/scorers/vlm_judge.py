@@ -1,8 +1,8 @@
 """A vision-language model as a judge: behind an OpenAI-compatible endpoint, or on vLLM in the reward server itself.
 
 The rubric defines the question and how an answer is parsed (`pipeline.rewards.models.rubric`); the chat backend
-delivers the questions (`pipeline.rewards.models.chat_backend`). A question shows all frames of a clip, or both clips of a match;
-all questions of a call are submitted together. An answer that does not follow the rubric is retried, and after
+delivers the questions (`pipeline.rewards.models.chat_backend`). A question shows all frames of a clip, or both clips of
+a match; all questions of a call are submitted together. An answer that does not follow the rubric is retried, and after
 `attempts` tries the scoring fails.
 """
 
