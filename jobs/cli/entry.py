@@ -5,6 +5,7 @@ A traceback appears only with --debug, or RUSHES_DEBUG=1.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -21,6 +22,8 @@ RENAMED_OPTIONS = {"--plan": "--memory"}  # of earlier versions
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status; never raises. `rushes = "jobs.cli:main"` in pyproject.toml."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are not UTF-8
     debug = "--debug" in argv or os.environ.get("RUSHES_DEBUG", "") not in ("", "0")
     try:
         result = app(args=argv, prog_name="rushes", standalone_mode=False)

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.cluster import client
 from jobs.cluster.client import TERMINAL, Cluster
 from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.safe_paths import check_regular
 from pipeline.runs.lock import writer_of
 from pipeline.runs.paths import RunDir
 from pipeline.runs.remote_sync import local_run
@@ -34,10 +35,10 @@ class FolderRun:
     def snapshot(self, since: int = -1) -> RunSnapshot:
         """Like `Controller.progress`, as far as the files tell."""
         from pipeline.config.load import load_config
-        from pipeline.runs.tracking import read_jsonl, read_metrics
+        from pipeline.runs.records import EvaluationRecord, read_records, read_training
 
         cfg = load_config(self.run.config)
-        records = [row for row in read_metrics(self.run.path) if "reward/mean" in row]
+        records = read_training(self.run.metrics)
         writer = writer_of(self.run)
         state = f"running ({writer})" if writer else "finished" if self.run.finished else "stopped"
         return RunSnapshot(
@@ -46,7 +47,7 @@ class FolderRun:
             steps=cfg.run.steps,
             records=records[since:],
             recorded=len(records),
-            evals=read_jsonl(self.run.evals),
+            evals=read_records(self.run.evals, EvaluationRecord),
         )
 
     def watch(self) -> Iterator[RunSnapshot]:
@@ -62,6 +63,7 @@ class FolderRun:
 
     def log(self, follow: bool) -> Iterator[str]:
         """The text of run.log; `follow`: as it grows, until the run ends."""
+        check_regular(self.run.log)
         with open(self.run.log, encoding="utf-8", errors="replace") as file:
             while True:
                 text = file.read(2**20)

@@ -77,14 +77,14 @@ def inspect(
 
 
 def _call_arguments(options: list[str]) -> dict[str, Any]:
-    import yaml
+    from pipeline.core.reading import parse_yaml
 
     arguments = {}
     for option in options:
         key, separator, value = option.partition("=")
         if not separator:
             raise ConfigError(f"--call {option}: expected KEY=VALUE, such as --call max_sequence_length=128")
-        arguments[key.strip()] = yaml.safe_load(value)
+        arguments[key.strip()], _ = parse_yaml(value, f"--call {key}", ConfigError)
     return arguments
 
 

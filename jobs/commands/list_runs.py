@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.common.command import Group, command
 from jobs.common.options import DEFAULT_RUNS, Address, Debug, RunsFolder, make_console
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, RushesError, one_line
+from pipeline.core.reading import storable
 
 if TYPE_CHECKING:
     from jobs.cluster.client import Cluster
+    from jobs.cluster.runs import FolderRun
 
 
 @command(Group.CLUSTER, name="list")
@@ -38,16 +40,32 @@ def list_runs(address: Address = None, dir_: RunsFolder = DEFAULT_RUNS, debug: D
     listed = {row[0] for row in rows}
     for run in runs_in(dir_):
         if run.name not in listed:
-            snapshot = FolderRun(run).snapshot()
-            evals = snapshot.evals
-            reward = f"{evals[0]['mean']:.3f} -> {evals[-1]['mean']:.3f}" if evals else "-"
-            started = f"{datetime.fromtimestamp(run.config.stat().st_mtime):%Y-%m-%d %H:%M}"
-            rows.append((run.name, str(dir_), snapshot.state, f"{snapshot.step}/{snapshot.steps}", reward, started))
+            rows.append((storable(run.name), storable(str(dir_)), *_folder_row(FolderRun(run))))
     if not rows and not in_cluster and not dir_.is_dir():
         raise ConfigError(f"no Ray cluster was found and there is no folder {dir_}; give --address or --dir")
     for row in rows:
         table.add_row(*row)
     make_console().print(table if rows else "no runs", highlight=False)
+
+
+def _folder_row(run: FolderRun) -> tuple[str, str, str, str]:
+    """State, step, held-out reward, start. A folder that cannot be read has its error as state: the other runs are
+    listed all the same."""
+    try:
+        started = _minute(run.run.config.stat().st_mtime)
+        snapshot = run.snapshot()
+    except (RushesError, OSError) as error:
+        return f"unreadable: {one_line(error)}", "-", "-", "-"
+    evals = snapshot.evals
+    reward = f"{evals[0]['mean']:.3f} -> {evals[-1]['mean']:.3f}" if evals else "-"
+    return snapshot.state, f"{snapshot.step}/{snapshot.steps}", reward, started
+
+
+def _minute(time_s: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(time_s):%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError):  # a file's date may be anything
+        return "-"
 
 
 def _cluster_rows(cluster: Cluster) -> Iterator[tuple[str, ...]]:

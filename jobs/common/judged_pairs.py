@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.common.score_files import Item, checked_item, item_of_row
-from pipeline.core.errors import InputError, one_line
+from pipeline.core.errors import InputError
 from pipeline.core.files import did_you_mean
+from pipeline.core.parquet import columns_of, read_rows
+from pipeline.core.reading import shown
 
 LABELS = {"a": 1, "b": -1, "tie": 0}
 COLUMNS = ("prompt", "path_a", "path_b", "bytes_a", "bytes_b", "label", "image", "metadata")
-ROWS_AT_ONCE = 64
 # Offset, the bytes there, and the suffix of such a file.
 _MAGIC = (
     (0, b"\x89PNG", ".png"),
@@ -36,15 +37,9 @@ class Pair:
 
 def check_columns(path: Path) -> None:
     """Raises `InputError` naming the column, what is there and the nearest fix."""
-    import pyarrow
-    import pyarrow.parquet
-
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a folder; give a parquet file' if path.is_dir() else 'no such file'}")
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({one_line(error, 120)})") from None
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a parquet file")
+    columns = columns_of(path, COLUMNS)
     kind = "bytes" if any(name.startswith("bytes_") for name in columns) else "path"
     for required in ("label", f"{kind}_a", f"{kind}_b"):
         if required not in columns:
@@ -58,23 +53,16 @@ def check_columns(path: Path) -> None:
 
 def read_pairs(path: Path, folder: Path) -> Iterator[Pair]:
     """The rows of the table; bytes are written to `folder`, a few rows at a time. Raises `InputError` with the row."""
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.ParquetFile(path)
-    kept = [name for name in table.schema_arrow.names if name in COLUMNS]
-    number = 0
-    for batch in table.iter_batches(ROWS_AT_ONCE, columns=kept):
-        for row in batch.to_pylist():
-            number += 1
-            where = f"{path}, row {number}"
-            label = str(row["label"]).strip().lower()
-            if label not in LABELS:
-                raise InputError(f"{where}: label {row['label']!r:.40} is none of {', '.join(LABELS)}")
-            prompt = row.get("prompt") or ""
-            if not isinstance(prompt, str):
-                raise InputError(f"{where}: prompt must be text, found {prompt!r:.40}")
-            a, b = (_item(row, side, prompt, path, folder, where) for side in "ab")
-            yield Pair(number, a, b, LABELS[label])
+    for number, row in enumerate(read_rows(path, COLUMNS), start=1):
+        where = f"{path}, row {number}"
+        label = shown(row["label"]).strip("'").strip().lower()
+        if label not in LABELS:
+            raise InputError(f"{where}: label {shown(row['label'])} is none of {', '.join(LABELS)}")
+        prompt = row.get("prompt") or ""
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: prompt must be text, found {shown(prompt)}")
+        a, b = (_item(row, side, prompt, path, folder, where) for side in "ab")
+        yield Pair(number, a, b, LABELS[label])
 
 
 def _item(row: dict[str, Any], side: str, prompt: str, path: Path, folder: Path, where: str) -> Item:
@@ -87,10 +75,10 @@ def _item(row: dict[str, Any], side: str, prompt: str, path: Path, folder: Path,
         file = folder / f"{name[7:]}{kind}"
         if not file.exists():
             file.write_bytes(data)
-        return checked_item(name, file, prompt, row.get("metadata"), where, row.get("image"), path.parent)
+        return checked_item(name, file, prompt, row.get("metadata"), where, row.get("image"), path)
     relative_path = row.get(f"path_{side}")
     if not isinstance(relative_path, str) or not relative_path:
         column = f"bytes_{side}" if f"bytes_{side}" in row else f"path_{side}"
         expected = "bytes" if column[0] == "b" else "a path"
-        raise InputError(f"{where}: {column} must be {expected}, found {relative_path!r:.40}")
+        raise InputError(f"{where}: {column} must be {expected}, found {shown(relative_path)}")
     return item_of_row(path, relative_path, prompt, row, where)

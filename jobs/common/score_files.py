@@ -7,7 +7,6 @@ saved every few seconds, so an interrupted call loses little.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.core.errors import InputError, RewardError, RushesError, one_line
-from pipeline.core.files import atomic_write, describe_os_error
+from pipeline.core.errors import InputError, RewardError, RushesError
+from pipeline.core.files import atomic_write
 from pipeline.core.media import list_media, read_media
-from pipeline.core.named_files import FIX, named_file, named_files
-from pipeline.core.prompts import MAX_CHARACTERS
+from pipeline.core.named_files import FIX, named_files, picture_file
+from pipeline.core.parquet import columns_of, read_rows
+from pipeline.core.prompts import MAX_CHARACTERS, read_metadata
+from pipeline.core.reading import bad_text, read_text, storable
 from pipeline.core.safe_paths import path_inside
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
@@ -30,6 +32,7 @@ from pipeline.rewards.runner import RewardRunner
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TABLE_COLUMNS = ("path", "prompt", "image", "metadata")
 _COPY = "a prompt lies beside its picture: copy the text there"
 SAVE_EVERY_S = 5.0
 BATCH = 16
@@ -47,6 +50,18 @@ class Item:
     error: str | None = None
     image: str | None = None  # the prompt's own picture: the source of an edit, a reference
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see `PromptItem.files`
+
+
+class ScoreRow(BaseModel):
+    """A row of the table."""
+
+    model_config = ConfigDict(strict=True)
+
+    path: str
+    prompt: str
+    reward: str
+    score: float | None
+    error: str | None
 
 
 def score_items(items: list[Item], runners: dict[str, RewardRunner], rows: Rows, out: Path, console: Console) -> int:
@@ -91,18 +106,16 @@ def find_items(path: Path, prompt: str | None) -> list[Item]:
 
 
 def _item_of_file(file: Path, prompt: str | None, root: Path) -> Item:
-    sidecar = file.with_suffix(".txt")
+    sidecar, name = file.with_suffix(".txt"), storable(str(file))
+    if problem := bad_text(str(file)):
+        return Item(name, file, storable(prompt or ""), {}, f"{name}: its name {problem}; rename the file")
     if prompt is None and sidecar.is_file():
         try:
             path_inside(root if root.is_dir() else file.parent, str(sidecar.absolute()), str(sidecar), _COPY)
-            prompt = sidecar.read_text("utf-8").strip()
-        except UnicodeDecodeError:
-            return Item(str(file), file, "", {}, f"{sidecar}: is not UTF-8 text; save the file as UTF-8")
-        except OSError as error:
-            return Item(str(file), file, "", {}, f"cannot read {describe_os_error(error, sidecar)}")
+            prompt = read_text(sidecar).strip()
         except InputError as error:
-            return Item(str(file), file, "", {}, str(error))
-    return checked_item(str(file), file, prompt or "", None, str(sidecar))
+            return Item(name, file, "", {}, str(error))
+    return checked_item(name, file, prompt or "", None, str(sidecar))
 
 
 def item_of_row(table: Path, file_name: str, prompt: str, row: dict[str, Any], where: str) -> Item:
@@ -113,51 +126,34 @@ def item_of_row(table: Path, file_name: str, prompt: str, row: dict[str, Any], w
         path_inside(table.parent, file_name, f"{where}: path", FIX)
     except InputError as error:
         return Item(str(file), file, prompt[:MAX_CHARACTERS], {}, str(error))
-    return checked_item(str(file), file, prompt, row.get("metadata"), where, row.get("image"), table.parent)
+    return checked_item(str(file), file, prompt, row.get("metadata"), where, row.get("image"), table)
 
 
 def checked_item(
-    name: str, path: Path, prompt: str, metadata: Any, where: str, image: Any = None, folder: Path = Path()
+    name: str, path: Path, prompt: str, metadata: Any, where: str, image: Any = None, table: Path = Path()
 ) -> Item:
     """`metadata`: a mapping or JSON text, or None. `where`: the source of the prompt, for the item's error. `image`:
-    a path relative to `folder`, or None."""
+    a picture of the prompt, as `picture_file` reads it from a row of `table`, or None."""
     if len(prompt) > MAX_CHARACTERS:
         text = f"{where}: the prompt has {len(prompt):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it"
-        return Item(name, path, prompt[:80], {}, text)
-    if isinstance(metadata, str):
-        try:
-            metadata = json.loads(metadata)
-        except json.JSONDecodeError as error:
-            return Item(name, path, prompt, {}, f"{where}: metadata is not valid JSON ({error.msg})")
-    if isinstance(metadata, list):  # a parquet map
-        metadata = dict(metadata)
-    if metadata is not None and not isinstance(metadata, dict):
-        return Item(name, path, prompt, {}, f"{where}: metadata must be a mapping, found {metadata!r:.60}")
-    kept = {k: v for k, v in (metadata or {}).items() if v is not None}
+        return Item(name, path, storable(prompt[:80]), {}, text)
+    if problem := bad_text(prompt):
+        return Item(name, path, storable(prompt), {}, f"{where}: the prompt {problem}; remove it")
     try:
-        image = str(named_file(folder, image, f"{where}: image")) if image is not None else None
-        kept, files = named_files(kept, folder, f"{where}: metadata")
+        kept = read_metadata(metadata, where)
+        image = str(picture_file(table, image, f"{where}: image")) if image is not None else None
+        kept, files = named_files(kept, table.parent, f"{where}: metadata")
     except InputError as error:
         return Item(name, path, prompt, {}, str(error))
     return Item(name, path, prompt, kept, image=image, files=files)
 
 
 def _items_of_table(table: Path, prompt: str | None) -> list[Item]:
-    import pyarrow
-    import pyarrow.parquet
-
-    if not table.is_file():
-        raise InputError(f"{table}: no such file")
-    try:
-        data = pyarrow.parquet.read_table(table)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{table}: cannot be read as parquet ({one_line(error, 120)}); write it again") from None
-    if "path" not in data.column_names:
-        raise InputError(
-            f"{table}: has no column 'path' (columns: {', '.join(data.column_names)}); add one with the files"
-        )
+    names = columns_of(table, _TABLE_COLUMNS)
+    if "path" not in names:
+        raise InputError(f"{table}: has no column 'path' (columns: {', '.join(names)}); add one with the files")
     items = []
-    for number, row in enumerate(data.to_pylist(), start=1):
+    for number, row in enumerate(read_rows(table, _TABLE_COLUMNS), start=1):
         if row["path"] is None:  # a take whose media was not kept
             continue
         text = prompt if prompt is not None else row.get("prompt") or ""
@@ -238,7 +234,7 @@ def _add_row(rows: Rows, item: Item, name: str, value: float | None, error: str 
         "prompt": item.prompt,
         "reward": name,
         "score": value,
-        "error": error,
+        "error": None if error is None else storable(error),  # a user's reward may raise any text
     }
 
 
@@ -247,23 +243,15 @@ def _add_row(rows: Rows, item: Item, name: str, value: float | None, error: str 
 
 def read_scores(out: Path) -> Rows:
     """Rows of an earlier call; {} when there was none. Raises `InputError`."""
-    import pyarrow
-    import pyarrow.parquet
-
     if not out.exists():
         return {}
     try:
-        rows = pyarrow.parquet.read_table(out).to_pylist()
-        return {
-            (row["path"], row["prompt"], row["reward"]): {
-                k: row[k] for k in ("path", "prompt", "reward", "score", "error")
-            }
-            for row in rows
-        }
-    except (pyarrow.ArrowException, OSError, KeyError):
+        rows = [ScoreRow.model_validate(row).model_dump() for row in read_rows(out)]
+    except (InputError, ValidationError):
         raise InputError(
             f"--out {out}: exists but is not a table of scores; remove it or choose another file"
         ) from None
+    return {(row["path"], row["prompt"], row["reward"]): row for row in rows}
 
 
 def write_scores(out: Path, rows: Rows) -> None:

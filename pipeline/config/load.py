@@ -7,7 +7,6 @@ in another working directory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from pydantic import ValidationError
 from pipeline.config.messages import Source, error_message, refuse_bools, show, type_name
 from pipeline.config.reference import leaf_at
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, one_line
-from pipeline.core.files import describe_os_error, did_you_mean
+from pipeline.core.errors import ConfigError
+from pipeline.core.files import did_you_mean
+from pipeline.core.reading import MAX_YAML, parse_yaml, read_text, shown, yaml_keys
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -49,16 +49,6 @@ def to_yaml(config: Config) -> str:
 # ------------------------------------------------------------------------------------------------- the YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """safe_load that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
 @dataclass(frozen=True, slots=True)
 class _ConfigFile:
     """A parsed file, and the line of each dotted key in it."""
@@ -68,14 +58,8 @@ class _ConfigFile:
 
 
 def _parse_file(path: Path) -> _ConfigFile:
-    text = _read(path)
-    lines: dict[str, int] = {}
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        _index_lines(path, node, "", lines)
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader subclass)
-    except yaml.YAMLError as error:
-        raise ConfigError(_yaml_message(path, error)) from None
+    data, node = parse_yaml(_read(path), str(path), ConfigError)
+    lines = yaml_keys(node, str(path), ConfigError)
     if data is None:
         raise ConfigError(f"{path}: is empty; copy configs/quickstart.yaml and change it")
     if not isinstance(data, dict):
@@ -88,48 +72,13 @@ def _parse_file(path: Path) -> _ConfigFile:
 def _read(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give a YAML file, such as configs/quickstart.yaml")
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) or (
             f"; found there: {', '.join(sorted(siblings))}" if siblings else ""
         )
-        raise ConfigError(f"{path}: no such config file{hint or '; check the path'}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not a UTF-8 text file (byte {error.start}); give a YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {describe_os_error(error, path)}") from None
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    return one_line(getattr(error, "problem", None) or error)
-
-
-def _yaml_message(path: Path, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else f"{path}"
-    problem = _yaml_problem(error)
-    hint = "; indent with spaces, not tabs" if "'\\t'" in problem else "; check indentation, colons and quotes there"
-    return f"{where}: not valid YAML: {problem}{hint}"
-
-
-def _index_lines(path: Path, node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
-    """Fills `lines`; refuses keys that are given twice, which YAML would let win silently."""
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _index_lines(path, child, f"{prefix}[].", {})
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{path}:{line}: a key must be plain text, found a {key_node.id}")
-        key = f"{prefix}{key_node.value}"
-        if key in lines and key_node.value != "<<":
-            raise ConfigError(f"{path}:{line}: {key} is given twice (first in line {lines[key]}); keep one of them")
-        lines[key] = line
-        _index_lines(path, value_node, f"{key}.", lines)
+        raise ConfigError(f"{path}: no such config file{hint or '; check the path'}")
+    return read_text(path, MAX_YAML, ConfigError)
 
 
 # --------------------------------------------------------------------------------------------- the overrides
@@ -143,12 +92,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
         key = key.strip()
         if not sign or not key or any(not part for part in key.split(".")):
             raise ConfigError(f"override {text!r}: write it as key=value, such as run.steps=20")
-        try:
-            value = yaml.load(raw, Loader=_Loader)  # noqa: S506 (a SafeLoader subclass)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"override {text!r}: the value is not valid YAML: {_yaml_problem(error)}; quote it"
-            ) from None
+        where = f"override {shown(text, 100)}"
+        value, node = parse_yaml(raw, where, ConfigError)
+        yaml_keys(node, where, ConfigError)
         leaf = leaf_at(key)
         if leaf is not None and leaf.text_only and not isinstance(value, str | None):
             value = raw  # a run named 007 stays text

@@ -7,19 +7,44 @@ machine read other files and send them to the program that computes a reward.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import InputError, RushesError
+from pipeline.core.files import atomic_write
 from pipeline.core.safe_paths import file_inside, path_inside
 
 FILE_KEYS = ("condition", "reference")  # in metadata, read by scorers
 SUFFIXES = tuple(f".{kind}" for kind in "png jpg jpeg webp bmp gif tif tiff mp4 m4v mov webm mkv avi".split())
+_MAGIC = ((0, b"\x89PNG", ".png"), (0, b"\xff\xd8\xff", ".jpg"), (8, b"WEBP", ".webp"), (0, b"BM", ".bmp"))
 FIX = "paths are relative to the prompts file or table: put that into a folder above, or copy the picture beside it"
 
 
 def named_file(folder: Path, name: Any, where: str) -> Path:
     """The file `name` of a row whose table lies in `folder`. Raises `InputError`."""
     return file_inside(folder, name, where, FIX)
+
+
+def picture_file(table: Path, image: Any, where: str) -> Path:
+    """The picture of a row's column `image`: the file that it names, or the bytes of an image of the `datasets`
+    library ({bytes, path}), which are kept as a file beside the table, where all nodes find it. Raises `InputError`."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(image, dict) and data is None:
+        return named_file(table.parent, image.get("path"), where)
+    if not isinstance(data, bytes):
+        return named_file(table.parent, image, where)
+    suffix = next((suffix for at, magic, suffix in _MAGIC if data[at : at + len(magic)] == magic), None)
+    if suffix is None:
+        raise InputError(f"{where} holds {len(data):,} bytes that are no PNG, JPEG, WEBP or BMP; encode it again")
+    folder = table.with_name(f"{table.name}.images")
+    file = folder / f"{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
+    if not file.exists():
+        try:
+            atomic_write(file, data)
+        except RushesError as error:
+            raise InputError(f"{where}: its picture is kept beside the table: {error}") from None
+    return file
 
 
 def named_files(

@@ -1,16 +1,16 @@
 """Prompt sets: .txt (one per line, verbatim; blank lines are skipped), .jsonl or .parquet, and the cursor over them.
 
-Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file), `metadata`
-(a mapping handed to the scorers; in parquet a struct, a map or JSON text). Pictures that a row names lie in the file's
-own folder or below it. Everything wrong with a row is an `InputError` that names file and line (parquet: row, from 1).
+Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file, or an image of
+the `datasets` library), `metadata` (a mapping handed to the scorers, or JSON text of one; in parquet also a struct or a
+map). The rows of GenEval's own file are read as they are. Pictures that a row names lie in the file's own folder or
+below it. Everything wrong with a row is an `InputError` that names file and line (parquet: row, from 1).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,24 @@ import numpy as np
 
 from pipeline.core.code_names import pipeline_names
 from pipeline.core.errors import CheckpointError, InputError, one_line
-from pipeline.core.files import describe_os_error, did_you_mean
-from pipeline.core.named_files import named_file, named_files
+from pipeline.core.files import did_you_mean
+from pipeline.core.named_files import named_files, picture_file
+from pipeline.core.parquet import columns_of, read_rows
+from pipeline.core.reading import (
+    bad_text,
+    check_plain,
+    parse_json,
+    parse_json_object,
+    read_json_object,
+    shown,
+    text_lines,
+)
 from pipeline.core.types import PromptItem
 
 MAX_CHARACTERS = 4000
 COLUMNS = ("prompt", "negative", "image", "metadata")
+GENEVAL_KEYS = ("tag", "include", "exclude")
+_AGAIN = "copy the checkpoint again"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -65,86 +77,83 @@ def _checked_rows(path: Path) -> list[_Row]:
 
 
 def _text_rows(path: Path) -> Iterator[_Row]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in text_lines(path):
         where = f"line {number}"
-        try:
-            line = raw.decode("utf-8").removesuffix("\r")
-        except UnicodeDecodeError:
-            raise InputError(f"{path}, {where}: is not UTF-8 text; save the file as UTF-8") from None
         if not line.strip():
             continue
         if path.suffix == ".txt":
             yield _Row(where, {"prompt": line})
             continue
-        try:
-            columns = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, {where}: is not valid JSON ({error.msg}, column {error.colno}); write one object a line"
-            ) from None
-        if not isinstance(columns, dict):
-            raise InputError(f'{path}, {where}: is not a JSON object; write {{"prompt": "…"}}')
-        yield _Row(where, columns)
+        columns = parse_json_object(line, f"{path}, {where}", 'write one object a line, such as {"prompt": "…"}')
+        yield _Row(where, _with_geneval(columns))
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
-    import pyarrow
-    import pyarrow.parquet
+    names = columns_of(path, COLUMNS)
+    if "prompt" not in names:
+        raise InputError(f"{path}: has no column 'prompt' (columns: {', '.join(names) or 'none'}); rename one")
+    for name in names:
+        _check_key(name, names, f"{path}, row 1")
+    for number, columns in enumerate(read_rows(path, names), start=1):
+        yield _Row(f"row {number}", _with_geneval(columns))
 
+
+def _with_geneval(columns: dict[str, Any]) -> dict[str, Any]:
+    """A row of GenEval's own file has its task beside the prompt; the scorer reads it from the metadata."""
+    if "metadata" in columns or "include" not in columns:
+        return columns
+    task = {key: columns[key] for key in GENEVAL_KEYS if key in columns}
+    return {**{key: value for key, value in columns.items() if key not in GENEVAL_KEYS}, "metadata": task}
+
+
+def _check_key(key: str, keys: Collection[str], place: str) -> None:
+    if key in COLUMNS or (key in GENEVAL_KEYS and "include" in keys and "metadata" not in keys):
+        return
+    hint = did_you_mean(key, COLUMNS) or "; put what scorers need into 'metadata'"
+    raise InputError(f"{place}: unknown key {shown(key)}{hint} (keys: {', '.join(COLUMNS)})")
+
+
+def read_metadata(metadata: Any, where: str) -> dict[str, Any]:
+    """The metadata of a row: a mapping, a parquet map, or JSON text of one; {} for None. Raises `InputError`."""
+    fix = 'write a mapping, such as {"objects": 2}'
+    if isinstance(metadata, str):
+        metadata = parse_json(metadata, f"{where}: metadata", fix)
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({one_line(error, 160)}); write it again") from None
-    if "prompt" not in table.column_names:
-        raise InputError(
-            f"{path}: has no column 'prompt' (columns: {', '.join(table.column_names) or 'none'}); rename one"
-        )
-    for number, columns in enumerate(table.to_pylist(), start=1):
-        metadata = columns.get("metadata")
-        where = f"row {number}"
-        if isinstance(metadata, str):
-            try:
-                columns["metadata"] = json.loads(metadata)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, {where}: metadata is not valid JSON ({error.msg})") from None
-        elif isinstance(metadata, list):  # a parquet map
-            columns["metadata"] = dict(metadata)
-        yield _Row(where, columns)
+        if isinstance(metadata, list):  # a parquet map
+            metadata = dict(metadata)
+        check_plain(metadata)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: metadata {one_line(error, 120)}; {fix}") from None
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InputError(f"{where}: 'metadata' must be a mapping, found {shown(metadata)}")
+    return {key: value for key, value in (metadata or {}).items() if value is not None}  # parquet fills absent fields
 
 
 def _item(path: Path, row: _Row, index: int) -> PromptItem:
     place = f"{path}, {row.where}"
     for key in row.columns:
-        if key not in COLUMNS:
-            hint = did_you_mean(key, COLUMNS) or "; put what scorers need into 'metadata'"
-            raise InputError(f"{place}: unknown key {key!r}{hint} (keys: {', '.join(COLUMNS)})")
+        _check_key(key, row.columns, place)
     if "prompt" not in row.columns:
         raise InputError(f"{place}: the key 'prompt' is missing")
     text, negative, image, metadata = (row.columns.get(key) for key in COLUMNS)
     if not isinstance(text, str):
-        raise InputError(f"{place}: 'prompt' must be text, found {text!r:.60}")
+        raise InputError(f"{place}: 'prompt' must be text, found {shown(text)}")
     if not text.strip():
         raise InputError(f"{place}: the prompt is empty; write one or remove the {row.where.split()[0]}")
     for name, value in (("prompt", text), ("negative", negative)):
         if value is not None and not isinstance(value, str):
-            raise InputError(f"{place}: {name!r} must be text, found {value!r:.60}")
+            raise InputError(f"{place}: {name!r} must be text, found {shown(value)}")
         if value is not None and len(value) > MAX_CHARACTERS:
             raise InputError(
                 f"{place}: the {name} has {len(value):,} characters, the limit is {MAX_CHARACTERS:,}; "
                 "text encoders would cut it silently, so shorten it"
             )
-        if value is not None and "\x00" in value:
-            raise InputError(f"{place}: the {name} holds a NUL character; remove it")
+        problem = value is not None and ("holds a NUL character" if "\x00" in value else bad_text(value))
+        if problem:
+            raise InputError(f"{place}: the {name} {problem}; remove it")
     if image is not None:
-        image = str(named_file(path.parent, image, f"{place}: image"))
-    if metadata is not None and not isinstance(metadata, dict):
-        raise InputError(f"{place}: 'metadata' must be a mapping, found {metadata!r:.60}")
-    metadata = {k: v for k, v in (metadata or {}).items() if v is not None}  # parquet fills absent fields with null
-    metadata, files = named_files(metadata, path.parent, f"{place}: metadata")
+        image = str(picture_file(path, image, f"{place}: image"))
+    metadata, files = named_files(read_metadata(metadata, place), path.parent, f"{place}: metadata")
     return PromptItem(index=index, text=text, negative=negative, image=image, metadata=metadata, files=files)
 
 
@@ -201,11 +210,14 @@ def _tokenizers(folder: Path, call_kwargs: dict[str, Any]) -> list[_Tokenizer]:
 
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            settings_file = sub / "tokenizer_config.json"
             settings = (
-                json.loads((sub / "tokenizer_config.json").read_text("utf-8"))
-                if (sub / "tokenizer_config.json").exists()
+                read_json_object(settings_file, "copy the checkpoint again", lenient=True)
+                if settings_file.exists()
                 else {}
             )
+        except InputError:
+            raise
         except Exception as error:  # the tokenizers library raises bare Exception
             raise InputError(
                 f"{file}: is not a readable tokenizer ({one_line(error, 160)}); copy the checkpoint again"
@@ -232,13 +244,13 @@ def _is_clip(settings: dict[str, Any]) -> bool:
 def _default_sequence_length(folder: Path) -> int | None:
     """Default of `max_sequence_length` in the pipeline's `__call__`; None if it has no such argument."""
     try:
-        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+        name = read_json_object(folder / "model_index.json", "copy the checkpoint again", lenient=True)["_class_name"]
         import diffusers
 
         if name not in pipeline_names():
             return None
         default = inspect.signature(getattr(diffusers, name).__call__).parameters["max_sequence_length"].default
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (InputError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return default if isinstance(default, int) else None
 

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import FiniteFloat
 
-from pipeline.core.errors import InputError, one_line
+from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write
 from pipeline.core.media import write_media
+from pipeline.core.parquet import read_rows
+from pipeline.core.reading import shown
+from pipeline.core.records import FIX, Record, Whole, check_record
 from pipeline.core.types import Media, PromptItem, RewardScores
 
 TAKES_FILE = "takes.parquet"
@@ -90,13 +94,51 @@ def _score_columns(scores: Mapping[str, RewardScores], weights: Mapping[str, flo
 
 def read_takes(folder: Path) -> list[dict[str, Any]]:
     """Rows of the folder's table. Raises `InputError`."""
-    import pyarrow
-    import pyarrow.parquet
-
     path = Path(folder) / TAKES_FILE
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({one_line(error, 120)})") from None
+    rows = list(read_rows(path))
+    for number, row in enumerate(rows, start=1):
+        _check_take(row, f"{path}, row {number}")
+    return rows
+
+
+class TakeRecord(Record):
+    """A row of takes.parquet; the columns of each reward are `reward/<name>` and, of a segmental one, `segments/`,
+    `segment_weights/` and `segment_frames/<name>`."""
+
+    prompt: str
+    prompt_index: Whole
+    seed: int
+    reward: FiniteFloat
+    take: Whole = 0
+    path: str | None = None
+
+
+def _check_take(row: dict[str, Any], where: str) -> None:
+    """As `check_record`, also of the columns that each reward adds."""
+    check_record(TakeRecord, row, where)
+    for column, value in row.items():
+        kind, slash, name = column.partition("/")
+        if not slash or value is None:
+            continue
+        if kind == "reward" and not _is_number(value):
+            raise InputError(f"{where}: {column}: found {shown(value)}, expected a number; {FIX}")
+        if kind == "segments":
+            if not _are_segments(value, row.get(f"segment_weights/{name}"), row.get(f"segment_frames/{name}")):
+                raise InputError(f"{where}: {column}: expected a value, weight and list of frames a segment; {FIX}")
+
+
+def _are_segments(values: Any, weights: Any, frames: Any) -> bool:
+    """S values, S weights and S lists of frame indices."""
+    lists = [part for part in (values, weights, frames) if isinstance(part, list)]
+    if len(lists) < 3 or len({len(part) for part in lists}) > 1:
+        return False
+    picks = all(isinstance(chosen, list) and all(map(_is_index, chosen)) for chosen in frames)
+    return picks and all(map(_is_number, [*values, *weights]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -6,13 +6,13 @@ the rest of the file exactly. Pickle weights are refused, because loading them r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.code_names import check_kernels, check_lora_settings, check_model_index, check_own_code
 from pipeline.core.errors import InputError
 from pipeline.core.files import describe_os_error
+from pipeline.core.reading import parse_json, parse_json_object, read_json_object
 from pipeline.core.safe_paths import check_regular
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # their component names in diffusers
@@ -31,18 +31,9 @@ def is_local(pretrained: str) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `InputError`."""
-    check_regular(path)
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: is missing; copy the checkpoint again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: is not valid JSON ({error}); copy the checkpoint again") from None
-    except OSError as error:
-        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: must hold a JSON object; copy the checkpoint again")
-    return data
+    if not path.exists():
+        raise InputError(f"{path}: is missing; copy the checkpoint again")
+    return read_json_object(path, "copy the checkpoint again", lenient=True, limit=_MAX_HEADER)
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
@@ -57,9 +48,7 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
                 hint = " (a git-lfs pointer: run git lfs pull)" if head == b"version " else ""
                 raise InputError(f"{path}: is not a complete safetensors file{hint}; {again}")
-            header = json.loads(file.read(length))
-    except (ValueError, UnicodeDecodeError):
-        raise InputError(f"{path}: its safetensors header cannot be read; {again}") from None
+            header = parse_json_object(file.read(length), f"{path}: its safetensors header", again)
     except OSError as error:
         raise InputError(f"cannot read {describe_os_error(error, path)}") from None
     try:
@@ -151,11 +140,10 @@ def check_lora(files: list[Path]) -> None:
     for file in files:
         metadata = check_safetensors(file).get("__metadata__") or {}
         if "lora_adapter_metadata" in metadata:  # diffusers makes PEFT's config of it
-            try:
-                settings = json.loads(metadata["lora_adapter_metadata"])
-            except (TypeError, ValueError):
-                settings = metadata["lora_adapter_metadata"]
-            check_lora_settings(settings, f"{file}: lora_adapter_metadata")
+            settings, where = metadata["lora_adapter_metadata"], f"{file}: lora_adapter_metadata"
+            if isinstance(settings, str):
+                settings = parse_json(settings, where, "export the LoRA again", lenient=True)
+            check_lora_settings(settings, where)
         if file.name == ADAPTER_FILE:
             settings = read_json(file.parent / "adapter_config.json")
             check_lora_settings(settings, str(file.parent / "adapter_config.json"))

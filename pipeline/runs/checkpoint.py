@@ -28,8 +28,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, InputError
 from pipeline.core.files import describe_os_error
-from pipeline.core.safe_paths import check_regular, file_inside
+from pipeline.core.reading import read_json_object
+from pipeline.core.records import check_record
+from pipeline.core.safe_paths import file_inside
 from pipeline.runs import remote_sync
+from pipeline.runs.records import IdentityRecord, read_state_file
 
 if TYPE_CHECKING:
     import torch
@@ -201,12 +204,10 @@ def verify(folder: Path) -> None:
 
 def _problem(folder: Path) -> str | None:
     try:
-        manifest = json.loads(_read(folder / MANIFEST))
+        manifest = read_json_object(folder / MANIFEST, "copy the checkpoint again")
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version of Rushes reads {FORMAT}"
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
     except InputError as error:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -228,12 +229,6 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def _read(path: Path) -> str:
-    """Raises `InputError` for what is no regular file, else what opening it raises."""
-    check_regular(path)
-    return path.read_text()
-
-
 def latest(root: Path) -> Path | None:
     """The newest complete checkpoint, verified; None when there is none. Raises `CheckpointError` if corrupt."""
     remote_sync.fetch_newest_checkpoint(root)
@@ -247,10 +242,7 @@ def latest(root: Path) -> Path | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """{"learner": ..., "controller": ...} without reading any tensor."""
     remote_sync.fetch_checkpoint(folder)
-    try:
-        return json.loads(_read(folder / STATE))
-    except (OSError, ValueError, InputError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read: {error}") from error
+    return read_state_file(folder / STATE)
 
 
 def _with_defaults(old: dict[str, Any], cfg: Config) -> dict[str, Any]:
@@ -263,11 +255,9 @@ def _with_defaults(old: dict[str, Any], cfg: Config) -> dict[str, Any]:
 
 def check_config(folder: Path, cfg: Config) -> None:
     """Refuses to resume with another config. Raises `CheckpointError` naming the first key that differs."""
-    try:
-        saved = json.loads(_read(folder / IDENTITY))
-        old, digest = saved["config"], saved["digest"]
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {IDENTITY} cannot be read: {error}") from error
+    saved = read_json_object(folder / IDENTITY, "copy the checkpoint again", error=CheckpointError)
+    check_record(IdentityRecord, saved, str(folder / IDENTITY), CheckpointError)
+    old, digest = saved["config"], saved["digest"]
     new = identity(cfg)
     if digest == _digest(new):
         return

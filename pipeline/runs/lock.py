@@ -53,7 +53,7 @@ class RunLock:
 def writer_of(run: RunDir) -> str | None:
     """`process N on HOST` while a process of this machine writes the run, else None."""
     try:
-        with open(run.lock) as handle:
+        with open(run.lock, errors="replace") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, InputError
+from pipeline.runs.records import read_summary
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -68,8 +68,8 @@ class RunDir:
     @property
     def finished(self) -> bool:
         try:
-            return json.loads(self.summary.read_text()).get("status") == "finished"
-        except (OSError, ValueError):
+            return read_summary(self.summary).get("status") == "finished"
+        except InputError:
             return False
 
 

@@ -17,6 +17,7 @@ from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import enlarge, view_scale
 from pipeline.core.types import Media
+from pipeline.runs.records import Position, StepRecord, read_records
 
 METRICS_FILE = "metrics.jsonl"
 MAX_STRIP_FRAMES = 8
@@ -197,26 +198,8 @@ def make_tracker(cfg: Config, run_dir: Path) -> Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    return read_jsonl(Path(run_dir) / METRICS_FILE)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file ([] if it is not there); a half-written last line is left out. Raises `RushesError`."""
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text("utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: the writer was killed while writing it
-                break
-            raise RushesError(f"{path}:{number}: is not valid JSON ({error.msg}); remove the line") from None
-    return rows
+    """The lines of metrics.jsonl, numbers by name; a last line cut off by a kill is left out. Raises `InputError`."""
+    return read_records(Path(run_dir) / METRICS_FILE, StepRecord)
 
 
 def drop_metrics_since(run_dir: Path, step: int) -> int:
@@ -227,7 +210,7 @@ def drop_metrics_since(run_dir: Path, step: int) -> int:
         path = Path(run_dir) / name
         if not path.exists():
             continue
-        rows = read_jsonl(path)
+        rows = read_records(path, Position)
         kept = [row for row in rows if row["step"] < step]
         dropped += len(rows) - len(kept)
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -202,4 +202,4 @@ def test_another_prompt_is_scored_anew_and_one_file_may_have_several(capsys, fol
     rows = {row["prompt"]: row for row in pq.read_table(out).to_pylist()}
     assert status == 1 and "1 of 3" in capsys.readouterr().err
     assert {prompt: row["score"] for prompt, row in rows.items()} == {"x": 101, "xy": 2, "bad": None}
-    assert "row 3: metadata is not valid JSON" in rows["bad"]["error"]
+    assert "row 3: metadata: is not valid JSON" in rows["bad"]["error"]

@@ -27,6 +27,7 @@ from pipeline.config.schema import GeneratorConfig
 from pipeline.core.devices import resolve_dtype
 from pipeline.core.errors import InputError
 from pipeline.core.files import atomic_write, describe_os_error
+from pipeline.core.reading import parse_json, read_json_object
 from pipeline.generators.call.arguments import CallMode
 from pipeline.generators.load.pipeline import load_component, model_index
 
@@ -64,9 +65,9 @@ class EmbeddingStore:
     def settled(self) -> dict[str, Any] | None:
         """model.json: {"skip": [component names], "reason": why none, "mode": call mode}; None before a probe."""
         try:
-            note = json.loads((self.folder / "model.json").read_text())
+            note = read_json_object(self.folder / "model.json", "remove the cache")
             return note if note["format"] == _FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (InputError, KeyError):
             return None
 
     def skippable(self) -> list[str]:
@@ -160,11 +161,11 @@ class EmbeddingStore:
 
         try:
             with safe_open(path, "pt") as file:
-                tree = json.loads(file.metadata()["tree"])
+                tree = parse_json(file.metadata()["tree"], str(path), "remove it")
                 return (_rebuilt(tree, lambda name: file.get_tensor(name).to(device)),)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, InputError) as error:
             log.warning("embedding cache: %s cannot be read (%s), encoding again", path, error)
             return None
 

@@ -10,6 +10,7 @@ from pipeline.core.code_names import check_kernels
 from pipeline.core.errors import ConfigError, InputError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.core.library_messages import silence_libraries
+from pipeline.core.reading import read_json_object
 from pipeline.core.safe_paths import relative_name
 from pipeline.generators.checkpoint_files import read_json
 
@@ -152,7 +153,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def read_tensors(model: str, prefix: str) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint (folder or hub id) whose names begin so, from all its files; {} if there are none."""
-    import json
 
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
@@ -163,7 +163,7 @@ def read_tensors(model: str, prefix: str) -> dict[str, torch.Tensor]:
     try:
         index = file("model.safetensors.index.json", must=False)
         if index:
-            places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            places = read_json_object(Path(index), "copy the checkpoint again", lenient=True)["weight_map"]
             names = sorted({place for name, place in places.items() if name.startswith(prefix)})
             for name in names:
                 relative_name(name, str(index), "copy the checkpoint again")

@@ -28,8 +28,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import ConfigError, RewardError, one_line
+from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.files import did_you_mean
+from pipeline.core.reading import MAX_YAML, parse_yaml, read_text, yaml_keys
 from pipeline.core.types import PromptItem
 
 MODES = ("likert", "rating", "yes_no", "pairwise")
@@ -132,8 +133,6 @@ def builtin_rubrics() -> list[str]:
 
 def load_rubric(source: str) -> Rubric:
     """A rubric from a YAML file or one of those that ship. Raises `ConfigError` naming file, key and fix."""
-    import yaml
-
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         shipped = builtin_rubrics()
@@ -144,14 +143,9 @@ def load_rubric(source: str) -> Rubric:
             encoding="utf-8"
         )
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"rubric: {path} cannot be read ({error})") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"rubric {source}: not YAML ({one_line(error, 600)})") from error
+        text = read_text(path, MAX_YAML, ConfigError)
+    data, node = parse_yaml(text, f"rubric {source}", ConfigError)
+    yaml_keys(node, f"rubric {source}", ConfigError)
     return parse_rubric(data, source)
 
 

@@ -6,7 +6,6 @@ published weights, once saved as safetensors, load as they are.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from pipeline.core.devices import resolve_device
 from pipeline.core.errors import InputError
+from pipeline.core.reading import read_json_object
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.images import Preprocess, preprocess
@@ -125,7 +125,7 @@ def build(folder: Path) -> Any:
     path = weight_file(str(folder))
     config_file = path.parent / "config.json"
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else PUBLISHED
+        config = read_json_object(config_file, "copy it again", lenient=True) if config_file.is_file() else PUBLISHED
         vision = BlipVisionConfig(**config["vision_config"])
         # is_decoder gives the layers their cross-attention; the encoder is still called without a causal mask
         text = {**config["text_config"], "encoder_hidden_size": vision.hidden_size, "is_decoder": True}

@@ -7,13 +7,13 @@ first two scores do not depend on the prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core.errors import InputError, RewardError
+from pipeline.core.reading import read_json_object
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_choice
@@ -145,7 +145,7 @@ def published_config(weights: Path) -> dict[str, dict[str, float]]:
         file = folder / "model_config.json"
         if weights.exists() and file.is_file():
             try:
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json_object(file, "copy it again", lenient=True)
                 return {key: {name: float(config[key][name]) for name in part} for key, part in PUBLISHED.items()}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{file}: not VideoReward's config ({type(error).__name__}: {error})") from error

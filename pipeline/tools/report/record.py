@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError
 from pipeline.core.safe_paths import file_inside
 from pipeline.runs.paths import RunDir
-from pipeline.runs.tracking import read_jsonl, read_metrics
+from pipeline.runs.records import EvaluationRecord, read_records, read_summary
+from pipeline.runs.tracking import read_metrics
 
 COPY_IT = "a report shows what lies in the run's own folder: copy the file there"
 
@@ -48,15 +48,6 @@ def read_run(path: Path) -> RunRecord:
         folder=folder,
         config=load_config(folder.config) if folder.config.exists() else None,
         metrics=[row for row in read_metrics(path) if "reward/mean" in row],  # evaluations have rows of their own
-        evals=read_jsonl(folder.evals),
-        summary=_read_summary(folder.summary),
+        evals=read_records(folder.evals, EvaluationRecord),
+        summary=read_summary(folder.summary),
     )
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not valid JSON ({error}); remove it and run `rushes report` again") from None

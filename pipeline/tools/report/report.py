@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import atomic_write
+from pipeline.core.reading import MAX_YAML, read_text
 from pipeline.core.statistics import with_error
 from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.tools.report import curves, facts, rewards, takes
@@ -53,7 +54,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "times": curves.times(run),
         "pairs": takes.pairs(run),
         "problems": run.problems,
-        "config_text": run.folder.config.read_text("utf-8") if config else None,
+        "config_text": read_text(run.folder.config, MAX_YAML) if config else None,
         "versions": run.summary.get("versions") or {},
         "seeds": run.summary.get("seeds") or configured_seeds,
         "summary": run.summary,
