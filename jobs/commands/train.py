@@ -8,6 +8,7 @@ import typer
 
 from jobs.common.command import Group, command
 from jobs.common.options import ConfigPath, Debug, Overrides, Resume, ResumeOrStart, make_console
+from pipeline.core.errors import ConfigError
 
 
 @command(Group.RUN)
@@ -40,7 +41,9 @@ def train(
     if dry_run:
         from jobs.common.dry_run import print_dry_run
 
-        print_dry_run(cfg, make_console())
+        if resume and resume_or_start:
+            raise ConfigError("--resume and --resume-or-start: give one of them; the latter also resumes")
+        print_dry_run(cfg, make_console(), config, "resume" if resume else "retry" if resume_or_start else "new")
         return
     from jobs.launch.training import run_training
 

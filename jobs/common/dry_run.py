@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from jobs.launch.training import check_resume
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.rl.group_plan import stochastic_steps
 from pipeline.rl.objectives import get_objective
+from pipeline.runs.resume import check_new
 from pipeline.tools.preflight import check_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def print_dry_run(cfg: Config, console: Console) -> None:
-    """Raises what `check_all` raises."""
+def print_dry_run(
+    cfg: Config, console: Console, config_path: Path, mode: Literal["new", "resume", "retry"] = "new"
+) -> None:
+    """Raises what `check_all` raises, and what the run itself would before it loads a model. `mode`: a new run,
+    --resume, or --resume-or-start."""
     checks = check_all(cfg, dry=True)
+    resumed = ""
+    if mode == "new":
+        check_new(cfg, cfg.run.name)
+    else:
+        resumed = check_resume(cfg, config_path, or_start=mode == "retry")
     generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler
     takes = algorithm.group_size * algorithm.groups_per_step
     steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0)))
@@ -35,7 +46,8 @@ def print_dry_run(cfg: Config, console: Console) -> None:
         source = f"{generator.pretrained} (hub id, not here)"
     if generator.pipeline:
         source += f" called through {generator.pipeline}"
-    rows = {
+    rows = {"resume": resumed} if resumed else {}
+    rows |= {
         "generator": f"{source}, {size}",
         "training": cfg.trainable.description,
         "prompts": f"{len(checks.train)} to train on, {len(checks.heldout)} held out",

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.messages import Source, error_message, refuse_bools, show, type_name
+from pipeline.config.messages import Source, error_message, refuse_odd_numbers, show, type_name
 from pipeline.config.reference import leaf_at
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
@@ -33,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> Config:
     """Validates a plain mapping. `source` is what errors name; paths may be relative to the folder `base`."""
-    refuse_bools(data, source)
+    refuse_odd_numbers(data, source)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -114,6 +114,20 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------- the paths
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config as a run keeps it, to be read from any folder."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    prompts = {"train": absolute(config.prompts.train), "heldout": absolute(config.prompts.heldout)}
+    update: dict[str, Any] = {"prompts": config.prompts.model_copy(update=prompts)}
+    folder = Path(config.generator.pretrained).expanduser()
+    if folder.is_dir():
+        update["generator"] = config.generator.model_copy(update={"pretrained": str(folder.absolute())})
+    return config.model_copy(update=update)
 
 
 def _resolve_paths(config: Config, base: Path) -> Config:

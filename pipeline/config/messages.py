@@ -33,8 +33,12 @@ class Source:
         return f"{self.name}:{line}" if line else self.name
 
 
-def refuse_bools(data: Any, source: Source, prefix: str = "") -> None:
-    """pydantic reads `true` as 1; a user who wrote it meant another key. Raises `ConfigError`."""
+MAX_WHOLE = 2**53  # larger ones are mistakes, and as floats no longer exact
+
+
+def refuse_odd_numbers(data: Any, source: Source, prefix: str = "") -> None:
+    """Raises `ConfigError` for `true` as a number, which pydantic reads as 1 (a user who wrote it meant another key),
+    and for counts of 1e23."""
     if not isinstance(data, dict):
         return
     for key, value in data.items():
@@ -43,9 +47,13 @@ def refuse_bools(data: Any, source: Source, prefix: str = "") -> None:
             raise ConfigError(f"{source.of(path)}: key {key!r} must be text; put it in quotes")
         leaf = leaf_at(path)
         if leaf is None:
-            refuse_bools(value, source, f"{path}.")
+            refuse_odd_numbers(value, source, f"{path}.")
         elif isinstance(value, bool) and leaf.numeric:
             raise ConfigError(f"{source.of(path)}: {path}: found {show(value)}; expected {leaf.allowed}")
+        elif leaf.whole and isinstance(value, int | float) and abs(value) > MAX_WHOLE:
+            raise ConfigError(
+                f"{source.of(path)}: {path}: found {show(value)}; expected {leaf.allowed}, at most {MAX_WHOLE:,}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class Leaf:
     description: str
     choices: tuple[str, ...]  # the words among the accepted values
     numeric: bool  # accepts a number, so `true` is a mistake
+    whole: bool  # its numbers are whole ones
     text_only: bool  # accepts text or a path and, apart from null, nothing else
 
 
@@ -57,6 +58,7 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[Leaf]:
                 description=field.description or "",
                 choices=accepted.choices,
                 numeric=accepted.numeric,
+                whole=accepted.text.startswith("whole number"),
                 text_only=accepted.text_only,
             )
 

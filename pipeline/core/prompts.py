@@ -258,6 +258,33 @@ def _default_sequence_length(folder: Path) -> int | None:
 # --------------------------------------------------------------------------------------------------- the cursor
 
 
+def content_digest(prompts: Sequence[PromptItem]) -> str:
+    """Of texts and pictures, in order: equal for the same prompts under another path or in another format."""
+    digest = hashlib.sha256()
+    pictures: dict[str | None, str] = {None: ""}
+    for prompt in prompts:
+        if prompt.image not in pictures:
+            pictures[prompt.image] = _picture_digest(Path(str(prompt.image)))
+        digest.update(f"{prompt.text}\x00{prompt.negative or ''}\x00{pictures[prompt.image]}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _picture_digest(path: Path) -> str:
+    """Of the size and the first MiB: a set may have thousands of pictures on a slow disk."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2**20)
+        return f"{path.stat().st_size} {hashlib.sha256(head).hexdigest()}"
+    except OSError:
+        return "unreadable"
+
+
+def _digest_by_path(prompts: Sequence[PromptItem]) -> str:
+    """What checkpoints before 2.0 hold: pictures by their paths."""
+    text = "\n".join(f"{p.text}\x00{p.negative or ''}\x00{p.image or ''}" for p in prompts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class PromptCursor:
     """Endless iteration over a prompt set: each epoch is a permutation drawn from (seed, epoch) with PCG64.
 
@@ -271,8 +298,7 @@ class PromptCursor:
         self._seed = int(seed)
         self._epoch, self._position = 0, 0
         self._order = self._permutation(0)
-        text = "\n".join(f"{p.text}\x00{p.negative or ''}\x00{p.image or ''}" for p in self._prompts)
-        self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._digest = content_digest(self._prompts)
 
     def next(self) -> PromptItem:
         if self._position == len(self._prompts):
@@ -291,7 +317,7 @@ class PromptCursor:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises `CheckpointError` when the state belongs to another prompt set or order."""
-        if state.get("prompts") != self._digest:
+        if state.get("prompts") not in (self._digest, _digest_by_path(self._prompts)):
             raise CheckpointError(
                 "the training prompts changed since the checkpoint; restore the file or start a new run"
             )

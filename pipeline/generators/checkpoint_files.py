@@ -20,6 +20,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's we
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's, for a component that diffusers has no LoRA loader for
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers and of transformers
 _MAX_HEADER = 100_000_000
 
 
@@ -117,6 +118,11 @@ def _check_weights(folder: Path) -> None:
                 "with DiffusionPipeline.from_pretrained(old).save_pretrained(new, safe_serialization=True)"
             )
         raise InputError(f"{folder}: holds no .safetensors weights; copy the checkpoint again")
+    if not any((folder / f"{name}{end}").exists() for name in _WEIGHTS for end in ("", ".index.json")):
+        raise InputError(
+            f"{folder / files[0].name}: is not loaded under that name; weights must be {' or '.join(_WEIGHTS)}, so "
+            "rename a variant such as .fp16.safetensors (its index file too), or save the checkpoint without variant"
+        )
     for index in folder.glob("*.safetensors.index.json"):
         places = read_json(index).get("weight_map", {})
         shards = {str(name) for name in places.values()} if isinstance(places, dict) else set()

@@ -14,6 +14,7 @@ its manifest is corrupt and refused, with the name of the previous good one. No 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, InputError
 from pipeline.core.files import describe_os_error
+from pipeline.core.prompts import content_digest, load_prompts
 from pipeline.core.reading import read_json_object
 from pipeline.core.records import check_record
 from pipeline.core.safe_paths import file_inside
@@ -45,12 +47,50 @@ log = logging.getLogger("rushes.checkpoint")
 
 def identity(cfg: Config) -> dict[str, Any]:
     """The config values that must not change between a run and its resume: they decide which takes are drawn and what
-    they train."""
+    they train. Prompt sets count by what they hold (`prompts_of`), a local generator by where its path leads."""
     plain = cfg.model_dump(mode="json")
-    sections = {name: plain[name] for name in ("generator", "trainable", "algorithm", "sampler", "prompts")}
+    sections = {name: plain[name] for name in ("generator", "trainable", "algorithm", "sampler")}
     for name in ("embedding_cache", "offload"):  # no effect on the result
         sections["generator"].pop(name)
+    sections["generator"]["pretrained"] = resolved(cfg.generator.pretrained)
     return {**sections, "run": {"seed": cfg.run.seed}}
+
+
+def resolved(pretrained: str) -> str:
+    """The absolute path of a local folder, links followed; a hub id as it is."""
+    folder = Path(pretrained).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else pretrained
+
+
+def prompts_of(cfg: Config) -> dict[str, str]:
+    """`prompts.train` and `prompts.heldout` -> digest of what the file held when this process first read it; a file
+    that cannot be read is left out."""
+    files = {"prompts.train": cfg.prompts.train, "prompts.heldout": cfg.prompts.heldout}
+    digests = {key: _prompts_digest(Path(path).absolute()) for key, path in files.items() if path is not None}
+    return {key: digest for key, digest in digests.items() if digest is not None}
+
+
+@functools.lru_cache(maxsize=16)
+def _prompts_digest(path: Path) -> str | None:
+    try:
+        return content_digest(load_prompts(path))
+    except InputError:
+        return None
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """'optimizer.lr: 0.0001 -> 0.001' for each key with another value, but for paths that lead to the same."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    before["generator"]["pretrained"] = resolved(old.generator.pretrained)
+    after["generator"]["pretrained"] = resolved(new.generator.pretrained)
+    for plain in (before, after):
+        plain.pop("prompts")  # `check_config` compares what they hold
+        for key in ("name", "dir"):
+            plain["run"].pop(key)
+    return [
+        f"{difference.key}: {json.dumps(difference.old)} -> {json.dumps(difference.new)}"
+        for difference in _differences(before, after)
+    ]
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -101,7 +141,7 @@ def save(
     resumable = identity(cfg)
     texts = {
         STATE: json.dumps({"learner": learner, "controller": controller}, allow_nan=True),
-        IDENTITY: json.dumps({"digest": _digest(resumable), "config": resumable}, indent=1),
+        IDENTITY: json.dumps({"digest": _digest(resumable), "config": resumable, "prompts": prompts_of(cfg)}, indent=1),
     }
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -248,9 +288,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _with_defaults(old: dict[str, Any], cfg: Config) -> dict[str, Any]:
     """`old` as this version would have written it, with the defaults of keys that did not exist yet."""
     try:
-        return identity(Config.model_validate({**old, "rewards": cfg.model_dump(mode="json")["rewards"]}))
+        plain = cfg.model_dump(mode="json")
+        return identity(Config.model_validate({"prompts": plain["prompts"], **old, "rewards": plain["rewards"]}))
     except ValueError:  # a key or value that no longer exists
-        return old
+        return {name: section for name, section in old.items() if name != "prompts"}
 
 
 def check_config(folder: Path, cfg: Config) -> None:
@@ -258,7 +299,14 @@ def check_config(folder: Path, cfg: Config) -> None:
     saved = read_json_object(folder / IDENTITY, "copy the checkpoint again", error=CheckpointError)
     check_record(IdentityRecord, saved, str(folder / IDENTITY), CheckpointError)
     old, digest = saved["config"], saved["digest"]
-    new = identity(cfg)
+    _prompts_digest.cache_clear()
+    new, contents = identity(cfg), prompts_of(cfg)
+    for key, content in saved.get("prompts", {}).items():
+        if contents.get(key, content) != content:
+            raise CheckpointError(
+                f"cannot resume from {folder}: {key} ({getattr(cfg.prompts, key.partition('.')[2], None)}) holds other "
+                "prompts than when it was saved; restore the file, or start a new run"
+            )
     if digest == _digest(new):
         return
     changed = _differences(_with_defaults(old, cfg), new)

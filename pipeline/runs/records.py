@@ -98,6 +98,7 @@ class IdentityRecord(Record):
 
     config: dict[str, Any]
     digest: str
+    prompts: dict[str, str] = {}
 
 
 def read_records(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:

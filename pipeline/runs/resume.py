@@ -18,21 +18,41 @@ from pipeline.runs.paths import RunDir, check_name, default_name
 def create(cfg: Config, config_path: Path, now: datetime | None = None) -> RunDir:
     """A new run's folder. Raises `ConfigError` when the name is taken or cannot be a folder, `RushesError` on I/O."""
     name = cfg.run.name or default_name(config_path, now or datetime.now(), cfg.run.dir)
-    check_name(name)
+    check_new(cfg, name)
     run = RunDir(cfg.run.dir / name)
-    if run.path.exists() or remote_sync.exists(run.path):
-        raise ConfigError(
-            f"run.name: a run {name!r} exists in {display_path(cfg.run.dir)}; continue it with --resume or choose "
-            "another name"
-        )
-    if cfg.run.dir.exists() and not cfg.run.dir.is_dir():
-        raise ConfigError(f"run.dir: {cfg.run.dir} is a file; give the folder that holds all runs")
     try:
         cfg.run.dir.mkdir(parents=True, exist_ok=True)
         run.path.mkdir()
     except OSError as error:
         raise RushesError(f"cannot create the run's folder {describe_os_error(error, run.path)}") from error
     return run
+
+
+def check_new(cfg: Config, name: str | None) -> None:
+    """Raises `ConfigError` when a new run cannot have that name (None: one that is free), or `run.dir` is a file."""
+    if name is not None:
+        check_name(name)
+        path = cfg.run.dir / name
+        if path.exists() or remote_sync.exists(path):
+            raise ConfigError(
+                f"run.name: a run {name!r} exists in {display_path(cfg.run.dir)}; continue it with --resume or choose "
+                "another name"
+            )
+    if cfg.run.dir.exists() and not cfg.run.dir.is_dir():
+        raise ConfigError(f"run.dir: {cfg.run.dir} is a file; give the folder that holds all runs")
+
+
+def check_retried(cfg: Config) -> None:
+    """Raises `ConfigError` when `run.name` is not set, or no folder's name: a retry could not find the run."""
+    if not cfg.run.name:
+        raise ConfigError("--resume-or-start: run.name is not set; give one, so that every try means the same run")
+    check_name(cfg.run.name)
+
+
+def exists(cfg: Config) -> bool:
+    """Whether there is a run `run.name`, here or in the store of `run.dir`."""
+    path = cfg.run.dir / str(cfg.run.name)
+    return path.is_dir() or remote_sync.exists(path)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -90,10 +110,7 @@ def resume_or_create(cfg: Config, config_path: Path) -> OpenedRun:
 
     Raises `ConfigError` when run.name is not set: a retry could not find the run.
     """
-    if not cfg.run.name:
-        raise ConfigError("--resume-or-start: run.name is not set; give one, so that every try means the same run")
-    check_name(cfg.run.name)
-    run = RunDir(cfg.run.dir / cfg.run.name)
-    if run.path.is_dir() or remote_sync.exists(run.path):
+    check_retried(cfg)
+    if exists(cfg):
         return OpenedRun(folder=find_resumable(cfg, config_path), resumed=True)
     return OpenedRun(folder=create(cfg, config_path), resumed=False)

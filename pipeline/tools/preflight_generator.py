@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.core.code_names import pipeline_names
@@ -11,6 +15,7 @@ from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.files import did_you_mean
 from pipeline.core.prompts import check_prompt_lengths
 from pipeline.core.types import PromptItem
+from pipeline.generators.call.signature import FRAMES
 from pipeline.generators.checkpoint_files import DENOISERS, check_diffusers_folder, is_local, read_json
 from pipeline.rl.samplers import samplers_for
 
@@ -59,38 +64,95 @@ def _check_pipeline_name(name: str | None) -> None:
 
 
 def _check_sizes(cfg: Config, folder: Path, components: dict[str, str]) -> None:
-    """Height, width and frames are multiples of what the VAE and the transformer's patches need."""
-    if "vae" not in components:
-        return
-    vae = read_json(folder / "vae" / "config.json")
-    spatial = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
-    if spatial is None and isinstance(vae.get("block_out_channels"), list):
-        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-    if isinstance(spatial, int | float):
+    """Height, width and frames are what the VAE, the transformer's patches and the pipeline itself can make: they would
+    round other sizes, or refuse them."""
+    vae = read_json(folder / "vae" / "config.json") if "vae" in components else {}
+    pipeline = _pipeline_name(cfg, folder)
+    spatial = _spatial_factor(vae)
+    if spatial is not None:
         patch = _patch_size(folder) if "transformer" in components else 1
-        unit = int(spatial) * patch
+        unit, reason = spatial * patch, f"VAE {spatial} x patch {patch}"
+        stated = _stated_unit(pipeline) if unit % 16 else None
+        if stated is not None and math.lcm(unit, stated) > unit:
+            unit, reason = math.lcm(unit, stated), f"{reason}, and {pipeline} takes multiples of {stated}"
         for key, value in (("height", cfg.generator.height), ("width", cfg.generator.width)):
             if value % unit:
                 below, above = value // unit * unit, (value // unit + 1) * unit
                 raise ConfigError(
-                    f"generator.{key}: found {value}; {folder} needs a multiple of {unit} (VAE {int(spatial)} x patch "
-                    f"{patch}), such as {below or above} or {above if below else above + unit}"
+                    f"generator.{key}: found {value}; {folder} needs a multiple of {unit} ({reason}), such as "
+                    f"{below or above} or {above if below else above + unit}"
                 )
-    temporal = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
-    frames = cfg.generator.num_frames
-    if isinstance(temporal, int | float) and (frames - 1) % int(temporal):
-        step = int(temporal)
+    step, frames = _temporal_factor(vae), cfg.generator.num_frames
+    if step is not None and (frames - 1) % step:
         below = (frames - 1) // step * step + 1
         raise ConfigError(
             f"generator.num_frames: found {frames}; {folder} needs {step} n + 1, such as {below} or {below + step}"
         )
+    if frames > 1 and step is None and not _takes_frames(pipeline):
+        raise ConfigError(f"generator.num_frames: found {frames}; {pipeline} makes single images, so set 1")
+
+
+def _factor(value: Any) -> int | None:
+    """A whole number of at least 1, else None: configs of checkpoints may hold anything."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 1024 and value == int(value)
+    return int(value) if whole else None
+
+
+def _spatial_factor(vae: dict[str, Any]) -> int | None:
+    """Pixels a side of a latent position; None where the VAE's config does not tell."""
+    stated = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+    channels, downsample = vae.get("block_out_channels"), vae.get("temperal_downsample")
+    if stated is not None:
+        return _factor(stated)
+    if isinstance(channels, list) and 0 < len(channels) < 10:
+        return 2 ** (len(channels) - 1)
+    return 2 ** len(downsample) if isinstance(downsample, list) and len(downsample) < 10 else None
+
+
+def _temporal_factor(vae: dict[str, Any]) -> int | None:
+    """Frames of a latent frame; None for the VAE of an image model."""
+    stated = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
+    downsample = vae.get("temperal_downsample")
+    if stated is not None:
+        return _factor(stated)
+    return 2 ** sum(map(bool, downsample)) if isinstance(downsample, list) and len(downsample) < 10 else None
+
+
+def _pipeline_name(cfg: Config, folder: Path) -> str:
+    name = cfg.generator.pipeline or read_json(folder / "model_index.json").get("_class_name")
+    return name if isinstance(name, str) else ""
+
+
+@functools.cache
+def _pipeline_source(name: str) -> str:
+    """The text of a pipeline class in the installed diffusers, from its `class` on; '' for an unknown one. diffusers is
+    not imported, which would take seconds."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None or name not in pipeline_names():
+        return ""
+    for file in (Path(spec.origin).parent / "pipelines").rglob("pipeline_*.py"):
+        text = file.read_text("utf-8")
+        if (start := text.find(f"\nclass {name}(")) >= 0:
+            return text[start:]
+    return ""
+
+
+def _stated_unit(pipeline: str) -> int | None:
+    """The number that a pipeline's own check of its arguments wants height and width to be a multiple of."""
+    match = re.search(r"height % (\d+) != 0", _pipeline_source(pipeline))
+    return _factor(int(match[1])) if match else None
+
+
+def _takes_frames(pipeline: str) -> bool:
+    """Whether a pipeline is told how many frames to make; an unknown one may be."""
+    match = re.search(r"def __call__\((.*?)\n    \)", _pipeline_source(pipeline), re.DOTALL)
+    return match is None or re.search(rf"^\s+({'|'.join(FRAMES)})\b", match[1], re.MULTILINE) is not None
 
 
 def _patch_size(folder: Path) -> int:
     """Latent positions a side of the transformer's patches."""
     size = read_json(folder / "transformer" / "config.json").get("patch_size", 1)
-    size = size[-1] if isinstance(size, list) and size else size
-    return size if isinstance(size, int) else 1
+    return _factor(size[-1] if isinstance(size, list) and size else size) or 1
 
 
 def _check_scheduler(cfg: Config, folder: Path, components: dict[str, str]) -> None:
