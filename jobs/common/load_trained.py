@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config.load import load_config
+from pipeline.config.load import load_run_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, one_line
 from pipeline.core.files import nearest
@@ -82,7 +82,7 @@ def find_trained(path: Path, step: int | None = None) -> Trained:
         label=str(path),
         kind="checkpoint",
         path=path,
-        config=load_config(run / "config.yaml"),
+        config=load_run_config(run),
         step=checkpoint.step_of(path),
     )
 

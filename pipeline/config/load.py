@@ -31,6 +31,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(file.data, Source(str(path), file.lines, frozenset(overridden)), base=path.parent)
 
 
+def load_run_config(run: Path) -> Config:
+    """The config in a run's folder. Its relative paths are also looked for where the run was started, which is the
+    folder that `run.dir` is relative to. Raises `ConfigError`."""
+    config = load_config(run / "config.yaml")
+    runs, parts = run.resolve().parent, config.run.dir.parts
+    if not parts or config.run.dir.is_absolute() or runs.parts[-len(parts) :] != parts:
+        return config
+    return _resolve_paths(config, Path(*runs.parts[: -len(parts)]))
+
+
 def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> Config:
     """Validates a plain mapping. `source` is what errors name; paths may be relative to the folder `base`."""
     refuse_odd_numbers(data, source)

@@ -188,7 +188,6 @@ def test_a_file_where_the_folder_should_be(tmp_path):
         ({"generator__pretrained": "models/y"}, "generator.pretrained"),
         ({"sampler__noise_level": 0.5}, "sampler.noise_level"),
         ({"trainable__rank": 8}, "trainable.rank"),
-        ({"prompts__train": "q.txt"}, "prompts.train"),
         ({"run__seed": 3}, "run.seed"),
         ({"sampler__window": {"kind": "random", "size": 3}}, "sampler.window.kind"),
     ],
@@ -198,6 +197,37 @@ def test_another_config_is_refused_naming_the_key(tmp_path, change, key):
     with pytest.raises(CheckpointError) as error:
         checkpoint.check_config(folder, config(**change))
     assert f"{key} was " in str(error.value)
+
+
+def test_prompts_count_by_what_they_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "same.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    (tmp_path / "other.txt").write_text("a\nc\n")
+    folder = save(tmp_path / "checkpoints", 2, cfg=config(prompts__train="p.txt"))
+    for same in ("p.txt", str(tmp_path / "p.txt"), "./same.jsonl"):
+        checkpoint.check_config(folder, config(prompts__train=same))
+    with pytest.raises(CheckpointError, match="prompts.train .other.txt. holds other prompts"):
+        checkpoint.check_config(folder, config(prompts__train="other.txt"))
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    with pytest.raises(CheckpointError, match="prompts.train .p.txt. holds other prompts"):
+        checkpoint.check_config(folder, config(prompts__train="p.txt"))
+
+
+def test_a_generator_counts_by_where_its_path_leads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "x").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("models/x")
+    folder = save(tmp_path / "checkpoints", 2, cfg=config(generator__pretrained="models/x"))
+    for same in (str(tmp_path / "models" / "x"), "link", "models/../models/x"):
+        checkpoint.check_config(folder, config(generator__pretrained=same))
+
+
+def test_what_changed_is_listed():
+    old = config(prompts__train="p.txt")
+    assert checkpoint.changes(old, config(prompts__train="q.txt")) == []
+    changed = config(optimizer__lr=0.5, faults__max_attempts=7)
+    assert checkpoint.changes(old, changed) == ["optimizer.lr: 0.0001 -> 0.5", "faults.max_attempts: 3 -> 7"]
 
 
 def test_harmless_changes_may_resume(tmp_path):
