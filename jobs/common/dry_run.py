@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jobs.launch.training import check_resume
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.rl.group_plan import stochastic_steps
 from pipeline.rl.objectives import get_objective
-from pipeline.runs.resume import check_new
+from pipeline.runs.resume import check_new, check_resume
 from pipeline.tools.preflight import check_all
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from jobs.common.options import say
 from jobs.launch.stop_signals import StopSignals
 from jobs.launch.summary import summarise
 from jobs.launch.supervise import supervise
-from pipeline.config.load import load_config, to_yaml, with_absolute_paths
+from pipeline.config.load import to_yaml, with_absolute_paths
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, RunInterrupted, RushesError, one_line
+from pipeline.core.errors import ConfigError, RunInterrupted
 from pipeline.core.files import atomic_write
 from pipeline.core.storage import url_of
 from pipeline.runs import checkpoint
@@ -22,7 +22,7 @@ from pipeline.runs.lock import RunLock
 from pipeline.runs.log import setup_logging
 from pipeline.runs.paths import RunDir
 from pipeline.runs.remote_sync import RemoteSync
-from pipeline.runs.resume import check_retried, create, exists, find_resumable, resume_or_create
+from pipeline.runs.resume import changed_keys, check_saved, complete, create, find_resumable, resume_or_create
 
 log = logging.getLogger("rushes.driver")
 
@@ -53,11 +53,11 @@ def run_training(
         run = find_resumable(cfg, Path(config_path)) if resume else create(cfg, Path(config_path))
     with RunLock(run), RemoteSync(run):
         saved = checkpoint.latest(run.checkpoints) if resume else None
-        if or_start and _complete(cfg, run, saved):
+        if or_start and complete(cfg, run, saved):
             say(console, f"run {run.path} has finished all {cfg.run.steps} steps")
             return 0
         resume_from = _resume_point(cfg, run, saved)
-        changed = _changes(cfg, run) if resume_from else []
+        changed = changed_keys(cfg, run) if resume_from else []
         atomic_write(run.config, to_yaml(with_absolute_paths(cfg)).encode())
         setup_logging(run, "driver")
         say(console, f"run {run.path}")
@@ -86,54 +86,15 @@ def run_training(
     return 0
 
 
-def _changes(cfg: Config, run: RunDir) -> list[str]:
-    """Keys with another value than when the run was last started."""
-    try:
-        return checkpoint.changes(load_config(run.config), cfg)
-    except RushesError as error:  # of another version, or damaged; it is written anew
-        return [f"{run.config} could not be read ({one_line(error)})"]
-
-
-def check_resume(cfg: Config, config_path: Path, or_start: bool) -> str:
-    """What `run_training` would refuse to resume, for a dry run; writes nothing in the run's folder. Returns what a
-    resume would do, as text."""
-    if or_start:
-        check_retried(cfg)
-        if not exists(cfg):
-            return f"none yet: {cfg.run.name} would be started"
-    run = find_resumable(cfg, config_path)
-    saved = checkpoint.latest(run.checkpoints)
-    if saved is None:
-        return f"{run.name} has no checkpoint yet and would start over"
-    if not (or_start and _complete(cfg, run, saved)):
-        _check_saved(cfg, run, saved)
-    changed = "".join(f"; changed: {change}" for change in _changes(cfg, run))
-    return f"{run.name} from step {checkpoint.step_of(saved)} of {cfg.run.steps}{changed}"
-
-
 def _stopped(cfg: Config, config_path: Path, run: RunDir, saved: str | None, step: int) -> str:
     where = f"at step {step} of {cfg.run.steps}, checkpoint {saved}" if saved else "before there was anything to save"
     return f"stopped {where}; continue with: rushes train {config_path} --resume run.name={run.name}"
-
-
-def _complete(cfg: Config, run: RunDir, saved: Path | None) -> bool:
-    return saved is not None and run.finished and checkpoint.step_of(saved) >= cfg.run.steps
 
 
 def _resume_point(cfg: Config, run: RunDir, saved: Path | None) -> Path | None:
     """The checkpoint to continue from; None: the run has none yet and starts over in its folder."""
     if saved is None:
         return None
-    _check_saved(cfg, run, saved)
+    check_saved(cfg, run, saved)
     run.summary.unlink(missing_ok=True)
     return saved
-
-
-def _check_saved(cfg: Config, run: RunDir, saved: Path) -> None:
-    """Raises `CheckpointError` for another config, `ConfigError` for a run that has finished."""
-    checkpoint.check_config(saved, cfg)
-    if _complete(cfg, run, saved):
-        raise ConfigError(
-            f"--resume: run {run.name} has finished all {checkpoint.step_of(saved)} steps; "
-            "raise run.steps to continue, or leave --resume out to start a new one"
-        )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import describe_os_error
 from pipeline.core.storage import display_path, url_of
-from pipeline.runs import remote_sync
+from pipeline.runs import checkpoint, remote_sync
 from pipeline.runs.paths import RunDir, check_name, default_name
 
 
@@ -114,3 +115,43 @@ def resume_or_create(cfg: Config, config_path: Path) -> OpenedRun:
     if exists(cfg):
         return OpenedRun(folder=find_resumable(cfg, config_path), resumed=True)
     return OpenedRun(folder=create(cfg, config_path), resumed=False)
+
+
+def check_resume(cfg: Config, config_path: Path, or_start: bool) -> str:
+    """What `run_training` would refuse to resume, for a dry run; writes nothing in the run's folder. Returns what a
+    resume would do, as text."""
+    if or_start:
+        check_retried(cfg)
+        if not exists(cfg):
+            return f"none yet: {cfg.run.name} would be started"
+    run = find_resumable(cfg, config_path)
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is None:
+        return f"{run.name} has no checkpoint yet and would start over"
+    if not (or_start and complete(cfg, run, saved)):
+        check_saved(cfg, run, saved)
+    changed = "".join(f"; changed: {change}" for change in changed_keys(cfg, run))
+    return f"{run.name} from step {checkpoint.step_of(saved)} of {cfg.run.steps}{changed}"
+
+
+def check_saved(cfg: Config, run: RunDir, saved: Path) -> None:
+    """Raises `CheckpointError` for another config, `ConfigError` for a run that has finished."""
+    checkpoint.check_config(saved, cfg)
+    if complete(cfg, run, saved):
+        raise ConfigError(
+            f"--resume: run {run.name} has finished all {checkpoint.step_of(saved)} steps; "
+            "raise run.steps to continue, or leave --resume out to start a new one"
+        )
+
+
+def complete(cfg: Config, run: RunDir, saved: Path | None) -> bool:
+    """Whether the run has finished, and its last checkpoint has all the steps that the config wants."""
+    return saved is not None and run.finished and checkpoint.step_of(saved) >= cfg.run.steps
+
+
+def changed_keys(cfg: Config, run: RunDir) -> list[str]:
+    """Keys with another value than when the run was last started."""
+    try:
+        return checkpoint.changes(load_config(run.config), cfg)
+    except RushesError as error:  # of another version, or damaged; it is written anew
+        return [f"{run.config} could not be read ({one_line(error)})"]
