@@ -288,6 +288,8 @@ def _count_values(node: yaml.Node, where: str, error: Kind, counted: dict[int, i
         raise error(f"{line}: not valid YAML here: the tag {tag:.60}, and only plain values are read; remove it")
     count, below = 1, (*above, id(node))
     if isinstance(node, yaml.ScalarNode):
+        if problem := bad_text(node.value):
+            raise error(f"{line}: {problem}; remove it")
         if node.tag.endswith(":int") and len(node.value) > 22:
             raise error(f"{line}: a whole number of {len(node.value)} characters; 64 bits is the most, or quote it")
     elif isinstance(node, yaml.SequenceNode):

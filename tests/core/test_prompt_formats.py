@@ -51,7 +51,7 @@ def test_images_of_the_datasets_library(tmp_path):
     (tmp_path / "x.png").write_bytes(png())
     named = parquet(tmp_path / "b.parquet", prompt=["a"], image=[{"bytes": None, "path": "x.png"}])
     assert named[0].image == str(tmp_path / "x.png")
-    with pytest.raises(InputError, match="row 1: image holds 11 bytes that are no PNG") as error:
+    with pytest.raises(InputError, match="row 1: image holds 10 bytes that are no PNG") as error:
         parquet(tmp_path / "c.parquet", prompt=["a"], image=[b"\x00not an im"])
     assert "x00" not in str(error.value)
 

@@ -56,8 +56,9 @@ def test_a_file_of_another_shape_is_no_internal_error(tmp_path, capsys, content)
     for number, name in enumerate(FILES):
         bad = make_run(tmp_path, steps=4, frames=1, name=f"bad{number}")
         (bad / name).write_bytes(content + b"\n" + content + b"\n{}")
-        for command in (["status", bad], ["watch", bad], ["report", bad], ["size", bad]):
-            status, _, err = run_command(capsys, *command)
+        readers = {"metrics.jsonl": ("status", "watch", "size", "report"), "evals.jsonl": ("status", "report")}
+        for command in readers.get(name, ("report",)):
+            status, _, err = run_command(capsys, command, bad)
             if status:
                 assert err.startswith("error: ") and err.count("\n") == 1
     status, out, _ = run_command(capsys, "list", "--dir", runs)
@@ -70,7 +71,7 @@ def test_damage_at_random_places(tmp_path, capsys):
     rng = random.Random(0)
     for name in ("metrics.jsonl", "evals.jsonl", "summary.json"):
         whole = (run / name).read_bytes()
-        for _ in range(12):
+        for _ in range(5):
             data = bytearray(whole)
             for _ in range(rng.randint(1, 4)):
                 data[rng.randrange(len(data))] = rng.choice(b'{}[]",:0x\x00\xff')

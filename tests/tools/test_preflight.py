@@ -78,7 +78,7 @@ def missing_shard(root):
         (cut, ["transformer/diffusion_pytorch_model.safetensors", "header states", "copy it again"]),
         (lengthen, ["header states"]),
         (garbage, ["not a complete safetensors file"]),
-        (bad_header, ["header cannot be read"]),
+        (bad_header, ["safetensors header: is not"]),
         (lfs, ["git lfs pull"]),
         (pickled, ["pickle", "safe_serialization"]),
         (missing_shard, ["part-2.safetensors", "missing"]),
