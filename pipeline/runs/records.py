@@ -115,7 +115,7 @@ def read_records(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
             continue
         where = f"{path}:{number}"
         try:
-            row = parse_json_object(line, where, FIX)
+            row = parse_json_object(line, where, "restore the file from a copy, or remove the line")
         except InputError:
             if number == len(lines):
                 break
