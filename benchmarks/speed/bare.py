@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.config.load import load_config
+from pipeline.core.prompts import load_prompts
 from pipeline.core.types import GroupWork
 from pipeline.plain_loop import PlainLoop
 from pipeline.rl.group_plan import train_work
@@ -43,7 +44,7 @@ def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
     `step_s`: seconds of one optimisation step's passes on one core. Then, at these sizes, the same of `compiled` under
     `compiled_`: with the compiled blocks and the layout of convolutions that a run has."""
     cfg = loop.cfg
-    work = train_work(cfg, 0, 0, loop.prompts[0])
+    work = train_work(cfg, 0, 0, load_prompts(cfg.prompts.train)[0])
     takes = work.takes
     with torch.no_grad():
         latents = loop.rollout(work).latents
