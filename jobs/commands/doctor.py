@@ -176,11 +176,11 @@ def check_codecs() -> Iterator[Finding]:
         yield Finding("FAIL", "h264", str(problem))
         return
     good = error < 24
-    fix = "" if good else "; colours come back wrong: pip install --force-reinstall av decord2"
+    fix = "" if good else "; colours come back wrong: pip install --force-reinstall av"
     yield Finding(
         "OK" if good else "FAIL",
         "h264",
-        f"PyAV writes and decord reads it back, largest pixel error {error:.0f} of 255{fix}",
+        f"PyAV writes it and reads it back, largest pixel error {error:.0f} of 255{fix}",
     )
 
 

@@ -50,6 +50,7 @@ def score(
         )
     from jobs.common.reward_configs import build_reward_configs, refuse_duplicates
     from jobs.common.score_files import find_items, print_scores, read_scores, score_items
+    from pipeline.core.media import left_out
     from pipeline.rewards.runner import build_reward
     from pipeline.tools import preflight
 
@@ -71,6 +72,8 @@ def score(
     scored = [rows[item.name, item.prompt, name] for item in items for name in names]
     failed = [row for row in scored if row["error"] is not None]
     print_scores(scored, names, console)
+    if path.is_dir() and (others := left_out(path)):
+        say(console, f"left out: {others} (of {path}, files of other kinds)")
     if skipped:
         say(console, f"{skipped} files had all their scores already")
     say(console, f"written to {out}")

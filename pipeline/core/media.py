@@ -1,4 +1,4 @@
-"""Reads and writes media files: PyAV writes h264 mp4, decord reads it, PIL reads and writes pictures.
+"""Reads and writes media files: PyAV writes h264 mp4 and reads videos, PIL reads and writes pictures.
 
 Small clips are enlarged by a whole factor for viewing. The factor and the original size are stored in the file, and
 `read_media` undoes the enlargement, so that scorers see what was generated (up to h264's loss). Writes are atomic.
@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
-from dataclasses import dataclass
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
 from pipeline.core.errors import InputError, RushesError, one_line
-from pipeline.core.files import atomic_write, describe_os_error
+from pipeline.core.files import atomic_write
+from pipeline.core.media_kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_kind
+from pipeline.core.pictures import read_frames
 from pipeline.core.types import Media
+from pipeline.core.videos import read_video
 
-if TYPE_CHECKING:
-    from PIL.Image import Image as PilImage
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 VIEW_PIXELS = 240  # smaller clips are enlarged by a whole factor to about this size
 MAX_DECODED_BYTES = 4 * 2**30  # of one clip; or a quarter of the free memory, if that is less
+_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 _TAG = "rushes-view:"
-_UNDECODABLE = "cannot be decoded; the file is corrupt or cut off, write it again"
 
 
 def view_scale(height: int, width: int) -> int:
@@ -106,173 +102,51 @@ def list_media(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-    files = sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
-    )
+    files, _ = _sorted_out(path)
     if not files:
-        raise InputError(f"{path}: holds no images or videos ({' '.join(suffixes)})")
+        raise InputError(f"{path}: holds no images or videos ({' '.join(_SUFFIXES)})")
     return files
 
 
+def left_out(path: Path) -> str:
+    """'2 .tiff, 1 .json': the files of a folder that `list_media` leaves out, by suffix; '' if there are none.
+
+    The prompt beside a picture (NAME.txt) and the tables that Rushes writes are not counted.
+    """
+    files, others = _sorted_out(Path(path))
+    prompts = {file.with_suffix(".txt") for file in files}
+    kinds = Counter(
+        "hidden" if file.name.startswith(".") else file.suffix.lower() or "without suffix"
+        for file in others
+        if file not in prompts and file.suffix.lower() != ".parquet"
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(the media files below a folder, all other files), each sorted."""
+    files: list[Path] = []
+    others: list[Path] = []
+    for file in sorted(file for file in folder.rglob("*") if not file.is_dir()):
+        readable = file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+        (files if readable else others).append(file)
+    return files, others
+
+
 def read_media(path: Path) -> Media:
-    """One file -> Media with K = 1. Greyscale becomes RGB; alpha is composited over white. Raises `InputError`."""
+    """One file -> Media with K = 1, by its content whatever its name. Greyscale becomes RGB; alpha is composited over
+    white. Raises `InputError`."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'is a folder, not a media file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: is empty (0 bytes); write it again")
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return Media(frames=_read_image(path)[None, None], fps=1.0)
-    if suffix in VIDEO_SUFFIXES:
-        return _read_video(path)
-    raise InputError(f"{path}: unknown kind of file; give {' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
+    kind = media_kind(path)
+    if not kind.video:
+        frames, fps = read_frames(path, kind, _decoded_limit)
+        return Media(frames=frames[None], fps=fps)
+    video = read_video(path, kind, _decoded_limit())
+    return Media(frames=np.ascontiguousarray(_undo_view(video.frames, video.comment))[None], fps=video.fps)
 
 
-def on_white(image: PilImage) -> np.ndarray:
-    """uint8 [H, W, 3] of a PIL picture; transparent parts become white."""
-    from PIL import Image
-
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.asarray(image.convert("RGB"), dtype=np.uint8)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                image: Image.Image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # PIL would clip, not scale
-                    grey = np.asarray(image, dtype=np.float64)
-                    top = 65535.0 if grey.max(initial=0) > 255 else 255.0
-                    grey8 = np.clip(np.rint(grey * (255.0 / top)), 0, 255).astype(np.uint8)
-                    return np.repeat(grey8[..., None], 3, axis=-1)
-                return on_white(image)
-    except PermissionError as error:
-        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: is not a picture, or is corrupt; write it again") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture ({one_line(error, 120)}); write it again") from None
-
-
-def _read_video(path: Path) -> Media:
-    info = _probe_video(path)
-    size = info.frames * info.height * info.width * 3
-    limit = min(MAX_DECODED_BYTES, psutil.virtual_memory().available // 4)
-    if size > limit:
-        raise InputError(
-            f"{path}: {info.frames} frames of {info.width}x{info.height} would take {size / 2**30:.1f} GiB of memory "
-            f"(limit {limit / 2**30:.1f} GiB); cut the clip or make it smaller"
-        )
-    # decord2 3.4 pads rows of frames narrower than 64 pixels and returns the padding as pixels: wrong colours, no
-    # error. On some processors it also refuses a width of 72.
-    frames, fps = _decode_narrow(path) if info.width < 96 else _decode(path)
-    if len(frames) < info.frames:
-        raise InputError(
-            f"{path}: only {len(frames)} of {info.frames} frames can be read; the file is cut off, write it again"
-        )
-    if not np.isfinite(fps) or fps <= 0:
-        raise InputError(f"{path}: states no frame rate; write it again with one")
-    return Media(frames=np.ascontiguousarray(_undo_view(frames, info.comment))[None], fps=fps)
-
-
-def _decode(path: Path) -> tuple[np.ndarray, float]:
-    """(uint8 [F, H, W, 3], fps) by decord."""
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)  # or ffmpeg writes to stderr, beside our own error
-    try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
-    except (decord.DECORDError, RuntimeError, IndexError, ValueError):  # whose text is a C++ stack trace
-        raise InputError(f"{path}: {_UNDECODABLE}") from None
-
-
-def _decode_narrow(path: Path) -> tuple[np.ndarray, float]:
-    """The same by PyAV, for narrow frames."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.options = {"err_detect": "explode"}  # raise on broken data instead of concealing it
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            return np.stack(frames), float(stream.average_rate or 0)
-    except (av.FFmpegError, ValueError):
-        raise InputError(f"{path}: {_UNDECODABLE}") from None
-
-
-@dataclass(frozen=True)
-class _VideoInfo:
-    frames: int
-    height: int
-    width: int
-    comment: str
-
-
-def _probe_video(path: Path) -> _VideoInfo:
-    """Walks the packets without decoding them: catches files on which a decoder would crash or guess. Raises
-    `InputError`."""
-    import av
-
-    _refuse_cut_mp4(path)
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{path}: holds no video stream; give a video file")
-            stream = container.streams.video[0]
-            size = path.stat().st_size
-            packets = 0
-            for packet in container.demux(stream):
-                if packet.size and packet.pos is not None and packet.pos + packet.size > size:
-                    raise InputError(f"{path}: is cut off in the middle; write it again")
-                packets += bool(packet.size) and not packet.is_corrupt
-            if packets == 0:
-                raise InputError(f"{path}: holds no frames; write it again")
-            if stream.frames and packets < stream.frames:
-                raise InputError(
-                    f"{path}: only {packets} of {stream.frames} frames are there; the file is cut off, write it again"
-                )
-            context = stream.codec_context
-            return _VideoInfo(
-                max(packets, stream.frames), context.height, context.width, container.metadata.get("comment", "")
-            )
-    except PermissionError as error:
-        raise InputError(f"cannot read {describe_os_error(error, path)}") from None
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(
-            f"{path}: is not a readable video ({error.strerror or one_line(error, 120)}); it is corrupt or "
-            "cut off, write it again"
-        ) from None
-
-
-def _refuse_cut_mp4(path: Path) -> None:
-    """An mp4 is a sequence of boxes that begin with their length: one that ends beyond the file means a cut file."""
-    if path.suffix.lower() not in (".mp4", ".m4v", ".mov"):
-        return
-    size, position = path.stat().st_size, 0
-    with open(path, "rb") as file:
-        while position + 8 <= size:
-            file.seek(position)
-            head = file.read(16)
-            length = int.from_bytes(head[:4], "big")
-            if length == 1:
-                length = int.from_bytes(head[8:16], "big")
-            if length == 0 or not head[4:8].isascii():
-                return  # extends to the end of the file by definition, or not an mp4 at all: the decoder will tell
-            if position + length > size:
-                raise InputError(f"{path}: is not a complete video (cut off at {size} bytes); write it again")
-            if length < 8:
-                return
-            position += length
+def _decoded_limit() -> int:
+    return min(MAX_DECODED_BYTES, psutil.virtual_memory().available // 4)
 
 
 def _undo_view(frames: np.ndarray, comment: str) -> np.ndarray:

@@ -235,7 +235,7 @@ def test_what_cannot_be_scored_is_left_out_and_said(capsys, place):
         2 / 3
     )
     rows = pq.read_table(place / "agreement/scores.parquet").to_pylist()
-    unknown = next(row["error"] for row in rows if "unknown kind of file" in (row["error"] or ""))
+    unknown = next(row["error"] for row in rows if "is not a picture or video" in (row["error"] or ""))
     assert unknown.startswith("sha256:") and "rushes-agree" not in unknown
 
 

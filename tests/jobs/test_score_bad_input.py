@@ -16,6 +16,7 @@ from PIL import Image
 from jobs import cli
 from jobs.common import score_files
 from pipeline.core import media as media_files
+from pipeline.core import videos
 from pipeline.core.media import encode_mp4
 
 GREY = np.full((48, 64, 3), 120, np.uint8)
@@ -105,8 +106,7 @@ def test_ten_thousand_frames_are_scored_and_too_many_are_refused_before_decoding
     assert rows["long.mp4"]["score"] < 0 and psutil.Process().memory_info().rss - before < 400 * 2**20
     (folder.parent / "scores.parquet").unlink()
     monkeypatch.setattr(media_files, "MAX_DECODED_BYTES", 2**20)
-    monkeypatch.setattr(media_files, "_decode", None)  # calling it would be a crash
-    monkeypatch.setattr(media_files, "_decode_narrow", None)
+    monkeypatch.setattr(videos, "_decode", None)  # calling it would be a crash
     status, _, rows = scores(capsys, folder, "-r", "jpeg_compressibility")
     assert status == 1 and rows["still.png"]["score"] < 0
     assert (

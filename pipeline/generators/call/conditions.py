@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipeline.core.errors import InputError
 from pipeline.core.media import read_media
-from pipeline.core.safe_paths import check_regular
+from pipeline.core.media_kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from pipeline.core.pictures import open_picture
 from pipeline.core.types import PromptItem
 from pipeline.generators.call.signature import parameters_of
 
@@ -26,8 +27,6 @@ _OPTIONAL_CONDITIONS = (
     "conditioning_frames",
 )
 PER_TAKE = ("class_labels",)  # numbers of which a pipeline needs one per take
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv"}
 
 
 def condition_arguments(pipe: Any) -> list[list[str]]:
@@ -103,15 +102,14 @@ def _load(name: str, value: Any) -> Any:
         return value
     path = Path(value)
     suffix = path.suffix.lower()
-    if suffix not in _IMAGE_SUFFIXES | _VIDEO_SUFFIXES:
+    if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         return value
-    check_regular(path)
     try:
-        if suffix in _IMAGE_SUFFIXES:
-            return Image.open(path).convert("L" if "mask" in name else "RGB")
+        if suffix in IMAGE_SUFFIXES:
+            return open_picture(path).convert("L" if "mask" in name else "RGB")
         return [Image.fromarray(frame) for frame in read_media(path).frames[0]]
-    except OSError as error:
-        raise InputError(f"condition {name}: {path} cannot be read ({error})") from error
+    except InputError as error:
+        raise InputError(f"condition {name}: {error}") from error
 
 
 def _resized(value: Any, height: int, width: int) -> Any:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.errors import InputError, RewardError
-from pipeline.core.media import on_white
-from pipeline.core.safe_paths import check_regular
+from pipeline.core.pictures import as_rgb, open_picture
 from pipeline.core.types import PromptItem
 
 
@@ -40,11 +39,7 @@ def picture_paths(prompt: PromptItem, key: str, fix: str) -> list[str]:
 
 def read_picture(path: str) -> np.ndarray:
     """uint8 [H, W, 3]; a transparent picture is laid on white. Raises `RewardError`."""
-    from PIL import Image
-
     try:
-        check_regular(Path(path))
-        with Image.open(path) as file:
-            return on_white(file)
-    except (OSError, ValueError, SyntaxError, InputError) as error:
+        return as_rgb(open_picture(Path(path)))
+    except InputError as error:
         raise RewardError(f"the reference picture {path} cannot be read ({error})") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.core.devices import resolve_device
 from pipeline.core.errors import ConfigError, InputError, RewardError
-from pipeline.core.safe_paths import check_regular
+from pipeline.core.pictures import open_picture
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.canny import canny
@@ -35,12 +35,11 @@ def condition_picture(prompt: PromptItem, size: tuple[int, int], classes: bool) 
 
     path = picture_paths(prompt, "condition", "`condition` or an image")[0]
     try:
-        check_regular(Path(path))
-        with Image.open(path) as file:
-            if classes and file.mode not in ("L", "P"):
-                raise RewardError(f"the condition {path} is {file.mode}; class numbers need an 8-bit grey PNG")
-            picture = file.copy() if classes else file.convert("L")
-    except (OSError, ValueError, SyntaxError, InputError) as error:
+        picture = open_picture(Path(path))
+        if classes and picture.mode not in ("L", "P"):
+            raise RewardError(f"the condition {path} is {picture.mode}; class numbers need an 8-bit grey PNG")
+        picture = picture if classes else picture.convert("L")
+    except InputError as error:
         raise RewardError(f"the condition picture {path} cannot be read ({error})") from error
     how = Image.Resampling.NEAREST if classes else Image.Resampling.BILINEAR
     return np.asarray(picture if picture.size == size[::-1] else picture.resize(size[::-1], how))
