@@ -17,6 +17,7 @@ from ray import exceptions as rx
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.heartbeat import BEAT_S, Pulse
 from actors.learner_rank import LearnerActor, TrainStepResult
 from actors.ray_errors import describe, is_deterministic, root
 from actors.ray_options import MAX_START_S, RunContext, actor_env, cores, ray_resources
@@ -26,6 +27,7 @@ from pipeline.core.types import GroupBatch, PolicyVersion
 
 MAX_WAIT_S = 1800.0  # for resources of the cluster; an autoscaled GPU node takes minutes
 FIRST_WARNING_S, WARNING_EVERY_S = 2.0, 15.0  # while waiting
+FIRST_SILENCE_S, SILENT_S = 30.0, 300.0  # without a heartbeat: a warning, and the end of the group
 _COLLECT_ERRORS_S = 3.0  # when a rank dies the others fail too; wait this long for the error that explains theirs
 log = logging.getLogger("rushes.learner")
 
@@ -41,6 +43,7 @@ class LearnerGroup:
         self.ctx, self.cfg = ctx, ctx.cfg.learner
         ranks = self.cfg.ranks
         self.slots = [WorkerSlot("learner" if ranks == 1 else f"learner-{rank}") for rank in range(ranks)]
+        self._pulse = Pulse()
         self._placement_group: PlacementGroup | None = None
         self._needs = {name: amount for name, amount in self.cfg.resources.items() if amount > 0}
 
@@ -203,12 +206,32 @@ class LearnerGroup:
         for slot in self.slots:
             slot.set_idle()
 
+    async def _check_alive(self, activity: str) -> None:
+        """Raises `LearnerLost` when a rank has shown no sign of life for `SILENT_S`."""
+        for slot in self.slots:
+            if slot.handle is None:
+                continue
+            silent_s = await asyncio.to_thread(self._pulse.silent_s, slot.handle._actor_id.hex())
+            if silent_s >= SILENT_S:
+                for each in self.slots:
+                    each.state = WorkerState.DEAD
+                raise LearnerLost(
+                    f"{slot.place}: {activity} failed: no sign of life for {silent_s:.0f} s (its process is stopped, "
+                    "or its node hangs)"
+                )
+            if silent_s >= FIRST_SILENCE_S:
+                log.warning("%s: %s: no sign of life for %.0f s; giving up after %.0f s",
+                            slot.place, activity, silent_s, SILENT_S)  # fmt: skip
+
     async def _all(self, activity: str, calls: Sequence[ray.ObjectRef]) -> list[Any]:
         """All answers; `calls` are in rank order. As soon as a rank fails, raises its `RushesError`, or `LearnerLost`
         with the failure that explains the others', after which no rank counts as alive."""
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            while not _settled(tasks):
+                await asyncio.wait(tasks, timeout=BEAT_S, return_when=asyncio.FIRST_EXCEPTION)
+                if not _settled(tasks):
+                    await self._check_alive(activity)
             if any(task.done() and task.exception() for task in tasks):
                 await asyncio.wait(tasks, timeout=_COLLECT_ERRORS_S)
             failed = [(slot, task.exception()) for slot, task in zip(self.slots, tasks, strict=False) if task.done()]
@@ -224,6 +247,11 @@ class LearnerGroup:
         for each in self.slots:
             each.state = WorkerState.DEAD
         raise LearnerLost(f"{slot.place}: {activity} failed: {describe(error)}") from error
+
+
+def _settled(tasks: Sequence[asyncio.Future]) -> bool:
+    """Whether all have answered, or one has failed."""
+    return all(task.done() for task in tasks) or any(task.done() and task.exception() for task in tasks)
 
 
 def _distance_from_cause(error: BaseException) -> int:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import ray
 
+from actors.heartbeat import start_heartbeat
 from actors.ray_errors import is_lost
-from actors.ray_options import cores
+from actors.ray_options import RunContext, cores
 from actors.role_actor import RoleActor, use_threads
 from pipeline.core.types import GroupBatch, WeightSet
 from pipeline.runs import checkpoint, remote_sync
@@ -33,6 +34,10 @@ class TrainStepResult:
 class LearnerActor(RoleActor):
     role = "learner"
     _listening: socket.socket | None = None
+
+    def __init__(self, ctx: RunContext, name: str) -> None:
+        super().__init__(ctx, name)
+        start_heartbeat()
 
     def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: the node's address and a free port of it, where the ranks meet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
@@ -11,13 +12,28 @@ from collections.abc import Callable, Mapping
 import psutil
 from ray.util.metrics import Counter, Gauge
 
+from pipeline.core.errors import one_line
+
 # Ray drops a gauge that has not been set for about two minutes from its endpoint; a step may take longer than that.
 REFRESH_S = 10.0
+log = logging.getLogger("rushes.metrics")
+_warned = False
 
 
 def metric_name(name: str) -> str:
     """`reward/mean` -> `rushes_reward_mean`."""
     return "rushes_" + re.sub(r"[^a-zA-Z0-9_]+", "_", name).strip("_")
+
+
+def tried(function: Callable[[], None]) -> None:
+    """Calls `function`; the first failure of a process is a warning. Nothing of a run depends on its metrics."""
+    global _warned
+    try:
+        function()
+    except Exception as error:
+        if not _warned:
+            log.warning("Prometheus metrics failed: %s: %s; the run continues", type(error).__name__, one_line(error))
+        _warned = True
 
 
 def call_regularly(function: Callable[[], None]) -> threading.Thread:
@@ -26,7 +42,7 @@ def call_regularly(function: Callable[[], None]) -> threading.Thread:
     def loop() -> None:
         while True:
             time.sleep(REFRESH_S)
-            function()
+            tried(function)
 
     thread = threading.Thread(target=loop, name="metrics", daemon=True)
     thread.start()
@@ -47,14 +63,14 @@ class RoleMetrics:
         self._gpu = Gauge("rushes_gpu_bytes", "Most GPU memory that torch has allocated, within seconds.", tuple(tags))
         self._gpu.set_default_tags(tags)
         self._process = psutil.Process()
-        self._memory()
+        tried(self._memory)
         call_regularly(self._memory)
 
     def phase(self, phase: str, seconds: float) -> None:
-        self._seconds.inc(max(seconds, 1e-9), {"phase": phase.split(" ")[0]})
+        tried(lambda: self._seconds.inc(max(seconds, 1e-9), {"phase": phase.split(" ")[0]}))
 
     def takes(self, count: int) -> None:
-        self._takes.inc(count)
+        tried(lambda: self._takes.inc(count))
 
     def _memory(self) -> None:
         self._rss.set(self._process.memory_info().rss)

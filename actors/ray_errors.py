@@ -60,6 +60,9 @@ def describe(error: BaseException) -> str:
         return one_line(str(error), _LIMIT)
     if isinstance(error, asyncio.TimeoutError | TimeoutError):
         return one_line(str(error), _LIMIT) or "timed out"
+    if isinstance(error, rx.ActorUnavailableError):
+        detail = re.search(r"unavailable: (.+?)\. The task may", str(error), re.DOTALL)
+        return one_line(detail.group(1), _LIMIT) if detail else "it cannot be reached"
     if isinstance(error, rx.RayActorError):
         detail = re.search(r"Worker exit detail: (.+?)(?:\n|$)", str(error))
         reason = re.search(r"Worker exit type: (\w+)", str(error))

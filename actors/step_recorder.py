@@ -16,14 +16,16 @@ from typing import Any
 import ray
 
 from actors.group_run import GroupRun
-from actors.prometheus import RunMetrics
+from actors.prometheus import RunMetrics, tried
 from actors.ray_errors import describe, is_lost
 from actors.ray_options import RunContext
 from actors.worker_pool import WorkerPool
+from pipeline.core.errors import RushesError, one_line
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger
 from pipeline.runs.tracking import make_tracker
 
+CLOSE_S = 60.0  # more than the trackers take
 _KEPT = 1000  # steps whose metrics stay in memory, about 10 kB each; all are in metrics.jsonl
 log = logging.getLogger("rushes.recorder")
 
@@ -56,6 +58,8 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1, "writer")
         self._cpu_s = time.process_time()
         self._writes: set[asyncio.Future] = set()
+        self._lost: list[str] = []
+        self._closed = False
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def watch(self) -> None:
@@ -75,7 +79,7 @@ class Recorder:
             "retries": float(ledger.retries),
         }
         self.recent.add({"step": step, **metrics})
-        self._gauges.set({**metrics, "step": step})
+        tried(lambda: self._gauges.set({**metrics, "step": step}))
         self._write(self._tracker.log, step, metrics)
         if self.cfg.tracking.save_takes_every and step % self.cfg.tracking.save_takes_every == 0:
             kept = [(run, run.media) for run in runs if run.media is not None]
@@ -88,7 +92,7 @@ class Recorder:
         if record["se"] is not None:
             values["heldout/se"] = record["se"]
         values |= {f"heldout/{name}": entry["mean"] for name, entry in record["rewards"].items()}
-        self._gauges.set(values)
+        tried(lambda: self._gauges.set(values))
         self._write(self._tracker.log, record["step"], values)
         if media is not None:
             self._write(self._tracker.log_media, record["step"], "heldout", media)
@@ -132,10 +136,20 @@ class Recorder:
         """Returns once everything recorded so far is written. Raises the first error of a write."""
         await asyncio.gather(*self._writes)
 
-    async def close(self) -> None:
-        await asyncio.gather(*self._writes, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(self._writer, self._tracker.close)
-        self._writer.shutdown()
+    async def close(self) -> list[str]:
+        """Waits for the writes, at most `CLOSE_S` seconds: a disk that does not answer does not hold the end. Returns
+        what optional records lack, one line each."""
+        if not self._closed:
+            self._closed = True
+            closing = asyncio.get_running_loop().run_in_executor(self._writer, self._tracker.close)
+            _, unwritten = await asyncio.wait({*self._writes, closing}, timeout=CLOSE_S)
+            if unwritten:
+                log.error("%d writes to %s did not end in %.0f s", len(unwritten), self.ctx.run.path, CLOSE_S)
+                self._lost.append(f"{len(unwritten)} writes to the run's folder did not end")
+            elif (error := closing.exception()) is not None:
+                log.warning("the trackers could not be closed: %s", describe(error))
+            self._writer.shutdown(wait=False)
+        return [*self._lost, *self._tracker.missing()]
 
     async def _keep_takes(self, kept: list[tuple[GroupRun, ray.ObjectRef]], step: int) -> None:
         from pipeline.core.takes_table import save_takes
@@ -158,7 +172,13 @@ class Recorder:
                     raise
                 log.warning("training takes are gone, not kept: %s", describe(error), extra={"group": run.group})
             else:
-                await loop.run_in_executor(self._writer, write, run, frames)
+                try:
+                    await loop.run_in_executor(self._writer, write, run, frames)
+                except (OSError, RushesError) as error:  # nothing of the run depends on them
+                    if not self._lost:
+                        log.warning("the takes of step %d could not be kept: %s; the run continues", step, error)
+                    self._lost.append(f"takes of step {step}: {one_line(error)}")
+                    return
 
     def _write(self, function: Callable[..., None], *args: Any) -> None:
         self._watch(asyncio.get_running_loop().run_in_executor(self._writer, function, *args))

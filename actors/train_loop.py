@@ -155,6 +155,8 @@ class TrainLoop:
             self._phase = "exporting"
             await self._end_workers()  # their memory is free for the export
             result["export"] = await self._with_learner_recovery(lambda: self._learner.export(self.ctx.run.export))
+        if self._recorder is not None:
+            result["missing"] = await self._recorder.close()
         return result
 
     async def _peaks(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import psutil
 import pipeline
 from pipeline.config.resources import ROLE_RESOURCES
 from pipeline.config.schema import Config
-from pipeline.core.cluster_address import cluster_address
+from pipeline.core.cluster_address import cluster_address, is_listening
+from pipeline.core.deadline import within
 from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import describe_os_error
 
 NAMESPACE = "rushes"
+JOIN_S = 30.0  # for the cluster's head to answer; after 60 s Ray's client would end the whole process
+log = logging.getLogger("rushes.driver")
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # no idle workers in advance: every actor gets its own process anyway
@@ -80,10 +83,13 @@ def _keep_our_signals() -> None:
 
 
 class RaySession:
-    """`with RaySession(cfg) as session:` connects; `session.ours` says whether the Ray was started here."""
+    """`with RaySession(cfg) as session:` connects; `session.ours` says whether the Ray was started here.
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    `check` is called while it waits for a cluster, and ends the wait by raising.
+    """
+
+    def __init__(self, cfg: Config, check: Callable[[], None] = lambda: None) -> None:
+        self.cfg, self._check = cfg, check
         self.ours = False
         self._before: set[int] = set()
 
@@ -99,14 +105,7 @@ class RaySession:
         address = cluster_address(self.cfg.ray.address)
         common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if address is not None:
-            try:
-                ray.init(address=address, **common)
-            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-                text = one_line(error)
-                raise ConfigError(
-                    f"ray.address: no Ray answers at {address} ({text}); start it, correct ray.address or RAY_ADDRESS, "
-                    "or set ray.address=local"
-                ) from error
+            self._join(address, common)
             return self
         unseen = self.cfg.ray.dashboard_port is None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -141,6 +140,23 @@ class RaySession:
             _end_log_monitor()
         return self
 
+    def _join(self, address: str, options: dict[str, Any]) -> None:
+        """Connects to a running cluster. Raises `ConfigError` within seconds where nothing listens, and after `JOIN_S`
+        where something does not answer: Ray itself tries for minutes, and no signal is handled meanwhile."""
+        import ray
+
+        problem = "nothing listens there"
+        try:
+            if address == "auto" or within(JOIN_S, lambda: _answers(address), f"Ray at {address}", log, self._check):
+                ray.init(address=address, **options)
+                return
+        except (TimeoutError, ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+            problem = one_line(error)
+        raise ConfigError(
+            f"ray.address: no Ray answers at {address} ({problem}); start it, correct ray.address or RAY_ADDRESS, or "
+            "set ray.address=local"
+        )
+
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -163,6 +179,18 @@ class RaySession:
             for process in self.children():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+
+
+def _answers(address: str) -> bool:
+    """False: nothing listens at the address. Waits for the head's answer where it is a head's own address."""
+    if not is_listening(address):
+        return False
+    if "://" not in address:
+        from ray import _raylet
+
+        gcs: Any = _raylet
+        gcs.GcsClient(address=address).internal_kv_get(b"rushes", b"rushes")
+    return True
 
 
 def _end(family: list[psutil.Process]) -> None:

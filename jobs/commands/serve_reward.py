@@ -30,6 +30,19 @@ def serve_reward(
         str | None, typer.Option("--token-env", metavar="NAME", help="Variable that holds the token clients must send.")
     ] = None,
     max_mb: Annotated[float, typer.Option("--max-mb", min=0.001, help="Largest request accepted.")] = 64.0,
+    memory_gb: Annotated[
+        float,
+        typer.Option("--memory-gb", min=0.001, help="Memory for all requests together, without the scorer's own."),
+    ] = 4.0,
+    stuck_s: Annotated[
+        float, typer.Option("--stuck-s", min=1, help="Seconds after which a call of the scorer counts as stuck.")
+    ] = 120.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", metavar="NAME", help="Name by which clients may call the server, as a proxy's; repeatable."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Serve a scorer over HTTP.
@@ -59,4 +72,15 @@ def serve_reward(
         from jobs.common.reward_configs import build_reward_configs
 
         cfg = build_reward_configs([reward], option or [])[0]
-    serve(reward, cfg, host=host, port=port, token_env=token_env, max_mb=max_mb, console=make_console())
+    serve(
+        reward,
+        cfg,
+        host=host,
+        port=port,
+        token_env=token_env,
+        max_mb=max_mb,
+        memory_gb=memory_gb,
+        stuck_s=stuck_s,
+        allow_hosts=allow_host or [],
+        console=make_console(),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import psutil
 
 from jobs.common.options import say
 from pipeline.config.schema import Config
+from pipeline.core.errors import one_line
 from pipeline.core.files import atomic_write
 from pipeline.core.statistics import with_error
 from pipeline.core.storage import display_path
@@ -24,6 +26,7 @@ from pipeline.runs.paths import RunDir
 if TYPE_CHECKING:
     from rich.console import Console
 
+log = logging.getLogger("rushes.driver")
 PACKAGES = ("rushes", "torch", "diffusers", "transformers", "peft", "ray")
 
 
@@ -56,6 +59,7 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
             },
         }
     started = psutil.Process().create_time()
+    missing: list[str] = list(result.get("missing", []))
 
     def write() -> None:
         summary = {
@@ -74,14 +78,22 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
             "checkpoint": result["checkpoint"],
             "export": result["export"],
             "report": str(run.report),
+            "missing": missing,
         }
         atomic_write(run.summary, json.dumps(summary, indent=2).encode())
 
     write()
-    build_report(run.path)
+    try:
+        build_report(run.path)
+    except Exception as error:  # the run itself is complete, and the report can be made again
+        log.warning("the report failed", exc_info=error)
+        missing.append(f"report: {type(error).__name__}: {one_line(error)}; make it with: rushes report {run.name}")
     write()  # with the report's own time
     if evals:
         gain = with_error(last["mean"] - first["mean"], difference.se if difference else None, sign="+")
         say(console, f"held-out reward {first['mean']:.4f} -> {last['mean']:.4f} ({gain}, {last['n']} prompts)")
     say(console, f"export  {display_path(Path(result['export']))}")
-    say(console, f"report  {display_path(run.report)}")
+    for line in missing:
+        console.print(f"warning: missing: {line}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    if not any(line.startswith("report: ") for line in missing):
+        say(console, f"report  {display_path(run.report)}")

@@ -21,6 +21,9 @@ from pipeline.runs.paths import RunDir
 from pipeline.runs.snapshot import RunSnapshot
 
 POLL_S = 0.5
+ANSWER_S = 10.0  # for one question to the controller
+SILENT_S = 300.0  # seconds without an answer after which a controller counts as dead
+START_S = 1800.0  # for a node on which a controller can start
 GONE_S = 60.0  # seconds after which the remaining actors of a dead controller are killed
 log = logging.getLogger("rushes.driver")
 
@@ -104,6 +107,7 @@ class _Watch:
 
         ctx = RunContext(cfg=cfg, run_path=str(run.path.absolute()), cwd=os.getcwd())
         self.host, self.step = os.uname().nodename, -1  # the driver's host until the controller reports its host
+        self._answered = self._told = False
         self.controller: Any = (
             ray.remote(Controller)
             .options(num_cpus=0, runtime_env={"env_vars": actor_env(1)}, **controller_options(run, life))
@@ -115,7 +119,7 @@ class _Watch:
         import ray
 
         ended = self.controller.run.remote()
-        seen, stopping = 0, False
+        seen, stopping, answered = 0, False, time.monotonic()
         while True:
             ready, _ = ray.wait([ended], timeout=POLL_S)
             if signals.stop_requested and not stopping:
@@ -123,16 +127,34 @@ class _Watch:
                 view.note("stopping: saving the last completed step (Ctrl-C again stops at once)")
                 self.controller.stop.remote()
             try:
-                snapshot = RunSnapshot.from_dict(ray.get(self.controller.progress.remote(seen), timeout=60))
+                snapshot = RunSnapshot.from_dict(ray.get(self.controller.progress.remote(seen), timeout=ANSWER_S))
             except ray.exceptions.GetTimeoutError:
+                self._silent(time.monotonic() - answered, view, signals)
                 continue
             except ray.exceptions.RayError:
                 return ray.get(ended)  # the controller is gone: this raises why
+            answered, self._answered, self._told = time.monotonic(), True, False
             seen = snapshot.recorded
             self.host, self.step = snapshot.host or self.host, max(self.step, snapshot.step)
             view.update(snapshot)
             if ready:
                 return ray.get(ended)
+
+    def _silent(self, seconds: float, view: View, signals: StopRequest) -> None:
+        """Says so after 30 s. Raises `ActorUnavailableError` after `SILENT_S`: the process is stopped, or its node
+        hangs. One that has not begun yet waits for a node, which may take longer; not when the run is to stop."""
+        from ray.exceptions import ActorUnavailableError
+
+        limit = SILENT_S if self._answered else START_S
+        if signals.stop_requested:
+            limit = min(limit, SILENT_S / 2)
+        state = "does not answer" if self._answered else "has not started"
+        if seconds >= 30 and not self._told:
+            self._told = True
+            log.warning("the controller on %s %s for %.0f s; giving up after %.0f s", self.host, state, seconds, limit)
+            view.note(f"waiting for the controller on {self.host}, which {state} (giving up after {limit:.0f} s)")
+        if seconds >= limit:
+            raise ActorUnavailableError(f"it {state} for {seconds:.0f} s", None)
 
     def end(self) -> None:
         import ray

@@ -73,7 +73,7 @@ def run_training(
         sampler.start()
         signals = StopSignals()
         try:
-            with signals, RaySession(cfg) as session:
+            with signals, RaySession(cfg, signals.check) as session:
                 signals.install()  # replaces Ray's handler, which prints a stack to stderr first
                 signals.session = session
                 result = supervise(cfg, run, resume_from, signals, console, debug)

@@ -107,7 +107,9 @@ class RewardRunner:
         except RewardError as error:
             text = str(error)
             raise type(error)(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit, CancelledError, GeneratorExit
             raise RewardError(
                 f"reward {self.name}: {self.cfg.scorer} raised {type(error).__name__}: "
                 f"{one_line(error, 600)}{_line_of(error)}"

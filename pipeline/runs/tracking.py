@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import enlarge, view_scale
 from pipeline.core.types import Media
+from pipeline.runs.optional_tracker import CLOSE_S, OptionalTracker
 from pipeline.runs.records import Position, StepRecord, read_records
 
 METRICS_FILE = "metrics.jsonl"
@@ -157,44 +160,55 @@ class MlflowTracker(Tracker):
 
 
 class Trackers(Tracker):
-    """Several trackers as one; refuses values that are not finite before anything is written."""
+    """metrics.jsonl, which the run needs, and trackers that may fail. Refuses values that are not finite before
+    anything is written."""
 
-    def __init__(self, members: list[Tracker]) -> None:
-        self.members = members
+    def __init__(self, metrics: JsonlTracker, optional: list[OptionalTracker]) -> None:
+        self._metrics, self._optional = metrics, optional
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         check_finite(step, values)
-        for member in self.members:
-            member.log(step, values)
+        for tracker in self._optional:
+            tracker.log(step, values)
+        self._metrics.log(step, values)
 
     def log_media(self, step: int, tag: str, media: Media) -> None:
-        for member in self.members:
-            member.log_media(step, tag, media)
+        for tracker in self._optional:
+            tracker.log_media(step, tag, media)
 
     def close(self) -> None:
-        for member in self.members:
-            member.close()
+        """At most `CLOSE_S` seconds for all trackers together."""
+        deadline = time.monotonic() + CLOSE_S
+        for tracker in self._optional:
+            tracker.close(within_s=max(0.1, deadline - time.monotonic()))
+
+    def missing(self) -> list[str]:
+        """A line for each tracker that did not get everything; after `close`."""
+        return [line for tracker in self._optional if (line := tracker.missing()) is not None]
 
 
-def make_tracker(cfg: Config, run_dir: Path) -> Tracker:
-    """metrics.jsonl and the configured backends. Raises `ConfigError` when one cannot start."""
+def make_tracker(cfg: Config, run_dir: Path) -> Trackers:
+    """metrics.jsonl and the configured backends. Raises `ConfigError` when one is not installed; one that is away or
+    fails later is a warning."""
     run_dir = Path(run_dir)
-    members: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE)]
-    builders = {
-        "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard"),
-        "wandb": lambda: WandbTracker(cfg, run_dir),
-        "mlflow": lambda: MlflowTracker(cfg, run_dir),
+    builders: dict[str, tuple[str, Callable[[], Tracker]]] = {
+        "tensorboard": ("tensorboardX", lambda: TensorBoardTracker(run_dir / "tensorboard")),
+        "wandb": ("wandb", lambda: WandbTracker(cfg, run_dir)),
+        "mlflow": ("mlflow", lambda: MlflowTracker(cfg, run_dir)),
     }
+    optional = []
     for backend in cfg.tracking.backends:
+        module, build = builders[backend]
         try:
-            members.append(builders[backend]())
-        except Exception as error:  # each backend raises its own kinds
+            importlib.import_module(module)
+        except Exception as error:  # a broken package raises its own kinds
             raise ConfigError(
                 f"tracking.backends: {backend} did not start ({type(error).__name__}: {one_line(error)}); fix that or "
                 "remove it from the list"
             ) from error
-    return Trackers(members)
+        optional.append(OptionalTracker(backend, build))
+    return Trackers(JsonlTracker(run_dir / METRICS_FILE), optional)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

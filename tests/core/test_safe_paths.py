@@ -16,13 +16,15 @@ from http_server import items
 from PIL import Image
 from traps import KINDS, picture, traps, within
 
-from jobs.common import judged_pairs, reward_service
+from jobs.common import judged_pairs
 from jobs.common.score_files import find_items
+from jobs.common.score_request import decode_takes
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.prompts import load_prompts
 from pipeline.core.safe_paths import check_regular, file_inside, path_inside, relative_name
 from pipeline.core.types import PromptItem
+from pipeline.rewards.models.protocol import parse_request
 from pipeline.rewards.runner import build_reward
 
 
@@ -159,7 +161,7 @@ class Shown:
         Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(pixels, "PNG")
         frame = base64.b64encode(pixels.getvalue()).decode()
         body = {"version": 1, "items": [{"prompt": "a", "metadata": metadata, "frames": [frame]}]}
-        groups, _ = reward_service._groups_of(json.dumps(body).encode(), folder)
+        groups, _ = decode_takes(parse_request(json.dumps(body).encode()), folder)
         return self.runner.run(groups[0].media, groups[0].prompts, None)
 
 

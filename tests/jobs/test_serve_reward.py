@@ -20,7 +20,7 @@ from http_server import items
 from PIL import Image
 
 from jobs import cli
-from jobs.common import reward_service
+from jobs.common import score_request
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError, RewardUnavailable
 from pipeline.core.types import Media
@@ -83,7 +83,15 @@ def served(tmp_path_factory):
     own = tmp_path_factory.mktemp("own") / "own.py"
     own.write_text(OWN)
     server = Served(
-        f"{own}:level", "--token-env", "REWARD_TOKEN", "--max-mb", "1", "--set", f"{own}:level.batch_items=64"
+        f"{own}:level",
+        "--token-env",
+        "REWARD_TOKEN",
+        "--max-mb",
+        "1",
+        "--memory-gb",
+        "0.1",
+        "--set",
+        f"{own}:level.batch_items=64",
     )
     yield server
     if server.process.poll() is None:
@@ -243,11 +251,14 @@ def test_pictures_survive_the_lossless_forms():
 
 
 def test_the_limit_on_decoded_pixels_is_for_the_whole_request(monkeypatch, tmp_path):
-    body = json.dumps(request(1, 2, 3)).encode()
-    assert len(reward_service._groups_of(body, tmp_path)[0]) == 1
-    monkeypatch.setattr(reward_service, "MAX_PIXEL_BYTES", 2 * 4 * 4 * 3)
+    asked = parse_request(json.dumps(request(1, 2, 3)).encode())
+    assert len(score_request.decode_takes(asked, tmp_path)[0]) == 1
+    assert score_request.decoding_size(asked) == (2 * 3 + 3) * 4 * 4 * 3
+    monkeypatch.setattr(score_request, "MAX_PIXEL_BYTES", 2 * 4 * 4 * 3)
     with pytest.raises(InputError, match=r"items: .* decoded"):
-        reward_service._groups_of(body, tmp_path)
+        score_request.decode_takes(asked, tmp_path)
+    with pytest.raises(InputError, match=r"items: .* decoded"):
+        score_request.decoding_size(asked)
 
 
 def test_the_prompts_own_picture_travels_with_the_take(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.types import Media
+from pipeline.runs import tracking
 from pipeline.runs.tracking import drop_metrics_since, make_tracker, media_grid, read_metrics
 
 
@@ -118,3 +120,110 @@ def test_a_backend_that_cannot_start_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="tracking.backends: wandb did not start"):
         make_tracker(config("wandb"), tmp_path)
+
+
+class Client:
+    """An MLflow client whose calls do as `behaviour(step)`."""
+
+    calls: list = []
+
+    def __init__(self, behaviour):
+        self.behaviour = behaviour
+
+    def get_experiment_by_name(self, name):
+        return types.SimpleNamespace(experiment_id="1")
+
+    def create_run(self, experiment, run_name):
+        self.behaviour("start")
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"))
+
+    def log_metric(self, run, name, value, step):
+        self.behaviour(step)
+        self.calls.append(step)
+
+    def log_image(self, run, image, name):
+        self.behaviour("image")
+
+    def set_terminated(self, run):
+        self.behaviour("end")
+
+
+def fails(*moments, kind=ConnectionError):
+    def behaviour(moment):
+        if moment in moments:
+            raise kind("http://mlflow:5000: max retries exceeded\nand more")
+
+    return behaviour
+
+
+def hangs(*moments):
+    def behaviour(moment):
+        if moment in moments:
+            time.sleep(3600)
+
+    return behaviour
+
+
+@pytest.mark.parametrize(
+    "behaviour, written, lost",
+    [
+        (fails(), [1, 2, 3], None),
+        (fails(1), [2, 3], "1 of 4"),  # away, and back
+        (fails(2, kind=SystemExit), [1, 3], "1 of 4"),
+        (fails("start"), [], "4 of 4"),
+        (fails("image"), [1, 2, 3], "1 of 4"),
+        (fails("end"), [1, 2, 3], "0 of 4"),
+        (hangs(2), [1], "3 of 4"),
+        (hangs("start"), [], "4 of 4"),
+        (hangs("end"), [1, 2, 3], "0 of 4"),
+    ],
+)
+def test_a_tracker_that_fails_or_hangs_holds_up_nothing(behaviour, written, lost, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "CLOSE_S", 0.5)
+    Client.calls = []
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=lambda: Client(behaviour)))
+    started = time.monotonic()
+    tracker = make_tracker(config("mlflow"), tmp_path)
+    for step in (1, 2, 3):
+        tracker.log(step, {"x": 1.0})
+    tracker.log_media(3, "takes", media(1, 1))
+    tracker.close()
+    assert time.monotonic() - started < 3
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3] and Client.calls == written
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if lost is None:
+        assert tracker.missing() == [] and not warnings
+    else:
+        (missing,), (warning,) = tracker.missing(), warnings
+        assert f"tracker mlflow: {lost} records are missing" in missing and "\n" not in missing + warning
+        assert "tracker mlflow failed" in warning
+
+
+def test_a_tracker_far_behind_is_left_behind(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "CLOSE_S", 0.2)
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=lambda: Client(hangs(1))))
+    tracker = make_tracker(config("mlflow"), tmp_path)
+    started = time.monotonic()
+    for step in range(1, 200):
+        tracker.log(step, {"x": 1.0})
+    tracker.close()
+    assert time.monotonic() - started < 3 and len(read_metrics(tmp_path)) == 199
+    assert "199 of 199 records are missing (is more than 64 records behind)" in tracker.missing()[0]
+
+
+def test_a_full_disk_ends_the_tensorboard_thread_and_not_the_run(tmp_path, monkeypatch):
+    """tensorboardX writes in a thread of its own; once that has died, its `close` waits for ever."""
+    from tensorboardX import event_file_writer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracking, "CLOSE_S", 1.0)
+    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
+    monkeypatch.setattr(event_file_writer.EventsWriter, "_write_serialized_event", full, raising=False)
+    tracker = make_tracker(config("tensorboard"), tmp_path)
+    started = time.monotonic()
+    for step in range(100):
+        tracker.log(step, {"x": 1.0})
+    tracker.close()
+    assert time.monotonic() - started < 5 and len(read_metrics(tmp_path)) == 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
 import time
 import urllib.error
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.deadline import within
 from pipeline.core.errors import ConfigError, RewardError, RewardUnavailable
 from pipeline.rewards.models.images import shrunk
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes
+log = logging.getLogger("rushes.http")
 _TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 _FATAL_STATUS = {401, 402, 403, 404, 405, 407}  # retrying cannot help, whatever is sent
 
@@ -67,6 +70,14 @@ class JsonClient:
         raise RewardUnavailable(f"{self.url}{path}: {last}{tries}") from last.__cause__
 
     def _once(self, url: str, data: bytes) -> Any:
+        """One try; `timeout_s` covers the look-up of the name, the connection, sending, headers and body together: a
+        socket's own time-out begins again with every byte."""
+        try:
+            return within(self.timeout_s, lambda: self._exchange(url, data), url, log)
+        except TimeoutError as error:
+            raise _Retryable(f"no answer within {self.timeout_s:g} s") from error
+
+    def _exchange(self, url: str, data: bytes) -> Any:
         deadline = time.monotonic() + self.timeout_s
         request = urllib.request.Request(url, data=data, headers=self.headers, method="POST")
         try:
@@ -100,7 +111,7 @@ class _Retryable(Exception):
 
 
 def _read(answer: Any, deadline: float) -> bytes:
-    """The body, within the deadline: a socket's time-out alone lets a dripping server take forever."""
+    """The body, within the deadline."""
     chunks: list[bytes] = []
     size = 0
     while chunk := answer.read1(1 << 16):
