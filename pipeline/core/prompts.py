@@ -280,7 +280,7 @@ def _picture_digest(path: Path) -> str:
 
 
 def _digest_by_path(prompts: Sequence[PromptItem]) -> str:
-    """What checkpoints before 2.0 hold: pictures by their paths."""
+    """What older checkpoints hold: pictures by their paths."""
     text = "\n".join(f"{p.text}\x00{p.negative or ''}\x00{p.image or ''}" for p in prompts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
