@@ -117,17 +117,17 @@ def test_a_silent_controller_is_told_about_and_then_counts_as_dead(monkeypatch):
     asked = type("Asked", (), {"stop_requested": False})()
     watch = object.__new__(supervise._Watch)
     watch.host, watch._answered, watch._told = "here", True, False
-    for seconds in (5, 29, 31, 60, 119):
+    for seconds in (5, 29, 31, 60, supervise.SILENT_S - 1):
         watch._silent(seconds, view, asked)
     assert len(notes) == 1 and "does not answer" in notes[0] and "here" in notes[0]
     from actors.ray_errors import describe
 
     with pytest.raises(Exception) as caught:
-        watch._silent(121, view, asked)
-    assert supervise._is_death(caught.value) and describe(caught.value) == "it does not answer for 121 s"
+        watch._silent(supervise.SILENT_S + 1, view, asked)
+    assert supervise._is_death(caught.value) and describe(caught.value) == "it does not answer for 301 s"
     asked.stop_requested = True
     with pytest.raises(type(caught.value)):
-        watch._silent(61, view, asked)
+        watch._silent(supervise.SILENT_S / 2 + 1, view, asked)
     watch._answered, asked.stop_requested = False, False
     watch._silent(1000, view, asked)  # a node for it may take long
 

@@ -210,7 +210,7 @@ def test_rubrics_are_checked_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="did you mean better_of_two"):
         check("better_of_tow")
     (tmp_path / "bad.yaml").write_text("mode: [")
-    for path, message in ((tmp_path / "bad.yaml", "not YAML"), (tmp_path / "no.yaml", "cannot be read")):
+    for path, message in ((tmp_path / "bad.yaml", "not valid YAML"), (tmp_path / "no.yaml", "cannot read")):
         with pytest.raises(ConfigError, match=message):
             check(str(path))
 
