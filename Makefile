@@ -37,7 +37,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 test: setup ## the whole test suite (no GPU, no network; about 9 minutes on 2 cores): its last line says how long it took
 	$(PYTEST) --durations 10
 
-test-fast: setup ## what needs neither Ray nor many seconds (marked slow: compilers, processes, most families): under 2 minutes
+test-fast: setup ## what needs neither Ray nor many seconds (marked slow: compilers, processes, most families): about 3 minutes
 	$(PYTEST) -m "not ray and not slow"
 
 test-vllm: setup-vllm ## the tests that run vLLM (about 3 minutes)
