@@ -294,7 +294,7 @@ def serve(
     if host not in LOCAL and token is None:
         console.print(f"warning: anyone who can reach {host} can use this server; give --token-env", style="yellow")
     problem = asyncio.run(_serve(service, host, port, console))
-    if problem:  # the stuck call would hold the process for ever
+    if problem:  # the stuck call would keep the process alive
         console.print(f"error: {problem}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.stdout.flush()
         sys.stderr.flush()

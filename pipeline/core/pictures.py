@@ -7,6 +7,7 @@ several pictures.
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -76,8 +77,9 @@ def _opened(path: Path, kind: MediaKind) -> Iterator[PilImage]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            _refuse_damaged(path, kind)
-            with Image.open(path, formats=[kind.decoder]) as image:
+            data = path.read_bytes()
+            _refuse_damaged(path, kind, data)
+            with Image.open(io.BytesIO(data), formats=[kind.decoder]) as image:
                 yield image
     except InputError:
         raise
@@ -87,9 +89,8 @@ def _opened(path: Path, kind: MediaKind) -> Iterator[PilImage]:
         raise InputError(f"{path}: cannot be read as a picture ({one_line(error, 120)}); write it again") from None
 
 
-def _refuse_damaged(path: Path, kind: MediaKind) -> None:
+def _refuse_damaged(path: Path, kind: MediaKind, data: bytes) -> None:
     """What PIL does not look at: a PNG's checksums, and the length of an animation, of which it reads what is left."""
-    data = path.read_bytes()
     if kind.name == "WebP":
         whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
     elif kind.name == "GIF":
