@@ -10,7 +10,7 @@
                             └───────────────────────────────────┘
 
 `run_group` decides the group's fate: again on the same seeds, or `GroupFailed` after `faults.max_attempts`. The lease
-(`actors.worker_pool`) decides the worker's. Frames and latents stay in the object store; references are passed on.
+(`actors.worker_pool`) decides the worker's. A reward whose service is away is waited for, which is no attempt. Frames and latents stay in the object store; references are passed on.
 
 run_group   consumes    a GroupRun, from training or evaluation
             waits for   a free worker (lowest priority number first), room at every reward, its scores
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from actors.group_run import GroupFailed, GroupRun, GroupState, PolicySource
 from actors.pool_supervisor import PoolSupervisor
-from actors.ray_errors import is_lost, is_preempted
+from actors.ray_errors import is_away, is_lost, is_preempted
 from actors.ray_options import RunContext, to_bytes
 from actors.request_queue import RequestQueue
 from actors.reward_server import RewardServer
@@ -37,6 +37,7 @@ from actors.score_batcher import PendingScore, ScoreBatcher
 from actors.worker_pool import CallFailed, WorkerPool
 from actors.worker_slot import WorkerSlot
 from pipeline.core.types import PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.rewards.patience import Patience
 
 log = logging.getLogger("rushes.dispatcher")
 
@@ -44,7 +45,8 @@ log = logging.getLogger("rushes.dispatcher")
 class Dispatcher:
     """Pools, queues and the coroutine of a group (`actors.group_run.GroupRunner`)."""
 
-    def __init__(self, ctx: RunContext, probe_prompts: list[PromptItem]) -> None:
+    def __init__(self, ctx: RunContext, probe_prompts: list[PromptItem], resumed: bool = False) -> None:
+        """`resumed`: the rewards have worked before, so that a service which is away now is waited for."""
         cfg, self._max_attempts = ctx.cfg, ctx.cfg.faults.max_attempts
         capacity = cfg.rollout.queue_capacity
         self.rollouts = WorkerPool(
@@ -58,6 +60,7 @@ class Dispatcher:
             capacity=capacity,
         )
         self._batchers: dict[str, ScoreBatcher] = {}
+        self._patience: dict[str, Patience] = {}
         self.pools = [self.rollouts]
         for name, reward in cfg.rewards.items():
             requests: RequestQueue[PendingScore] = RequestQueue(f"reward.{name}", capacity)
@@ -72,7 +75,9 @@ class Dispatcher:
                 capacity=capacity,
                 runtime_env=reward.runtime_env,
                 backlog=requests,
+                patient=resumed,
             )
+            self._patience[name] = Patience(f"reward {name}", cfg.faults.call_timeout_s, "faults.call_timeout_s")
             self._batchers[name] = ScoreBatcher(reward, pool, requests)
             self.pools.append(pool)
         self.supervisor = PoolSupervisor(self.pools)
@@ -207,15 +212,28 @@ class Dispatcher:
             self._withdraw_requests(run)
 
     async def _score_one(self, run: GroupRun, reward: str) -> RewardScores:
+        patience = self._patience[reward]
         while True:
             try:
-                return await run.requests[reward].scores
+                scores = await run.requests[reward].scores
             except CallFailed as failure:
                 if is_lost(failure.cause):
                     raise
-                run.failed_scorings += 1
-                self._retry_or_fail(run, run.failed_scorings, "scoring", str(failure))
-                run.requests[reward] = self._batchers[reward].retry(run, avoid=failure.worker_name)
+                avoid = None
+                if is_away(failure.cause):
+                    pause_s = patience.pause_s(failure.cause)
+                    if pause_s is None:
+                        reason = f"{failure}; away for {patience.away_s:.0f} s ({patience.bound})"
+                        raise GroupFailed(reason, run.failed_scorings + 1) from failure
+                    await asyncio.sleep(pause_s)
+                else:
+                    run.failed_scorings += 1
+                    self._retry_or_fail(run, run.failed_scorings, "scoring", str(failure))
+                    avoid = failure.worker_name
+                run.requests[reward] = self._batchers[reward].retry(run, avoid)
+            else:
+                patience.answered()
+                return scores
 
     def _withdraw_requests(self, run: GroupRun) -> None:
         for name, request in run.requests.items():

@@ -7,7 +7,7 @@ import re
 
 from ray import exceptions as rx
 
-from pipeline.core.errors import RushesError, one_line
+from pipeline.core.errors import RewardAway, RushesError, one_line
 
 _LIMIT = 600  # characters of a described error
 _LOST = (
@@ -43,6 +43,11 @@ def is_lost(error: BaseException) -> bool:
 def is_deterministic(error: BaseException) -> bool:
     """The input's or the configuration's fault: another actor would fail in the same way."""
     return isinstance(root(error), RushesError)
+
+
+def is_away(error: BaseException) -> bool:
+    """A service that a scorer calls is away: it may be back later, whatever the actor and the input."""
+    return isinstance(root(error), RewardAway)
 
 
 class WorkerPreempted(RuntimeError):

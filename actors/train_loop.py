@@ -72,7 +72,7 @@ class TrainLoop:
         self._prompts = load_prompts(cfg.prompts.train)
         heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout is not None else []
         self._learner = LearnerGroup(ctx)
-        self._dispatcher = Dispatcher(ctx, self._prompts[:3])
+        self._dispatcher = Dispatcher(ctx, self._prompts[:3], resumed=resume_from is not None)
         self._builder = BatchBuilder(cfg, self._dispatcher, self._prompts)
         self._evaluator = Evaluator(ctx, self._dispatcher, heldout)
         self._background: asyncio.TaskGroup | None = None
@@ -346,7 +346,7 @@ class TrainLoop:
         self._phase = "restarting the learner"
         await _cancel(self._building)
         self._learner.kill()
-        folder = await asyncio.to_thread(checkpoint.latest, self.ctx.run.checkpoints)
+        folder = await asyncio.to_thread(checkpoint.latest, self.ctx.run.checkpoints, writing=True)
         saved = checkpoint.read_state(folder)["controller"] if folder is not None else None
         back_to = saved["version"] if saved is not None else 0
         log.warning(

@@ -25,12 +25,13 @@ from typing import Any
 import ray
 
 from actors.autoscale import History
-from actors.ray_errors import describe, is_deterministic, is_lost, root
+from actors.ray_errors import describe, is_away, is_deterministic, is_lost, root
 from actors.ray_options import MAX_START_S, RunContext, merged_env, ray_resources
 from actors.request_queue import Priority, RequestQueue
 from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.config.resources import WorkerRange, describe_resources
 from pipeline.core.errors import RunFailed
+from pipeline.rewards.patience import Patience
 from pipeline.runs.snapshot import PoolSummary
 
 _MAX_PAUSE_S = 30.0  # between attempts at a worker that does not start while others work
@@ -53,7 +54,8 @@ class _LeaseRequest:
 
 class WorkerPool:
     """Slots, leases, and the size of the pool. `start_args` are the arguments of each actor's `start` method; `backlog`
-    counts as the work that waits for this pool (default: the lease requests). `limits` may be changed at any time."""
+    counts as the work that waits for this pool (default: the lease requests). `limits` may be changed at any time.
+    `patient`: what its actors call has answered before, so that a first start waits for it too."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class WorkerPool:
         capacity: int,
         runtime_env: Mapping[str, Any] | None = None,
         backlog: RequestQueue[Any] | None = None,
+        patient: bool = False,
     ) -> None:
         self.ctx, self.cls, self.name, self.resources, self.limits = ctx, cls, name, resources, limits
         self.options = {
@@ -86,6 +89,8 @@ class WorkerPool:
         self._idle: dict[WorkerSlot, None] = {}  # in the order in which they became free
         self._generations: dict[str, int] = {}  # of removed slots: an actor's name is used once
         self._one_ready = asyncio.Event()
+        self._patience = Patience(f"what {name} calls", ctx.cfg.faults.call_timeout_s, "faults.call_timeout_s")
+        self._patient = patient
         self._tasks: asyncio.TaskGroup | None = None
 
     # ------------------------------------------------------------------------------------------- leases
@@ -291,6 +296,12 @@ class WorkerPool:
                 async with asyncio.timeout(MAX_START_S):  # wait_for may swallow a cancellation
                     slot.info = await slot.actor.start.remote(*self.start_args)
             except Exception as error:
+                if is_away(error) and (pause_s := self._pause_for(error)) is not None:
+                    slot.kill()
+                    slot.activity = "waiting for a service that is away"
+                    attempt -= 1
+                    await asyncio.sleep(pause_s)
+                    continue
                 if is_deterministic(error):
                     raise root(error) from error
                 log.warning("%s did not start (attempt %d of %d): %s", slot.name, attempt, attempts, describe(error))
@@ -306,8 +317,14 @@ class WorkerPool:
             else:
                 log.info("%s is process %d on %s", slot.name, slot.info["pid"], slot.host)
                 self._one_ready.set()
+                self._patience.answered()
                 self.offer(slot)
                 return
+
+    def _pause_for(self, error: Exception) -> float | None:
+        """Seconds until the actor is started again. None: a service that has never answered is more likely misspelt
+        than away, or the patience is over."""
+        return self._patience.pause_s(error) if self._patient or self._one_ready.is_set() else None
 
     def _new_actor(self, slot: WorkerSlot) -> None:
         slot.generation += 1

@@ -89,7 +89,9 @@ class PlainLoop:
 
         # Prompts in, rewards out.
         self.cursor = PromptCursor(load_prompts(cfg.prompts.train), cfg.run.seed)
-        self.rewards = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
+        self.rewards = {
+            name: build_reward(name, reward, cfg.faults.call_timeout_s) for name, reward in cfg.rewards.items()
+        }
         self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
         self.embeddings: dict[str, dict[str, torch.Tensor]] = {}  # prompt -> its text embeddings
         self.group = self.step = 0

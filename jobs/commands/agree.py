@@ -46,6 +46,7 @@ def agree(
     from jobs.common.reward_configs import build_reward_configs, refuse_duplicates
     from jobs.common.score_files import read_scores, score_items
     from pipeline.core.files import atomic_write
+    from pipeline.rewards.patience import PATIENCE_S
     from pipeline.rewards.runner import build_reward
     from pipeline.tools import preflight
 
@@ -54,7 +55,7 @@ def agree(
     refuse_duplicates("agree", names)
     check_columns(pairs)
     preflight.check_writable(out, "--out")
-    runners = {name: build_reward(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
+    runners = {name: build_reward(name, cfg, PATIENCE_S) for name, cfg in zip(names, rewards, strict=True)}
     rows = read_scores(out / "scores.parquet")
     with tempfile.TemporaryDirectory(prefix="rushes-agree-") as folder:
         judged = list(read_pairs(pairs, Path(folder)))

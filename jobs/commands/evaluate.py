@@ -69,7 +69,7 @@ def evaluate(
         preflight.check_writable(out, "--out")
     sources: list[Trained | None] = ([None] if base else []) + [find_trained(c) for c in checkpoint or []]
 
-    runners = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
+    runners = {name: build_reward(name, reward, cfg.faults.call_timeout_s) for name, reward in cfg.rewards.items()}
     works = eval_works(cfg, items, step=0)
     prompt_of_take = np.array([prompt.index for work in works for prompt in work.prompts])
     results = {}

@@ -51,6 +51,7 @@ def score(
     from jobs.common.reward_configs import build_reward_configs, refuse_duplicates
     from jobs.common.score_files import find_items, print_scores, read_scores, score_items
     from pipeline.core.media import left_out
+    from pipeline.rewards.patience import PATIENCE_S
     from pipeline.rewards.runner import build_reward
     from pipeline.tools import preflight
 
@@ -66,7 +67,7 @@ def score(
     # Scores of the same file under another prompt are out of date.
     rows = {key: row for key, row in read_scores(out).items() if key[0] not in files or key[:2] in current}
     preflight.check_writable(out.parent, "--out")
-    runners = {name: build_reward(name, cfg) for name, cfg in zip(names, rewards, strict=True)}
+    runners = {name: build_reward(name, cfg, PATIENCE_S) for name, cfg in zip(names, rewards, strict=True)}
     skipped = score_items(items, runners, rows, out, console)
 
     scored = [rows[item.name, item.prompt, name] for item in items for name in names]

@@ -94,7 +94,7 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     if not folders:
         raise CheckpointError(f"{run}: has no complete checkpoint yet; let it train on, or set checkpoint.every lower")
     if step is None:
-        return folders[0]
+        return checkpoint.latest(run / "checkpoints") or folders[0]
     steps = {checkpoint.step_of(folder): folder for folder in folders}
     if step not in steps:
         raise CheckpointError(

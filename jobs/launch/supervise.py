@@ -78,7 +78,8 @@ def supervise(
                     f"{cfg.faults.max_restarts}; see {run.log}); continue with --resume"
                 )
             _wait_until_gone(run.name)
-            resume_from = checkpoint.latest(run.checkpoints)
+            checkpoint.remove_partial(run.path)
+            resume_from = checkpoint.latest(run.checkpoints, writing=True)
             step = checkpoint.step_of(resume_from) if resume_from is not None else 0
             if signals.stop_requested:  # it died before it could save: what counts is the last checkpoint
                 return {"status": "stopped", "step": step, "checkpoint": str(resume_from) if resume_from else None}

@@ -52,7 +52,8 @@ def run_training(
     else:
         run = find_resumable(cfg, Path(config_path)) if resume else create(cfg, Path(config_path))
     with RunLock(run), RemoteSync(run):
-        saved = checkpoint.latest(run.checkpoints) if resume else None
+        found = _newest_checkpoint(run) if resume else checkpoint.Newest(None, [])
+        saved = found.folder
         if or_start and complete(cfg, run, saved):
             say(console, f"run {run.path} has finished all {cfg.run.steps} steps")
             return 0
@@ -66,6 +67,9 @@ def run_training(
         if resume:
             start = checkpoint.step_of(resume_from) if resume_from else 0
             say(console, f"resuming at step {start} of {cfg.run.steps}")
+            for note in found.notes:
+                say(console, note)
+                log.warning("%s", note)
             for change in changed:
                 say(console, f"changed since it last ran: {change}")
                 log.info("changed since it last ran: %s", change)
@@ -84,6 +88,11 @@ def run_training(
             raise RunInterrupted(_stopped(cfg, config_path, run, result["checkpoint"], result["step"]))
         summarise(cfg, run, result, peak if ours else peak + sum(result["peaks"].values()), console)
     return 0
+
+
+def _newest_checkpoint(run: RunDir) -> checkpoint.Newest:
+    checkpoint.remove_partial(run.path)
+    return checkpoint.newest(run.checkpoints, writing=True)
 
 
 def _stopped(cfg: Config, config_path: Path, run: RunDir, saved: str | None, step: int) -> str:

@@ -45,6 +45,11 @@ class RewardUnavailable(RewardError):
     """The program that computes a reward cannot be reached or refuses every request: not the takes' fault."""
 
 
+class RewardAway(RewardUnavailable):
+    """The program cannot be reached, does not answer in time or asks to come again: it may be back later, so no
+    attempt is counted (`pipeline.rewards.patience`)."""
+
+
 class RunFailed(RushesError):
     """The run ended after repeated failures; names actor, node and cause."""
 

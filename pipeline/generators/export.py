@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
@@ -35,7 +37,10 @@ def _scratch_folder(out: Path) -> Path:
     """A scratch folder beside `out`, so that an incomplete export never has its name."""
     out = out.absolute()
     scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in (scratch, *out.parent.glob(f".{glob.escape(out.name)}.*.partial")):  # also of killed exports
+        pid = left.name.split(".")[-2]
+        if left == scratch or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
     scratch.parent.mkdir(parents=True, exist_ok=True)
     return scratch
 

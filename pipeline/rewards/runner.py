@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.schema import RewardConfig
-from pipeline.core.errors import ConfigError, RewardError, one_line
+from pipeline.core.errors import ConfigError, RewardAway, RewardError, one_line
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scored, Scorer, ScorerCall, check_output
 from pipeline.rewards.function import is_function_spec
+from pipeline.rewards.patience import Patience
 from pipeline.rewards.registry import check_options, create_scorer
 from pipeline.rewards.repeats import score_repeatedly
 from pipeline.rewards.routing import score_some
@@ -33,10 +34,13 @@ def check_reward(name: str, cfg: RewardConfig) -> None:
         check_options(cfg.scorer, cfg.args)
 
 
-def build_reward(name: str, cfg: RewardConfig) -> RewardRunner:
-    """Loads a config entry's scorer. Raises `ConfigError` (wrong name or options) or what its model raises."""
+def build_reward(name: str, cfg: RewardConfig, patience_s: float = 0.0) -> RewardRunner:
+    """Loads a config entry's scorer. Raises `ConfigError` (wrong name or options) or what its model raises.
+
+    `patience_s`: seconds that a service which has answered before may be away; a call then waits for it.
+    """
     with _named(name):
-        return RewardRunner(name, cfg, create_scorer(cfg.scorer, cfg.args))
+        return RewardRunner(name, cfg, create_scorer(cfg.scorer, cfg.args), patience_s)
 
 
 @contextmanager
@@ -52,8 +56,10 @@ def _named(name: str) -> Iterator[None]:
 class RewardRunner:
     """Runs one reward on media. Every failure is a `RewardError` naming it; there are no default scores."""
 
-    def __init__(self, name: str, cfg: RewardConfig, scorer: Scorer) -> None:
+    def __init__(self, name: str, cfg: RewardConfig, scorer: Scorer, patience_s: float = 0.0) -> None:
         self.name, self.cfg, self.scorer = name, cfg, scorer
+        self._patience = Patience(f"reward {name}", patience_s, "then its takes are not scored")
+        self._has_answered = False
 
     def run(self, media: Media, prompts: Sequence[PromptItem], seed: int | None) -> RewardScores:
         """media [K, F, H, W, 3], K prompts. `seed`: draws the frames, once for all K takes; None: centres.
@@ -102,6 +108,20 @@ class RewardRunner:
 
         Other rewards read the same frames, so the scorer cannot write into them; a user's function gets a copy.
         """
+        while True:
+            try:
+                output = self._call_once(media, prompts)
+                break
+            except RewardAway as error:
+                pause_s = self._patience.pause_s(error) if self._has_answered else None
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+        self._has_answered = True
+        self._patience.answered()
+        return output
+
+    def _call_once(self, media: Media, prompts: Sequence[PromptItem]) -> Scored:
         try:
             output = self.scorer.score(_read_only(media), prompts)
         except RewardError as error:
@@ -109,6 +129,11 @@ class RewardRunner:
             raise type(error)(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
         except KeyboardInterrupt:
             raise
+        except (ConnectionError, TimeoutError) as error:  # a user's function that calls a service
+            raise RewardAway(
+                f"reward {self.name}: {self.cfg.scorer} raised {type(error).__name__}: {one_line(error, 600)}"
+                f"{_line_of(error)}"
+            ) from error
         except BaseException as error:  # also SystemExit, CancelledError, GeneratorExit
             raise RewardError(
                 f"reward {self.name}: {self.cfg.scorer} raised {type(error).__name__}: "

@@ -9,7 +9,8 @@
 Under a `run.dir` that is a URL, a checkpoint counts as saved once it is in the store too (`pipeline.runs.remote_sync`).
 
 A folder without a manifest was interrupted while being written or deleted, and is skipped. One whose files do not match
-its manifest is corrupt and refused, with the name of the previous good one. No pickle anywhere.
+its manifest is corrupt: a resume takes the store's copy of it or the newest good one before, and says so. No pickle
+anywhere.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, TENSORS, STATE, IDENTITY = remote_sync.MANIFEST, "tensors.safetensors", "state.json", "identity.json"
 _NAME = re.compile(r"step-(\d{6,})$")
+_PARTIAL = re.compile(r"\.partial-step-\d+-\d+|\..+\.\d+\.partial")
 log = logging.getLogger("rushes.checkpoint")
 
 
@@ -235,7 +237,7 @@ def verify(folder: Path) -> None:
     older = [p for p in complete(folder.parent) if step_of(p) < step_of(folder)] if _NAME.match(folder.name) else []
     good = next((path for path in older if _problem(path) is None), None)
     advice = (
-        f"the previous good one is {good}; delete {folder.name} to resume from it"
+        f"the previous good one is {good}; use that one"
         if good
         else "there is no earlier good one; delete the folder to start over"
     )
@@ -269,14 +271,74 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint, verified; None when there is none. Raises `CheckpointError` if corrupt."""
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest checkpoint that can be used, and a line for each corrupt one that was passed over or replaced."""
+
+    folder: Path | None
+    notes: list[str]
+
+
+def newest(root: Path, writing: bool = False) -> Newest:
+    """The newest good checkpoint, here or in the store, every byte checked; no folder when there is no checkpoint.
+
+    A corrupt one is replaced by the store's copy if that is good, else passed over. `writing`: the caller writes the
+    run, so that corrupt ones are renamed to `corrupt-step-N`: they would count as the newest ones that are kept. Raises
+    `CheckpointError` when all are corrupt.
+    """
     remote_sync.fetch_newest_checkpoint(root)
-    folders = complete(root)
-    if not folders:
-        return None
-    verify(folders[0])
-    return folders[0]
+    local = {folder.name: folder for folder in complete(root)}
+    candidates = local | {name: root / name for name in remote_sync.stored_checkpoints(root)}
+    corrupt: dict[Path, str] = {}
+    notes = []
+    for folder in sorted(candidates.values(), key=step_of, reverse=True):
+        if folder.name not in local:
+            remote_sync.fetch_checkpoint(folder)
+        problem = _problem(folder)
+        if problem is None:
+            break
+        if remote_sync.replace_checkpoint(folder, lambda copy: _problem(copy) is None):
+            notes.append(f"checkpoint {folder.name} was corrupt here ({problem}); its copy in the store is used")
+            break
+        corrupt[folder] = problem
+    else:
+        if not corrupt:
+            return Newest(None, [])
+        listed = "; ".join(f"{folder.name}: {problem}" for folder, problem in corrupt.items())
+        raise CheckpointError(
+            f"every checkpoint in {root} is corrupt ({listed}); there is no earlier good one: copy one again, or "
+            "delete them to start over"
+        )
+    for bad, problem in corrupt.items():
+        aside = bad.with_name(f"corrupt-{bad.name}")
+        if writing and bad.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(bad, aside)
+        notes.append(
+            f"checkpoint {bad.name} is corrupt ({problem}); continuing from {folder.name}"
+            + (f" ({bad.name} is now {aside.name})" if writing else "")
+        )
+    return Newest(folder, notes)
+
+
+def latest(root: Path, writing: bool = False) -> Path | None:
+    """The folder of `newest`, whose notes are logged."""
+    found = newest(root, writing)
+    for note in found.notes:
+        log.warning("%s", note)
+    return found.folder
+
+
+def remove_partial(run: Path) -> None:
+    """Deletes what killed processes left half-written in a run's folder: saves, downloads, exports, files. The caller
+    holds the run's lock, and no other process of the run is alive."""
+    for folder, folders, files in os.walk(run):
+        for name in [name for name in folders if _PARTIAL.fullmatch(name)]:
+            log.info("removing %s, which was interrupted", Path(folder, name))
+            shutil.rmtree(Path(folder, name), ignore_errors=True)
+            folders.remove(name)
+        for name in [name for name in files if _PARTIAL.fullmatch(name)]:
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RushesError
@@ -69,16 +69,43 @@ def fetch_checkpoint(folder: Path) -> None:
     store = store_of(folder.parent.parent)
     if store is None or not _STEP.fullmatch(folder.name) or (folder / MANIFEST).exists():
         return
+    partial = _download(store, folder)
+    if partial is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+
+
+def replace_checkpoint(folder: Path, is_good: Callable[[Path], bool]) -> bool:
+    """Replaces a corrupt local checkpoint by the store's copy, if that `is_good`. Returns whether it did."""
+    store = store_of(folder.parent.parent)
+    partial = _download(store, folder) if store is not None else None
+    if partial is None:
+        return False
+    if not is_good(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+    return True
+
+
+def _download(store: Store, folder: Path) -> Path | None:
+    """The store's copy of a checkpoint, in a folder beside it; None when it is incomplete there."""
     below = f"checkpoints/{folder.name}"
     names = [name.removeprefix(f"{below}/") for name in store.files(below)]
     if MANIFEST not in names:
-        return
+        return None
     partial = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     for name in names:
         store.download(f"{below}/{name}", _local(partial, name))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    return partial
+
+
+def stored_checkpoints(checkpoints: Path) -> list[str]:
+    """Names of the complete checkpoints in the store; [] for a run that is not mirrored."""
+    store = store_of(checkpoints.parent)
+    return [] if store is None else list(_steps(store.files("checkpoints")).values())
 
 
 def fetch_newest_checkpoint(checkpoints: Path) -> None:

@@ -125,12 +125,14 @@ def check_resume(cfg: Config, config_path: Path, or_start: bool) -> str:
         if not exists(cfg):
             return f"none yet: {cfg.run.name} would be started"
     run = find_resumable(cfg, config_path)
-    saved = checkpoint.latest(run.checkpoints)
+    found = checkpoint.newest(run.checkpoints)
+    saved = found.folder
     if saved is None:
         return f"{run.name} has no checkpoint yet and would start over"
     if not (or_start and complete(cfg, run, saved)):
         check_saved(cfg, run, saved)
-    changed = "".join(f"; changed: {change}" for change in changed_keys(cfg, run))
+    changed = "".join(f"; {note}" for note in found.notes)
+    changed += "".join(f"; changed: {change}" for change in changed_keys(cfg, run))
     return f"{run.name} from step {checkpoint.step_of(saved)} of {cfg.run.steps}{changed}"
 
 

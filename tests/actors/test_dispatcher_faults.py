@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import time
 from collections import Counter
 
 import pytest
-from dispatcher_world import World, scores_of
+from dispatcher_world import World, fail_times, scores_of
 from ray import exceptions as rx
 
 from actors.group_run import GroupFailed, GroupState
-from actors.ray_errors import WorkerPreempted
-from pipeline.core.errors import RewardError
+from actors.ray_errors import WorkerPreempted, first_error
+from pipeline.core.errors import RewardAway, RewardError, RewardUnavailable
+from pipeline.rewards import patience
 
 
 @pytest.fixture
@@ -87,3 +90,85 @@ def test_random_faults_keep_the_invariants(world, seed):
             assert outcome.attempts == max_attempts
             assert charged[run.group] >= max_attempts or charged_scorings[run.group] >= max_attempts
         assert run.requests == {}
+
+
+# ------------------------------------------------------------------------------------- a service that is away
+
+
+def test_a_service_that_is_away_is_waited_for_and_no_attempt_is_counted(world, monkeypatch, caplog):
+    """Longer than any number of attempts, with several groups at once; the log says so in two lines."""
+    monkeypatch.setattr(patience, "MIN_PAUSE_S", 0.01)
+    w = world(servers=2, faults={"max_attempts": 1, "call_timeout_s": 30})
+    back_at = time.monotonic() + 0.3
+
+    def on_score(server, groups):
+        away = RewardAway("reward a: http://there: cannot be reached")
+        return [away] * len(groups) if time.monotonic() < back_at else scores_of(groups)
+
+    w.on_score = on_score
+    with caplog.at_level(logging.WARNING):
+        runs, outcomes = w.run(lambda: _score_all(w, 4))
+    assert outcomes == [None] * 4 and all(run.failed_scorings == run.retries == 0 for run in runs)
+    assert len(w.scorings) > 8 and len(w.rollouts) == 4
+    said = [record.message for record in caplog.records if "reward a is" in record.message]
+    assert len(said) == 2 and "is away: " in said[0] and "faults.call_timeout_s" in said[0] and "is back" in said[1]
+
+
+def test_the_patience_is_bounded_for_the_outage_not_for_each_group(world, monkeypatch):
+    monkeypatch.setattr(patience, "MIN_PAUSE_S", 0.01)
+    w = world(faults={"max_attempts": 9, "call_timeout_s": 0.3})
+    w.on_score = lambda server, groups: [RewardAway("reward a: cannot be reached")] * len(groups)
+
+    async def body():
+        first = await _score_all(w, 2)
+        tries = len(w.scorings)
+        later = await _score_all(w, 1)
+        return first, later, len(w.scorings) - tries
+
+    (_, first), (_, later), tries = w.run(body)
+    for outcome in [*first, *later]:
+        assert isinstance(outcome, GroupFailed) and "away for " in outcome.reason
+    assert tries == 1
+
+
+def test_a_refusal_is_an_attempt(world):
+    w = world(faults={"max_attempts": 2})
+    w.on_score = lambda server, groups: [RewardUnavailable("reward a: the server answered 401")] * len(groups)
+    _, outcomes = w.run(lambda: _score_all(w, 1))
+    assert outcomes[0].attempts == 2 and len(w.scorings) == 2
+
+
+@pytest.mark.parametrize("known", ["ready before", "resumed", "never"])
+def test_a_server_that_starts_while_its_service_is_away(world, monkeypatch, known):
+    """It is waited for when the service has answered before; an address that never has is refused at once."""
+    monkeypatch.setattr(patience, "MIN_PAUSE_S", 0.01)
+    w = world(faults={"max_restarts": 0})
+    pool = w.dispatcher.pools[1]
+    pool._patient = known == "resumed"
+    away = fail_times(3, RewardAway("reward a: cannot be reached"))
+    calls = []
+
+    def on_start(starting):
+        if starting is pool and (known != "ready before" or pool.replaced):
+            calls.append(starting)
+            away()
+
+    async def body():
+        if known == "ready before":
+            pool.replace(pool.slots[0], "for the test")
+            while len(calls) < 4 or not pool.slots[0].alive:
+                await asyncio.sleep(0.001)
+
+    w.on_start = on_start
+    if known == "never":
+        with pytest.raises(ExceptionGroup) as failure:
+            asyncio.run(w.dispatcher.run())
+        assert isinstance(first_error(failure.value), RewardAway) and len(calls) == 1
+    else:
+        w.run(body)
+        assert len(calls) == 4
+
+
+async def _score_all(w: World, count: int):
+    runs = [w.group(number) for number in range(count)]
+    return runs, await asyncio.gather(*(w.run_group(run) for run in runs), return_exceptions=True)

@@ -12,8 +12,9 @@ import pytest
 from http_server import items, levels, picture, run
 
 from pipeline.config.schema import RewardConfig
-from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardAway, RewardError, RewardUnavailable
 from pipeline.core.types import PromptItem
+from pipeline.rewards import patience
 from pipeline.rewards.runner import build_reward
 
 
@@ -153,3 +154,56 @@ def test_metadata_that_is_no_json_is_a_reward_error(serve):
 def test_wrong_options_are_config_errors(args, message):
     with pytest.raises(ConfigError, match=message):
         build_reward("r", RewardConfig(scorer="http", args=args))
+
+
+# ------------------------------------------------------------------------------------- a service that is away
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, RewardAway), (429, RewardAway), (500, RewardUnavailable)])
+def test_a_server_that_asks_to_come_again_is_away_and_one_that_fails_is_not(serve, status, kind):
+    url = serve(lambda path, payload, number: (status, {})).url
+    with pytest.raises(RewardError) as error:
+        run("http", levels(1), items("a"), url=url, retries=0)
+    assert type(error.value) is kind
+
+
+@pytest.mark.parametrize("how", ["nobody listens", "no answer", "cut off"])
+def test_a_server_that_is_not_there_is_away(how):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if how == "nobody listens":
+            silent.close()
+        if how == "cut off":
+
+            def answer():
+                connection, _ = silent.accept()
+                with connection:
+                    connection.recv(1 << 20)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+
+            threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(RewardAway):
+            run("http", levels(1), items("a"), url=url, retries=0, timeout_s=0.3)
+
+
+def test_a_function_that_cannot_reach_its_service_is_away(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(frames, prompt):\n    raise ConnectionRefusedError('not there')\n")
+    runner = build_reward("mine", RewardConfig(scorer=f"{tmp_path}/mine.py:score"))
+    with pytest.raises(RewardAway, match="reward mine: .*not there .mine.py, line 2"):
+        runner.run(levels(1), items("a"), None)
+
+
+def test_commands_wait_for_a_service_that_has_answered_before(serve, monkeypatch, caplog):
+    """`rushes score`, `evaluate` and the plain loop; a first call fails at once, since its address may be wrong."""
+    monkeypatch.setattr(patience, "MIN_PAUSE_S", 0.01)
+    away = {1, 3, 4, 5}
+    url = serve(lambda path, payload, number: (503, {}) if number in away else brightness(path, payload, number)).url
+    runner = build_reward("far", RewardConfig(scorer="http", args={"url": url, "retries": 0}), patience_s=20)
+    with pytest.raises(RewardAway):
+        runner.run(levels(1), items("a"), None)
+    for _ in range(2):
+        assert runner.run(levels(7), items("a"), None).values.tolist() == [7]
+    assert [record.message.split(":")[0] for record in caplog.records if "reward far" in record.message] == [
+        "reward far is away",
+        "reward far is back after 0 s",
+    ]

@@ -97,7 +97,7 @@ def test_killed_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, when
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "format", "unlisted"])
-def test_corrupt_complete_ones_are_refused_naming_the_good_one(tmp_path, damage):
+def test_a_corrupt_one_is_refused_and_the_one_before_it_is_used(tmp_path, damage):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
     path, manifest = folder / "tensors.safetensors", folder / "MANIFEST.json"
@@ -118,11 +118,43 @@ def test_corrupt_complete_ones_are_refused_naming_the_good_one(tmp_path, damage)
         else:
             del plain["files"]["state.json"]
         manifest.write_text(json.dumps(plain))
-    for call in (lambda: checkpoint.latest(tmp_path), lambda: checkpoint.load(folder)):
-        with pytest.raises(CheckpointError) as error:
-            call()
-        text = str(error.value)
-        assert "step-000002 is corrupt" in text and "step-000001" in text and "\n" not in text
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(folder)
+    text = str(error.value)
+    assert "step-000002 is corrupt" in text and "step-000001" in text and "\n" not in text
+    found = checkpoint.newest(tmp_path)
+    assert found.folder == tmp_path / "step-000001" and len(found.notes) == 1 and folder.is_dir()
+    assert "step-000002 is corrupt" in found.notes[0] and "step-000001" in found.notes[0] and "\n" not in found.notes[0]
+
+
+def test_the_writer_sets_corrupt_ones_aside_so_that_later_saves_are_kept(tmp_path):
+    """As the newest ones they would push the checkpoints of the resumed run out of those that are kept."""
+    save(tmp_path, 1)
+    for step in (8, 9):
+        (save(tmp_path, step) / "state.json").write_text("{}")
+    found = checkpoint.newest(tmp_path, writing=True)
+    assert found.folder.name == "step-000001" and len(found.notes) == 2 and "now corrupt-step-000009" in found.notes[0]
+    save(tmp_path, 2, keep=1)
+    assert checkpoint.latest(tmp_path).name == "step-000002"
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    run = tmp_path / "run"
+    left = [
+        run / "checkpoints" / ".partial-step-000002-17",
+        run / ".export.17.partial",
+        run / "eval" / "step-000002" / ".takes.parquet.17.partial",
+    ]
+    kept = [run / ".lock", run / "eval" / "step-000002" / "takes.parquet", save(run / "checkpoints", 1) / "state.json"]
+    for path in left[:2]:
+        path.mkdir(parents=True)
+        (path / "tensors.safetensors").write_text("half")
+    left[2].parent.mkdir(parents=True)
+    for path in (left[2], *kept[:2]):
+        path.write_text("x")
+    checkpoint.remove_partial(run)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    checkpoint.load(checkpoint.latest(run / "checkpoints"))
 
 
 def test_corrupt_only_one_says_so(tmp_path):

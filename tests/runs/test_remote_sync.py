@@ -153,6 +153,25 @@ def test_a_half_uploaded_checkpoint_is_never_picked_up(machine, tmp_path, url, m
     assert checkpoint.latest(run.checkpoints).name == "step-000002"  # here it is complete
 
 
+@pytest.mark.parametrize("stored", ["good", "corrupt too"])
+def test_a_corrupt_checkpoint_is_replaced_by_the_stores_copy_if_that_is_good(machine, tmp_path, url, stored):
+    cfg = config(tmp_path, url)
+    run = create(cfg, Path("c.yaml"))
+    for step in (1, 2):
+        folder = save(cfg, run, step)
+    (folder / "tensors.safetensors").write_bytes(b"\0")
+    if stored != "good":
+        remote_sync.store_of(run.path).write("checkpoints/step-000002/state.json", b"{}")
+    found = checkpoint.newest(run.checkpoints, writing=True)
+    assert len(found.notes) == 1 and "step-000002" in found.notes[0]
+    assert found.folder.name == ("step-000002" if stored == "good" else "step-000001")
+    assert checkpoint.load(found.folder)[1]["controller"] == {"version": checkpoint.step_of(found.folder)}
+
+    machine("b")  # has no copy of its own
+    elsewhere = checkpoint.newest((local_folder(url) / "try" / "checkpoints"), writing=True)
+    assert elsewhere.folder.name == found.folder.name and len(elsewhere.notes) == (stored != "good")
+
+
 def test_a_learner_on_another_node_fetches_its_checkpoint(machine, tmp_path, url):
     cfg = config(tmp_path, url)
     run = create(cfg, Path("c.yaml"))

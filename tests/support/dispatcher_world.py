@@ -51,12 +51,16 @@ class Actor:
     def __init__(self, world: World, pool: WorkerPool, slot: WorkerSlot) -> None:
         self.world, self.pool, self.slot = world, pool, slot
         self.info = Method(lambda: Reference(self._info()))
-        self.start = Method(lambda *args: Reference(self._info()))
+        self.start = Method(lambda *args: Reference(self._start()))
         self.generate = Method(self._generate)
         self.score = Method(lambda order, *media: Reference(self._score(from_bytes(order), media)))
 
     async def _info(self) -> dict:
         return {"host": "here", "node": "n", "pid": 0}
+
+    async def _start(self) -> dict:
+        self.world.on_start(self.pool)
+        return await self._info()
 
     def _generate(self, order: bytes, weights: str | None) -> list:
         works, key = from_bytes(order)
@@ -120,6 +124,7 @@ class World:
         self.weights: list[str | None] = []
         self.rollout_takes: Callable[[], Awaitable[None]] = no_time
         self.scoring_takes: Callable[[], Awaitable[None]] = no_time
+        self.on_start: Callable[[WorkerPool], None] = lambda pool: None
         self.on_rollout: Callable[[str, list[GroupWork]], None] = lambda worker, works: None
         self.on_score: Callable[[str, list[int]], list] = lambda server, groups: scores_of(groups)
         self.dispatcher = Dispatcher(RunContext(cfg=self.cfg, run_path=str(folder), cwd=os.getcwd()), [PROMPT])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import logging
 import os
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -16,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.deadline import within
-from pipeline.core.errors import ConfigError, RewardError, RewardUnavailable
+from pipeline.core.errors import ConfigError, RewardAway, RewardError, RewardUnavailable
 from pipeline.rewards.models.images import shrunk
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes
 log = logging.getLogger("rushes.http")
-_TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+_AWAY_STATUS = {408, 425, 429, 502, 503, 504}  # come again later
+_TRANSIENT = _AWAY_STATUS | {409, 500}
 _FATAL_STATUS = {401, 402, 403, 404, 405, 407}  # retrying cannot help, whatever is sent
 
 
@@ -33,7 +36,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class JsonClient:
-    """Posts JSON to one server. `post` returns the decoded answer or raises `RewardError`; thread-safe."""
+    """Posts JSON to one server. `post` returns the decoded answer or raises `RewardError`, `RewardUnavailable` when the
+    server refuses every request, `RewardAway` when it may be back later; thread-safe."""
 
     def __init__(
         self, url: str, api_key_env: str | None = None, timeout_s: float = 60.0, retries: int = 2, pause_s: float = 0.5
@@ -66,8 +70,9 @@ class JsonClient:
                 return self._once(self.url + path, data)
             except _Retryable as error:
                 last = error
+        kind = RewardAway if isinstance(last, _Away) else RewardUnavailable
         tries = f" ({self.retries + 1} tries)" if self.retries else ""
-        raise RewardUnavailable(f"{self.url}{path}: {last}{tries}") from last.__cause__
+        raise kind(f"{self.url}{path}: {last}{tries}") from last.__cause__
 
     def _once(self, url: str, data: bytes) -> Any:
         """One try; `timeout_s` covers the look-up of the name, the connection, sending, headers and body together: a
@@ -75,7 +80,7 @@ class JsonClient:
         try:
             return within(self.timeout_s, lambda: self._exchange(url, data), url, log)
         except TimeoutError as error:
-            raise _Retryable(f"no answer within {self.timeout_s:g} s") from error
+            raise _Away(f"no answer within {self.timeout_s:g} s") from error
 
     def _exchange(self, url: str, data: bytes) -> Any:
         deadline = time.monotonic() + self.timeout_s
@@ -88,16 +93,19 @@ class JsonClient:
                 text = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
             message = f"the server answered {error.code} {error.reason}{': ' + text if text else ''}"
             if error.code in _TRANSIENT:
-                raise _Retryable(message) from error
-            kind = RewardUnavailable if error.code in _FATAL_STATUS else RewardError
-            raise kind(f"{url}: {message}") from error
+                raise (_Away if error.code in _AWAY_STATUS else _Retryable)(message) from error
+            refused = RewardUnavailable if error.code in _FATAL_STATUS else RewardError
+            raise refused(f"{url}: {message}") from error
         except TimeoutError as error:
-            raise _Retryable(f"no answer within {self.timeout_s:g} s") from error
+            raise _Away(f"no answer within {self.timeout_s:g} s") from error
         except (urllib.error.URLError, OSError, urllib.error.ContentTooShortError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                raise _Retryable(f"no answer within {self.timeout_s:g} s") from error
-            raise _Retryable(f"cannot be reached ({reason})") from error
+                raise _Away(f"no answer within {self.timeout_s:g} s") from error
+            kind = _Retryable if isinstance(reason, ssl.SSLCertVerificationError) else _Away
+            raise kind(f"cannot be reached ({reason})") from error
+        except http.client.IncompleteRead as error:
+            raise _Away("the connection ended in the middle of the answer") from error
         except Exception as error:  # http.client raises its own tree for broken answers
             raise _Retryable(f"broken answer ({type(error).__name__}: {error})") from error
         try:
@@ -108,6 +116,10 @@ class JsonClient:
 
 class _Retryable(Exception):
     """A failure that another attempt may not have."""
+
+
+class _Away(_Retryable):
+    """No server was there, or it asked to come again: says nothing about what was sent."""
 
 
 def _read(answer: Any, deadline: float) -> bytes:
