@@ -10,7 +10,8 @@
                             └───────────────────────────────────┘
 
 `run_group` decides the group's fate: again on the same seeds, or `GroupFailed` after `faults.max_attempts`. The lease
-(`actors.worker_pool`) decides the worker's. A reward whose service is away is waited for, which is no attempt. Frames and latents stay in the object store; references are passed on.
+(`actors.worker_pool`) decides the worker's. A reward whose service is away is waited for, which is no attempt. Frames
+and latents stay in the object store; references are passed on.
 
 run_group   consumes    a GroupRun, from training or evaluation
             waits for   a free worker (lowest priority number first), room at every reward, its scores

@@ -133,6 +133,8 @@ def _read(answer: Any, deadline: float) -> bytes:
             raise _Retryable(f"the answer is longer than {MAX_ANSWER} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError
+    if answer.length:  # of what Content-Length announced, this has not come; `read1` does not say so
+        raise http.client.IncompleteRead(b"", answer.length)
     return b"".join(chunks)
 
 
