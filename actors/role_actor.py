@@ -19,6 +19,7 @@ import ray
 from actors.prometheus import RoleMetrics
 from actors.ray_errors import WorkerPreempted
 from actors.ray_options import RunContext
+from pipeline.core.secrets import mask_streams, register_tree
 from pipeline.runs.log import setup_logging
 
 IDLE = "idle"
@@ -34,6 +35,8 @@ class RoleActor:
         self.ctx, self.cfg, self.name = ctx, ctx.cfg, name
         if os.path.isdir(ctx.cwd):
             os.chdir(ctx.cwd)
+        register_tree(ctx.cfg.model_dump(mode="json"))
+        mask_streams()
         setup_logging(ctx.run, self.role, name)
         self.log = logging.getLogger(f"rushes.{self.role}")
         self.phase, self.since = "starting", time.time()

@@ -15,15 +15,20 @@ import typer
 from jobs.cli.app import app
 from pipeline.core.errors import RushesError
 from pipeline.core.files import describe_os_error
+from pipeline.core.secrets import masked_streams
 
 RENAMED_OPTIONS = {"--plan": "--memory"}  # of earlier versions
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status; never raises. `rushes = "jobs.cli:main"` in pyproject.toml."""
-    argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are not UTF-8
+    with masked_streams():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> int:
     debug = "--debug" in argv or os.environ.get("RUSHES_DEBUG", "") not in ("", "0")
     try:
         result = app(args=argv, prog_name="rushes", standalone_mode=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,14 @@ EXCLUDES = (
     ".git", ".venv", "venv", ".tox", "node_modules", "__pycache__", "*.pyc", "*.egg-info", ".mypy_cache",
     ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "wandb", "mlruns", "runs", "generated",
 )  # fmt: skip
+KEY_FILES = (
+    ".env", ".env.*", "*.env", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "id_rsa*",
+    "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", ".htpasswd",
+    ".git-credentials", "credentials", "credentials.*", "*credentials.json", "client_secret*.json",
+    "*service[-_]account*.json", "secrets", "secrets.*", ".secrets*", "kubeconfig*", ".ssh", ".aws", ".azure", ".gnupg", ".kube",
+    ".docker", ".boto", ".s3cfg", ".vault-token", "hf_token*",
+)  # fmt: skip
+"""Names, in lower case, of files and folders that usually hold keys; they are never uploaded (sources are)."""
 MAX_UPLOAD = 500 * 2**20  # bytes; Ray's own limit is 512 MiB
 STOP_WAIT_S = 600  # that `ray job stop` leaves the run for its last checkpoint; Ray's default of 3 s is too short
 
@@ -65,13 +75,29 @@ def check_storage(cfg: Config) -> None:
 
 
 def _files(folder: Path, excludes: list[str]) -> Iterator[Path]:
-    from fnmatch import fnmatch
-
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in excludes)]
         for name in files:
             if not any(fnmatch(name, pattern) for pattern in excludes):
                 yield Path(root, name)
+
+
+def key_files(folder: Path, excludes: list[str]) -> list[str]:
+    """The files and folders, relative to `folder`, that are not uploaded because such names usually hold keys."""
+
+    def is_key(path: Path) -> bool:
+        names = {path.name.lower(), path.resolve().name.lower()}  # also what a link leads to
+        return any(
+            fnmatch(name, pattern) and not name.endswith((".py", ".md")) for name in names for pattern in KEY_FILES
+        )
+
+    found: list[Path] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in excludes)]
+        here = [path for name in [*folders, *files] if is_key(path := Path(root, name))]
+        folders[:] = [name for name in folders if Path(root, name) not in here]
+        found += here
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def check_size(folder: Path, excludes: list[str], limit: int = MAX_UPLOAD) -> None:
@@ -112,8 +138,15 @@ def refuse_running(client: JobSubmissionClient, name: str, where: str) -> None:
 
 
 def submit_job(
-    client: JobSubmissionClient, where: str, command: str, name: str, working_dir: Path, exclude: list[str]
+    client: JobSubmissionClient,
+    where: str,
+    command: str,
+    name: str,
+    working_dir: Path,
+    exclude: list[str],
+    keys: list[str],
 ) -> str:
+    """The job's id. `keys`: the `key_files` to leave out. Raises `ConfigError`."""
     try:
         return client.submit_job(
             entrypoint=command,
@@ -121,7 +154,7 @@ def submit_job(
             metadata={RUN_KEY: name},
             runtime_env={
                 "working_dir": str(working_dir),
-                "excludes": [*EXCLUDES, *exclude],
+                "excludes": [*EXCLUDES, *exclude, *(f"/{glob.escape(name)}" for name in keys)],
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
             },
         )

@@ -9,7 +9,7 @@ import typer
 
 from jobs.common.command import Group, command
 from jobs.common.options import Address, ConfigPath, Debug, Overrides, Resume, ResumeOrStart, make_console, say
-from pipeline.core.errors import RunInterrupted
+from pipeline.core.errors import ConfigError, RunInterrupted
 
 
 @command(Group.CLUSTER)
@@ -29,7 +29,7 @@ def submit(
     """Train on a Ray cluster, as a Ray job.
 
     Checks the config, uploads this folder, runs `rushes train` there and follows its log. .git, .venv, runs, caches and
-    what .gitignore names are not uploaded. Ctrl-C leaves the log; the run continues. The exit status is that of the
+    what .gitignore names are not uploaded, nor are key files (.env, *.pem, id_rsa, .netrc, ...). Ctrl-C leaves the log; the run continues. The exit status is that of the
     run (130 when it was stopped).
 
     \b
@@ -49,14 +49,20 @@ def submit(
     name = submission.run_name(cfg, config, resume_flag)
     uploaded_config = submission.path_inside(config, working_dir)
     submission.check_storage(cfg)
-    submission.check_size(working_dir, [*submission.EXCLUDES, *exclude])
+    keys = submission.key_files(working_dir, [*submission.EXCLUDES, *exclude])
+    if uploaded_config.as_posix() in keys:
+        raise ConfigError(f"submit: {config} has a name of key files, which are not uploaded; rename it")
+    submission.check_size(working_dir, [*submission.EXCLUDES, *exclude, *submission.KEY_FILES])
     where = cluster.reachable(cluster.find_address(address))
     client = cluster.jobs_client(where)
     submission.refuse_running(client, name, where)
     entrypoint = submission.entrypoint(cfg, uploaded_config, overrides, name, resume_flag)
-    job = submission.submit_job(client, where, entrypoint, name, working_dir, exclude)
+    job = submission.submit_job(client, where, entrypoint, name, working_dir, exclude, keys)
 
     at = f" --address {address}" if address else ""
+    if keys:
+        others = f" and {len(keys) - 10} more" if len(keys) > 10 else ""
+        say(console, f"not uploaded, since such files hold keys: {', '.join(keys[:10])}{others}")
     say(console, f"submitted run {name} as job {job}")
     if not wait:
         say(console, f"follow: rushes logs {name} -f{at}    stop: rushes stop {name}{at}")

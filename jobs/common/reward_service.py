@@ -38,6 +38,7 @@ from jobs.common.score_request import decode_takes, decoding_size, parsing_size
 from jobs.common.scoring_loop import NotScoring, ScorerBroken, ScoringLoop, Work
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, InputError, RewardError, RewardUnavailable
+from pipeline.core.secrets import mask, register
 from pipeline.core.types import RewardScores
 from pipeline.rewards.models.protocol import ScoreAnswer, parse_request, schema
 from pipeline.rewards.runner import RewardRunner, build_reward
@@ -258,7 +259,7 @@ def _answer(outcomes: Sequence[RewardScores], places: Sequence[Sequence[int]]) -
 
 def _error(status: int, message: str, header: str = "") -> web.Response:
     name, _, value = header.partition(": ")
-    return web.json_response({"error": message}, status=status, headers={name: value} if header else None)
+    return web.json_response({"error": mask(message)}, status=status, headers={name: value} if header else None)
 
 
 # ------------------------------------------------------------------------------------------------ the server
@@ -287,6 +288,7 @@ def serve(
     token = os.environ.get(token_env) if token_env else None
     if token_env and not token:
         raise ConfigError(f"--token-env: the environment variable {token_env} is not set; set it to the token")
+    register(token or "")
     # Other machines know this one by names that it cannot know: there the token keeps strangers out.
     hosts = [*LOCAL, *(name.lower() for name in allow_hosts)] if host in LOCAL or allow_hosts else None
     runner = build_reward(name, cfg)

@@ -24,6 +24,7 @@ from pipeline.core.parquet import columns_of, read_rows
 from pipeline.core.prompts import MAX_CHARACTERS, read_metadata
 from pipeline.core.reading import bad_text, read_text, storable
 from pipeline.core.safe_paths import path_inside
+from pipeline.core.secrets import mask
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.batching import Takes, score_groups
 from pipeline.rewards.routing import KEY as ROUTING_KEY
@@ -234,7 +235,7 @@ def _add_row(rows: Rows, item: Item, name: str, value: float | None, error: str 
         "prompt": item.prompt,
         "reward": name,
         "score": value,
-        "error": None if error is None else storable(error),  # a user's reward may raise any text
+        "error": None if error is None else storable(mask(error)),  # a user's reward may raise any text
     }
 
 

@@ -17,6 +17,7 @@ from jobs.common.options import say
 from pipeline.config.schema import Config
 from pipeline.core.errors import one_line
 from pipeline.core.files import atomic_write
+from pipeline.core.secrets import mask_tree
 from pipeline.core.statistics import with_error
 from pipeline.core.storage import display_path
 from pipeline.rl.evaluation import paired_difference
@@ -80,7 +81,7 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
             "report": str(run.report),
             "missing": missing,
         }
-        atomic_write(run.summary, json.dumps(summary, indent=2).encode())
+        atomic_write(run.summary, json.dumps(mask_tree(summary), indent=2).encode())
 
     write()
     try:

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
 from pipeline.core.reading import MAX_YAML, parse_yaml, read_text, shown, yaml_keys
+from pipeline.core.secrets import credentials_in_urls, mask_tree, register_tree
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -43,7 +44,13 @@ def load_run_config(run: Path) -> Config:
 
 def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> Config:
     """Validates a plain mapping. `source` is what errors name; paths may be relative to the folder `base`."""
+    register_tree(data)
     refuse_odd_numbers(data, source)
+    for key in credentials_in_urls(data):
+        raise ConfigError(
+            f"{source.of(key)}: {key}: holds credentials in its URL; leave them to the environment, such as a variable "
+            "that api_key_env names"
+        )
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -52,8 +59,8 @@ def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> 
 
 
 def to_yaml(config: Config) -> str:
-    """The full resolved config; `load_config` of it gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    """The full resolved config, secrets masked; `load_config` of it gives an equal config where there are none."""
+    return yaml.safe_dump(mask_tree(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=110)
 
 
 # ------------------------------------------------------------------------------------------------- the YAML

@@ -15,6 +15,7 @@ from pipeline.config.reference import Leaf, children, leaf_at, leaves
 from pipeline.config.resources import RESOURCE_ALIASES
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean, nearest
+from pipeline.core.secrets import mask, mask_tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,6 @@ def show(value: Any) -> str:
         return "nothing (null)"
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = f"a {type_name(value)} ({value!r}" if isinstance(value, dict | list) else repr(value)
+    text = f"a {type_name(value)} ({mask_tree(value)!r}" if isinstance(value, dict | list) else mask(repr(value))
     text = text if len(text) <= 80 else text[:77] + "…"
     return f"{text})" if isinstance(value, dict | list) else text

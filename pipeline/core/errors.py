@@ -6,6 +6,8 @@ The command line prints the message on one line and exits with `exit_code`; anyt
 
 from __future__ import annotations
 
+from pipeline.core.secrets import mask
+
 
 class RushesError(Exception):
     """Base of every error caused by the input or the environment. Pickles across Ray actors."""
@@ -61,8 +63,9 @@ class RunInterrupted(RushesError):
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """The text of an exception on one line of at most `limit` characters; its type's name where it has none."""
-    text = " ".join(str(error).split())
+    """The text of an exception on one line of at most `limit` characters, secrets masked; its type's name where it has
+    none."""
+    text = mask(" ".join(str(error).split()))
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

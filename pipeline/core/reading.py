@@ -20,6 +20,7 @@ import yaml
 from pipeline.core.errors import InputError, RushesError, one_line
 from pipeline.core.files import describe_os_error
 from pipeline.core.safe_paths import check_regular
+from pipeline.core.secrets import mask
 
 MAX_TEXT = 16 * 2**20  # bytes of a JSON file
 MAX_YAML = 2**20  # bytes of a YAML file: its parser reads about 200 KB a second
@@ -109,7 +110,11 @@ def shown(value: Any, limit: int = 60) -> str:
         return f"a mapping ({', '.join(storable(str(key))[:20] for key in list(value)[:4])})"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
         return "a number of more than 64 bits"
-    text = storable(repr(value)) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    text = (
+        storable(mask(repr(value)))
+        if isinstance(value, str | int | float | bool | None)
+        else f"a {type(value).__name__}"
+    )
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

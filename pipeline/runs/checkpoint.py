@@ -34,6 +34,7 @@ from pipeline.core.prompts import content_digest, load_prompts
 from pipeline.core.reading import read_json_object
 from pipeline.core.records import check_record
 from pipeline.core.safe_paths import file_inside
+from pipeline.core.secrets import mask_tree
 from pipeline.runs import remote_sync
 from pipeline.runs.records import IdentityRecord, read_state_file
 
@@ -82,7 +83,7 @@ def _prompts_digest(path: Path) -> str | None:
 
 def changes(old: Config, new: Config) -> list[str]:
     """'optimizer.lr: 0.0001 -> 0.001' for each key with another value, but for paths that lead to the same."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    before, after = mask_tree(old.model_dump(mode="json")), mask_tree(new.model_dump(mode="json"))
     before["generator"]["pretrained"] = resolved(old.generator.pretrained)
     after["generator"]["pretrained"] = resolved(new.generator.pretrained)
     for plain in (before, after):
@@ -304,10 +305,9 @@ def newest(root: Path, writing: bool = False) -> Newest:
     else:
         if not corrupt:
             return Newest(None, [])
-        listed = "; ".join(f"{folder.name}: {problem}" for folder, problem in corrupt.items())
+        listed = "; ".join(f"checkpoint {folder} is corrupt: {problem}" for folder, problem in corrupt.items())
         raise CheckpointError(
-            f"every checkpoint in {root} is corrupt ({listed}); there is no earlier good one: copy one again, or "
-            "delete them to start over"
+            f"{listed}; there is no earlier good one: copy one again, or delete the folder to start over"
         )
     for bad, problem in corrupt.items():
         aside = bad.with_name(f"corrupt-{bad.name}")

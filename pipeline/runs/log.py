@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 
+from pipeline.core.secrets import mask
 from pipeline.runs.paths import RunDir
 
 _HANDLER = "rushes run.log"
-_SECRET_NAME = re.compile(r"(token|secret|password|passwd|api_?key|credential)", re.IGNORECASE)
 
 
 class _Formatter(logging.Formatter):
-    """Fills in the group where none is given, and masks the values of environment variables with secret-looking names,
-    also in tracebacks."""
+    """Fills in the group where none is given, and masks secrets, also in tracebacks."""
 
     def __init__(self, fmt: str) -> None:
         super().__init__(fmt, defaults={"group": "-"})
-        self.secrets = [v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8]
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        return mask(super().format(record))
 
 
 def setup_logging(run: RunDir, role: str, worker: str = "-") -> None:

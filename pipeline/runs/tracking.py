@@ -18,6 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import enlarge, view_scale
+from pipeline.core.secrets import mask_tree
 from pipeline.core.types import Media
 from pipeline.runs.optional_tracker import CLOSE_S, OptionalTracker
 from pipeline.runs.records import Position, StepRecord, read_records
@@ -117,7 +118,7 @@ class WandbTracker(Tracker):
             id=run_id,
             resume="allow" if run_id else None,
             dir=str(run_dir),
-            config=cfg.model_dump(mode="json"),
+            config=mask_tree(cfg.model_dump(mode="json")),
         )
         file.write_text(self._run.id)
 

@@ -15,6 +15,7 @@ from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.prompts import load_prompts, prompt_locations
 from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
+from pipeline.core.secrets import MASK
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
@@ -129,6 +130,12 @@ def check_rewards(cfg: Config) -> None:
         check_reward(name, reward)
         if not is_function_spec(reward.scorer) and cfg.prompts.heldout is not None:
             _check_relative(name, reward.scorer, cfg)
+        for variable, value in reward.runtime_env.get("env_vars", {}).items():
+            if value == MASK:
+                raise ConfigError(
+                    f"rewards.{name}.runtime_env.env_vars.{variable}: found {MASK}, which stands for a secret in a run's "
+                    "config.yaml; set its value"
+                )
         python = str(reward.runtime_env.get("py_executable", ""))
         if "/" in python and not cfg.ray.address and not Path(python.split()[0]).is_file():
             raise ConfigError(

@@ -10,6 +10,7 @@ import pytest
 from command import run
 from fake_checkpoint import fake_config
 from made_up_run import make_run
+from ray._private.runtime_env import packaging
 
 from jobs.cluster import client, run_api, runs
 from jobs.cluster import submission as submitting
@@ -89,6 +90,24 @@ def test_submit_uploads_follows_and_returns_the_exit_code(capsys, config, jobs):
     assert sent["metadata"] == {RUN_KEY: "try"} and sent["submission_id"].startswith("try-")
     assert {".git", ".venv", "runs"} <= set(sent["runtime_env"]["excludes"])
     assert int(sent["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+
+
+def test_key_files_stay_here_and_are_named(capsys, config, jobs, tmp_path):
+    """Wherever they lie, whatever their case, and through links; sources and public files go."""
+    keys = [".env", "a/.env.local", "a/b/server.PEM", "a/id_rsa", ".netrc", ".aws/config", "gcp-service-account-1.json"]
+    fine = ["a/environment.yaml", "secrets.py", "a/keys.md", "a/tokenizer.json", "a/link.txt"]
+    for name in (*keys, *fine[:-1]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / fine[-1]).symlink_to("tokenizer.json")
+    (tmp_path / "a" / "harmless").symlink_to("id_rsa")
+    status, out, err = run(capsys, "submit", config.name, "run.name=try", "run.dir=/data/runs", "-a", NOWHERE)
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("not uploaded"))
+    assert set(line.split(": ")[1].split(", ")) == {".aws", *keys, "a/harmless"} - {".aws/config"}
+    ignored = packaging._get_excludes(tmp_path, jobs.submitted[0]["runtime_env"]["excludes"])
+    assert all(ignored(tmp_path / name) for name in (*keys, "a/harmless"))
+    assert not any(ignored(tmp_path / name) for name in (*fine, config.name))
 
 
 def test_a_run_without_a_name_gets_one_before_it_starts(capsys, config, jobs):

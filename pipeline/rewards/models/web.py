@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.core.deadline import within
 from pipeline.core.errors import ConfigError, RewardAway, RewardError, RewardUnavailable
+from pipeline.core.secrets import credentials_in_urls, register
 from pipeline.rewards.models.images import shrunk
 
 MAX_ANSWER = 32 * 1024 * 1024  # bytes
@@ -46,6 +47,8 @@ class JsonClient:
         parts = urllib.parse.urlsplit(str(url))
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"found the address {url!r}; expected http://host:port/… or https://…")
+        if list(credentials_in_urls(str(url))):
+            raise ConfigError("url: holds credentials; put them into a variable that api_key_env names")
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ConfigError(f"retries: found {retries!r}; expected a whole number of at least 0")
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
@@ -55,6 +58,7 @@ class JsonClient:
         if api_key_env:
             if not os.environ.get(api_key_env):
                 raise ConfigError(f"api_key_env: the environment variable {api_key_env} is not set; set it to the key")
+            register(os.environ[api_key_env])
             self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
         handlers: list[Any] = [_NoRedirect()]
         if parts.hostname in ("127.0.0.1", "localhost", "::1"):

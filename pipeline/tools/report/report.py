@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.core.files import atomic_write
 from pipeline.core.reading import MAX_YAML, read_text
+from pipeline.core.secrets import mask, mask_tree
 from pipeline.core.statistics import with_error
 from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.tools.report import curves, facts, rewards, takes
@@ -53,9 +54,9 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "diagnostics": curves.diagnostics(run),
         "times": curves.times(run),
         "pairs": takes.pairs(run),
-        "problems": run.problems,
-        "config_text": read_text(run.folder.config, MAX_YAML) if config else None,
+        "problems": mask_tree(run.problems),
+        "config_text": mask(read_text(run.folder.config, MAX_YAML)) if config else None,
         "versions": run.summary.get("versions") or {},
         "seeds": run.summary.get("seeds") or configured_seeds,
-        "summary": run.summary,
+        "summary": mask_tree(run.summary),
     }
