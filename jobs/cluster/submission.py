@@ -27,8 +27,8 @@ KEY_FILES = (
     ".env", ".env.*", "*.env", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "id_rsa*",
     "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", ".htpasswd",
     ".git-credentials", "credentials", "credentials.*", "*credentials.json", "client_secret*.json",
-    "*service[-_]account*.json", "secrets", "secrets.*", ".secrets*", "kubeconfig*", ".ssh", ".aws", ".azure", ".gnupg", ".kube",
-    ".docker", ".boto", ".s3cfg", ".vault-token", "hf_token*",
+    "*service[-_]account*.json", "secrets", "secrets.*", ".secrets*", "kubeconfig*", ".ssh", ".aws", ".azure",
+    ".gnupg", ".kube", ".docker", ".boto", ".s3cfg", ".vault-token", "hf_token*",
 )  # fmt: skip
 """Names, in lower case, of files and folders that usually hold keys; they are never uploaded (sources are)."""
 MAX_UPLOAD = 500 * 2**20  # bytes; Ray's own limit is 512 MiB

@@ -29,8 +29,8 @@ def submit(
     """Train on a Ray cluster, as a Ray job.
 
     Checks the config, uploads this folder, runs `rushes train` there and follows its log. .git, .venv, runs, caches and
-    what .gitignore names are not uploaded, nor are key files (.env, *.pem, id_rsa, .netrc, ...). Ctrl-C leaves the log; the run continues. The exit status is that of the
-    run (130 when it was stopped).
+    what .gitignore names are not uploaded, nor are key files (.env, *.pem, id_rsa, .netrc, ...). Ctrl-C leaves the log;
+    the run continues. The exit status is that of the run (130 when it was stopped).
 
     \b
     Examples:

@@ -306,9 +306,7 @@ def newest(root: Path, writing: bool = False) -> Newest:
         if not corrupt:
             return Newest(None, [])
         listed = "; ".join(f"checkpoint {folder} is corrupt: {problem}" for folder, problem in corrupt.items())
-        raise CheckpointError(
-            f"{listed}; there is no earlier good one: copy one again, or delete the folder to start over"
-        )
+        raise CheckpointError(f"{listed}; there is no earlier good one: copy it again, or delete the folder")
     for bad, problem in corrupt.items():
         aside = bad.with_name(f"corrupt-{bad.name}")
         if writing and bad.is_dir():

@@ -13,9 +13,9 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.prompts import load_prompts, prompt_locations
+from pipeline.core.secrets import MASK
 from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
-from pipeline.core.secrets import MASK
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
@@ -133,8 +133,8 @@ def check_rewards(cfg: Config) -> None:
         for variable, value in reward.runtime_env.get("env_vars", {}).items():
             if value == MASK:
                 raise ConfigError(
-                    f"rewards.{name}.runtime_env.env_vars.{variable}: found {MASK}, which stands for a secret in a run's "
-                    "config.yaml; set its value"
+                    f"rewards.{name}.runtime_env.env_vars.{variable}: found {MASK}, which stands for a secret in a "
+                    "run's config.yaml; set its value"
                 )
         python = str(reward.runtime_env.get("py_executable", ""))
         if "/" in python and not cfg.ray.address and not Path(python.split()[0]).is_file():
