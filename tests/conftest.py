@@ -9,16 +9,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import contextlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray come first: with several processes, they are the longest chain. Then files with slow tests,
-    so that no process is left with one of them at the end."""
+    """Tests that start Ray come first: with several processes, they are the longest chain; of these, files that start
+    one of their own come before those that share one. Then files with slow tests, so that no process is left with one
+    of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path not in slow))
+    shared = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda i: (i.get_closest_marker("ray") is None, i.path in shared, i.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,6 +41,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             return "ray" if "pytest.mark.ray" in (root / file).read_text() else file
 
     return ByFile(config, log)
+
+
+_ray = contextlib.ExitStack()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A local Ray of 8 CPUs and 200 MiB, for all tests of a process that only need one."""
+    import tiny
+    from forked_workers import session_of_forked_workers
+
+    init = {"num_cpus": 8, "object_store_memory": 200 * 2**20}
+    cfg = tiny.config(Path("unused"), ray={"address": "local", "init": init})
+    with _ray, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_enable_metrics_collection", "1")  # a Ray without a dashboard would not
+        yield _ray.enter_context(session_of_forked_workers(cfg, tmp_path_factory.mktemp("ray")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The shared Ray ends before the first test that is not about Ray, and might find it."""
+    if item.get_closest_marker("ray") is None:
+        _ray.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The whole loop on a real local Ray, with a tiny random-weight generator. One Ray for all tests of this file."""
+"""The whole loop on a real local Ray, with a tiny random-weight generator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 import pytest
 import ray
-import tiny
 from ray.util import placement_group_table
 from ray_run import Run, make_config, write_files
 from rich.console import Console
@@ -28,7 +27,6 @@ from rich.console import Console
 from actors import learner_group
 from actors.ray_options import RunContext, to_bytes
 from actors.rollout_worker import RolloutWorker
-from jobs.cluster.ray_session import RaySession
 from jobs.launch.supervise import supervise
 from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed, UnsupportedPolicyError
@@ -39,17 +37,6 @@ from pipeline.runs import checkpoint
 from pipeline.runs.paths import RunDir
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    base = tiny.config(
-        Path("unused"), ray={"address": "local", "init": {"num_cpus": 8, "object_store_memory": 200 * 2**20}}
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_enable_metrics_collection", "1")  # a Ray without a dashboard would not
-        with RaySession(base) as session:
-            yield session
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-import tiny
 from ray_run import REWARDS, Run, make_config
 from score_work import score_work
 
 from actors import ray_options
 from actors.ray_options import RunContext, merged_env, to_bytes
 from actors.reward_server import RewardServer
-from jobs.cluster.ray_session import RaySession
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
@@ -49,15 +47,6 @@ wears_out.left = 2
 for function in (crowded, wears_out):
     function.batched = True
 """
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    base = tiny.config(
-        Path("unused"), ray={"address": "local", "init": {"num_cpus": 8, "object_store_memory": 200 * 2**20}}
-    )
-    with RaySession(base) as session:
-        yield session
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from actors.ray_options import RunContext
 from actors.role_actor import IDLE, RoleActor
 from actors.worker_pool import CallFailed, WorkerPool
 from actors.worker_slot import WorkerSlot, WorkerState
-from jobs.cluster.ray_session import RaySession
 from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError
@@ -336,14 +335,9 @@ def test_workers_leave_a_node_that_is_drained_once_they_have_finished(made_up, t
 # ---------------------------------------------------------------------------------------------- processes
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes cannot import a test
-    with RaySession(config(init={"num_cpus": 1, "object_store_memory": 80 * 2**20})) as own:
-        yield own
-
-
 def test_dead_or_pre_empted_workers_are_replaced_without_losing_work(cluster, fast, tmp_path):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors' processes cannot import a test
+
     async def body(world: World) -> None:
         slot = world.pool.alive[0]
         first = slot.info["pid"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.speed.simulator import Plan, _config, simulate
-from jobs.cluster.ray_session import RaySession
+from benchmarks.speed.simulator import Plan, simulate
 
 pytestmark = pytest.mark.ray
 
 
-def test_a_small_simulation_runs_on_the_real_controller(tmp_path):
+def test_a_small_simulation_runs_on_the_real_controller(cluster):
     plan = Plan(workers=2, rollout_s=0.2, score_s=0.05, steps=4)
-    with RaySession(_config(plan, tmp_path)):
-        found = simulate(plan)
+    found = simulate(plan)
     assert 0.2 < found["efficiency"] < 1.2 and found["controller_ms_per_group"] > 0
     assert found["groups_per_s"] == pytest.approx(plan.groups_per_step / found["step_s"])
