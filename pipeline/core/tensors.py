@@ -33,7 +33,7 @@ class SharedSlot:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleSlot:
+class SampleCopies:
     """Stands for the step's own sample inside a recorded call's inputs: the very tensor, or `copies` of it
     concatenated along axis 0 (a doubled guidance batch)."""
 

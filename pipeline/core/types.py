@@ -63,7 +63,7 @@ class GroupWork:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedCall:
     """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are
-    `tensors.PackedTensor`, `tensors.SharedSlot` (stored once in `Trajectory.shared`) or `tensors.SampleSlot` (the
+    `tensors.PackedTensor`, `tensors.SharedSlot` (stored once in `Trajectory.shared`) or `tensors.SampleCopies` (the
     step's own sample)."""
 
     module: str  # component name, such as transformer, transformer_2, unet

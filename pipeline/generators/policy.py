@@ -16,6 +16,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.core.devices import resolve_device
+from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
 from pipeline.generators import adapters
 from pipeline.generators.call.conditions import condition_key
@@ -68,8 +69,14 @@ class Policy:
         return cls(PolicyPipeline.load(cfg, resolve_device(device)))
 
     def probe(self, prompts: list[PromptItem] | None = None) -> dict[str, Any]:
-        """Probes the pipeline (see `probe`), which rollouts with trajectories need. Returns the report."""
+        """Probes the pipeline (see `probe`), which rollouts with trajectories need. Returns the report.
+
+        Raises UnsupportedPolicyError where the pipeline, or the run's objective with it, cannot be trained.
+        """
         self.probed = probe(self.pipeline, prompts)
+        objective = get_objective(self.cfg.algorithm.objective)
+        if objective.needs_any_sample and (why_not := self.probed.spec.why_not_noised_again(objective.name)):
+            raise UnsupportedPolicyError(why_not)
         return self.probed.report
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,28 @@ class Layout:
 
     def select_list(self, entries: list[Any] | tuple[Any, ...], takes: Takes, total: int) -> list[Any]:
         """As `select`, for a list with an entry per take and copy."""
-        positions = Layout(axis=0, copies=self.copies, order=self.order, inner=self.inner)
-        return [entries[i] for i in positions.select(torch.arange(len(entries)), takes, total).tolist()]
+        return [entries[i] for i in self.stacked.select(torch.arange(len(entries)), takes, total).tolist()]
+
+    @property
+    def stacked(self) -> Layout:
+        """Itself; of a list, the layout of its entries when stacked."""
+        return replace(self, axis=0) if self.axis == LIST else self
+
+    def split(self, tensor: torch.Tensor, total: int) -> torch.Tensor:
+        """The tensor of `total` takes -> tensors of single takes, each as `select` gives it, stacked [total, ...]."""
+        axis = self.axis
+        if self.order == "repeat":
+            return tensor.unflatten(axis, (total, -1)).movedim(axis, 0)
+        split = tensor.unflatten(axis, (-1, total, self.inner)).movedim(axis + 1, 0)  # [total, ..., copies, inner, ...]
+        return split.flatten(axis + 1, axis + 2)
+
+    def combine(self, takes: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`: single takes [b, ...] -> the tensor of the b takes."""
+        axis = self.axis
+        if self.order == "repeat":
+            return takes.movedim(0, axis).flatten(axis, axis + 1).contiguous()
+        split = takes.unflatten(axis + 1, (-1, self.inner))  # [b, ..., copies, inner, ...]
+        return split.movedim(0, axis + 1).flatten(axis, axis + 2).contiguous()
 
     def branches(self, output: torch.Tensor, total: int) -> list[torch.Tensor]:
         """A denoiser output [copies x B x inner, ...] -> one [B, ...] (or [B, inner, ...]) per copy."""
@@ -88,6 +108,38 @@ class Layout:
             return [output.unflatten(0, (total, self.copies))] if self.copies > 1 else [output]
         split = output.unflatten(0, (-1, total, self.inner)) if self.inner > 1 else output.unflatten(0, (-1, total))
         return list(split.unbind(0))
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSlots:
+    """Where the values of a take's sample are in one input of a denoiser call, found by value when probing.
+
+    `positions`: int32, shaped like one take's entries of the input (of a list: its tensors, stacked); a position in the
+    take's flattened sample, -1 where the input holds something else.
+    """
+
+    positions: np.ndarray
+
+    def fit(self, entries: torch.Tensor, layout: Layout | None, takes: int) -> bool:
+        """Whether an input of that many takes has the shape that was traced."""
+        return self.positions.shape == (entries if layout is None else layout.split(entries, takes)[0]).shape
+
+    def fill(self, entries: torch.Tensor, sample: torch.Tensor, layout: Layout | None) -> torch.Tensor:
+        """An input with the values of `sample` [b, ...] in place of the recorded sample's, its dtype kept.
+
+        `entries`: the input of the b takes; returned as it is where it has another shape than was traced (see `fit`).
+        `layout`: None where it holds the one take alone. Gradients go to `sample`.
+        """
+        if not self.fit(entries, layout, sample.shape[0]):
+            return entries
+        positions = torch.from_numpy(self.positions).to(sample.device)
+        index = positions.flatten().long()
+        takes = sample.flatten(1)[:, index.clamp(min=0)].reshape(-1, *positions.shape).to(entries.dtype)
+        filled = takes[0] if layout is None else layout.combine(takes)
+        if int(index.min()) >= 0:
+            return filled
+        chosen = (positions >= 0)[None].expand_as(takes)
+        return torch.where(chosen[0] if layout is None else layout.combine(chosen), filled, entries)
 
 
 Layouts = Mapping[InputKey, Layout]  # of the inputs that hold the takes; absent: the same for all takes
@@ -127,6 +179,30 @@ class PolicySpec:
     gather: np.ndarray | None  # int32 [...]: for each value the scheduler receives, its position in a branch's output
     layouts: dict[InputKey, Layout] | None  # see Layouts. None: unknown; a part is then replayed whole and cut after
     outputs: dict[CallKey, Layout]  # where takes and branches are in each call's output
+    sample_slots: dict[InputKey, SampleSlots] = field(default_factory=dict)  # of the inputs that hold the sample
+    sample_note: str = "not traced"  # why another sample cannot be put into the recorded inputs; "": it can
+    pins_values: bool = False  # after a step the pipeline puts values of its own into the sample
+    consistency: bool = False  # the scheduler is LCM's: its steps jump to x0 and add noise again
+
+    @property
+    def any_sample(self) -> bool:
+        """Whether the denoisers can be called with recorded inputs and another sample than the recorded one."""
+        return not self.sample_note
+
+    def why_not_noised_again(self, objective: str) -> str:
+        """Why finished takes cannot be noised and denoised again by an objective, in one line; "" where they can."""
+        if self.sample_note:
+            reason = self.sample_note
+        elif self.pins_values:
+            reason = "the pipeline puts values of its own into the sample after a step"
+        elif self.consistency:
+            reason = "its scheduler draws noise of its own, so that takes without the policy's noise are not replayed"
+        else:
+            return ""
+        return (
+            f"algorithm.objective: {objective} noises finished takes anew, which {self.pipeline} does not allow: "
+            f"{reason}; use grpo"
+        )
 
     def branches(self, outputs: list[torch.Tensor], shape: torch.Size) -> list[torch.Tensor]:
         """The denoiser outputs of one step -> a tensor per guidance branch, in the sample's `shape` [B, ...]."""

@@ -17,6 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators import adapters
+from pipeline.generators.replay.noising import noised, target
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
 from pipeline.learner.micro_batch import MicroBatch, micro_batches_of
@@ -124,21 +125,20 @@ class Replica:
     ) -> MicroBatchLoss:
         """Of finished takes, noised again to the trained step's sigma."""
         replayer = micro.replayer
-        if replayer.spec.prediction != "flow" or not replayer.takes_any_sample(micro.step):
-            raise UnsupportedPolicyError(
-                f"algorithm.objective: {objective.name} needs a flow model whose denoiser is given the sample itself; "
-                f"{replayer.spec.pipeline} predicts {replayer.spec.prediction}; use grpo"
-            )
+        if not replayer.takes_any_sample(micro.step):
+            why = replayer.spec.why_not_noised_again(objective.name)
+            raise UnsupportedPolicyError(why or f"{replayer.spec.pipeline}: inputs of another shape than was probed")
         x0 = replayer.clean(micro.takes).float()
         sigma, eps = self._fresh_noise(trajectory, micro, x0)
-        noised = ((1.0 - sigma).float() * x0 + sigma.float() * eps).to(getattr(torch, micro.recorded.sample.dtype))
-        velocity = self._model_output(micro, noised).float()
-        policy = objective.loss(DenoisingTerms(velocity, eps - x0, advantages))
+        prediction = replayer.spec.prediction
+        x = noised(prediction, sigma, x0, eps).to(getattr(torch, micro.recorded.sample.dtype))
+        output = self._model_output(micro, x).float()
+        policy = objective.loss(DenoisingTerms(output, target(prediction, sigma, x0, eps), advantages))
         kl = torch.zeros_like(policy.loss)
         for takes in micro.kl_takes(self.cfg, trajectory.group):
             rows = slice(takes.start - micro.takes.start, takes.stop - micro.takes.start)
-            reference = self._reference_output(micro.of_rows(takes), noised[rows]).float()
-            kl[rows] = self.cfg.algorithm.kl_every * (velocity[rows] - reference).pow(2).flatten(1).mean(1)
+            reference = self._reference_output(micro.of_rows(takes), x[rows]).float()
+            kl[rows] = self.cfg.algorithm.kl_every * (output[rows] - reference).pow(2).flatten(1).mean(1)
         total = policy.loss + self.cfg.algorithm.kl_beta * kl
         error = self._replay_error(trajectory, micro) if check_replay and micro.checks_replay else torch.zeros(1)
         return MicroBatchLoss(total, policy, kl.detach(), error)

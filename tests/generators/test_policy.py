@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from pipeline.core.errors import InputError, UnsupportedPolicyError
-from pipeline.core.tensors import SampleSlot, SharedSlot
+from pipeline.core.tensors import SampleCopies, SharedSlot
 from pipeline.core.types import GroupWork, PromptItem, StepGuidance
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
@@ -153,7 +153,7 @@ def test_step_invariant_inputs_and_samples_are_stored_once(folder):
     part = trajectory.parts[0]
     for step in part.steps:
         kwargs = step.calls[0].kwargs
-        assert isinstance(kwargs["hidden_states"], SampleSlot)
+        assert isinstance(kwargs["hidden_states"], SampleCopies)
         assert isinstance(kwargs["encoder_hidden_states"], SharedSlot)
     assert len({step.calls[0].kwargs["encoder_hidden_states"].index for step in part.steps}) == 1
 

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -174,9 +175,53 @@ def test_equal_rewards_move_nothing(made):
 
 def test_a_denoiser_that_is_not_given_the_sample_is_refused(made):
     policy, learner = made
-    batch = groups(policy, 4)
-    step = batch[0].trajectory.parts[0].steps[0]
-    for call in step.calls:
-        call.kwargs["hidden_states"] = step.sample  # as where conditions are joined to the sample
-    with pytest.raises(UnsupportedPolicyError, match="use grpo"):
-        learner.train_step(batch)
+    trajectory = groups(policy, 4)[0].trajectory
+    blind = replace(
+        trajectory, spec=replace(policy.spec, sample_slots={}, sample_note="it is computed from the sample")
+    )
+    with pytest.raises(UnsupportedPolicyError, match="computed from the sample; use grpo"):
+        learner.train_step([GroupBatch(trajectory=blind, advantages=np.array([1, -1, 0.5, -0.5], np.float32))])
+
+
+@pytest.mark.parametrize("name", ["FluxControlNet", pytest.param("StableDiffusionControlNet", marks=pytest.mark.slow)])
+def test_residuals_of_another_sample_are_not_trained_on(name, tmp_path):
+    """A ControlNet's residuals are functions of the sample, so they do not fit one that is noised anew."""
+    folder = families.make(name, tmp_path)
+    policy = families.policy(name, folder, algorithm={"objective": "awm"})
+    with pytest.raises(UnsupportedPolicyError, match=rf"awm .*{name}Pipeline .*residuals|block_samples.* use grpo"):
+        policy.probe(families.prompts(name, folder))
+    other = families.policy(name, folder)
+    other.probe(families.prompts(name, folder))
+    assert not other.spec.any_sample and not other.spec.sample_slots
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Wan 2.1 ImageToVideo",  # joined with channels of the condition
+        "ZImage",  # a list with an entry per take
+        pytest.param("FluxKontext", marks=pytest.mark.slow),  # joined with the condition's tokens
+        pytest.param("TextToVideoSD", marks=pytest.mark.slow),  # permuted; predicts noise
+        pytest.param("CogVideoXImageToVideo", marks=pytest.mark.slow),  # predicts v
+        pytest.param("StableDiffusionInstructPix2Pix", marks=pytest.mark.slow),
+    ],
+)
+def test_samples_packed_with_other_things_are_trained_on(name, tmp_path):
+    folder = families.make(name, tmp_path)
+    policy = families.policy(name, folder, algorithm={"objective": "awm", "kl_beta": 0.1}, trainable={"kind": "full"})
+    policy.probe(families.prompts(name, folder))
+    policy.add_adapters()
+    learner = Learner(policy.cfg, "cpu")
+    policy.load_weights(learner.weights())
+    _, trajectory, _ = policy.rollout(train_work(policy.cfg, 0, 0, families.prompts(name, folder)[0]))
+    metrics = learner.train_step([GroupBatch(trajectory=trajectory, advantages=np.array([1, -1], np.float32))])
+    assert metrics["onpolicy/max_abs_gap"] < 1e-6 and metrics["grad_norm"] > 0 and metrics["kl"] == 0.0
+
+
+def test_a_scheduler_with_noise_of_its_own_is_refused(tmp_path):
+    name = "LatentConsistencyModel"
+    folder = families.make(name, tmp_path)
+    policy = families.policy(name, folder, algorithm={"objective": "awm"})
+    with pytest.raises(UnsupportedPolicyError, match="noise of its own.* use grpo"):
+        policy.probe(families.prompts(name, folder))
+    assert policy.spec.consistency and policy.spec.any_sample

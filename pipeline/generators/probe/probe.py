@@ -28,10 +28,13 @@ from pipeline.generators.probe.fit import (
 )
 from pipeline.generators.probe.layouts import find_layouts, find_outputs, single_outputs
 from pipeline.generators.probe.result import ProbeResult
+from pipeline.generators.probe.sample_slots import find_sample_slots
 from pipeline.generators.record.attention import reset_processors
+from pipeline.generators.record.first_order import is_consistency
 from pipeline.generators.record.inputs import same_inputs
 from pipeline.generators.record.packing import pack_recording
 from pipeline.generators.record.recording import RawStep, Recording, RecordOptions
+from pipeline.generators.record.stand_ins import StandIns
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
@@ -104,6 +107,7 @@ class _Probe:
         # Which of the prompts the two calls that are compared are given.
         self.small, self.large = (slice(0, 2), slice(0, 3)) if plan.mode.batched else (slice(0, 1), slice(1, 2))
         self.takes = self.small.stop
+        self._stand_ins = StandIns()
 
     def run(self) -> ProbeResult:
         pipeline, batched = self.pipeline, self.plan.mode.batched
@@ -123,6 +127,15 @@ class _Probe:
             run_steps = self._steps_with_random_outputs(2, self._run_sampling())
         spec, error = self._with_rules(spec, steps + others + run_steps)
         check_linear_weights(spec, steps, others)
+        first = small.steps[0].sample
+        slots, why_not = find_sample_slots(self._with_sample, first.shape, first.dtype, spec.layouts)
+        spec = replace(
+            spec,
+            sample_slots=slots,
+            sample_note=why_not,
+            pins_values=min(small.chosen_share, large.chosen_share) < 1.0,
+            consistency=is_consistency(pipeline.pipe.scheduler),
+        )
         result = ProbeResult(spec=spec, plan=self.plan, scales=pipeline.scales)
         checked = result if distinguishable else replace(result, fixed_guidance=_read_guidance(result, steps))
         for step in large.steps:
@@ -132,6 +145,7 @@ class _Probe:
             "call_mode": self.plan.mode.describe(),
             "conditions": sorted({*self.plan.placeholders, *conditions_of(self.trio[0])}),
             "takes_note": note,
+            "sample_note": why_not,
             "alike_outputs": not distinguishable,
             **check_replay(pipeline, spec, large, self.sampling),
         }
@@ -163,6 +177,15 @@ class _Probe:
     def _sample(self, takes: slice, sampling: SamplingSpec, options: RecordOptions) -> Recording:
         seeds = self._seeds(takes)
         return self.pipeline.sample(self.plan, self.trio[takes], seeds, None, sampling, options).recording
+
+    def _with_sample(self, sample: torch.Tensor) -> list[RawStep]:
+        """The steps after the first, each started from `sample` [takes, ...] and with stand-ins for the denoisers."""
+        later = range(1, _STEPS)
+        options = RecordOptions(
+            keep_steps=frozenset(later), samples=dict.fromkeys(later, sample.to(self.pipeline.device)), stop_early=True
+        )
+        with self._stand_ins.in_place_of(self.pipeline.denoisers):
+            return self._sample(slice(0, self.takes), self.sampling, options).steps
 
     def _run_sampling(self) -> SamplingSpec:
         """A run's sampler, with every step that the run may train."""

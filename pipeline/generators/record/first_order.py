@@ -56,6 +56,11 @@ def prediction_of(scheduler: Any) -> str:
     )
 
 
+def is_consistency(scheduler: Any) -> bool:
+    """Whether its steps jump to x0 and add noise again (latent consistency models)."""
+    return isinstance(scheduler, LCMScheduler)
+
+
 def kinds_for(scheduler: Any, prediction: str) -> tuple[str, ...]:
     """Samplers (`sampler.kind`) that fit the scheduler, best first."""
     return samplers_for(prediction, type(scheduler).__name__)
@@ -144,7 +149,7 @@ def step_times(scheduler: Any, prediction: str, count: int, timestep: Any) -> tu
         return StepTimes(now, then, second if len(sigmas) > 2 else 0.5, flip), index
     t = int(timestep)
     table = scheduler.alphas_cumprod
-    if isinstance(scheduler, LCMScheduler):
+    if is_consistency(scheduler):
         after = scheduler.timesteps[index + 1] if index + 1 < len(scheduler.timesteps) else t
         return StepTimes(float(table[t]), float(table[int(after)]), t * scheduler.config.timestep_scaling), index
     previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves, pack
+from pipeline.core.tensors import PackedTensor, SampleCopies, SharedSlot, map_leaves, pack
 from pipeline.core.types import CallInputs, RecordedCall, RecordedStep, TrajectoryPart
 from pipeline.generators.record.recording import RawCall, RawStep, Recording, TensorId
 
@@ -31,7 +31,7 @@ def pack_recording(
                 return leaf
             copies = _copies_of_sample(leaf, step.sample)
             if copies:
-                return SampleSlot(copies)
+                return SampleCopies(copies)
             tensor = call.origin[path]
             if uses[tensor] < 2:
                 return pack(leaf)

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import SamplingSpec
-from pipeline.generators.record.first_order import StepTimes, kinds_for
+from pipeline.generators.record.first_order import StepTimes, is_consistency, kinds_for
 from pipeline.generators.record.recording import RawStep, Recording
 from pipeline.rl.samplers import Transition, log_prob, transition
 from pipeline.rl.samplers.base import clean_and_noise
@@ -37,7 +36,7 @@ def policy_transition(
 
     `generator`: the pipeline's own, used by samplers that need noise at every step.
     """
-    if not isinstance(scheduler, LCMScheduler):
+    if not is_consistency(scheduler):
         kind = sampling.kind if noisy else "ode"
         return transition(kind, sampling.noise_level, prediction, x, out, times.sigma, times.sigma_next, times.cap)
     consistency = transition(
@@ -61,7 +60,7 @@ def clean_prediction(
     x, out = x.float(), out.float()
     if prediction == "flow":
         return x - times.sigma * out
-    if isinstance(scheduler, LCMScheduler):
+    if is_consistency(scheduler):
         return consistency_function(x, out, times.sigma, times.cap, prediction)
     if times.sigma == 0.0 and prediction == "epsilon":
         return torch.zeros_like(x)
@@ -98,7 +97,7 @@ def check_first_step(scheduler: Any, ours: torch.Tensor, arguments: dict[str, An
     Multi-step solvers start with a first-order step, so this holds for them too. Raises UnsupportedPolicyError with
     the difference.
     """
-    if isinstance(scheduler, LCMScheduler):
+    if is_consistency(scheduler):
         return  # draws noise of its own
     try:
         theirs = copy.deepcopy(scheduler).step(**arguments, return_dict=False)[0]

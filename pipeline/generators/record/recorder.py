@@ -158,6 +158,9 @@ class PipelineRecorder:
         recording.denoise_ended = time.perf_counter()
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = position + 1
+        if options.stop_early and last and step == max(options.keep_steps):
+            recording.stopped = True
+            raise StopRecording
         previous = next_sample.reshape(sample.shape)
         clean = clean_prediction(self.scheduler, self.prediction, x, out, times).to(sample.dtype).reshape(sample.shape)
         if return_dict:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves
+from pipeline.core.tensors import PackedTensor, SampleCopies, SharedSlot, map_leaves
 from pipeline.core.types import RecordedCall, RecordedStep, TrajectoryPart
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import LIST, CallKey, InputKey, Layout, Layouts, PolicySpec, call_keys
@@ -115,7 +115,7 @@ def _merge_input(leaves: list[Any], part: TrajectoryPart, layout: Layout | None)
             type(value) is not type(first) or value != first for value in values
         ):
             raise _CannotMerge
-        return SampleSlot(first.copies) if isinstance(first, SampleSlot) else first
+        return SampleCopies(first.copies) if isinstance(first, SampleCopies) else first
     if layout is None:  # the same for all takes of a call: it must be the same at all steps
         if any(not np.array_equal(packed.data, first.data) for packed in values):
             raise _CannotMerge

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.core.tensors import PackedTensor, SampleSlot, SharedSlot, map_leaves, unpack
-from pipeline.core.types import RecordedCall, RecordedStep, SamplingSpec, TrajectoryPart
-from pipeline.generators.guidance import evaluate
-from pipeline.generators.record.attention import apply_processors
-from pipeline.generators.record.outputs import first_tensor
+from pipeline.core.tensors import PackedTensor, SampleCopies, SharedSlot, map_leaves, unpack
+from pipeline.core.types import RecordedStep, SamplingSpec, TrajectoryPart
+from pipeline.generators.replay.call_inputs import StepRows, run_calls
 from pipeline.generators.replay.reencoded import ReencodedInputs
-from pipeline.generators.spec import InputKey, PolicySpec, StepInputKey, call_keys, map_call_inputs
+from pipeline.generators.spec import LIST, InputKey, PolicySpec, StepInputKey, call_keys
 from pipeline.rl.samplers import Transition, transition
 
 
@@ -57,15 +55,32 @@ class Replayer:
         return unpack(self.part.final, self.device)[takes]
 
     def takes_any_sample(self, j: int) -> bool:
-        """Whether the denoisers of step `j` are given the sample itself, so that another one can be substituted."""
-
-        def has_slot(call: RecordedCall) -> bool:
-            slots: list[bool] = []
-            map_leaves(lambda _, leaf: slots.append(isinstance(leaf, SampleSlot)), [call.args, call.kwargs])
-            return any(slots)
-
+        """Whether another sample can be put into the denoiser inputs of step `j`: the recorded one's place in them was
+        traced, and the pipeline puts no values of its own into the sample."""
         step = self.part.steps[j]
-        return step.mask is None and all(has_slot(call) for call in step.calls)
+        return self.spec.any_sample and step.mask is None and self._has_slots(step)
+
+    def _has_slots(self, step: RecordedStep) -> bool:
+        """Whether the inputs that hold the sample have the shapes that were traced."""
+        for key, call in zip(call_keys(len(step.calls)), step.calls, strict=True):
+            leaves: dict[str, Any] = {}
+            map_leaves(leaves.setdefault, call.inputs)
+            slots = {place: found for place, found in self.spec.sample_slots.items() if place.call == key}
+            if not slots:
+                return False
+            for place, found in slots.items():
+                layout = (self.spec.layouts or {}).get(place)
+                if layout is not None and layout.axis == LIST:
+                    entries = [leaf for path, leaf in leaves.items() if path.startswith(f"{place.path}[")]
+                    shape = (len(entries) // self.total, *entries[0].data.shape) if entries else ()
+                    if shape != found.positions.shape:
+                        return False
+                elif isinstance(leaf := leaves.get(place.path), (PackedTensor, SharedSlot)):
+                    if not found.fit(self.tensor(leaf), layout, self.total):
+                        return False
+                elif not isinstance(leaf, SampleCopies):
+                    return False
+        return True
 
     def old_mean(self, j: int, takes: slice) -> torch.Tensor:
         """The rollout's mean [b, ...]; only recorded for objectives that need it."""
@@ -104,33 +119,16 @@ class Replayer:
         leaves: dict[str, Any] = {}
         map_leaves(leaves.setdefault, call.inputs)
         leaf = leaves.get(key.input.path)
-        if isinstance(leaf, SharedSlot):
-            return self.shared[leaf.index]
-        return unpack(leaf, self.device) if isinstance(leaf, PackedTensor) else None
+        return self.tensor(leaf) if isinstance(leaf, (PackedTensor, SharedSlot)) else None
+
+    def tensor(self, leaf: PackedTensor | SharedSlot) -> torch.Tensor:
+        """A recorded input, of all takes, on the device."""
+        return self.shared[leaf.index] if isinstance(leaf, SharedSlot) else unpack(leaf, self.device)
+
+    def override(self, step: RecordedStep, key: InputKey) -> torch.Tensor | None:
+        """What is used in place of the recorded input, if anything."""
+        return self.overrides.get(StepInputKey(step.index, key)) if self.overrides else None
 
     def _run(self, step: RecordedStep, takes: slice | None, sample: torch.Tensor) -> torch.Tensor:
         """What the scheduler received at this step, for the given takes (None: all)."""
-        layouts = self.spec.layouts if takes is not None and self.spec.layouts is not None else {}
-        outputs = []
-        for key, call in zip(call_keys(len(step.calls)), step.calls, strict=True):
-
-            def resolve(path: str, leaf: Any, key: Any = key) -> Any:
-                override = self.overrides.get(StepInputKey(step.index, InputKey(key, path)))
-                if override is not None:
-                    tensor = override
-                elif isinstance(leaf, SampleSlot):
-                    return torch.cat([sample] * leaf.copies) if leaf.copies > 1 else sample
-                elif isinstance(leaf, SharedSlot):
-                    tensor = self.shared[leaf.index]
-                elif isinstance(leaf, PackedTensor):
-                    tensor = unpack(leaf, self.device)
-                else:
-                    return leaf
-                layout = layouts.get(InputKey(key, path))
-                return tensor if layout is None or takes is None else layout.select(tensor, takes, self.total)
-
-            inputs = map_call_inputs(call.inputs, layouts, key, takes, self.total, resolve)
-            apply_processors(self.modules[call.module], call.processors)
-            outputs.append(first_tensor(self.modules[call.module](*inputs["args"], **inputs["kwargs"])))
-        branches = self.spec.branches(outputs, sample.shape)
-        return evaluate(step.guidance, branches, sample, self.spec.sign)
+        return run_calls([StepRows(self, step, takes)], sample, self.spec, self.modules)

@@ -8,19 +8,16 @@ ones.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 
 from pipeline.config.schema import GeneratorConfig
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.tensors import map_leaves, unpack
+from pipeline.core.tensors import unpack
 from pipeline.core.types import CallInputs, PromptItem, SamplingSpec
 from pipeline.generators.call.arguments import CallMode, call_arguments
 from pipeline.generators.load.pipeline import denoisers_of, text_encoders_of
@@ -28,6 +25,7 @@ from pipeline.generators.record.first_order import first_order_scheduler
 from pipeline.generators.record.inputs import TOLERANCE, denoiser_inputs, relative_difference
 from pipeline.generators.record.recorder import PipelineRecorder
 from pipeline.generators.record.recording import RawStep, RecordOptions
+from pipeline.generators.record.stand_ins import StandIns, undecorated_call, undecorated_methods
 from pipeline.generators.replay.reencoded import ReencodedInputs, TextInputs
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import StepInputKey
@@ -43,7 +41,7 @@ class TextReencoder:
         self.name = type(pipe).__name__
         self.denoisers = denoisers_of(pipe)
         self.prediction = first_order_scheduler(pipe)
-        self._outputs: dict[str, Any] = {}  # of the denoisers, by the shapes of a call
+        self._stand_ins = StandIns()
 
     def override_text(self, replayer: Replayer, sampling: SamplingSpec) -> ReencodedInputs:
         """Gives a replayer new text inputs with gradients. Raises UnsupportedPolicyError where none has a gradient."""
@@ -121,57 +119,11 @@ class TextReencoder:
         )
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
-            stack.enter_context(self._undecorated_methods())
-            stack.enter_context(self._stand_ins())
+            stack.enter_context(undecorated_methods(self.pipe))
+            stack.enter_context(self._stand_ins.in_place_of(self.denoisers))
             recording = stack.enter_context(recorder)
-            inspect.unwrap(type(self.pipe).__call__)(self.pipe, **kwargs)  # without its no_grad
+            undecorated_call(self.pipe, **kwargs)
         return recording.steps
-
-    @contextmanager
-    def _undecorated_methods(self) -> Iterator[None]:
-        """The class's own methods, without `no_grad` decorators and prompt caches."""
-        cls, before = type(self.pipe), dict(self.pipe.__dict__)
-        for name in dir(cls):
-            if name.startswith("__"):
-                continue
-            method = inspect.getattr_static(cls, name)
-            if isinstance(method, FunctionType) and (hasattr(method, "__wrapped__") or name in before):
-                self.pipe.__dict__[name] = MethodType(inspect.unwrap(method), self.pipe)
-        try:
-            yield
-        finally:
-            for name in self.pipe.__dict__.keys() - before.keys():
-                if isinstance(self.pipe.__dict__[name], MethodType):
-                    del self.pipe.__dict__[name]
-            self.pipe.__dict__.update({name: value for name, value in before.items() if callable(value)})
-
-    @contextmanager
-    def _stand_ins(self) -> Iterator[None]:
-        """Denoisers that return at once what they computed the first time they were called with these shapes."""
-
-        def remembering(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(forward)
-            def stand_in(*args: Any, **kwargs: Any) -> Any:
-                shapes: list[Any] = [name]
-                map_leaves(lambda path, leaf: shapes.append((path, getattr(leaf, "shape", None))), [args, kwargs])
-                key = repr(shapes)
-                if key not in self._outputs:
-                    with torch.no_grad():
-                        self._outputs[key] = forward(*args, **kwargs)
-                return self._outputs[key]
-
-            return stand_in
-
-        before = {name: module.__dict__.get("forward") for name, module in self.denoisers.items()}
-        for name, module in self.denoisers.items():
-            module.__dict__["forward"] = remembering(name, module.forward)
-        try:
-            yield
-        finally:
-            for name, module in self.denoisers.items():
-                module.__dict__.pop("forward")
-                if before[name] is not None:
-                    module.__dict__["forward"] = before[name]
 
     @contextmanager
     def _changed_embeddings(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:

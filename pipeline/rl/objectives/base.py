@@ -53,10 +53,10 @@ class TransitionTerms:
 
 @dataclass(frozen=True, slots=True)
 class DenoisingTerms:
-    """One noise level of b finished takes. Float32; `velocity` carries gradients."""
+    """One noise level of b finished takes. Float32; `output` carries gradients."""
 
-    velocity: torch.Tensor  # [b, ...] the policy's prediction for x_t = (1 - t) x0 + t eps
-    target: torch.Tensor  # [b, ...] eps - x0
+    output: torch.Tensor  # [b, ...] the policy's prediction for x0 noised with eps
+    target: torch.Tensor  # [b, ...] what a perfect model would predict; flow: eps - x0
     advantages: torch.Tensor  # [b]
 
 
@@ -70,6 +70,7 @@ class Objective(ABC):
     draws_noise: ClassVar[bool]  # takes are drawn with the sampler's noise; else without any, by the ODE
     needs_old_mean: ClassVar[bool] = False  # the rollout keeps the means of its transitions
     joins_steps: ClassVar[bool] = False  # several trained steps may share one denoiser call
+    needs_any_sample: ClassVar[bool] = False  # denoises samples that no rollout came by
     extra_replay_check: ClassVar[bool] = False  # comparing replay with rollout costs an extra forward pass
     replay_metric: ClassVar[str]  # name of the largest difference between replay and rollout
     samplers: ClassVar[tuple[str, ...] | None] = None  # those it is defined for; None: all
@@ -106,9 +107,10 @@ class TransitionObjective(Objective):
 
 
 class DenoisingObjective(Objective):
-    """Loss on the denoiser's prediction for finished takes that are noised again; for flow models."""
+    """Loss on the denoiser's prediction for finished takes that are noised again."""
 
     draws_noise = False
+    needs_any_sample = True
     joins_steps = True
     extra_replay_check = True
     replay_metric = "onpolicy/max_abs_gap"

@@ -1,0 +1,34 @@
+"""Clean samples x0, noise eps, noised samples x_t and model outputs: how each follows from the others at a noise level.
+
+Flow: x_t = (1 - sigma) x0 + sigma eps, output eps - x0. Diffusion: x_t = sqrt(a) x0 + sqrt(1 - a) eps with
+a = alphas_cumprod, output eps, x0, or v = sqrt(a) eps - sqrt(1 - a) x0 (arXiv 2202.00512).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def noised(prediction: str, level: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """x_t, float32 like x0 [b, ...]. `level`: float64, broadcast to x0; flow: sigma, else alphas_cumprod."""
+    signal, noise = _amplitudes(prediction, level)
+    return signal.float() * x0.float() + noise.float() * eps
+
+
+def target(prediction: str, level: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """The output of a perfect model for `noised(prediction, level, x0, eps)`, float32. Raises ValueError."""
+    if prediction == "flow":
+        return eps - x0.float()
+    if prediction == "epsilon":
+        return eps
+    if prediction == "sample":
+        return x0.float()
+    if prediction == "v_prediction":
+        signal, noise = _amplitudes(prediction, level)
+        return signal.float() * eps - noise.float() * x0.float()
+    raise ValueError(f"unknown prediction type {prediction!r}; known: flow, epsilon, v_prediction, sample")
+
+
+def _amplitudes(prediction: str, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(of x0, of eps) in x_t, float64."""
+    return (1.0 - level, level) if prediction == "flow" else (level.sqrt(), (1.0 - level).sqrt())
