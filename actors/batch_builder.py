@@ -26,10 +26,10 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem
-from pipeline.rl.advantages import AdvantageResult
-from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index, train_work
+from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index
 from pipeline.rl.ledger import FAILED, Ledger
-from pipeline.rl.reward_combiner import Combiner
+from pipeline.rl.signals import SignalResult, signal_of
+from pipeline.rl.sources import source_of
 
 _MAX_REFILLS = 20  # a step that filters this many times its groups will never find enough of them
 log = logging.getLogger("rushes.training")
@@ -54,12 +54,13 @@ class BatchBuilder:
         self._version: PolicyVersion | None = None
         self._cursor = PromptCursor(prompts, cfg.run.seed)
         self.ledger = Ledger(
-            groups_per_step=cfg.algorithm.groups_per_step,
-            max_staleness=cfg.algorithm.max_staleness,
+            groups_per_step=cfg.step.groups,
+            max_staleness=cfg.step.max_staleness,
             max_failed_groups=cfg.faults.max_failed_groups,
             steps=cfg.run.steps,
         )
-        self._combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
+        self._signal = signal_of(cfg).begin(cfg.rewards)
+        self._source = source_of(cfg)
         self._scored: dict[int, GroupRun] = {}
         self._waiting: list[tuple[int, int]] = []  # heap of (step, id): admitted, not started yet
         self._changed = asyncio.Condition()
@@ -113,7 +114,7 @@ class BatchBuilder:
 
     def _group_run(self, group: int) -> GroupRun:
         entry = self.ledger.groups[group]
-        return GroupRun(train_work(self.cfg, group, entry.step, self._prompts[entry.prompt]))
+        return GroupRun(self._source.work(self.cfg, group, entry.step, self._prompts[entry.prompt]))
 
     async def pause(self, paused: bool) -> None:
         """While paused, no further group is started."""
@@ -163,7 +164,7 @@ class BatchBuilder:
     def _collect(self, run: GroupRun) -> None:
         if not self._keeps_media(run.work.step):
             run.media = None
-        if self.cfg.algorithm.advantage.zero_std == "filter" and self._combiner.is_flat(run.scores):
+        if signal_of(self.cfg).drops_flat_groups and self._signal.is_flat(run.scores):
             log.info("filtered: all takes have the same reward", extra={"group": run.group})
             self.ledger.filter(run.group)
             self._check_filtered(run.work.step)
@@ -185,11 +186,11 @@ class BatchBuilder:
 
     def _check_filtered(self, step: int) -> None:
         filtered = self.ledger.filtered_by_step[step]
-        if filtered >= _MAX_REFILLS * self.cfg.algorithm.groups_per_step:
+        if filtered >= _MAX_REFILLS * self.cfg.step.groups:
             raise RunFailed(
                 f"step {step}: {filtered} groups had equal rewards in all takes and were filtered; "
                 "check that the reward tells takes apart, raise sampler.noise_level, or set "
-                "algorithm.advantage.zero_std=train"
+                "signal.zero_std=train"
             )
 
     # ------------------------------------------------------------------------------------------- steps
@@ -232,8 +233,9 @@ class BatchBuilder:
             assert self._tasks is not None  # a group has been scored
             self._tasks.create_task(self._run_group(run, lost=reason))
 
-    def advantages(self, runs: list[GroupRun]) -> AdvantageResult:
-        return self._combiner.step([run.scores for run in runs])
+    def signal(self, runs: list[GroupRun]) -> SignalResult:
+        """What the groups teach."""
+        return self._signal.step([run.scores for run in runs])
 
     def consumed(self, runs: list[GroupRun], learner_version: int) -> None:
         """The learner has trained on `runs`; their data is freed."""
@@ -241,7 +243,7 @@ class BatchBuilder:
         for run in runs:
             del self._scored[run.group]
             run.trajectory = None
-        self._combiner.commit()
+        self._signal.commit()
         self._state_at_last_step = self._state()
 
     async def published(self, version: PolicyVersion) -> None:
@@ -258,7 +260,7 @@ class BatchBuilder:
         return {
             "cursor": self._cursor.state(),
             "ledger": self.ledger.state(),
-            "rewards": self._combiner.state(),
+            "rewards": self._signal.state(),
         }
 
     def state(self) -> dict[str, Any]:
@@ -268,7 +270,7 @@ class BatchBuilder:
     def load_state(self, state: dict[str, Any]) -> None:
         self._cursor.load_state(state["cursor"])
         self.ledger.load_state(state["ledger"])
-        self._combiner.load_state(state.get("rewards"))
+        self._signal.load_state(state.get("rewards"))
         self._waiting = sorted((group.step, group.id) for group in self.ledger.groups.values())
         self._state_at_last_step = self._state()
 
@@ -276,4 +278,4 @@ class BatchBuilder:
     def takes(self) -> int:
         """Training takes that reached an end, failed groups apart."""
         ended = self.ledger.ended
-        return (sum(ended.values()) - ended[FAILED]) * self.cfg.algorithm.group_size
+        return (sum(ended.values()) - ended[FAILED]) * self.cfg.step.takes

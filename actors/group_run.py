@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import ray
 
 from actors.request_queue import Priority
-from pipeline.core.types import GroupWork, PolicyVersion, RewardScores, RolloutMeta
+from pipeline.core.types import Feedback, GroupBatch, GroupWork, PolicyVersion, RewardScores, RolloutMeta
 
 PolicySource = Callable[[Sequence[GroupWork]], PolicyVersion]
 """Returns the version to draw these groups with; called when a worker is about to begin."""
@@ -56,6 +56,10 @@ class GroupRun:
     def drawn(self, meta: RolloutMeta, media: ray.ObjectRef, trajectory: ray.ObjectRef) -> None:
         self.meta, self.media, self.trajectory = meta, media, trajectory
         self.state, self.failed_scorings, self.avoid = GroupState.SCORING, 0, None
+
+    def batch(self, feedback: Feedback) -> GroupBatch:
+        """What the learner trains on."""
+        return GroupBatch(trajectory=self.trajectory, feedback=feedback, micro_batches=self.meta.micro_batches)
 
     def start_over(self) -> None:
         """Drops the takes; the group waits for a rollout again."""

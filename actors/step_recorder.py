@@ -112,7 +112,7 @@ class Recorder:
             "time/learn": learned_s,
             "time/sync": sync_s,
             "time/controller": cpu_s,
-            "takes_per_s": self.cfg.algorithm.group_size * len(runs) / step_s,
+            "takes_per_s": self.cfg.step.takes * len(runs) / step_s,
         }
         times |= {f"workers/{name}": float(count) for name, count in workers.items()}
         times |= {f"time/score/{name}": seconds for name, seconds in score.items()}

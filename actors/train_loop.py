@@ -33,9 +33,10 @@ from actors.step_recorder import Recent, Recorder
 from actors.worker_slot import WorkerSlot
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
-from pipeline.core.types import GroupBatch, PolicyVersion
-from pipeline.rl.objectives import get_objective
+from pipeline.core.types import PolicyVersion
+from pipeline.rl.objectives import objective_of
 from pipeline.rl.on_policy import check_on_policy
+from pipeline.rl.sources import source_of
 from pipeline.runs import checkpoint
 from pipeline.runs.snapshot import RunSnapshot
 from pipeline.runs.tracking import drop_metrics_since
@@ -69,7 +70,7 @@ class TrainLoop:
         self.ctx, self.cfg, self._resume_from, self._stop_asked = ctx, cfg, resume_from, stop_asked
         self._phase, self._version, self._saved_step = "starting", 0, -1
         self._recorder: Recorder | None = None
-        self._prompts = load_prompts(cfg.prompts.train)
+        self._prompts = list(source_of(cfg).rows(cfg))
         heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout is not None else []
         self._learner = LearnerGroup(ctx)
         self._dispatcher = Dispatcher(ctx, self._prompts[:3], resumed=resume_from is not None)
@@ -228,7 +229,7 @@ class TrainLoop:
         if staleness == 0:
             slots = [*self._dispatcher.rollouts.slots, *self._learner.slots]
             devices = {str(slot.info["device"]) for slot in slots if slot.alive}
-            replay_error = step.metrics[get_objective(self.cfg.algorithm.objective).replay_metric]
+            replay_error = step.metrics[objective_of(self.cfg).requirements.replay_metric]
             check_on_policy(self.cfg, self._version, replay_error, devices)
         self._builder.consumed(step.runs, self._version)
         self._version = step.version
@@ -249,17 +250,14 @@ class TrainLoop:
         chunks = self._builder.chunks(self._version)
         while True:
             chunk: StepChunk = await self._unless_stopped(anext(chunks))
-            advantages = self._builder.advantages(chunk.runs).advantages
-            groups = [
-                GroupBatch(trajectory=run.trajectory, advantages=each, micro_batches=run.meta.micro_batches)
-                for run, each in zip(chunk.runs, advantages, strict=True)
-            ]
+            feedback = self._builder.signal(chunk.runs).feedback
+            groups = [run.batch(each) for run, each in zip(chunk.runs, feedback, strict=True)]
             began = time.perf_counter()
             call = asyncio.ensure_future(self._learner.train_step(groups, chunk.start, chunk.last))
             reward_metrics: dict[str, float] = {}
             if chunk.last:
                 await asyncio.sleep(0)  # the call is on its way: nothing waits for what is computed here
-                reward_metrics = self._builder.advantages(chunk.so_far).metrics
+                reward_metrics = self._builder.signal(chunk.so_far).metrics
             result: TrainStepResult = await call
             busy += time.perf_counter() - began
             chunk.lost = [chunk.runs[position].group for position in result.lost]

@@ -32,15 +32,15 @@ from diffusers import DiffusionPipeline
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
-from pipeline.core.types import GroupWork, Media
+from pipeline.core.types import Feedback, GroupWork, Media
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.learner.replica import matching_noise
 from pipeline.rewards.runner import build_reward
 from pipeline.rl.group_plan import scoring_seed, train_work
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
 from pipeline.rl.objectives.awm import AdvantageWeightedMatching
-from pipeline.rl.reward_combiner import Combiner
+from pipeline.rl.signals import signal_of
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class PlainLoop:
 
     def __init__(self, cfg: Config, threads: int = 1, fast: bool = False) -> None:
         """`threads`: compute threads. `fast`: compiled blocks and a VAE laid out for the CPU, as a run has them."""
-        objective = get_objective(cfg.algorithm.objective)
+        objective = objective_of(cfg)
         full = cfg.trainable.kind == "full"
         if not isinstance(objective, AdvantageWeightedMatching) or not full or cfg.generator.guidance_scale != 1.0:
             raise ValueError("the plain loop knows objective awm on full weights without guidance only")
         torch.set_num_threads(threads)
-        self.cfg = cfg
+        self.cfg, self.objective = cfg, objective
         self.is_video = cfg.generator.num_frames > 1
 
         # The generator. Its denoiser is the policy; a frozen copy of the start is the reference of the KL term.
@@ -72,7 +72,7 @@ class PlainLoop:
             if isinstance(component, torch.nn.Module):
                 component.eval().requires_grad_(False)
         self.denoiser = self.pipe.transformer
-        self.reference = copy.deepcopy(self.denoiser) if cfg.algorithm.kl_beta > 0 else None
+        self.reference = copy.deepcopy(self.denoiser) if objective.kl_beta > 0 else None
         self.denoiser.requires_grad_(True)
         if fast:
             channels_last(self.pipe.vae)
@@ -92,7 +92,7 @@ class PlainLoop:
         self.rewards = {
             name: build_reward(name, reward, cfg.faults.call_timeout_s) for name, reward in cfg.rewards.items()
         }
-        self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
+        self.signal = signal_of(cfg).begin(cfg.rewards)
         self.embeddings: dict[str, dict[str, torch.Tensor]] = {}  # prompt -> its text embeddings
         self.group = self.step = 0
 
@@ -102,7 +102,7 @@ class PlainLoop:
 
         # 1. Rollout: K takes of each of G prompts. Seeds depend on (run seed, group) alone.
         groups = []
-        for _ in range(self.cfg.algorithm.groups_per_step):
+        for _ in range(self.cfg.step.groups):
             groups.append(self.rollout(train_work(self.cfg, self.group, self.step, self.cursor.next())))
             self.group += 1
         rolled_out = time.perf_counter()
@@ -115,11 +115,11 @@ class PlainLoop:
         scored = time.perf_counter()
 
         # 3. Advantages: weighted sum of the rewards, minus the group's mean, divided by its std.
-        result = self.combiner.step(scores)
-        self.combiner.commit()
+        result = self.signal.step(scores)
+        self.signal.commit()
 
         # 4. Learn: one update of the policy.
-        metrics = {**result.metrics, **self.learn(groups, result.advantages)}
+        metrics = {**result.metrics, **self.learn(groups, result.feedback)}
         self.step += 1
         ended = time.perf_counter()
         return metrics | {
@@ -173,7 +173,7 @@ class PlainLoop:
 
     # ------------------------------------------------------------------------------------------- 4. learn
 
-    def learn(self, groups: list[Rollout], advantages: np.ndarray | list[np.ndarray]) -> dict[str, float]:
+    def learn(self, groups: list[Rollout], feedback: list[Feedback]) -> dict[str, float]:
         """One update. The loss is the mean over all pairs (take, trained noise level) of
 
             -A exp(log p - log p_old) + kl_beta |v - v_ref|^2,   log p := -|v(x_t, t) - (eps - x0)|^2
@@ -181,13 +181,13 @@ class PlainLoop:
         where x_t = (1 - t) x0 + t eps is the finished take, noised again. On-policy log p = log p_old, so the ratio is
         1 and its gradient raises the flow-matching likelihood of good takes and lowers that of bad ones.
         """
-        algorithm, sigmas = self.cfg.algorithm, self.pipe.scheduler.sigmas
+        objective, sigmas = self.objective, self.pipe.scheduler.sigmas
         pairs = sum(group.work.takes * len(group.work.sampling.trained_steps) for group in groups)
         policy_loss = kl = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        for group, group_advantages in zip(groups, advantages, strict=True):
+        for group, taught in zip(groups, feedback, strict=True):
             x0, text = group.latents, group.work.prompts[0].text
-            advantage = torch.from_numpy(np.array(group_advantages, np.float32))  # [K]
+            advantage = torch.from_numpy(np.array(taught.advantages, np.float32))  # [K]
             for number, step in enumerate(group.work.sampling.trained_steps):
                 t = float(sigmas[step])
                 eps = matching_noise(self.cfg.run.seed, group.work.group, step, x0[0])  # the same for all takes
@@ -197,12 +197,12 @@ class PlainLoop:
                 loss = -(advantage * torch.exp(error.detach() - error)).sum()
                 policy_loss += float(loss.detach()) / pairs
                 # At every kl_every-th noise level only, and that many times as heavy: the same on average.
-                if self.reference is not None and (number + group.work.group) % algorithm.kl_every == 0:
+                if self.reference is not None and (number + group.work.group) % objective.kl_every == 0:
                     with torch.no_grad():
                         reference = self.velocity(self.reference, x_t, t, text)
-                    distance = algorithm.kl_every * (velocity - reference).pow(2).flatten(1).mean(1).sum()
+                    distance = objective.kl_every * (velocity - reference).pow(2).flatten(1).mean(1).sum()
                     kl += float(distance.detach()) / pairs
-                    loss = loss + algorithm.kl_beta * distance
+                    loss = loss + objective.kl_beta * distance
                 (loss / pairs).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.optimizer.max_grad_norm)
         self.optimizer.step()

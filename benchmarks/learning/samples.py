@@ -34,19 +34,19 @@ from pipeline.learner.learner import Learner
 from pipeline.rewards.runner import build_reward
 from pipeline.rl.evaluation import summarise_scores
 from pipeline.rl.group_plan import eval_works, scoring_seed, train_work
-from pipeline.rl.reward_combiner import Combiner
+from pipeline.rl.signals import signal_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/samples.jsonl"
 PICTURE = ROOT / "docs/images/samples.png"
 CONFIGS = {"image": "configs/quickstart-image.yaml", "video": "configs/quickstart.yaml"}
 GRPO = [
-    "algorithm.objective=grpo",
-    "algorithm.kl_beta=0",
+    "objective.name=grpo",
+    "objective.kl_beta=0",
     "sampler.timestep_fraction=0.43",
     "sampler.window.range=[0,7]",
 ]
-WINDOW = ["algorithm.objective=grpo", "algorithm.kl_beta=0", "sampler.timestep_fraction=1", "sampler.window.size=2",
+WINDOW = ["objective.name=grpo", "objective.kl_beta=0", "sampler.timestep_fraction=1", "sampler.window.size=2",
           "sampler.window.range=[0,5]"]  # fmt: skip
 ARMS: dict[str, list[str]] = {
     "awm": [],  # the quickstart's own recipe
@@ -54,7 +54,7 @@ ARMS: dict[str, list[str]] = {
     # kl_3: the KL at every third trained step only.
     "awm_6_steps": ["sampler.steps=6"],
     "awm_6_steps_0.6": ["sampler.steps=6", "sampler.timestep_fraction=0.6"],
-    "awm_6_steps_0.6_kl_3": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "algorithm.kl_every=3"],
+    "awm_6_steps_0.6_kl_3": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "objective.kl_every=3"],
     "awm_5_steps_0.75": ["sampler.steps=5", "sampler.timestep_fraction=0.75"],
     "flow_sde": [*GRPO, "sampler.kind=flow_sde", "sampler.noise_level=0.7"],
     "dance_sde": [*GRPO, "sampler.kind=dance_sde", "sampler.noise_level=0.3", "sampler.same_initial_noise=true"],
@@ -67,7 +67,7 @@ RATES = {"image": 3e-4, "video": 1.5e-4}  # of the GRPO arms; the others keep th
 
 def config(generator: str, arm: str, seed: int, steps: int) -> Config:
     """The quickstart's config with the arm's sampler."""
-    rate = [f"optimizer.lr={RATES[generator]}"] if "algorithm.objective=grpo" in ARMS[arm] else []
+    rate = [f"optimizer.lr={RATES[generator]}"] if "objective.name=grpo" in ARMS[arm] else []
     overrides = [*ARMS[arm], *rate, f"run.seed={seed}", f"run.steps={steps}", "rollout.merge_lora=false"]
     return load_config(ROOT / CONFIGS[generator], overrides)
 
@@ -85,7 +85,7 @@ class Loop:
         self.scorers = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
         self.cursor = PromptCursor(prompts, cfg.run.seed)
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
-        self.combiner = Combiner(cfg.rewards, cfg.algorithm.advantage)
+        self.signal = signal_of(cfg).begin(cfg.rewards)
         self.group = 0
 
     def _scores(self, media: Media, work: GroupWork, seed: int | None) -> dict[str, Any]:
@@ -95,20 +95,18 @@ class Loop:
         """Draws, scores and trains `groups_per_step` groups; groups of equal rewards are filtered, as in a run."""
         self.policy.load_weights(self.learner.weights("train"))
         kept, scores = [], []
-        while len(kept) < self.cfg.algorithm.groups_per_step:
+        while len(kept) < self.cfg.step.groups:
             work = train_work(self.cfg, self.group, number, self.cursor.next())
             self.group += 1
             media, trajectory, _ = self.policy.rollout(work)
             group_scores = self._scores(media, work, scoring_seed(self.cfg, work.group))
-            if not self.combiner.is_flat(group_scores):
+            if not self.signal.is_flat(group_scores):
                 kept.append(trajectory)
                 scores.append(group_scores)
-        result = self.combiner.step(scores)
-        self.combiner.commit()
+        result = self.signal.step(scores)
+        self.signal.commit()
         batch = [
-            GroupBatch(trajectory=t, advantages=np.asarray(a, np.float32))
-            for t, a in zip(kept, result.advantages, strict=True)
-            if t
+            GroupBatch(trajectory=t, feedback=feedback) for t, feedback in zip(kept, result.feedback, strict=True) if t
         ]
         return self.learner.train_step(batch)
 
@@ -130,7 +128,7 @@ def measure(generator: str, arm: str, seed: int, steps: int, every: int) -> dict
     """One run: held-out reward after each `every` steps."""
     started = time.monotonic()
     loop = Loop(config(generator, arm, seed, steps))
-    takes = loop.cfg.algorithm.group_size
+    takes = loop.cfg.step.takes
     curve = [{"takes": 0, **loop.evaluate()}]
     for number in range(steps):
         loop.step(number)

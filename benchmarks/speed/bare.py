@@ -24,6 +24,7 @@ from pipeline.core.prompts import load_prompts
 from pipeline.core.types import GroupWork
 from pipeline.plain_loop import PlainLoop
 from pipeline.rl.group_plan import train_work
+from pipeline.rl.objectives import objective_of
 
 REPEATS = 3
 
@@ -78,9 +79,10 @@ def bare(loop: PlainLoop, compiled: PlainLoop) -> dict[str, float]:
 
 def _step_s(loop: PlainLoop, work: GroupWork, per_take: dict[str, float], kind: str) -> float:
     cfg = loop.cfg
-    drawn = cfg.algorithm.groups_per_step * work.takes
+    drawn = cfg.step.groups * work.takes
     trained = drawn * len(work.sampling.trained_steps)
-    reference = trained / cfg.algorithm.kl_every if cfg.algorithm.kl_beta > 0 else 0
+    nth = objective_of(cfg).requirements.reference_every
+    reference = trained / nth if nth else 0
     return (
         (drawn * cfg.sampler.steps + reference) * per_take[f"{kind}forward"]
         + drawn * per_take[f"{kind}decode"]

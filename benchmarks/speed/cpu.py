@@ -31,7 +31,7 @@ CONFIGS = {"quickstart": "configs/quickstart.yaml", "quickstart_image": "configs
 # The work-saving recipes: fewer sampler steps, of whose five noise levels three or four train, and the KL at one of a
 # group's. Here only their speed is measured; for their reward see docs/benchmarks.md.
 LESS_WORK = {
-    "quickstart": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "algorithm.kl_every=3"],
+    "quickstart": ["sampler.steps=6", "sampler.timestep_fraction=0.6", "objective.kl_every=3"],
     "quickstart_image": ["sampler.steps=6"],
 }
 # No evaluations, checkpoints or trackers: they are not part of a step.

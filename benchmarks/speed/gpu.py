@@ -43,7 +43,7 @@ from benchmarks.speed.bare import seconds_of
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
-from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.core.types import Feedback, GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
@@ -182,7 +182,8 @@ def _config(folder: Path, call: dict[str, Any], batch: int) -> Config:
             "prompts": {"train": "unused.txt"},
             "rewards": {"unused": {"scorer": "unused"}},
             "sampler": {"steps": call["steps"], "window": {"kind": "random", "size": 2}},
-            "algorithm": {"group_size": call["group_size"], "kl_beta": 0.0},
+            "objective": {"kl_beta": 0.0},
+            "step": {"takes": call["group_size"]},
             "learner": {"autocast": "bfloat16", "activation_checkpointing": True, "micro_batch": batch},
             "rollout": {"merge_lora": True, "batch": batch},
         }
@@ -209,7 +210,11 @@ def measure_one(name: str, say: Callable[[str], None], device: str = "cuda", bat
     say(f"{name}: rollout and learner")
     media, trajectory, seconds = policy.rollout(work)
     assert trajectory is not None  # steps are trained, so there is one
-    groups = [GroupBatch(trajectory=trajectory, advantages=np.linspace(-1, 1, work.takes).astype(np.float32))]
+    groups = [
+        GroupBatch(
+            trajectory=trajectory, feedback=Feedback(advantages=np.linspace(-1, 1, work.takes).astype(np.float32))
+        )
+    ]
     rollout = seconds_of(lambda: policy.rollout(work))
     learn = seconds_of(lambda: learner.train_step(groups))
     say(f"{name}: bare passes")

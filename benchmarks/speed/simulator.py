@@ -264,11 +264,7 @@ def _config(plan: Plan, folder: Path) -> Config:
             "generator": {"pretrained": "simulated"},
             "prompts": {"train": str(prompts)},
             "rewards": {"r": {"scorer": "simulated", "workers": plan.servers}},
-            "algorithm": {
-                "group_size": 2,
-                "groups_per_step": plan.groups_per_step,
-                "max_staleness": plan.max_staleness,
-            },
+            "step": {"takes": 2, "groups": plan.groups_per_step, "max_staleness": plan.max_staleness},
             "rollout": {"workers": plan.workers},
             "checkpoint": {"every": 0},
             "tracking": {"backends": []},

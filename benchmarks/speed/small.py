@@ -57,7 +57,7 @@ def _config(folder: Path) -> Config:
         {
             "generator": {"pretrained": "unused"},
             "prompts": {"train": "unused.txt"},
-            "algorithm": {"group_size": 16},
+            "step": {"takes": 16},
             "rewards": {"one": {"scorer": f"{folder / 'one.py'}:one"}},
             "ray": {"address": "local", "init": {"num_cpus": 4, "object_store_memory": 1536 * 2**20}},
         }

@@ -37,7 +37,7 @@ def size(
     sync: Annotated[float, typer.Option("--sync", help="Seconds to publish the weights.")] = 0.0,
     groups: Annotated[int, typer.Option("--groups", min=1, help="Groups per step; with RUN: its own.")] = 8,
     staleness: Annotated[
-        int | None, typer.Option("--staleness", min=0, help="algorithm.max_staleness; default: the run's, else 0.")
+        int | None, typer.Option("--staleness", min=0, help="step.max_staleness; default: the run's, else 0.")
     ] = None,
     max_workers: Annotated[int | None, typer.Option("--max", min=1, help="Rollout workers you could have.")] = None,
     worth: Annotated[
@@ -65,7 +65,7 @@ def size(
     else:
         times = from_options(rollout, score or [], learn, sync, groups)
     if staleness is None:
-        staleness = cfg.algorithm.max_staleness if cfg is not None else 0
+        staleness = cfg.step.max_staleness if cfg is not None else 0
     show(times, cfg, staleness, max_workers, worth, make_console())
 
 
@@ -80,7 +80,7 @@ def from_run(folder: Path) -> tuple[Timings, Config]:
     cfg = load_config(folder / "config.yaml")
     servers = {name: reward.workers.max for name, reward in cfg.rewards.items()}
     try:
-        times = measured(read_metrics(folder), cfg.algorithm.groups_per_step, cfg.rollout.workers.max, servers)
+        times = measured(read_metrics(folder), cfg.step.groups, cfg.rollout.workers.max, servers)
     except ValueError:
         raise InputError(f"{folder}: has no finished step to measure yet; give timings {_EXAMPLE}") from None
     return times, cfg

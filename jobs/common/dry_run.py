@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.rl.group_plan import stochastic_steps
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
 from pipeline.runs.resume import check_new, check_resume
 from pipeline.tools.preflight import check_all
 
@@ -27,10 +27,10 @@ def print_dry_run(
         check_new(cfg, cfg.run.name)
     else:
         resumed = check_resume(cfg, config_path, or_start=mode == "retry")
-    generator, algorithm, sampler = cfg.generator, cfg.algorithm, cfg.sampler
-    takes = algorithm.group_size * algorithm.groups_per_step
+    generator, size_of_step, sampler = cfg.generator, cfg.step, cfg.sampler
+    takes = size_of_step.takes * size_of_step.groups
     steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0)))
-    if get_objective(algorithm.objective).draws_noise:
+    if objective_of(cfg).requirements.draws_noise:
         sampling = f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {steps}"
     else:
         sampling = f"ode with {sampler.steps} sampler steps, no noise, trained at the noise levels of steps {steps}"
@@ -50,7 +50,7 @@ def print_dry_run(
         "generator": f"{source}, {size}",
         "training": cfg.trainable.description,
         "prompts": f"{len(checks.train)} to train on, {len(checks.heldout)} held out",
-        "each step": f"{algorithm.groups_per_step} prompts x {algorithm.group_size} takes = {takes} takes, {sampling}",
+        "each step": f"{size_of_step.groups} prompts x {size_of_step.takes} takes = {takes} takes, {sampling}",
         "whole run": f"{cfg.run.steps} steps, {takes * cfg.run.steps:,} takes",
         "rewards": ", ".join(f"{name} ({r.scorer}) x {r.weight:g}" for name, r in cfg.rewards.items()),
         "evaluation": f"{heldout * cfg.evaluation.takes_per_prompt} takes before and after"

@@ -13,8 +13,8 @@ from pipeline.config.schema import Config
 from pipeline.core.statistics import estimate, win_rate, with_error
 from pipeline.core.takes_table import save_takes
 from pipeline.rewards.runner import RewardRunner
-from pipeline.rl.advantages import weighted_rewards
 from pipeline.rl.evaluation import summarise_scores
+from pipeline.rl.signals.group_relative import weighted_rewards
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.messages import Source, error_message, refuse_odd_numbers, show, type_name
-from pipeline.config.reference import leaf_at
+from pipeline.config.reference import Keys
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
@@ -45,7 +45,8 @@ def load_run_config(run: Path) -> Config:
 def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> Config:
     """Validates a plain mapping. `source` is what errors name; paths may be relative to the folder `base`."""
     register_tree(data)
-    refuse_odd_numbers(data, source)
+    keys = Keys(data)
+    refuse_odd_numbers(data, source, keys)
     for key in credentials_in_urls(data):
         raise ConfigError(
             f"{source.of(key)}: {key}: holds credentials in its URL; leave them to the environment, such as a variable "
@@ -54,7 +55,7 @@ def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> 
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(error_message(error, source, data)) from None
+        raise ConfigError(error_message(error, source, data, keys)) from None
     return _resolve_paths(config, base) if base is not None else config
 
 
@@ -103,7 +104,8 @@ def _read(path: Path) -> str:
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
     """Sets each `dotted.key=value` (value read as YAML) in `data`; returns the keys. Raises `ConfigError`."""
-    keys = set()
+    overridden = set()
+    known = Keys(data)
     for text in overrides:
         key, sign, raw = text.partition("=")
         key = key.strip()
@@ -112,7 +114,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
         where = f"override {shown(text, 100)}"
         value, node = parse_yaml(raw, where, ConfigError)
         yaml_keys(node, where, ConfigError)
-        leaf = leaf_at(key)
+        leaf = known.at(key)
         if leaf is not None and leaf.text_only and not isinstance(value, str | None):
             value = raw  # a run named 007 stays text
         *sections, name = key.split(".")
@@ -126,8 +128,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
                     f"override {text!r}: {'.'.join(sections[: depth + 1])} is {show(section)}, not a section with keys"
                 )
         section[name] = value
-        keys.add(key)
-    return keys
+        overridden.add(key)
+    return overridden
 
 
 # ------------------------------------------------------------------------------------------------- the paths

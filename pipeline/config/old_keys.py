@@ -1,6 +1,21 @@
 """Keys that an earlier version read: what to write instead, for the line that refuses them."""
 
+from typing import Any
+
 RENAMED = {
+    "algorithm.advantage.clamp": "signal.clamp",
+    "algorithm.advantage.combine": "signal.combine",
+    "algorithm.advantage.std": "signal.std",
+    "algorithm.advantage.zero_std": "signal.zero_std",
+    "algorithm.clip_high": "objective.clip_high",
+    "algorithm.clip_low": "objective.clip_low",
+    "algorithm.group_size": "step.takes",
+    "algorithm.groups_per_step": "step.groups",
+    "algorithm.kl_beta": "objective.kl_beta",
+    "algorithm.kl_every": "objective.kl_every",
+    "algorithm.max_staleness": "step.max_staleness",
+    "algorithm.objective": "objective.name",
+    "algorithm.updates_per_step": "step.updates",
     "generator.call": "generator.call_kwargs",
     "learner.lanes": "learner.replicas",
     "rewards.*.repeats": "rewards.*.score_repeats",
@@ -27,8 +42,22 @@ REPLACED = {
 }
 
 
-def advice(path: str) -> str | None:
-    """`key: what to write instead` for the old key or section at `path`; None if it is neither."""
+def advice(path: str, data: Any) -> str | None:
+    """`key: what to write instead` for the old key at `path`, or for each old key that `data` has in the section at
+    `path`; None if there is none."""
+    below = [old for old in (*RENAMED, *REPLACED) if old.startswith(f"{path}.") and _is_set(data, old)]
+    return "; ".join(line for old in below if (line := _advice(old))) or _advice(path)
+
+
+def _is_set(data: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(data, dict) or name not in data:
+            return False
+        data = data[name]
+    return True
+
+
+def _advice(path: str) -> str | None:
     names = path.split(".")
     for old in (*RENAMED, *REPLACED):
         pattern = old.split(".")[: len(names)]

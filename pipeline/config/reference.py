@@ -14,9 +14,11 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pipeline.config.parts import DEFAULTS, PARTS, Part, chosen_class
 from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.config.sections.base import Allowed
+from pipeline.core.registry import first_line
 
 REQUIRED = object()  # default of a key that has none
 
@@ -44,6 +46,9 @@ def leaves() -> tuple[Leaf, ...]:
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[Leaf]:
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
+        if _is_section(field.annotation) and issubclass(field.annotation, Part):
+            yield _name_of_part(path, field.description or "")
+            continue
         value_type = get_args(field.annotation)[-1] if get_origin(field.annotation) is dict else None
         if _is_section(field.annotation):
             yield from _walk(field.annotation, f"{path}.")
@@ -61,6 +66,26 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[Leaf]:
                 whole=accepted.text.startswith("whole number"),
                 text_only=accepted.text_only,
             )
+
+
+def _name_of_part(section: str, description: str) -> Leaf:
+    """The key that chooses a part; its options are keys of the part (`Keys`)."""
+    names = tuple(PARTS[section].all())
+    return Leaf(
+        path=f"{section}.name",
+        allowed=f"one of {', '.join(names)}",
+        default=DEFAULTS[section],
+        description=description,
+        choices=names,
+        numeric=False,
+        whole=False,
+        text_only=True,
+    )
+
+
+def option_leaves(section: str, part: type[Part]) -> tuple[Leaf, ...]:
+    """The options of a part, as keys of the section that chooses it."""
+    return tuple(_walk(part, f"{section}."))
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -132,19 +157,27 @@ def matches(path: str, pattern: str) -> bool:
     return len(names) == len(parts) and all(p in ("*", name) for name, p in zip(names, parts, strict=True))
 
 
-def leaf_at(path: str) -> Leaf | None:
-    return next((leaf for leaf in leaves() if matches(path, leaf.path)), None)
+class Keys:
+    """All keys of a config as it was read: those of the schema, and the options of the parts that it chooses."""
 
+    def __init__(self, data: Any) -> None:
+        chosen = {section: chosen_class(section, data) for section in PARTS}
+        self.parts = {section: part for section, part in chosen.items() if part is not None}
+        options = [leaf for section, part in self.parts.items() for leaf in option_leaves(section, part)]
+        self.leaves = (*leaves(), *options)
 
-def children(prefix: str) -> list[str]:
-    """Names of the keys directly below `prefix` ('' for the top)."""
-    depth = len(prefix.split(".")) if prefix else 0
-    names: dict[str, None] = {}
-    for leaf in leaves():
-        parts = leaf.path.split(".")
-        if len(parts) > depth and (not prefix or matches(prefix, ".".join(parts[:depth]))):
-            names[parts[depth]] = None
-    return list(names)
+    def at(self, path: str) -> Leaf | None:
+        return next((leaf for leaf in self.leaves if matches(path, leaf.path)), None)
+
+    def children(self, prefix: str) -> list[str]:
+        """Names of the keys directly below `prefix` ('' for the top)."""
+        depth = len(prefix.split(".")) if prefix else 0
+        names: dict[str, None] = {}
+        for leaf in self.leaves:
+            parts = leaf.path.split(".")
+            if len(parts) > depth and (not prefix or matches(prefix, ".".join(parts[:depth]))):
+                names[parts[depth]] = None
+        return list(names)
 
 
 def docs_markdown(registered: Mapping[str, Sequence[str]]) -> str:
@@ -164,12 +197,26 @@ def docs_markdown(registered: Mapping[str, Sequence[str]]) -> str:
         head = leaf.path.split(".")[0]
         if head != section:
             section = head
-            lines += ["", f"## {head}", "", "| key | allowed | default | meaning |", "|---|---|---|---|"]
-        default = "**required**" if leaf.default is REQUIRED else f"`{_default_text(leaf.default)}`"
-        key = leaf.path.replace("*", "<name>")
-        allowed = f"one of {', '.join(registered[leaf.path])}" if leaf.path in registered else leaf.allowed
-        lines.append(f"| `{key}` | {_cell(allowed)} | {default} | {_cell(leaf.description)} |")
+            lines += ["", f"## {head}", "", *_TABLE_HEAD]
+        lines.append(_row(leaf, registered))
+        if head in PARTS:
+            for name, part in PARTS[head].all().items():
+                lines += ["", f"### {head}: {{name: {name}}}", "", first_line(part), ""]
+                options = option_leaves(head, part)
+                lines += (
+                    [*_TABLE_HEAD, *(_row(option, registered) for option in options)] if options else ["No options."]
+                )
     return "\n".join(lines) + "\n"
+
+
+_TABLE_HEAD = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+
+
+def _row(leaf: Leaf, registered: Mapping[str, Sequence[str]]) -> str:
+    default = "**required**" if leaf.default is REQUIRED else f"`{_default_text(leaf.default)}`"
+    key = leaf.path.replace("*", "<name>")
+    allowed = f"one of {', '.join(registered[leaf.path])}" if leaf.path in registered else leaf.allowed
+    return f"| `{key}` | {_cell(allowed)} | {default} | {_cell(leaf.description)} |"
 
 
 def _default_text(value: Any) -> str:

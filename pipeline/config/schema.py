@@ -8,10 +8,11 @@ section is a validator of that section; rules between sections are the validator
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, field_validator, model_validator
 
+from pipeline.config.parts import Part, chosen_from
 from pipeline.config.resources import HalfCpu, WorkerCount, WorkerRange
 from pipeline.config.sections.base import Count, DecayRate, Natural, NonNegative, Positive, Section
 from pipeline.config.sections.generator import GeneratorConfig, TrainableConfig
@@ -45,60 +46,22 @@ class PromptsConfig(Section):
     heldout: Path | None = Field(None, description="Evaluation prompts, never trained on.")
 
 
-class AdvantageConfig(Section):
-    """From a group's rewards to its advantages."""
+class StepConfig(Section):
+    """How large an optimisation step is."""
 
-    std: Literal["group", "global", "none"] = Field(
-        "group", description="Divide by the std of the group, of the whole step, or not at all (Dr. GRPO)."
-    )
-    clamp: Positive = Field(5.0, description="Largest absolute advantage.")
-    combine: Literal["rewards", "advantages", "pareto"] = Field(
-        "rewards",
-        description="Several rewards: weighted sum of the rewards; of each reward's advantages; or, as the latter, but "
-        "training only takes that no other take of the group beats in every reward (pareto).",
-    )
-    zero_std: Literal["train", "filter"] = Field(
-        "train", description="Groups of equal rewards: train (no policy gradient), or filter and admit another group."
-    )
-
-
-class AlgorithmConfig(Section):
-    """The RL algorithm."""
-
-    objective: str = Field(  # the names are registered in pipeline.rl.objectives; preflight checks it
-        "grpo",
-        description="Policy loss: on the sampler's log-probs (grpo, grpo_guard, flow_dppo), or on the flow-matching "
-        "likelihood of finished takes (awm), which are drawn without noise: sampler.kind is then not used.",
-    )
-    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Takes per prompt (K).")
-    groups_per_step: Count = Field(8, description="Groups per optimisation step.")
-    updates_per_step: Count = Field(1, description="Optimiser updates per step; all but the first are off-policy.")
-    clip_low: Positive = Field(
-        1e-4, description="PPO clip: ratio >= 1 - clip_low. flow_dppo: the KL threshold is clip_high."
-    )
-    clip_high: Positive = Field(1e-4, description="PPO clip: ratio <= 1 + clip_high.")
-    kl_beta: NonNegative = Field(0.0, description="Weight of the closed-form KL to the reference (starting) policy.")
-    kl_every: Count = Field(
-        1,
-        description="Compute the KL at every n-th trained noise level, scaled by n and rotating across groups: "
-        "unbiased, for 1/n of the reference's forward passes.",
-    )
+    groups: Count = Field(8, description="Groups per optimisation step.")
+    takes: Count = Field(8, description="Takes per group (K): of one prompt.")
+    updates: Count = Field(1, description="Optimiser updates per step; all but the first are off-policy.")
     max_staleness: Natural = Field(
         0, description="Largest learner version minus policy version at consumption (0: strictly on-policy)."
     )
-    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
 
     @model_validator(mode="after")
-    def _updates_and_kl(self) -> AlgorithmConfig:
-        if self.updates_per_step > self.groups_per_step:
+    def _a_group_for_each_update(self) -> StepConfig:
+        if self.updates > self.groups:
             raise ValueError(
-                f"algorithm.updates_per_step: {self.updates_per_step} exceeds algorithm.groups_per_step "
-                f"({self.groups_per_step}); each update needs at least one whole group"
-            )
-        if self.kl_every > 1 and self.kl_beta == 0:
-            raise ValueError(
-                f"algorithm.kl_every: {self.kl_every} thins out a KL that has no weight; set algorithm.kl_beta above "
-                "0, or leave kl_every out"
+                f"step.updates: {self.updates} exceeds step.groups ({self.groups}); each update needs at least one "
+                "whole group"
             )
         return self
 
@@ -276,6 +239,10 @@ class RayConfig(Section):
         return self.init.get("dashboard_port")
 
 
+ChosenPart = SerializeAsAny[Part]
+_DEFAULT = cast(Part, {})  # read as the part that `pipeline.config.parts.DEFAULTS` names, with its options' defaults
+
+
 class Config(Section):
     """The whole config of a run."""
 
@@ -285,7 +252,10 @@ class Config(Section):
     prompts: PromptsConfig
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     rewards: dict[str, RewardConfig] = Field(description="Name -> reward; at least one.", min_length=1)
-    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    source: Annotated[ChosenPart, chosen_from("source")] = Field(_DEFAULT, description="Where takes come from.")
+    signal: Annotated[ChosenPart, chosen_from("signal")] = Field(_DEFAULT, description="What the scores teach.")
+    objective: Annotated[ChosenPart, chosen_from("objective")] = Field(_DEFAULT, description="The loss.")
+    step: StepConfig = Field(default_factory=StepConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)

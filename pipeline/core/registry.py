@@ -1,4 +1,4 @@
-"""Parts that are chosen by name (samplers, objectives): each is one file that registers itself.
+"""Parts that are chosen by name (samplers, sources, signals, objectives): each is one file that registers itself.
 
 Nothing lists the parts: a file in the folder with `@register("name")` above its class is one.
 """
@@ -18,21 +18,25 @@ Part = TypeVar("Part")
 
 
 class Registry(Generic[Part]):
-    """One object per name. `key`: the config key that holds the name; `package`: the folder whose modules register."""
+    """What a name stands for: the registered class, or what `make` makes of it.
 
-    def __init__(self, key: str, package: str) -> None:
-        self.key, self._package = key, package
+    `key`: the config key that holds the name; `package`: the folder whose modules register.
+    """
+
+    def __init__(self, key: str, package: str, make: Callable[[Any], Part] = lambda cls: cls) -> None:
+        self.key, self._package, self._make = key, package, make
+        self._classes: dict[str, type[Any]] = {}
         self._parts: dict[str, Part] = {}
         self._imported = False
 
     def register(self, name: str) -> Callable[[type[Any]], type[Any]]:
-        """Class decorator: makes one object of the class available as `name`, which it gets as attribute `name`."""
+        """Class decorator: makes the class available as `name`, which it gets as attribute `name`."""
 
         def add(cls: type[Any]) -> type[Any]:
-            if name in self._parts and type(self._parts[name]) is not cls:
+            if self._classes.get(name, cls) is not cls:
                 raise ValueError(f"{self.key}: two classes are registered as {name!r}")
             cls.name = name
-            self._parts[name] = cls()
+            self._classes[name], self._parts[name] = cls, self._make(cls)
             return cls
 
         return add

@@ -211,12 +211,19 @@ class PolicyVersion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Feedback:
+    """signal -> learner, small: what a group teaches."""
+
+    advantages: np.ndarray | None = None  # float32 [K]; None: the objective needs none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupBatch:
     """What the learner trains on: one group."""
 
     # On its way to the learner's ranks, a reference in its place. None: this rank, of several, replays no part of it.
     trajectory: Trajectory | None
-    advantages: np.ndarray  # float32 [K]
+    feedback: Feedback
     micro_batches: tuple[MicroBatchSpec, ...] | None = None  # None: read from the trajectory
 
     @property

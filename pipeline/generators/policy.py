@@ -33,7 +33,7 @@ from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.generators.replay.split_groups import joint_sampling, split_part
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
 
 
 class Rollout(NamedTuple):
@@ -59,7 +59,7 @@ class Policy:
         self.version = 0
         self._unprobed_plan = CallPlan()
         self._merged: adapters.MergedLora | None = None
-        self._keep_mean = get_objective(pipeline.cfg.algorithm.objective).needs_old_mean
+        self._keep_mean = objective_of(pipeline.cfg).requirements.old_mean
 
     @classmethod
     def load(cls, cfg: Config, device: str = "auto", threads: int = 0) -> Policy:
@@ -74,8 +74,8 @@ class Policy:
         Raises UnsupportedPolicyError where the pipeline, or the run's objective with it, cannot be trained.
         """
         self.probed = probe(self.pipeline, prompts)
-        objective = get_objective(self.cfg.algorithm.objective)
-        if objective.needs_any_sample and (why_not := self.probed.spec.why_not_noised_again(objective.name)):
+        objective = objective_of(self.cfg)
+        if objective.requirements.any_sample and (why_not := self.probed.spec.why_not_noised_again(objective.name)):
             raise UnsupportedPolicyError(why_not)
         return self.probed.report
 

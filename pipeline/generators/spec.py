@@ -200,7 +200,7 @@ class PolicySpec:
         else:
             return ""
         return (
-            f"algorithm.objective: {objective} noises finished takes anew, which {self.pipeline} does not allow: "
+            f"objective.name: {objective} noises finished takes anew, which {self.pipeline} does not allow: "
             f"{reason}; use grpo"
         )
 

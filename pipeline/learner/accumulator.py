@@ -13,17 +13,41 @@ import numpy as np
 
 from pipeline.core.types import GroupBatch
 from pipeline.learner.distributed import DistributedContext
-from pipeline.learner.replica import MicroBatchLoss
-
-_SUMS = ("policy_loss", "kl", "clipped_low", "clipped_high")
-ROW_SIZE = 1 + len(_SUMS)  # and one ratio per take
+from pipeline.rl.objectives.base import Loss, Objective
 
 
-def row_of(loss: MicroBatchLoss) -> np.ndarray:
-    """A micro-batch's statistics, float64 [ROW_SIZE + b]: largest replay error, sums over the takes, ratios."""
-    policy = loss.policy
-    sums = [float(values.sum()) for values in (policy.loss.detach(), loss.kl, policy.clipped_low, policy.clipped_high)]
-    return np.array([float(loss.replay_error.abs().max()), *sums, *policy.ratio.cpu().numpy()])
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """How a micro-batch's statistics lie in one row of float64: the largest replay error, the sum of each logged value
+    over its takes, and each spread value of every take."""
+
+    logged: tuple[str, ...]
+    spread: tuple[str, ...]
+
+    @classmethod
+    def of(cls, objective: Objective) -> RowLayout:
+        return cls(objective.logged, objective.spread)
+
+    def size(self, takes: int) -> int:
+        return 1 + len(self.logged) + takes * len(self.spread)
+
+    def row(self, loss: Loss) -> np.ndarray:
+        """Float64 [size(b)]."""
+        error = 0.0 if loss.replay_error is None else float(loss.replay_error.abs().max())
+        sums = [float(loss.logs[name].sum()) for name in self.logged]
+        spreads = [loss.spreads[name].cpu().numpy() for name in self.spread]
+        return np.concatenate([[error, *sums], *spreads])
+
+    def statistics(self, rows: Sequence[np.ndarray], pairs: int) -> UpdateStatistics:
+        means = dict.fromkeys(self.logged, 0.0)
+        for row in rows:
+            for name, value in zip(self.logged, row[1:].tolist(), strict=False):
+                means[name] += value / pairs
+        spreads = {}
+        for number, name in enumerate(self.spread):
+            values = [np.split(row[1 + len(self.logged) :], len(self.spread))[number] for row in rows]
+            spreads[name] = np.concatenate(values).astype(np.float32)
+        return UpdateStatistics(means, spreads, replay_error=max(float(row[0]) for row in rows))
 
 
 def count_pairs(groups: Sequence[GroupBatch]) -> int:
@@ -31,33 +55,31 @@ def count_pairs(groups: Sequence[GroupBatch]) -> int:
     return sum(
         sum(spec.takes for spec in group.micro_batches)
         if group.micro_batches is not None
-        else len(group.advantages) * len(group.held.parts[0].steps)
+        else sum(len(part.steps) * (part.stop - part.start) for part in group.held.parts)
         for group in groups
     )
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStatistics:
-    """Of a whole update; means are per (take, trained step) pair."""
+    """Of a whole update."""
 
-    policy_loss: float
-    kl: float
-    clipped_low: float
-    clipped_high: float
+    means: dict[str, float]  # of the logged values, per (take, trained step) pair
+    spreads: dict[str, np.ndarray]  # float32, one value per pair
     replay_error: float  # the largest
-    ratios: np.ndarray  # float32, one per pair
 
 
 @dataclass
 class GradientAccumulator:
     """The gradients themselves are in the parameters' `grad`, divided by `divisor`."""
 
+    layout: RowLayout
     groups: int  # that the update will have
     divisor: int  # pairs of the whole update, expected from its first groups, as all have equally many
     checked: frozenset[int]  # positions of the groups whose replay is compared with the rollout at extra cost
     done: int = 0  # groups replayed
     pairs: int = 0  # in them
-    rows: dict[Any, np.ndarray] = field(default_factory=dict)  # of this process's micro-batches, see `row_of`
+    rows: dict[Any, np.ndarray] = field(default_factory=dict)  # of this process's micro-batches, see `RowLayout`
     row_sizes: list[int] = field(default_factory=list)  # of all ranks' micro-batches in order (several ranks only)
 
     @property
@@ -68,12 +90,4 @@ class GradientAccumulator:
     def statistics(self, distributed: DistributedContext) -> UpdateStatistics:
         """Over the micro-batches of all ranks, the same on each."""
         rows = distributed.collect(self.rows, self.row_sizes if distributed.world > 1 else None)
-        means = dict.fromkeys(_SUMS, 0.0)
-        for row in rows:
-            for name, value in zip(_SUMS, row[1:].tolist(), strict=False):
-                means[name] += value / self.pairs
-        return UpdateStatistics(
-            **means,
-            replay_error=max(float(row[0]) for row in rows),
-            ratios=np.concatenate([row[ROW_SIZE:].astype(np.float32) for row in rows]),
-        )
+        return self.layout.statistics(rows, self.pairs)

@@ -1,6 +1,6 @@
 """The learner: replays trajectories with gradients and takes optimiser steps. Plain torch, no Ray.
 
-One optimisation step is `updates_per_step` optimiser updates, each over whole groups, which replicas
+One optimisation step is `step.updates` optimiser updates, each over whole groups, which replicas
 (`pipeline.learner.replica`) replay micro-batch by micro-batch. With several ranks (`pipeline.learner.distributed`) each
 rank replays the micro-batches assigned to it, and all ranks make every call together.
 """
@@ -22,12 +22,12 @@ from pipeline.core.errors import CheckpointError, RunFailed, UnsupportedPolicyEr
 from pipeline.core.types import GroupBatch, MicroBatchSpec, WeightSet
 from pipeline.generators import adapters
 from pipeline.generators.load.compiling import compile_blocks
-from pipeline.learner.accumulator import ROW_SIZE, GradientAccumulator, UpdateStatistics, count_pairs, row_of
+from pipeline.learner.accumulator import GradientAccumulator, RowLayout, UpdateStatistics, count_pairs
 from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
-from pipeline.learner.micro_batch import MicroBatch, micro_batch_specs
+from pipeline.learner.micro_batch import ReplayCall, micro_batch_specs
 from pipeline.learner.replica import Replica
 from pipeline.learner.trained_model import load_trained_model
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,11 @@ class Learner:
         self.cfg = cfg
         self.device = resolve_device(device)
         self.distributed = distributed or DistributedContext()
-        self.objective = get_objective(cfg.algorithm.objective)
+        self.objective = objective_of(cfg)
         self.version = 0
         self.updates = 0  # optimiser updates
-        self._update = GradientAccumulator(0, 1, frozenset())
+        self._layout = RowLayout.of(self.objective)
+        self._update = GradientAccumulator(self._layout, 0, 1, frozenset())
         if cfg.learner.replicas > 1 and self.device.type != "cpu":
             raise UnsupportedPolicyError(
                 f"learner.replicas: {cfg.learner.replicas} replicas are threads of a CPU, and the learner is on "
@@ -103,9 +104,9 @@ class Learner:
         Raises RunFailed when a gradient or the loss is not finite (the weights are left as they were).
         """
         values: dict[str, list[float]] = defaultdict(list)  # metric -> its value in each update
-        ratios: list[np.ndarray] = []
+        spreads: dict[str, list[np.ndarray]] = defaultdict(list)  # name -> its values in each update
         replay_error = 0.0
-        for number, chunk in enumerate(np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step)):
+        for number, chunk in enumerate(np.array_split(np.arange(len(batch)), self.cfg.step.updates)):
             groups = [batch[i] for i in chunk]
             if first == 0:
                 self._begin_update(groups, last)
@@ -117,20 +118,17 @@ class Learner:
                 statistics, metrics = self._finish_update()
                 for name, value in metrics.items():
                     values[name].append(value)
-                ratios.append(statistics.ratios)
+                for name, pairs in statistics.spreads.items():
+                    spreads[name].append(pairs)
                 if number == 0:  # later updates are off-policy
                     replay_error = statistics.replay_error
         if not last:
             return {}
         self.version += 1
-        ratio = np.concatenate(ratios)
         return {
             **{name: float(np.mean(entries)) for name, entries in values.items()},
-            "ratio/mean": float(ratio.mean()),
-            "ratio/min": float(ratio.min()),
-            "ratio/max": float(ratio.max()),
-            "ratio/max_abs_log": float(np.abs(np.log(ratio)).max()),
-            self.objective.replay_metric: replay_error,
+            **self.objective.summarise({name: np.concatenate(entries) for name, entries in spreads.items()}),
+            self.objective.requirements.replay_metric: replay_error,
         }
 
     @property
@@ -144,7 +142,7 @@ class Learner:
         if self.distributed.world == 1:
             return set(range(len(batch)))
         positions: set[int] = set()
-        for chunk in np.array_split(np.arange(len(batch)), self.cfg.algorithm.updates_per_step):
+        for chunk in np.array_split(np.arange(len(batch)), self.cfg.step.updates):
             checked = self._checked_groups(self._groups_of_update(len(chunk), last))
             for wave in self._waves(len(chunk)):
                 planned = self._plan([batch[chunk[i]] for i in wave], [first + i in checked for i in wave])
@@ -159,7 +157,7 @@ class Learner:
 
     def _groups_of_update(self, given: int, last: bool) -> int:
         """Groups of an update whose first `given` ones are there."""
-        return given if last else self.cfg.algorithm.groups_per_step
+        return given if last else self.cfg.step.groups
 
     def _checked_groups(self, total: int) -> frozenset[int]:
         """Positions of the groups of an update whose replay is compared with the rollout at the cost of a forward
@@ -171,7 +169,7 @@ class Learner:
         """A new update, of which `groups` are the first, and all if `last`."""
         total = self._groups_of_update(len(groups), last)
         divisor = count_pairs(groups) * total // len(groups)
-        self._update = GradientAccumulator(total, divisor=divisor, checked=self._checked_groups(total))
+        self._update = GradientAccumulator(self._layout, total, divisor=divisor, checked=self._checked_groups(total))
         for replica in self.replicas:
             for parameter in adapters.trainable(replica.trained).values():
                 parameter.grad = None
@@ -218,7 +216,7 @@ class Learner:
         planned = self._plan(groups, checks)
         before = len(update.row_sizes)
         loaded: tuple[int, int] | None = None  # group and part of `micros`
-        micros: list[MicroBatch] = []
+        micros: list[ReplayCall] = []
         for assigned in self.distributed.assign_micro_batches([micro.kind for micro in planned]):
             plan = planned[assigned.index]
             group = groups[plan.group]
@@ -228,15 +226,15 @@ class Learner:
             row = self._backward(replica, group, micros[plan.spec.position], checks[plan.group], scale)
             if assigned.counts and self.distributed.is_reporter:
                 update.rows[before + assigned.index] = row
-        update.row_sizes += [ROW_SIZE + plan.spec.takes for plan in planned]
+        update.row_sizes += [self._layout.size(plan.spec.takes) for plan in planned]
 
     def _backward(
-        self, replica: Replica, group: GroupBatch, micro: MicroBatch, check_replay: bool, scale: float
+        self, replica: Replica, group: GroupBatch, call: ReplayCall, check_replay: bool, scale: float
     ) -> np.ndarray:
-        """Adds the gradients of a micro-batch, times `scale`. Returns its row, see `accumulator.row_of`."""
-        loss = replica.losses(group, micro, check_replay)
+        """Adds the gradients of a micro-batch, times `scale`. Returns its row, see `RowLayout`."""
+        loss = replica.loss(group, call, check_replay)
         (loss.total.sum() / self._update.divisor * scale).backward()
-        return row_of(loss)
+        return self._layout.row(loss)
 
     def _finish_update(self) -> tuple[UpdateStatistics, dict[str, float]]:
         """The optimiser's step, once all groups of the update have been replayed. Returns its metrics too."""
@@ -245,7 +243,7 @@ class Learner:
             raise RuntimeError(f"the update has {update.done} of its {update.groups} groups")
         self._sum_replica_gradients()
         statistics = update.statistics(self.distributed)
-        loss = statistics.policy_loss + self.cfg.algorithm.kl_beta * statistics.kl
+        loss = sum(weight * statistics.means[name] for name, weight in self.objective.terms.items())
         if update.correction != 1.0:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
@@ -256,7 +254,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise RunFailed(
                 f"learner: loss {loss:.3g}, gradient norm {float(norm):.3g} at step {self.version}; "
-                "lower optimizer.lr or algorithm.clip_high, or train fewer low-noise steps (sampler.window.range)"
+                "lower optimizer.lr, or train fewer low-noise steps (sampler.window.range)"
             )
         lr = self._learning_rate()
         for settings in self.optimizer.param_groups:
@@ -266,10 +264,7 @@ class Learner:
         self._update_ema()
         return statistics, {
             "loss": loss,
-            "policy_loss": statistics.policy_loss,
-            "kl": statistics.kl,
-            "clip/low": statistics.clipped_low,
-            "clip/high": statistics.clipped_high,
+            **statistics.means,
             "grad_norm": float(norm),
             "lr": lr,
         }

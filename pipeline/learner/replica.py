@@ -7,7 +7,6 @@ gradients.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,27 +19,12 @@ from pipeline.generators import adapters
 from pipeline.generators.replay.noising import noised, target
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
-from pipeline.learner.micro_batch import MicroBatch, micro_batches_of
+from pipeline.learner.micro_batch import ReplayCall, replay_calls
 from pipeline.learner.trained_model import Modules
-from pipeline.rl.objectives import (
-    DenoisingObjective,
-    DenoisingTerms,
-    PolicyLoss,
-    TransitionObjective,
-    TransitionTerms,
-    get_objective,
-)
-from pipeline.rl.samplers import gaussian_kl, log_prob
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatchLoss:
-    """Of the b takes of a micro-batch; all but `total` detached."""
-
-    total: torch.Tensor  # [b], policy loss and KL term, with gradients
-    policy: PolicyLoss
-    kl: torch.Tensor  # [b], not yet weighed by kl_beta
-    replay_error: torch.Tensor  # replay minus rollout: log-ratios [b], or samples [b, ...]; [1] zero if not checked
+from pipeline.rl.objectives import Objective, objective_of
+from pipeline.rl.objectives.base import Loss
+from pipeline.rl.objectives.micro_batch import Drawn, MicroBatch
+from pipeline.rl.samplers import Transition
 
 
 class Replica:
@@ -58,7 +42,7 @@ class Replica:
     ) -> None:
         self.cfg, self.device, self.text = cfg, device, text
         self.modules, self.trained, self.reference = modules, trained, reference
-        self.objective = get_objective(cfg.algorithm.objective)
+        self.objective = objective_of(cfg)
 
     def replicate(self) -> Replica:
         """Another replica that shares the weights and has its own gradients."""
@@ -71,113 +55,107 @@ class Replica:
         modules, trained, reference = copy.deepcopy((self.modules, self.trained, self.reference), same)
         return Replica(self.cfg, self.device, modules, trained, reference)
 
-    def micro_batches(self, trajectory: Trajectory, number: int) -> list[MicroBatch]:
+    def micro_batches(self, trajectory: Trajectory, number: int) -> list[ReplayCall]:
         """Those of one part of a trajectory, on the replica's device."""
         replayer = Replayer(trajectory.parts[number], trajectory.spec, self.modules, self.device)
+        check_fit(self.objective, replayer)
         if self.text is not None:
             self.text.override_text(replayer, trajectory.sampling)
-        return micro_batches_of(self.cfg, replayer)
+        return replay_calls(self.cfg, replayer)
 
-    def losses(self, group: GroupBatch, micro: MicroBatch, check_replay: bool) -> MicroBatchLoss:
+    def loss(self, group: GroupBatch, call: ReplayCall, check_replay: bool) -> Loss:
         """`check_replay`: the group is one whose replay is compared with its rollout, where that costs an extra
-        forward pass (else every micro-batch is compared)."""
-        trajectory, advantages = group.held, micro.advantages(group)
-        if isinstance(self.objective, TransitionObjective):
-            return self._transition_loss(self.objective, trajectory, micro, advantages)
-        if isinstance(self.objective, DenoisingObjective):
-            return self._denoising_loss(self.objective, trajectory, micro, advantages, check_replay)
-        raise TypeError(f"objective {self.objective.name} is neither a TransitionObjective nor a DenoisingObjective")
+        forward pass."""
+        return self.objective.loss(ReplayedMicroBatch(self, group, call, check_replay))
 
-    # ------------------------------------------------------------------------------------------- losses
-
-    def _transition_loss(
-        self, objective: TransitionObjective, trajectory: Trajectory, micro: MicroBatch, advantages: torch.Tensor
-    ) -> MicroBatchLoss:
-        """Of one transition whose noise was drawn."""
-        algorithm, sampling = self.cfg.algorithm, trajectory.sampling
-        x, x_next, old_log_prob = micro.replayer.step_tensors(micro.step, micro.takes)
-        step = micro.transition(x, self._model_output(micro, x), sampling)
-        terms = TransitionTerms(
-            log_prob=log_prob(x_next, step),
-            old_log_prob=old_log_prob,
-            advantages=advantages,
-            step=step,
-            old_mean=micro.replayer.old_mean(micro.step, micro.takes) if micro.recorded.mean is not None else None,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-        )
-        policy = objective.loss(terms)
-        total, kl = policy.loss, torch.zeros_like(policy.loss)
-        if micro.kl_takes(self.cfg, trajectory.group):
-            # Closed form between Gaussians of equal std (per dimension); only the reference is outside the graph.
-            reference = micro.transition(x, self._reference_output(micro, x), sampling)
-            kl = algorithm.kl_every * gaussian_kl(step, reference.mean)
-            total = total + algorithm.kl_beta * kl
-        return MicroBatchLoss(total, policy, kl.detach(), (terms.log_prob - old_log_prob).detach())
-
-    def _denoising_loss(
-        self,
-        objective: DenoisingObjective,
-        trajectory: Trajectory,
-        micro: MicroBatch,
-        advantages: torch.Tensor,
-        check_replay: bool,
-    ) -> MicroBatchLoss:
-        """Of finished takes, noised again to the trained step's sigma."""
-        replayer = micro.replayer
-        if not replayer.takes_any_sample(micro.step):
-            why = replayer.spec.why_not_noised_again(objective.name)
-            raise UnsupportedPolicyError(why or f"{replayer.spec.pipeline}: inputs of another shape than was probed")
-        x0 = replayer.clean(micro.takes).float()
-        sigma, eps = self._fresh_noise(trajectory, micro, x0)
-        prediction = replayer.spec.prediction
-        x = noised(prediction, sigma, x0, eps).to(getattr(torch, micro.recorded.sample.dtype))
-        output = self._model_output(micro, x).float()
-        policy = objective.loss(DenoisingTerms(output, target(prediction, sigma, x0, eps), advantages))
-        kl = torch.zeros_like(policy.loss)
-        for takes in micro.kl_takes(self.cfg, trajectory.group):
-            rows = slice(takes.start - micro.takes.start, takes.stop - micro.takes.start)
-            reference = self._reference_output(micro.of_rows(takes), x[rows]).float()
-            kl[rows] = self.cfg.algorithm.kl_every * (output[rows] - reference).pow(2).flatten(1).mean(1)
-        total = policy.loss + self.cfg.algorithm.kl_beta * kl
-        error = self._replay_error(trajectory, micro) if check_replay and micro.checks_replay else torch.zeros(1)
-        return MicroBatchLoss(total, policy, kl.detach(), error)
-
-    def _model_output(self, micro: MicroBatch, x: torch.Tensor) -> torch.Tensor:
+    def output(self, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
         """What the scheduler would be given for the sample x [b, ...]."""
         with torch.autocast(
             self.device.type,
             dtype=getattr(torch, self.cfg.learner.autocast, None),
             enabled=self.cfg.learner.autocast != "none",
         ):
-            return micro.model_output(x)
+            return call.model_output(x)
 
     @torch.no_grad()
-    def _reference_output(self, micro: MicroBatch, x: torch.Tensor) -> torch.Tensor:
+    def reference_output(self, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
         """The starting policy's output: adapter off (LoRA) or the frozen copy (full weights)."""
         if self.reference is None:
-            with adapters.adapters_off(self.trained), reference_inputs(micro.replayer):
-                return self._model_output(micro, x)
-        frozen = Replayer(micro.replayer.part, micro.replayer.spec, self.reference, self.device)
-        return self._model_output(MicroBatch(frozen, micro.step, micro.takes), x)
+            with adapters.adapters_off(self.trained), reference_inputs(call.replayer):
+                return self.output(call, x)
+        frozen = Replayer(call.replayer.part, call.replayer.spec, self.reference, self.device)
+        return self.output(ReplayCall(frozen, call.step, call.takes), x)
+
+
+class ReplayedMicroBatch(MicroBatch):
+    """A replay call of a group, run with a replica's weights."""
+
+    def __init__(self, replica: Replica, group: GroupBatch, call: ReplayCall, check_replay: bool) -> None:
+        self._replica, self._group, self._call, self._check_replay = replica, group, call, check_replay
+
+    @property
+    def advantages(self) -> torch.Tensor:
+        if self._group.feedback.advantages is None:
+            raise RuntimeError("the group's feedback has no advantages")
+        return self._call.per_take(self._group.feedback.advantages)
+
+    def drawn(self) -> Drawn:
+        call = self._call
+        x, x_next, log_prob = call.replayer.step_tensors(call.step, call.takes)
+        mean = call.replayer.old_mean(call.step, call.takes) if call.recorded.mean is not None else None
+        return Drawn(x, x_next, log_prob, mean)
+
+    def transition(self, x: torch.Tensor, output: torch.Tensor) -> Transition:
+        return self._call.transition(x, output, self._group.held.sampling)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        return self._replica.output(self._call, x)
+
+    def reference_output(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
+        call = self._call
+        if rows is not None:
+            call = call.of_takes(slice(call.takes.start + rows.start, call.takes.start + rows.stop))
+        return self._replica.reference_output(call, x)
+
+    def rows_at_every(self, nth: int) -> list[slice]:
+        start = self._call.takes.start
+        takes = self._call.takes_at_every(nth, self._group.held.group)
+        return [slice(each.start - start, each.stop - start) for each in takes]
+
+    def clean(self) -> torch.Tensor:
+        return self._call.replayer.clean(self._call.takes).float()
+
+    def fresh_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        call, x0 = self._call, self.clean()
+        steps, repeats = call.joined_steps, call.replayer.plain.total
+        sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64, device=x0.device)
+        run_seed, group = self._replica.cfg.run.seed, self._group.held.group
+        noise = [matching_noise(run_seed, group, step.index, x0[0]) for step in steps]
+        sigma = sigma.repeat_interleave(repeats)[call.takes].reshape(-1, *[1] * (x0.ndim - 1))
+        return sigma, torch.stack(noise).repeat_interleave(repeats, 0)[call.takes]
+
+    def noised(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        dtype = getattr(torch, self._call.recorded.sample.dtype)
+        return noised(self._call.replayer.spec.prediction, sigma, x0, noise).to(dtype)
+
+    def target(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return target(self._call.replayer.spec.prediction, sigma, x0, noise)
 
     @torch.no_grad()
-    def _replay_error(self, trajectory: Trajectory, micro: MicroBatch) -> torch.Tensor:
-        """How far a replayed deterministic step is from the rollout's [b, ...]: 0 on-policy."""
-        micro = micro.unjoined()
-        x, x_next = micro.replayer.samples(micro.step, micro.takes)
-        replayed = micro.transition(x, self._model_output(micro, x), trajectory.sampling).mean
+    def replay_error(self) -> torch.Tensor | None:
+        if not (self._check_replay and self._call.checks_replay):
+            return None
+        call = self._call.unjoined()
+        x, x_next = call.replayer.samples(call.step, call.takes)
+        replayed = call.transition(x, self._replica.output(call, x), self._group.held.sampling).mean
         return (replayed.to(x_next.dtype) - x_next).float()
 
-    def _fresh_noise(
-        self, trajectory: Trajectory, micro: MicroBatch, x0: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sigmas (float64 [b, 1, ...]) and noise (like x0 [b, ...]) of the takes."""
-        steps, repeats = micro.joined_steps, micro.replayer.plain.total
-        sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64, device=x0.device)
-        noise = [matching_noise(self.cfg.run.seed, trajectory.group, step.index, x0[0]) for step in steps]
-        sigma = sigma.repeat_interleave(repeats)[micro.takes].reshape(-1, *[1] * (x0.ndim - 1))
-        return sigma, torch.stack(noise).repeat_interleave(repeats, 0)[micro.takes]
+
+def check_fit(objective: Objective, replayer: Replayer) -> None:
+    """Raises `UnsupportedPolicyError` where the recorded policy cannot do what the objective requires."""
+    if objective.requirements.any_sample and not all(map(replayer.takes_any_sample, range(len(replayer.part.steps)))):
+        why = replayer.spec.why_not_noised_again(objective.name)
+        raise UnsupportedPolicyError(why or f"{replayer.spec.pipeline}: inputs of another shape than was probed")
 
 
 def matching_noise(run_seed: int, group: int, index: int, like: torch.Tensor) -> torch.Tensor:

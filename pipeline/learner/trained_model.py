@@ -14,6 +14,7 @@ from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import denoisers_of, load_denoisers, load_pipeline, trained_modules
 from pipeline.generators.replay.text_inputs import TextReencoder
 from pipeline.learner.distributed import DistributedContext
+from pipeline.rl.objectives import objective_of
 
 Modules = dict[str, torch.nn.Module]
 
@@ -48,7 +49,7 @@ def load_trained_model(cfg: Config, device: torch.device, distributed: Distribut
                 module.to(base_dtype)
         trained = trained_modules(pipe, cfg.trainable)
         text = TextReencoder(pipe, cfg.generator)
-    reference = copy.deepcopy(modules) if full and cfg.algorithm.kl_beta > 0 else None
+    reference = copy.deepcopy(modules) if full and objective_of(cfg).requirements.reference_every else None
     adapters.add_adapters(trained, cfg.trainable, cfg.run.seed)
     if cfg.learner.activation_checkpointing:
         for module in modules.values():

@@ -1,8 +1,8 @@
 """How sure a reward is of its scores: the same takes scored again, as slightly shifted pictures.
 
 A reward that knows what it sees hardly notices a shift of a few pixels (and, on videos, other frames of the same
-segments). The variance of a take's scores is its uncertainty, which `pipeline.rl.advantages` turns into a weight
-(Ctrl-U, arXiv 2410.11236, does so with two predictions of one reward network under neighbouring noise).
+segments). The variance of a take's scores is its uncertainty, which `pipeline.rl.signals.group_relative` turns into a
+weight (Ctrl-U, arXiv 2410.11236, does so with two predictions of one reward network under neighbouring noise).
 """
 
 from __future__ import annotations

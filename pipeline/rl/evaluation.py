@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.statistics import Estimate, estimate, estimate_of_means, prompt_means
-from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.signals.group_relative import weighted_rewards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from pipeline.config.schema import Config, SamplerConfig
 from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
+from pipeline.rl.signals import signal_of
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
 _MAX_CHUNKS = 8  # per step: each is a call of the learner, and the last one's overhead is not overlapped
@@ -56,12 +57,12 @@ def trained_subset(cfg: SamplerConfig, steps: Sequence[int], run_seed: int, grou
 def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: int = 1) -> GroupWork:
     """One prompt, K takes, to be consumed by optimisation step `step`."""
     seed = cfg.run.seed
-    takes = cfg.algorithm.group_size
+    takes = cfg.step.takes
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
     shared = cfg.sampler.same_initial_noise
     initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
     window = stochastic_steps(cfg.sampler, seed, step)
-    draws_noise = get_objective(cfg.algorithm.objective).draws_noise
+    draws_noise = objective_of(cfg).requirements.draws_noise
     noisy = window if draws_noise else ()  # without noise, the window still says which noise levels train
     return GroupWork(
         group=group,
@@ -90,9 +91,9 @@ def scoring_seed(cfg: Config, group: int) -> int:
 
 def takes_of_call(cfg: Config) -> int:
     """Takes that a worker draws in one pipeline call: part of a group, a whole one, or several groups of a step."""
-    takes = cfg.algorithm.group_size
+    takes = cfg.step.takes
     batch = cfg.rollout.batch or takes
-    return batch if batch < takes else takes * min(batch // takes, cfg.algorithm.groups_per_step)
+    return batch if batch < takes else takes * min(batch // takes, cfg.step.groups)
 
 
 def rollout_call_index(cfg: Config, position: int) -> int | None:
@@ -101,8 +102,8 @@ def rollout_call_index(cfg: Config, position: int) -> int | None:
     `position`: of the group among those admitted to the step, from 0. It fixes the call, so results do not depend on
     timing. Groups that replace a filtered or failed one are drawn alone.
     """
-    groups = takes_of_call(cfg) // cfg.algorithm.group_size
-    return position // groups if groups > 1 and position < cfg.algorithm.groups_per_step else None
+    groups = takes_of_call(cfg) // cfg.step.takes
+    return position // groups if groups > 1 and position < cfg.step.groups else None
 
 
 def accumulation_chunks(cfg: Config) -> list[range]:
@@ -112,9 +113,8 @@ def accumulation_chunks(cfg: Config) -> list[range]:
     whole step is one chunk where an advantage depends on other groups too, or a step makes several optimiser updates.
     The order of summation is the same in every run, whichever groups were scored first.
     """
-    algorithm, groups = cfg.algorithm, cfg.algorithm.groups_per_step
-    needs_whole_step = algorithm.advantage.std == "global" or any(r.normalize != "none" for r in cfg.rewards.values())
-    if needs_whole_step or algorithm.updates_per_step > 1:
+    groups = cfg.step.groups
+    if signal_of(cfg).needs_whole_step(cfg.rewards) or cfg.step.updates > 1:
         return [range(groups)]
     groups_at_once = cfg.learner.ranks // cfg.learner.context_parallel * cfg.learner.replicas
     size = groups_at_once * math.ceil(groups / groups_at_once / _MAX_CHUNKS)

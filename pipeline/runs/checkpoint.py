@@ -52,7 +52,9 @@ def identity(cfg: Config) -> dict[str, Any]:
     """The config values that must not change between a run and its resume: they decide which takes are drawn and what
     they train. Prompt sets count by what they hold (`prompts_of`), a local generator by where its path leads."""
     plain = cfg.model_dump(mode="json")
-    sections = {name: plain[name] for name in ("generator", "trainable", "algorithm", "sampler")}
+    sections = {
+        name: plain[name] for name in ("generator", "trainable", "source", "signal", "objective", "step", "sampler")
+    }
     for name in ("embedding_cache", "offload"):  # no effect on the result
         sections["generator"].pop(name)
     sections["generator"]["pretrained"] = resolved(cfg.generator.pretrained)

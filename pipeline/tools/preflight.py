@@ -21,7 +21,7 @@ from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import check_reward
-from pipeline.rl.objectives import check_objective
+from pipeline.rl.recipe import check_recipe
 from pipeline.rl.samplers import check_sampler
 from pipeline.runs.paths import check_name
 from pipeline.tools.preflight_generator import check_generator, check_quantize
@@ -49,7 +49,7 @@ def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Pr
     if cfg.run.name:
         check_name(cfg.run.name)
     check_sampler(cfg)
-    check_objective(cfg)
+    check_recipe(cfg)
     check_samplers(cfg)
     train, heldout = check_prompts(cfg)
     components = check_generator(cfg, train, heldout)

@@ -58,12 +58,13 @@ class Runner:
         run.state = GroupState.SCORED
 
 
-def make(runner: Runner, batch: int = 0, **algorithm) -> BatchBuilder:
+def make(runner: Runner, batch: int = 0, signal: dict | None = None, **step) -> BatchBuilder:
     cfg = tiny.config(
         tiny.Path("unused"),
         run={"steps": 6},
         rollout={"batch": batch},
-        algorithm={"group_size": 4, "groups_per_step": 3, **algorithm},
+        signal=signal or {},
+        step={"takes": 4, "groups": 3, **step},
         faults={"max_attempts": 1},
     )
     return BatchBuilder(cfg, runner, PROMPTS)

@@ -24,7 +24,7 @@ def exported() -> list[re.Pattern]:
         "actors/step_recorder.py",
         "actors/train_loop.py",
         "pipeline/learner/learner.py",
-        "pipeline/rl/advantages.py",
+        "pipeline/rl/signals/group_relative.py",
         "pipeline/rl/objectives/base.py",
     ):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):

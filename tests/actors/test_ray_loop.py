@@ -97,7 +97,7 @@ def test_a_run_is_scaled_seen_in_the_metrics_and_loses_a_stuck_worker(cluster, t
         "slow",
         run={"steps": 500},
         checkpoint={"every": 0},
-        algorithm={"max_staleness": 1},
+        step={"max_staleness": 1},
         faults={"call_timeout_s": 6},
     )
     run = Run(cfg, "seen")
@@ -255,8 +255,15 @@ def test_a_reward_that_raises_ends_the_run_by_name(cluster, tiny_sd3, files, tmp
 
 
 def test_equal_rewards_are_filtered_and_a_hopeless_step_ends_the_run(cluster, tiny_sd3, files, tmp_path):
-    advantage = {"groups_per_step": 1, "group_size": 2, "advantage": {"zero_std": "filter"}}
-    cfg = make_config(tiny_sd3, files, tmp_path, "flat", prompts={"heldout": None}, algorithm=advantage)
+    cfg = make_config(
+        tiny_sd3,
+        files,
+        tmp_path,
+        "flat",
+        prompts={"heldout": None},
+        step={"groups": 1, "takes": 2},
+        signal={"zero_std": "filter"},
+    )
     error = Run(cfg, "flat").failure()
     assert isinstance(error, RunFailed) and "20 groups had equal rewards" in str(error)
 

@@ -72,7 +72,7 @@ def test_in_shared_calls_a_death_costs_no_attempt_and_poison_fails_only_its_own(
         "crowded",
         run={"steps": 3},
         prompts={"heldout": None},
-        algorithm={"groups_per_step": 3},
+        step={"groups": 3},
         rollout={"batch": 12},  # three groups at once, which then wait for their scores together
         faults={"max_attempts": 1},
     )

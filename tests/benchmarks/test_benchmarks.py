@@ -24,7 +24,7 @@ from pipeline.learner.learner import Learner
 from pipeline.plain_loop import PlainLoop
 from pipeline.rewards.runner import build_reward
 from pipeline.rl.group_plan import scoring_seed, train_work
-from pipeline.rl.reward_combiner import Combiner
+from pipeline.rl.signals import signal_of
 
 SCORER = """
 def bright(frames, prompts):
@@ -51,7 +51,7 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
         {"sd3": tiny_sd3, "wan": tiny_wan}[which],
         trainable={"kind": "full"},
         prompts={"train": str(tmp_path / "prompts.txt")},
-        algorithm={"objective": "awm", "kl_beta": 0.1, "kl_every": 2},
+        objective={"name": "awm", "kl_beta": 0.1, "kl_every": 2},
         optimizer={"lr": 1e-3, "eps": 1e-2, "ema_decay": 0.9},  # eps: gradients of nearly nothing keep no sign
     )
     rewards = (
@@ -65,7 +65,7 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
     prompts = load_prompts(cfg.prompts.train)
     policy.probe(prompts)
     policy.add_adapters()
-    scorer, combiner = build_reward("bright", rewards["bright"]), Combiner(rewards, cfg.algorithm.advantage)
+    scorer, signal = build_reward("bright", rewards["bright"]), signal_of(cfg).begin(rewards)
     cursor = PromptCursor(prompts, cfg.run.seed)
     for step in range(3):
         policy.load_weights(learner.weights())
@@ -76,9 +76,9 @@ def test_the_plain_loop_learns_what_a_run_learns(which, tiny_sd3, tiny_wan, tmp_
             check_nothing_large_is_pickled(trajectory)
             scores.append({"bright": scorer.run(media, work.prompts, scoring_seed(cfg, group))})
             drawn.append(trajectory)
-        advantages = combiner.step(scores)
-        batch = [GroupBatch(trajectory=t, advantages=a) for t, a in zip(drawn, advantages.advantages, strict=True)]
-        expected = {**advantages.metrics, **learner.train_step(batch)}
+        taught = signal.step(scores)
+        batch = [GroupBatch(trajectory=t, feedback=f) for t, f in zip(drawn, taught.feedback, strict=True)]
+        expected = {**taught.metrics, **learner.train_step(batch)}
         found = plain.train_step()
         for name in ("reward/mean", "policy_loss", "kl", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), (step, name)
@@ -180,7 +180,7 @@ def test_arms_with_less_work_change_only_the_sampler(generator):
     for arm in samples.ARMS:
         other = samples.config(generator, arm, 1, 30).model_dump()
         keys = {name for name in own if own[name] != other[name]}
-        assert keys <= {"sampler", "algorithm"} if arm.startswith("awm") else {"sampler", "algorithm"} <= keys, arm
+        assert keys <= {"sampler", "objective"} if arm.startswith("awm") else {"sampler", "objective"} <= keys, arm
     less = cpu.LESS_WORK["quickstart" if generator == "video" else "quickstart_image"]
     assert list(less) in samples.ARMS.values(), "the recipe that is timed is one whose reward was measured"
 

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.config.load import load_config, to_yaml
 from pipeline.config.old_keys import RENAMED, REPLACED
-from pipeline.config.reference import REQUIRED, leaves
+from pipeline.config.reference import REQUIRED, Keys, leaves
 from pipeline.config.resources import WorkerRange
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
@@ -80,7 +80,7 @@ def test_workers_and_resources(tmp_path):
 @pytest.mark.parametrize(
     "override, parts",
     [
-        ("algorithm.group_sizes=4", ["algorithm.group_sizes", "unknown key", "did you mean algorithm.group_size?"]),
+        ("step.takess=4", ["step.takess", "unknown key", "did you mean step.takes?"]),
         ("lr=1", ["lr: unknown key", "optimizer.lr"]),
         ("run.steps=abc", ["run.steps", "'abc'", "whole number >= 1"]),
         ("run.steps=0", ["run.steps", "found 0", ">= 1"]),
@@ -101,7 +101,15 @@ def test_workers_and_resources(tmp_path):
         ("run.steps", ["key=value"]),
         ("run.steps=[1", ["not valid YAML"]),
         ("rewards.jpeg.weight=0", ["every weight is 0"]),
-        ("algorithm.kl_every=3", ["algorithm.kl_every: 3", "set algorithm.kl_beta above 0"]),
+        ("objective.kl_bta=3", ["objective.kl_bta: grpo has no such option", "did you mean objective.kl_beta?"]),
+        ("objective.kl_beta=-1", ["override: objective.kl_beta: found -1", "number >= 0"]),
+        ("objective.kl_beta=true", ["objective.kl_beta: found true"]),
+        ("objective.clip_low=", ["objective.clip_low: found nothing (null)"]),
+        ("objective.name=gpro", ["objective.name: found 'gpro'", "did you mean grpo?"]),
+        ("objective=grpo", ["objective: found 'grpo'", "write objective: {name: …}"]),
+        ("source.name=file", ["source.name: found 'file'", "rollout"]),
+        ("algorithm.kl_beta=1", ["algorithm.kl_beta: is now objective.kl_beta"]),
+        ("objective.kl_every=3", ["objective.kl_every: 3", "set objective.kl_beta above 0"]),
         ("rollout.workers=0", ["rollout.workers: found 0", "whole number >= 1, or {min: 1, max: 4}"]),
         ("rollout.workers=true", ["rollout.workers: found true"]),
         ("rollout.workers={mix: 1, max: 2}", ["rollout.workers: found {'mix': 1, 'max': 2}"]),
@@ -152,7 +160,7 @@ def test_every_old_key_is_refused_with_what_to_write_instead(tmp_path):
     assert "write ray.init: {num_cpus: 8}" in error_of(path, "ray.num_cpus=4")
     message = error_of(write(tmp_path, GOOD + "takes: {every: 5}\n"))
     assert message.endswith("run.yaml:9: takes.every: is now tracking.save_takes_every")
-    keys = {leaf.path for leaf in leaves()}
+    keys = {leaf.path for leaf in Keys({}).leaves}
     assert not keys & {*RENAMED, *REPLACED} and set(RENAMED.values()) <= keys
 
 

@@ -13,7 +13,8 @@ CONFTEST = """
 import importlib
 from pathlib import Path
 
-for package in ("pipeline.rewards.scorers", "pipeline.rl.samplers", "pipeline.rl.objectives", "jobs.commands"):
+for package in ("pipeline.rewards.scorers", "pipeline.rl.samplers", "pipeline.rl.objectives",
+                "pipeline.rl.signals", "pipeline.rl.sources", "jobs.commands"):
     module = importlib.import_module(package)
     module.__path__.append(str(Path(__file__).parent.joinpath(*package.split("."))))
 importlib.import_module("pipeline.rewards.scorers.colourfulness")  # names are read from the repository's own folder
@@ -28,6 +29,8 @@ def test_every_example_passes_its_test(tmp_path):
         "pipeline/rewards/scorers",
         "pipeline/rl/samplers",
         "pipeline/rl/objectives",
+        "pipeline/rl/signals",
+        "pipeline/rl/sources",
         "jobs/commands",
     }
     assert len(tests) == len(parts)

@@ -26,10 +26,11 @@ ROOT = Path(__file__).parents[2]
 CASES = {
     "full": {
         "trainable": {"kind": "full"},
-        "algorithm": {"objective": "awm", "kl_beta": 0.1, "groups_per_step": 2},
+        "objective": {"name": "awm", "kl_beta": 0.1},
+        "step": {"groups": 2},
         "learner": {"replicas": 2},
     },
-    "lora": {"algorithm": {"groups_per_step": 1}},
+    "lora": {"step": {"groups": 1}},
 }
 
 

@@ -25,8 +25,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from peft import PeftModel
+from scored_groups import group_batch
 
-from pipeline.core.types import GroupBatch, GroupWork
+from pipeline.core.types import GroupWork
 from pipeline.generators.call.output import to_floats
 from pipeline.generators.export import export_full, export_lora
 from pipeline.generators.load.pipeline import channels_last
@@ -69,7 +70,7 @@ class Case:
         media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, self.prompts[0]))
         assert media.frames.shape[0] == 2 and np.ptp(media.frames) > 0
         frozen = checksums(policy, but=learner.modules)
-        metrics = learner.train_step([GroupBatch(trajectory=trajectory, advantages=np.array([1, -1], np.float32))])
+        metrics = learner.train_step([group_batch(trajectory, [1, -1])])
         assert policy.load_weights(learner.weights()) == learner.weights().checksum
         assert checksums(policy, but=learner.modules) == frozen
         return policy, learner, metrics

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scored_groups import group_batch
 
-from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.core.types import PromptItem
 from pipeline.generators.load import offload
 from pipeline.generators.load.offload import Offload
 from pipeline.generators.policy import Policy
@@ -101,7 +102,7 @@ def test_group_offload_gives_the_same_takes_and_trains(folder):
         media, trajectory, _ = policy.rollout(train_work(policy.cfg, step, step, RED))
         theirs = plain.rollout(train_work(policy.cfg, step, step, RED))[0].frames
         assert int(np.abs(media.frames.astype(int) - theirs).max()) <= 1  # decoded one by one: other rounding
-        batch = [GroupBatch(trajectory=trajectory, advantages=np.array([1, -1, 1, -1], np.float32))]
+        batch = [group_batch(trajectory, [1, -1, 1, -1])]
         assert learner.train_step(batch)["onpolicy/max_abs_log_ratio"] < 1e-5
 
 

@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 from pydantic import ValidationError
+from scored_groups import group_batch
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.core.types import PromptItem
 from pipeline.generators.export import export_lora
 from pipeline.generators.load.pipeline import load_denoisers
 from pipeline.generators.policy import Policy
@@ -39,7 +40,7 @@ def test_both_sides_round_alike_and_the_lora_trains(tiny_sd3, tmp_path):
         if step == 0:
             gap = np.abs(plain.rollout(train_work(cfg, 0, 0, RED))[0].frames.astype(int) - media.frames)
             assert 0 < gap.max() < 60
-        batch = GroupBatch(trajectory=trajectory, advantages=np.array([1, -1, 1, -1], np.float32))
+        batch = group_batch(trajectory, [1, -1, 1, -1])
         metrics = learner.train_step([batch])
         assert metrics["onpolicy/max_abs_log_ratio"] == 0.0 and metrics["grad_norm"] > 0
     assert (export_lora(cfg, learner.weights(), tmp_path / "lora") / "pytorch_lora_weights.safetensors").exists()

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from pydantic import ValidationError
+from scored_groups import group_batch
 
 from pipeline.config.schema import TrainableConfig
 from pipeline.core.errors import UnsupportedPolicyError
@@ -53,7 +54,7 @@ def group(policy: Policy, number: int) -> GroupBatch:
     media, trajectory, _ = policy.rollout(train_work(policy.cfg, number, number, PROMPT))
     brightness = media.frames.reshape(len(media.frames), -1).mean(1)
     advantages = brightness - brightness.mean() + np.linspace(-1, 1, len(brightness))
-    return GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32))
+    return group_batch(trajectory, advantages)
 
 
 def advance(policy: Policy, learner: Learner, steps: range) -> list[dict[str, float]]:
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_one_long_graph(start):
         replayer.overrides = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):
             micro = MicroBatch(replayer, j, slice(0, replayer.total))
-            loss = learner.replicas[0].losses(batch, micro, check_replay=False).total
+            loss = learner.replicas[0].loss(batch, micro, check_replay=False).total
             losses.append(loss.sum())
             pairs += len(loss)
     (sum(losses) / pairs).backward()
@@ -123,7 +124,7 @@ def test_gradients_are_those_of_one_long_graph(start):
 
 def test_kl_reference_is_the_starting_text_encoder_too(tiny_sd3):
     cfg = tiny.config(
-        tiny_sd3, trainable={"modules": "text_encoder"}, algorithm={"kl_beta": 1e-6}, optimizer={"lr": 1e-2}
+        tiny_sd3, trainable={"modules": "text_encoder"}, objective={"kl_beta": 1e-6}, optimizer={"lr": 1e-2}
     )
     history = advance(*both_sides(cfg), range(3))
     assert history[0]["kl"] == 0.0 and history[2]["kl"] > 0
@@ -247,7 +248,7 @@ def test_any_family_can_train_its_text_encoders_and_store_its_embeddings(name, t
     for step in range(2):
         policy.load_weights(learner.weights())
         _, trajectory, _ = policy.rollout(train_work(cfg, step, step, prompts[0]))
-        metrics = learner.train_step([GroupBatch(trajectory=trajectory, advantages=np.array([1, -1], np.float32))])
+        metrics = learner.train_step([group_batch(trajectory, [1, -1])])
         assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and metrics["grad_norm"] > 0
 
     cfg = families.config(name, folder)

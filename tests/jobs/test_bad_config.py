@@ -29,7 +29,7 @@ def test_the_place_itself_is_fine(place, capsys):
 
 
 def unknown_key(p):
-    return p.train("algorithm.group_sizes=4")
+    return p.train("step.takess=4")
 
 
 def wrong_type(p):
@@ -188,7 +188,7 @@ def resume_or_start_without_name(p):
 
 
 CASES = [
-    (unknown_key, ["algorithm.group_sizes"], "did you mean algorithm.group_size?"),
+    (unknown_key, ["step.takess"], "did you mean step.takes?"),
     (wrong_type, ["run.steps", "'many'"], "expected whole number >= 1"),
     (out_of_range, ["optimizer.lr", "-1"], "expected number > 0"),
     (wrong_choice, ["sampler.kind", "'flow'"], "one of flow_sde, dance_sde, cps, ddim, "),

@@ -59,7 +59,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing(capsys, config, tmp_path):
     assert "8 prompts x 8 takes = 64 takes" in out and "5 steps, 320 takes" in out and "all checks passed" in out
     assert "WanTransformer3DModel" in out and not list((tmp_path / "runs").iterdir())
     assert "flow_sde with 10 sampler steps, noise at steps" in out
-    status, out, err = run(capsys, "train", config, "--dry-run", "algorithm.objective=awm")
+    status, out, err = run(capsys, "train", config, "--dry-run", "objective.name=awm")
     assert status == 0, err
     assert "ode with 10 sampler steps, no noise, trained at the noise levels of steps" in out
 

@@ -21,10 +21,11 @@ from pipeline.runs import checkpoint
 
 COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}
 CASES = {
-    "lora": {"algorithm": {"kl_beta": 0.1, "groups_per_step": 3, "updates_per_step": 2}, "learner": {"micro_batch": 3}},
-    "full": {"trainable": {"kind": "full"}, "algorithm": {"kl_beta": 0.1, "groups_per_step": 3}},
+    "lora": {"objective": {"kl_beta": 0.1}, "step": {"groups": 3, "updates": 2}, "learner": {"micro_batch": 3}},
+    "full": {"trainable": {"kind": "full"}, "objective": {"kl_beta": 0.1}, "step": {"groups": 3}},
     "awm": {
-        "algorithm": {"objective": "awm", "kl_beta": 0.1, "kl_every": 2, "groups_per_step": 3},
+        "objective": {"name": "awm", "kl_beta": 0.1, "kl_every": 2},
+        "step": {"groups": 3},
         "learner": {"micro_batch": 8},  # two trained steps in one call, and one alone
     },
 }
@@ -116,7 +117,7 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(compared, name):
 
 @pytest.mark.parametrize("objective", ["grpo", "awm"])
 def test_a_rank_needs_the_groups_that_it_replays(tiny_sd3, objective):
-    sections = {"algorithm": {"objective": objective, "groups_per_step": 8, "updates_per_step": 1}}
+    sections = {"objective": {"name": objective}, "step": {"groups": 8, "updates": 1}}
     cfg = tiny.config(tiny_sd3, **sections, learner={"micro_batch": 2})
     groups = batches(cfg, 1)[0]
     with_specs = [replace(g, trajectory=None, micro_batches=micro_batch_specs(cfg, g.trajectory)) for g in groups]
@@ -148,7 +149,7 @@ def test_every_micro_batch_counts_once_and_ranks_meet_in_equal_calls(parts):
 @pytest.mark.slow
 def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, tiny_sd3, tmp_path):
     """Context parallelism on Wan by diffusers' plan; SD3 has none and is refused."""
-    cfg = tiny.config(tiny_wan, **COMMON, algorithm={"kl_beta": 0.1})
+    cfg = tiny.config(tiny_wan, **COMMON, objective={"kl_beta": 0.1})
     wan = {"config": cfg.model_dump(mode="json"), "steps": batches(cfg, 2), "resume": None}
     sd3 = {"config": tiny.config(tiny_sd3).model_dump(mode="json"), "steps": [], "resume": None}
     alone = one_case({**wan, "save": str(tmp_path / "one")})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scored_groups import group_batch
 
 from pipeline.core.errors import CheckpointError, RunFailed, RushesError
 from pipeline.core.types import GroupBatch, GroupWork, PromptItem
@@ -40,7 +41,7 @@ def batch(policy: Policy, step: int, *, equal: bool = False) -> list[GroupBatch]
         media, trajectory, _ = policy.rollout(train_work(policy.cfg, step * 2 + i, step, PROMPT))
         brightness = media.frames.reshape(4, -1).mean(1)
         advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4) * (0 if equal else 1)
-        made.append(GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32)))
+        made.append(group_batch(trajectory, advantages))
     return made
 
 
@@ -98,7 +99,7 @@ def test_micro_batches_accumulate_to_the_same_gradient(folder):
 def test_groups_given_one_by_one_train_as_all_at_once(folder):
     policy, learner = make(folder)
     groups = batch(policy, 0)
-    cfg = tiny.config(folder, algorithm={"groups_per_step": 2})
+    cfg = tiny.config(folder, step={"groups": 2})
     portioned = Learner(cfg, "cpu")
     portioned.load_state(*learner.state())
     assert portioned.train_step(groups[1:], first=0, last=False) == {}  # given up: the step begins again
@@ -112,7 +113,7 @@ def test_groups_given_one_by_one_train_as_all_at_once(folder):
 
 def test_off_policy_updates_move_the_ratio_and_clip(folder):
     policy, learner = make(
-        folder, algorithm={"updates_per_step": 2, "clip_low": 1e-7, "clip_high": 1e-7}, optimizer={"lr": 1e-2}
+        folder, objective={"clip_low": 1e-7, "clip_high": 1e-7}, step={"updates": 2}, optimizer={"lr": 1e-2}
     )
     metrics = learner.train_step(batch(policy, 0))
     assert metrics["onpolicy/max_abs_log_ratio"] == 0.0  # measured before the first update
@@ -122,22 +123,22 @@ def test_off_policy_updates_move_the_ratio_and_clip(folder):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_kl_to_the_reference_grows_from_zero_and_holds_back(folder, kind):
-    policy, learner = make(folder, trainable={"kind": kind}, algorithm={"kl_beta": 1e-6}, optimizer={"lr": 1e-3})
+    policy, learner = make(folder, trainable={"kind": kind}, objective={"kl_beta": 1e-6}, optimizer={"lr": 1e-3})
     history = advance(policy, learner, range(3))
     assert history[0]["kl"] == 0.0 and history[2]["kl"] > 0
-    held_policy, held = make(folder, trainable={"kind": kind}, algorithm={"kl_beta": 100.0}, optimizer={"lr": 1e-3})
+    held_policy, held = make(folder, trainable={"kind": kind}, objective={"kl_beta": 100.0}, optimizer={"lr": 1e-3})
     assert advance(held_policy, held, range(3))[2]["kl"] < history[2]["kl"]
 
 
 def test_the_kl_at_every_nth_step_of_a_group_gives_the_same_update_on_average(folder):
     """Three groups of the same takes, whose trained steps have their turn in one each: a third of the calls."""
-    policy, learner = make(folder, algorithm={"kl_beta": 0.1}, optimizer={"lr": 1e-3})
+    policy, learner = make(folder, objective={"kl_beta": 0.1}, optimizer={"lr": 1e-3})
     advance(policy, learner, range(2))
     one = batch(policy, 2)[0]
     same = [replace(one, trajectory=replace(one.trajectory, group=number)) for number in range(3)]
     results = []
     for every in (1, 3):
-        _, other = make(folder, algorithm={"kl_beta": 0.1, "kl_every": every}, optimizer={"lr": 1e-3})
+        _, other = make(folder, objective={"kl_beta": 0.1, "kl_every": every}, optimizer={"lr": 1e-3})
         other.load_state(*learner.state())
         calls = []
         other.modules["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -148,7 +149,7 @@ def test_the_kl_at_every_nth_step_of_a_group_gives_the_same_update_on_average(fo
 
 @pytest.mark.parametrize("objective", ["grpo_guard", "flow_dppo"])
 def test_other_objectives_train(folder, objective):
-    policy, learner = make(folder, algorithm={"objective": objective})
+    policy, learner = make(folder, objective={"name": objective})
     assert advance(policy, learner, range(2))[1]["grad_norm"] > 0
 
 
@@ -191,7 +192,7 @@ def test_lora_training_leaves_the_base_alone(folder):
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(folder):
     policy, learner = make(folder)
     groups = batch(policy, 0)
-    groups[0].advantages[0] = np.inf
+    groups[0].feedback.advantages[0] = np.inf
     before = learner.weights().checksum
     with pytest.raises(RunFailed, match="lower optimizer.lr"):
         learner.train_step(groups)

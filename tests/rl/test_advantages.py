@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.config.schema import AdvantageConfig
-from pipeline.rl import advantages
-from pipeline.rl.advantages import compute_advantages, weighted_rewards
+from pipeline.rl.signals import group_relative as advantages
+from pipeline.rl.signals.advantages import Advantages
+from pipeline.rl.signals.group_relative import compute_advantages, weighted_rewards
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def no_epsilon(monkeypatch):
 
 def run(groups, weights=None, **options):
     scores = [g if isinstance(g, dict) else {"r": np.array(g, np.float32)} for g in groups]
-    return compute_advantages(scores, weights or {"r": 1.0}, AdvantageConfig(**options))
+    return compute_advantages(scores, weights or {"r": 1.0}, Advantages(**options))
 
 
 def test_group_std_by_hand(no_epsilon):

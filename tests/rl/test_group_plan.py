@@ -27,7 +27,7 @@ def test_a_retry_draws_the_same_takes():
     assert first.sampling == again.sampling and again.attempt == 3
     other = train_work(cfg, 8, 2, PROMPT)
     assert not set(first.seeds) & set(other.seeds)
-    assert len(set(first.seeds)) == cfg.algorithm.group_size
+    assert len(set(first.seeds)) == cfg.step.takes
 
 
 def test_all_steps_but_the_last_draw_noise():
@@ -64,9 +64,10 @@ def test_evaluation_is_fixed_and_deterministic_sampling():
 
 
 def test_the_learner_begins_early_only_where_an_advantage_is_its_group_s_own():
-    def cut(ranks=1, groups=6, normalize="none", **algorithm) -> list[range]:
+    def cut(ranks=1, groups=6, normalize="none", updates=1, std="group") -> list[range]:
         cfg = config().model_dump()
-        cfg["algorithm"] |= {"groups_per_step": groups, **algorithm}
+        cfg["step"] |= {"groups": groups, "updates": updates}
+        cfg["signal"]["std"] = std
         cfg["learner"]["ranks"] = ranks
         cfg["rewards"]["r"]["normalize"] = normalize
         return accumulation_chunks(Config.model_validate(cfg))
@@ -75,4 +76,4 @@ def test_the_learner_begins_early_only_where_an_advantage_is_its_group_s_own():
     assert cut() == [range(i, i + 1) for i in range(6)]
     assert cut(ranks=4) == [range(0, 4), range(4, 6)]
     assert [len(part) for part in cut(groups=20)] == [3] * 6 + [2]
-    assert cut(advantage={"std": "global"}) == cut(updates_per_step=2) == cut(normalize="step") == whole
+    assert cut(std="global") == cut(updates=2) == cut(normalize="step") == whole

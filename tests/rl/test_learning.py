@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from objective_terms import objective
 from toy_flow import GRID, Flow, ode_reward, reward
 
-from pipeline.config.schema import AdvantageConfig
-from pipeline.rl.advantages import compute_advantages
-from pipeline.rl.objectives import TransitionTerms, get_objective
+from pipeline.rl.objectives.transitions import TransitionTerms
 from pipeline.rl.samplers import gaussian_kl, log_prob, transition
+from pipeline.rl.signals.advantages import Advantages
+from pipeline.rl.signals.group_relative import compute_advantages
 
 
-def train(kind: str, level: float, objective: str, *, noisy: range, sign: float = 1.0, kl_beta: float = 0.0) -> Flow:
+def train(kind: str, level: float, name: str, *, noisy: range, sign: float = 1.0, kl_beta: float = 0.0) -> Flow:
+    chosen = objective(name, **({"threshold": 0.2} if name == "flow_dppo" else {"clip_low": 0.2, "clip_high": 0.2}))
     torch.manual_seed(0)
     model, start = Flow(), Flow()
     start.load_state_dict(model.state_dict())
@@ -34,12 +36,12 @@ def train(kind: str, level: float, objective: str, *, noisy: range, sign: float 
                     x_next = transition("ode", 0.0, "flow", x, model(x, t), *times).mean
                 x = x_next
         scores = [{"r": sign * reward(x)}]
-        advantages = torch.from_numpy(compute_advantages(scores, {"r": 1.0}, AdvantageConfig()).advantages[0])
+        advantages = torch.from_numpy(compute_advantages(scores, {"r": 1.0}, Advantages()).advantages[0])
         optimizer.zero_grad()
         for x, x_next, old, old_mean, times in steps:
             moved = transition(kind, level, "flow", x, model(x, times[0]), *times)
-            terms = TransitionTerms(log_prob(x_next, moved), old, advantages, moved, old_mean, 0.2, 0.2)
-            loss = get_objective(objective).loss(terms).loss
+            terms = TransitionTerms(log_prob(x_next, moved), old, advantages, moved, old_mean)
+            loss = chosen.policy_loss(terms).loss
             if kl_beta:
                 with torch.no_grad():
                     reference = transition(kind, level, "flow", x, start(x, times[0]), *times).mean

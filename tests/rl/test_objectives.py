@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from objective_terms import D, moved_terms, ratio_terms
+from objective_terms import D, moved_terms, objective, ratio_terms
 
-from pipeline.rl.objectives import TransitionObjective, get_objective, objective_names
+from pipeline.config.parts import OBJECTIVES
+from pipeline.rl.objectives.transitions import TransitionObjective
 from pipeline.rl.samplers import Transition, log_prob
 from pipeline.rl.samplers.base import flow_step
 
@@ -14,7 +15,7 @@ from pipeline.rl.samplers.base import flow_step
 def test_gradient_at_ratio_one():
     """d loss / d v = -A (x' - mean) / (std^2 D) * d mean / d v."""
     made, leaf = moved_terms(1.7)
-    result = get_objective("grpo").loss(made)
+    result = objective("grpo").policy_loss(made)
     result.loss.sum().backward()
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(1, D, generator=generator).double(), torch.randn(1, D, generator=generator).double()
@@ -27,7 +28,7 @@ def test_gradient_at_ratio_one():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_small_step_raises_good_and_lowers_bad_takes(advantage):
     made, leaf = moved_terms(advantage)
-    result = get_objective("grpo").loss(made)
+    result = objective("grpo").policy_loss(made)
     result.loss.sum().backward()
     better = Transition(made.step.mean.detach(), made.step.std, made.step.dt)
     x_next_logp = made.log_prob.item()
@@ -48,18 +49,18 @@ def test_a_small_step_raises_good_and_lowers_bad_takes(advantage):
 )
 def test_clipping_stops_only_moves_further_away(advantage, ratio, flows):
     made, logp = ratio_terms(advantage, ratio)
-    result = get_objective("grpo").loss(made)
+    result = objective("grpo", clip_low=0.1, clip_high=0.1).policy_loss(made)
     result.loss.sum().backward()
     assert (float(logp.grad.abs()) > 0) == flows
     assert bool(result.clipped_low + result.clipped_high > 0) == (not flows)
 
 
 def test_equal_rewards_give_zero_gradient():
-    objectives = [get_objective(name) for name in objective_names()]
-    for objective in [each for each in objectives if isinstance(each, TransitionObjective)]:
+    objectives = [objective(name) for name in OBJECTIVES.all()]
+    for each in [each for each in objectives if isinstance(each, TransitionObjective)]:
         made, leaf = moved_terms(0.0)
-        objective.loss(made).loss.sum().backward()
-        assert torch.equal(leaf.grad, torch.zeros_like(leaf.grad)), objective.name
+        each.policy_loss(made).loss.sum().backward()
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf.grad)), each.name
 
 
 def test_guard_recentres_the_ratio():
@@ -67,21 +68,21 @@ def test_guard_recentres_the_ratio():
     plain, guard = [], []
     for seed in range(400):
         made, _ = moved_terms(1.0, shift=0.5, seed=seed)
-        plain.append(get_objective("grpo").loss(made).ratio.log())
-        guard.append(get_objective("grpo_guard").loss(made).ratio.log())
+        plain.append(objective("grpo").policy_loss(made).ratio.log())
+        guard.append(objective("grpo_guard").policy_loss(made).ratio.log())
     assert float(torch.stack(plain).mean()) == pytest.approx(-0.125, abs=0.01)
     assert float(torch.stack(guard).mean()) == pytest.approx(0.0, abs=0.01 * made.step.std)
 
 
 def test_dppo_drops_only_takes_beyond_the_threshold_that_move_away():
-    near, near_leaf = moved_terms(1.0, shift=1e-3, clip=1e-3)
-    get_objective("flow_dppo").loss(near).loss.sum().backward()
+    near, near_leaf = moved_terms(1.0, shift=1e-3)
+    objective("flow_dppo", threshold=1e-3).policy_loss(near).loss.sum().backward()
     assert float(near_leaf.grad.abs().max()) > 0
     outcomes = set()
     for seed in range(20):
         for advantage in (1.0, -1.0):
-            far, leaf = moved_terms(advantage, shift=0.5, clip=1e-3, seed=seed)
-            result = get_objective("flow_dppo").loss(far)
+            far, leaf = moved_terms(advantage, shift=0.5, seed=seed)
+            result = objective("flow_dppo", threshold=1e-3).policy_loss(far)
             result.loss.sum().backward()
             away = (float(result.ratio) > 1) == (advantage > 0)
             assert (float(leaf.grad.abs().max()) == 0) == away

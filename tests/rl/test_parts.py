@@ -9,23 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import tiny
 from doc_examples import doc_examples
+from scored_groups import scored
 
+from pipeline.config.parts import OBJECTIVES, SIGNALS, SOURCES
 from pipeline.core.errors import ConfigError
-from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.core.types import GroupBatch
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
-from pipeline.rl import objectives, samplers
-from pipeline.rl.group_plan import train_work
-from pipeline.rl.objectives import check_objective, get_objective, objective_names
-from pipeline.rl.objectives.base import OBJECTIVES
+from pipeline.rl import objectives, samplers, signals, sources
+from pipeline.rl.recipe import check_recipe
 from pipeline.rl.samplers import check_sampler, get_sampler, samplers_for, stochastic_samplers
 from pipeline.rl.samplers.base import SAMPLERS
+from pipeline.rl.signals import signal_of
+from pipeline.rl.sources import source_of
 
 ROOT = Path(__file__).parents[2]
+AMBIGUOUS = {"advantages", "rollout"}  # also what a feedback has, and a role
 
 
 def _constants(node: ast.AST) -> Iterator[str]:
@@ -48,16 +50,16 @@ def names_asked(tree: ast.AST, names: set[str]) -> list[int]:
         elif isinstance(node, ast.MatchValue):
             nodes = [node.value]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            nodes = [*node.args] if node.func.id in ("get_objective", "get_sampler") else []
+            nodes = [*node.args] if node.func.id in ("get_sampler") else []
         if names & {text for each in nodes for text in _constants(each)}:
             lines.append(node.lineno)
     return lines
 
 
-def test_nothing_asks_for_an_objective_or_a_sampler_by_name():
-    names = {*OBJECTIVES.all(), *SAMPLERS.all()}
+def test_nothing_asks_for_a_part_by_name():
+    names = {*OBJECTIVES.all(), *SAMPLERS.all(), *SIGNALS.all(), *SOURCES.all()} - AMBIGUOUS
     assert {"awm", "grpo", "flow_sde", "ode"} <= names
-    homes = (ROOT / "pipeline/rl/objectives", ROOT / "pipeline/rl/samplers")
+    homes = [ROOT / "pipeline/rl" / wing for wing in ("objectives", "samplers", "signals", "sources")]
     places = [
         f"{file.relative_to(ROOT)}:{line}"
         for folder in ("pipeline", "actors", "jobs")
@@ -71,10 +73,10 @@ def test_nothing_asks_for_an_objective_or_a_sampler_by_name():
 @pytest.mark.parametrize(
     "source",
     [
-        'cfg.algorithm.objective == "awm"',
+        'cfg.objective.name == "awm"',
         'kind in ("ddim", "lcm")',
         '{"flow_sde": 0.7}',
-        'get_objective("grpo")',
+        'get_sampler("flow_sde")',
         'match kind:\n    case "cps":\n        pass',
     ],
 )
@@ -94,47 +96,65 @@ def add_part(tmp_path, monkeypatch):
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(file.parent)])
         added.append(f"{package.__name__}.{file.stem}")
 
-    for registry in (SAMPLERS, OBJECTIVES):
+    for registry in (SAMPLERS, OBJECTIVES, SIGNALS, SOURCES):
         monkeypatch.setattr(registry, "_parts", registry.all())
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
         monkeypatch.setattr(registry, "_imported", False)
     yield add
     for name in added:
         sys.modules.pop(name, None)
 
 
-def test_a_new_sampler_and_a_new_objective_train_a_step(add_part, tiny_sd3):
-    """The examples of docs/extending.md, through rollout, recording, replay and update."""
+def test_a_new_sampler_source_signal_and_objective_train_a_step(add_part, tiny_sd3, tmp_path):
+    """The examples of docs/extending.md, through rollout, recording, scores, replay and update."""
     add_part(samplers, "pipeline/rl/samplers/linear_sde.py")
     add_part(objectives, "pipeline/rl/objectives/cispo.py")
+    add_part(signals, "pipeline/rl/signals/ranks.py")
+    add_part(sources, "pipeline/rl/sources/short_prompts.py")
     importlib.invalidate_caches()
     assert "linear_sde" in stochastic_samplers() and "linear_sde" in samplers_for("flow")
-    assert "cispo" in objective_names()
+    assert "cispo" in OBJECTIVES.all()
 
-    sections = {"sampler": {"kind": "linear_sde", "noise_level": 0.7}, "algorithm": {"objective": "cispo"}}
-    cfg = tiny.config(tiny_sd3, optimizer={"lr": 1e-3}, **sections)
+    (tmp_path / "prompts.txt").write_text("a red circle in the middle\na red circle\n")
+    sections = {
+        "sampler": {"kind": "linear_sde", "noise_level": 0.7},
+        "objective": {"name": "cispo", "clip_high": 0.2},
+        "signal": {"name": "ranks"},
+        "source": {"name": "short_prompts", "share": 0.5},
+    }
+    cfg = tiny.config(tiny_sd3, prompts={"train": tmp_path / "prompts.txt"}, optimizer={"lr": 1e-3}, **sections)
+    assert cfg.objective.model_dump() == {
+        "name": "cispo", "clip_low": 1e-4, "clip_high": 0.2, "kl_beta": 0.0, "kl_every": 1
+    }  # fmt: skip
     check_sampler(cfg)
-    check_objective(cfg)
+    check_recipe(cfg)
+    (row,) = source_of(cfg).rows(cfg)
+    assert row.text == "a red circle"
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
     policy.add_adapters()
-    learner = Learner(cfg, "cpu")
+    learner, signal = Learner(cfg, "cpu"), signal_of(cfg).begin(cfg.rewards)
     for step in range(2):
         policy.load_weights(learner.weights())
-        batch = []
+        drawn, scores = [], []
         for group in range(2):
-            work = train_work(cfg, 2 * step + group, step, PromptItem(index=0, text="a red circle"))
-            _, trajectory, _ = policy.rollout(work)
+            _, trajectory, _ = policy.rollout(source_of(cfg).work(cfg, 2 * step + group, step, row))
             assert trajectory.sampling.kind == "linear_sde"
-            batch.append(GroupBatch(trajectory=trajectory, advantages=np.array([1, -1, 0.5, -0.5], np.float32)))
-        metrics = learner.train_step(batch)
-        assert metrics[get_objective("cispo").replay_metric] < 1e-5 and metrics["grad_norm"] > 0
+            drawn.append(trajectory)
+            scores.append(scored(**{name: [1, 3, 2, 0] for name in cfg.rewards}))
+        taught = signal.step(scores).feedback
+        assert taught[0].advantages == pytest.approx([-1 / 3, 1, 1 / 3, -1])
+        metrics = learner.train_step(
+            [GroupBatch(trajectory=t, feedback=feedback) for t, feedback in zip(drawn, taught, strict=True)]
+        )
+        assert metrics["onpolicy/max_abs_log_ratio"] < 1e-5 and metrics["grad_norm"] > 0
 
 
 def test_parts_added_for_a_test_are_gone_again():
     with pytest.raises(ConfigError, match="sampler.kind: found 'linear_sde'; expected one of cps, "):
         get_sampler("linear_sde")
-    with pytest.raises(ConfigError, match="algorithm.objective: found 'gpro'.*; did you mean grpo?"):
-        get_objective("gpro")
+    with pytest.raises(ConfigError, match="objective.name: found 'gpro'.*; did you mean grpo?"):
+        OBJECTIVES.get("gpro")
 
 
 def test_two_parts_of_one_name_are_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scored_groups import combiner, scored, takes
+from scored_groups import advantages_of, combiner, scored, takes
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError
@@ -12,8 +12,8 @@ from pipeline.core.types import PromptItem, RewardScores
 from pipeline.rewards.base import Scorer
 from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import RewardRunner
-from pipeline.rl import advantages as advantages_module
-from pipeline.rl.advantages import weighted_rewards
+from pipeline.rl.signals import group_relative as advantages_module
+from pipeline.rl.signals.group_relative import weighted_rewards
 
 EPS = 1e-9
 
@@ -26,9 +26,10 @@ def next_to_no_epsilon(monkeypatch):
 
 def test_an_absent_reward_is_absent_and_not_zero():
     groups = [scored(a=[10, 12], b=[1, 3]), scored(a=None, b=[5, 9]), scored(a=[20, 10], b=None)]
-    result = combiner({"a": {}, "b": {}}, std="none").step(groups)
-    np.testing.assert_allclose([r.tolist() for r in result.rewards], [[11, 15], [5, 9], [20, 10]])
-    np.testing.assert_allclose([a.tolist() for a in result.advantages], [[-2, 2], [-2, 2], [5, -5]])
+    made = combiner({"a": {}, "b": {}}, std="none")
+    result, rewards = made.step(groups), made._advantages(made._preparation.prepare(groups)).rewards
+    np.testing.assert_allclose([r.tolist() for r in rewards], [[11, 15], [5, 9], [20, 10]])
+    np.testing.assert_allclose([a.tolist() for a in advantages_of(result)], [[-2, 2], [-2, 2], [5, -5]])
     assert result.metrics["reward/a"] == 13 and result.metrics["reward/b"] == 4.5  # of the takes they apply to
     assert result.metrics["combine/applies/a"] == result.metrics["combine/applies/b"] == pytest.approx(2 / 3)
 
@@ -37,7 +38,7 @@ def test_sums_of_different_rewards_do_not_share_a_std():
     """A global std over [a + b] and [b] alone would mostly measure that a is missing."""
     groups = [scored(a=[1000, 1000], b=[1, 3]), scored(a=[1000, 1000], b=[3, 1]), scored(a=None, b=[1, 3])]
     result = combiner({"a": {}, "b": {}}, std="global").step(groups)
-    np.testing.assert_allclose([a.tolist() for a in result.advantages], [[-1, 1], [1, -1], [-1, 1]], rtol=1e-6)
+    np.testing.assert_allclose([a.tolist() for a in advantages_of(result)], [[-1, 1], [1, -1], [-1, 1]], rtol=1e-6)
 
 
 def test_a_group_without_any_reward_and_nan_in_a_scored_group_are_refused():

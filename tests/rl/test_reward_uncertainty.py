@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scored_groups import combiner, scored, takes
+from scored_groups import advantages_of, combiner, scored, takes
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
@@ -14,7 +14,7 @@ from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer
 from pipeline.rewards.repeats import shifted
 from pipeline.rewards.runner import RewardRunner
-from pipeline.rl import advantages as advantages_module
+from pipeline.rl.signals import group_relative as advantages_module
 
 RNG = np.random.default_rng
 
@@ -37,7 +37,7 @@ def test_uncertain_takes_count_less_by_exp_minus_u(combine):
     expected = (values - values.mean()) / values.std() * np.exp(-u)
     if combine == "pareto":
         expected *= [0, 0, 0, 4]
-    np.testing.assert_allclose(result.advantages[0], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(advantages_of(result)[0], expected, rtol=1e-5, atol=1e-7)
     trust = result.metrics["combine/trust" if combine == "rewards" else "combine/trust/a"]
     assert trust == pytest.approx(np.exp(-u).mean())
 
@@ -45,9 +45,9 @@ def test_uncertain_takes_count_less_by_exp_minus_u(combine):
 def test_uncertainty_has_no_unit():
     """The same reward in other units, or normalised first, is trusted the same."""
     values, variance = RNG(0).normal(size=6), RNG(1).uniform(0, 1, 6)
-    base = combiner({"a": {}}).step([scored(a=(values, variance))]).advantages[0]
+    base = advantages_of(combiner({"a": {}}).step([scored(a=(values, variance))]))[0]
     for options, scale in (({}, 100), ({"normalize": "step"}, 1), ({"normalize": "running"}, 7)):
-        other = combiner({"a": options}).step([scored(a=(values * scale + 3, variance * scale**2))]).advantages[0]
+        other = advantages_of(combiner({"a": options}).step([scored(a=(values * scale + 3, variance * scale**2))]))[0]
         np.testing.assert_allclose(other, base, rtol=1e-3, atol=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_uncertainties_of_summed_rewards_add_up():
     result = combiner({"a": {"weight": 2.0}, "b": {"weight": -3.0}}).step([scored(a=(a, va), b=(b, vb))])
     total = 2 * a - 3 * b
     expected = (total - total.mean()) / total.std() * np.exp(-(4 * va + 9 * vb) / total.var())
-    np.testing.assert_allclose(result.advantages[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(advantages_of(result)[0], expected, rtol=1e-4)
 
 
 class Border(Scorer):

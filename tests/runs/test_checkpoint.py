@@ -216,7 +216,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"algorithm__group_size": 4}, "algorithm.group_size"),
+        ({"step__takes": 4}, "step.takes"),
         ({"generator__pretrained": "models/y"}, "generator.pretrained"),
         ({"sampler__noise_level": 0.5}, "sampler.noise_level"),
         ({"trainable__rank": 8}, "trainable.rank"),

@@ -110,7 +110,7 @@ class World:
             **{
                 "run": {"steps": 9},
                 "rollout": {"workers": rollout_workers},
-                "algorithm": {"group_size": 4, "groups_per_step": 3},
+                "step": {"takes": 4, "groups": 3},
                 "faults": {"max_attempts": 2, "call_timeout_s": 30},
                 **sections,
             },

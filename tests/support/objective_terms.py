@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from pipeline.rl.objectives import TransitionTerms
+from pipeline.config.parts import OBJECTIVES
+from pipeline.rl.objectives import Objective
+from pipeline.rl.objectives.transitions import TransitionTerms
 from pipeline.rl.samplers import Transition
 from pipeline.rl.samplers.base import flow_step
 
 D = 64  # dimensions of the sample
 
 
-def moved_terms(
-    advantage: float, shift: float = 0.0, clip: float = 1e-4, seed: int = 0
-) -> tuple[TransitionTerms, torch.Tensor]:
+def objective(name: str, **options: Any) -> Any:
+    """The objective `name` with these options."""
+    part = OBJECTIVES.get(name)(**options)
+    assert isinstance(part, Objective)
+    return part
+
+
+def moved_terms(advantage: float, shift: float = 0.0, seed: int = 0) -> tuple[TransitionTerms, torch.Tensor]:
     """The policy's mean is moved by `shift` stds from the rollout's; returns the terms and the velocity leaf [1, D]."""
     generator = torch.Generator().manual_seed(seed)
     x, v = torch.randn(1, D, generator=generator).double(), torch.randn(1, D, generator=generator).double()
@@ -28,15 +37,13 @@ def moved_terms(
         advantages=torch.tensor([advantage]).double(),
         step=new,
         old_mean=old.mean,
-        clip_low=clip,
-        clip_high=clip,
     )
     return terms, leaf
 
 
-def ratio_terms(advantage: float, ratio: float, clip: float = 0.1) -> tuple[TransitionTerms, torch.Tensor]:
+def ratio_terms(advantage: float, ratio: float) -> tuple[TransitionTerms, torch.Tensor]:
     """The ratio itself is given; returns the terms and the log-prob leaf [1]."""
     log_prob = torch.tensor([ratio]).log().requires_grad_()
     step = Transition(torch.zeros(1, 4), 0.5, 0.1)
-    terms = TransitionTerms(log_prob, torch.zeros(1), torch.tensor([advantage]), step, torch.zeros(1, 4), clip, clip)
+    terms = TransitionTerms(log_prob, torch.zeros(1), torch.tensor([advantage]), step, torch.zeros(1, 4))
     return terms, log_prob

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from scored_groups import group_batch
 
 from pipeline.core.types import GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
@@ -19,11 +19,11 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
     all_groups = []
     for step in range(steps):
         groups = []
-        for i in range(cfg.algorithm.groups_per_step):
-            work = train_work(cfg, step * cfg.algorithm.groups_per_step + i, step, PROMPT)
+        for i in range(cfg.step.groups):
+            work = train_work(cfg, step * cfg.step.groups + i, step, PROMPT)
             media, trajectory, _ = policy.rollout(work)
             brightness = media.frames.reshape(len(media.frames), -1).mean(1)
             advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
-            groups.append(GroupBatch(trajectory=trajectory, advantages=advantages.astype(np.float32)))
+            groups.append(group_batch(trajectory, advantages))
         all_groups.append(groups)
     return all_groups

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config.schema import AdvantageConfig, RewardConfig
-from pipeline.core.types import Media, RewardScores
-from pipeline.rl.reward_combiner import Combiner
+from pipeline.config.schema import RewardConfig
+from pipeline.core.types import Feedback, GroupBatch, Media, RewardScores
+from pipeline.rl.signals.advantages import Advantages, AdvantageState
 
 
 def scored(**rewards):
@@ -23,9 +23,19 @@ def scored(**rewards):
 
 def combiner(rewards, **advantage):
     configs = {name: RewardConfig(scorer="x", **options) for name, options in rewards.items()}
-    return Combiner(configs, AdvantageConfig(**{"clamp": 100, **advantage}))
+    return AdvantageState(configs, Advantages(**{"clamp": 100, **advantage}))
 
 
 def takes(levels, frames=1):
     shape = np.ones((1, frames, 8, 8, 3))
     return Media(frames=(np.asarray(levels).reshape(-1, 1, 1, 1, 1) * shape).astype(np.uint8), fps=8.0)
+
+
+def advantages_of(result):
+    """Per group."""
+    return [feedback.advantages for feedback in result.feedback]
+
+
+def group_batch(trajectory, advantages):
+    """A group whose takes have these advantages, as the learner is given it."""
+    return GroupBatch(trajectory=trajectory, feedback=Feedback(advantages=np.array(advantages, np.float32)))

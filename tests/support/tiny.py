@@ -152,7 +152,7 @@ def config(folder: Path, **sections) -> Config:
         "prompts": {"train": "unused.txt"},
         "rewards": {"r": {"scorer": "unused"}},
         "sampler": {"steps": 4},
-        "algorithm": {"group_size": 4, "groups_per_step": 2},
+        "step": {"takes": 4, "groups": 2},
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NONE = dict.fromkeys(("rollout", "learner", "reward", "controller"), 0)
-SMALL = ["algorithm.group_size=2", "evaluation.batch=2"]
+SMALL = ["step.takes=2", "evaluation.batch=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def inputs(step):
 
 def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
     """The learner then holds the whole pipeline, and the encoders' graph from the first micro-batch to the last."""
-    cfg = tiny.config(tiny_sd3, trainable={"modules": "both"}, algorithm={"group_size": 4, "kl_beta": 0.0})
+    cfg = tiny.config(tiny_sd3, trainable={"modules": "both"}, objective={"kl_beta": 0.0}, step={"takes": 4})
     policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
     policy.probe()
     policy.add_adapters()

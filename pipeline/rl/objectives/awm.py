@@ -7,7 +7,14 @@ needed than with the log-probs of injected noise (docs/design.md has the measure
 
 from __future__ import annotations
 
-from pipeline.rl.objectives.base import DenoisingObjective, DenoisingTerms, PolicyLoss, register
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.rl.objectives.base import Requirements, register
+from pipeline.rl.objectives.denoising import DenoisingObjective, DenoisingTerms
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register("awm")
@@ -18,10 +25,10 @@ class AdvantageWeightedMatching(DenoisingObjective):
     the loss is A grad |output - target|^2. Their paper's model is a flow; the same holds for any prediction.
     """
 
-    max_updates_per_step = 1
+    @property
+    def requirements(self) -> Requirements:
+        return replace(super().requirements, max_updates=1, max_staleness=0)
 
-    def loss(self, terms: DenoisingTerms) -> PolicyLoss:
+    def policy_loss(self, terms: DenoisingTerms) -> torch.Tensor:
         log_p = -(terms.output - terms.target).pow(2).flatten(1).mean(dim=1)
-        ratio = (log_p - log_p.detach()).exp()
-        never = ratio.new_zeros(ratio.shape)
-        return PolicyLoss(-terms.advantages * ratio, ratio.detach(), clipped_low=never, clipped_high=never)
+        return -terms.advantages * (log_p - log_p.detach()).exp()

@@ -1,135 +1,114 @@
-"""What an objective is: a policy loss, and what it requires of rollout, recorder, learner and metrics.
+"""What an objective is: a loss, its options, and what it requires of rollout, recorder, learner and metrics.
 
-Two kinds. A `TransitionObjective` sees recorded transitions x_t -> x_next, whose noise the sampler drew, and their
-log-probs. A `DenoisingObjective` sees finished takes that are noised again and denoised once.
+Most losses are of two kinds. A `TransitionObjective` sees recorded transitions x_t -> x_next, whose noise the sampler
+drew, and their log-probs. A `DenoisingObjective` sees finished takes that are noised again and denoised once. Any other
+loss is an `Objective` of its own, on what `MicroBatch` offers.
 Nothing here imports torch, so that names and checks are available before a model is loaded.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from pipeline.config.parts import OBJECTIVES, Part
 from pipeline.core.errors import ConfigError
-from pipeline.core.registry import Registry
-from pipeline.rl.samplers.base import gaussian_kl
+from pipeline.rl.objectives.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.config.schema import Config
-    from pipeline.rl.samplers.base import Transition
+
+register = OBJECTIVES.register
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requirements:
+    """What an objective requires. Everything that depends on the objective asks these, never its name."""
+
+    draws_noise: bool  # takes are drawn with the sampler's noise; else without any, by the ODE
+    replay_metric: str  # name of the largest difference between replay and rollout
+    feedback: Literal["advantages", "none"] = "advantages"  # what the signal must give
+    old_mean: bool = False  # the rollout keeps the means of its transitions
+    any_sample: bool = False  # denoises samples that no rollout came by
+    reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none
+    joins_levels: bool = False  # several trained steps may share one denoiser call
+    extra_replay_check: bool = False  # comparing replay with rollout costs an extra forward pass
+    samplers: tuple[str, ...] = ()  # those it is defined for; (): all
+    min_takes: int = 2  # per group
+    max_updates: int | None = None  # per step; None: any number
+    max_staleness: int | None = None  # of a take; None: any
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """Of the b takes of a micro-batch, float32 [b] each."""
+class Loss:
+    """Of the b takes of a micro-batch."""
 
-    loss: torch.Tensor  # with gradients
-    ratio: torch.Tensor  # probability under the policy in training / under the rollout policy; 1 on-policy
-    clipped_low: torch.Tensor  # 1 where the ratio is too low for the take to contribute
-    clipped_high: torch.Tensor  # the same, too high
-
-
-@dataclass(frozen=True, slots=True)
-class TransitionTerms:
-    """One transition of b takes. Float32; `log_prob` and `step.mean` carry gradients."""
-
-    log_prob: torch.Tensor  # [b] of x_next under the policy in training, mean over dims
-    old_log_prob: torch.Tensor  # [b] under the policy that made the rollout
-    advantages: torch.Tensor  # [b]
-    step: Transition  # mean [b, ...], std, dt of the policy in training
-    old_mean: torch.Tensor | None  # [b, ...] of the rollout policy, where the objective needs it
-    clip_low: float
-    clip_high: float
-
-    def divergence(self) -> torch.Tensor:
-        """KL to the rollout policy per dimension [b]. Raises ValueError where its mean was not recorded."""
-        if self.old_mean is None:
-            raise ValueError("this objective needs the rollout policy's mean, which was not recorded")
-        return gaussian_kl(self.step, self.old_mean)
+    total: torch.Tensor  # float32 [b], with gradients
+    logs: Mapping[str, torch.Tensor]  # name in `Objective.logged` -> [b], detached: its mean is a metric
+    spreads: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name in `Objective.spread` -> [b], detached
+    replay_error: torch.Tensor | None = None  # replay minus rollout, any shape; None: not compared
 
 
-@dataclass(frozen=True, slots=True)
-class DenoisingTerms:
-    """One noise level of b finished takes. Float32; `output` carries gradients."""
+class Objective(Part, ABC):
+    """A loss and its requirements. Its fields are its options (`objective.*`)."""
 
-    output: torch.Tensor  # [b, ...] the policy's prediction for x0 noised with eps
-    target: torch.Tensor  # [b, ...] what a perfect model would predict; flow: eps - x0
-    advantages: torch.Tensor  # [b]
+    @property
+    @abstractmethod
+    def requirements(self) -> Requirements: ...
 
+    @property
+    @abstractmethod
+    def terms(self) -> dict[str, float]:
+        """What the loss is a sum of: names among `logged`, and their weights. Its mean is the metric `loss`."""
 
-class Objective(ABC):
-    """A policy loss and its requirements. A subclass is made once, without arguments, and keeps no state.
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the values whose means over all (take, trained step) pairs become metrics."""
+        return tuple(self.terms)
 
-    Everything that depends on the objective asks these attributes, never its name.
-    """
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """Names of the values that are kept for every pair until `summarise`."""
+        return ()
 
-    name: ClassVar[str]  # set by `register`
-    draws_noise: ClassVar[bool]  # takes are drawn with the sampler's noise; else without any, by the ODE
-    needs_old_mean: ClassVar[bool] = False  # the rollout keeps the means of its transitions
-    joins_steps: ClassVar[bool] = False  # several trained steps may share one denoiser call
-    needs_any_sample: ClassVar[bool] = False  # denoises samples that no rollout came by
-    extra_replay_check: ClassVar[bool] = False  # comparing replay with rollout costs an extra forward pass
-    replay_metric: ClassVar[str]  # name of the largest difference between replay and rollout
-    samplers: ClassVar[tuple[str, ...] | None] = None  # those it is defined for; None: all
-    max_updates_per_step: ClassVar[int | None] = None  # None: any number
+    @abstractmethod
+    def loss(self, micro: MicroBatch) -> Loss: ...
+
+    def summarise(self, spreads: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Metrics of the values named in `spread`, float32 [pairs] each, of all updates of a step."""
+        return {
+            f"{name}/{kind}": float(getattr(values, kind)())
+            for name, values in spreads.items()
+            for kind in ("mean", "min", "max")
+        }
 
     def check(self, cfg: Config) -> None:
         """Rules of consistency that concern the objective. Raises `ConfigError` naming the key and the fix.
 
         A subclass adds its rules to these: call `super().check(cfg)`.
         """
-        if self.draws_noise and self.samplers is not None and cfg.sampler.kind not in self.samplers:
-            raise ConfigError(f"algorithm.objective: {self.name} needs sampler.kind {' or '.join(self.samplers)}")
-        limit = self.max_updates_per_step
-        if limit is not None and cfg.algorithm.updates_per_step > limit:
+        needs = self.requirements
+        if needs.draws_noise and needs.samplers and cfg.sampler.kind not in needs.samplers:
+            raise ConfigError(f"objective.name: {self.name} needs sampler.kind {' or '.join(needs.samplers)}")
+        for key, count, limit in (
+            ("step.updates", cfg.step.updates, needs.max_updates),
+            ("step.max_staleness", cfg.step.max_staleness, needs.max_staleness),
+        ):
+            if limit is not None and count > limit:
+                raise ConfigError(f"{key}: found {count}; objective {self.name} allows at most {limit}")
+        if cfg.step.takes < needs.min_takes:
             raise ConfigError(
-                f"algorithm.updates_per_step: found {cfg.algorithm.updates_per_step}; algorithm.objective {self.name} "
-                f"allows at most {limit}"
+                f"step.takes: found {cfg.step.takes}; objective {self.name} compares the takes of a group: set "
+                f"{needs.min_takes} or more"
             )
-        if not self.draws_noise and cfg.sampler.same_initial_noise:
+        if not needs.draws_noise and cfg.sampler.same_initial_noise:
             raise ConfigError(
-                f"sampler.same_initial_noise: must be false with algorithm.objective {self.name}, whose takes differ "
-                "by their initial noise alone"
+                f"sampler.same_initial_noise: must be false with objective {self.name}, whose takes differ by their "
+                "initial noise alone"
             )
-
-
-class TransitionObjective(Objective):
-    """Policy gradient on the log-probs of the noise that the sampler drew."""
-
-    draws_noise = True
-    replay_metric = "onpolicy/max_abs_log_ratio"
-
-    @abstractmethod
-    def loss(self, terms: TransitionTerms) -> PolicyLoss: ...
-
-
-class DenoisingObjective(Objective):
-    """Loss on the denoiser's prediction for finished takes that are noised again."""
-
-    draws_noise = False
-    needs_any_sample = True
-    joins_steps = True
-    extra_replay_check = True
-    replay_metric = "onpolicy/max_abs_gap"
-
-    @abstractmethod
-    def loss(self, terms: DenoisingTerms) -> PolicyLoss: ...
-
-
-OBJECTIVES: Registry[Objective] = Registry("algorithm.objective", "pipeline.rl.objectives")
-register = OBJECTIVES.register
-
-
-def clipped_loss(advantages: torch.Tensor, ratio: torch.Tensor, low: float, high: float) -> PolicyLoss:
-    """max(-A r, -A clamp(r, 1 - low, 1 + high)) (PPO, arXiv 1707.06347 eq. 7), per take."""
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - low, 1.0 + high)
-    return PolicyLoss(
-        loss=unclipped.maximum(clipped),
-        ratio=ratio.detach(),
-        clipped_low=((ratio < 1.0 - low) & (advantages < 0)).float(),
-        clipped_high=((ratio > 1.0 + high) & (advantages > 0)).float(),
-    )

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from pipeline.rl.objectives.base import PolicyLoss, TransitionObjective, TransitionTerms, register
+from dataclasses import replace
+
+from pydantic import Field
+
+from pipeline.config.sections.base import Positive
+from pipeline.rl.objectives.base import Requirements, register
+from pipeline.rl.objectives.transitions import PolicyLoss, TransitionObjective, TransitionTerms
 
 
 @register("flow_dppo")
 class FlowDPPO(TransitionObjective):
     """Flow-DPPO (arXiv 2606.11025): no ratio clip; a take is dropped where its KL to the rollout policy exceeds
-    `clip_high` and the update would move it further away. Dropped takes still count in the mean."""
+    `threshold` and the update would move it further away. Dropped takes still count in the mean."""
 
-    needs_old_mean = True
+    threshold: Positive = Field(1e-4, description="Largest KL to the rollout policy, per dimension.")
 
-    def loss(self, terms: TransitionTerms) -> PolicyLoss:
+    @property
+    def requirements(self) -> Requirements:
+        return replace(super().requirements, old_mean=True)
+
+    def policy_loss(self, terms: TransitionTerms) -> PolicyLoss:
         ratio = (terms.log_prob - terms.old_log_prob).exp()
         divergence = terms.divergence().detach()
         away_up = (terms.advantages > 0) & (ratio > 1.0)
         away_down = (terms.advantages < 0) & (ratio < 1.0)
-        dropped = (divergence >= terms.clip_high) & (away_up | away_down)
+        dropped = (divergence >= self.threshold) & (away_up | away_down)
         return PolicyLoss(
             loss=(-terms.advantages * ratio).masked_fill(dropped, 0.0),
             ratio=ratio.detach(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.rl.objectives.base import PolicyLoss, TransitionObjective, TransitionTerms, clipped_loss, register
+from pipeline.rl.objectives.base import register
+from pipeline.rl.objectives.transitions import ClippedObjective, PolicyLoss, TransitionTerms
 
 
 @register("grpo")
-class GRPO(TransitionObjective):
+class GRPO(ClippedObjective):
     """GRPO on denoising steps (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818)."""
 
-    def loss(self, terms: TransitionTerms) -> PolicyLoss:
+    def policy_loss(self, terms: TransitionTerms) -> PolicyLoss:
         ratio = (terms.log_prob - terms.old_log_prob).exp()
-        return clipped_loss(terms.advantages, ratio, terms.clip_low, terms.clip_high)
+        return self.clipped(terms.advantages, ratio)

@@ -76,7 +76,7 @@ class Sampler(ABC):
         return None
 
 
-SAMPLERS: Registry[Sampler] = Registry("sampler.kind", "pipeline.rl.samplers")
+SAMPLERS: Registry[Sampler] = Registry("sampler.kind", "pipeline.rl.samplers", lambda cls: cls())
 register = SAMPLERS.register
 
 

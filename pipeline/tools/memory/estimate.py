@@ -28,7 +28,7 @@ from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
 from pipeline.tools.memory.meta_pipeline import Call, CannotEstimate, MetaPipeline, weight_bytes_of
 
 _PROBED_STEPS = 2  # sampler steps that are run: the second shows which inputs stay the same
@@ -80,7 +80,7 @@ def estimate_memory(cfg: Config, bases: dict[str, int]) -> dict[str, Any]:
             device={"weights found here": _scorer_weights(reward.args)},
         )
     roles["controller"] = RoleMemory(processes=1, on="cpu", host={"libraries": bases["controller"]})
-    active = cfg.algorithm.groups_per_step * (cfg.algorithm.max_staleness + 1)
+    active = cfg.step.groups * (cfg.step.max_staleness + 1)
     store = {
         "trajectories": active * shapes["trajectory"],
         "media": min(active, cfg.rollout.workers.max + 2 * cfg.rollout.queue_capacity) * media,
@@ -179,7 +179,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RoleMemory, dict[str, int]]:
     meta = MetaPipeline(cfg.generator, resolve_dtype(cfg.generator.dtype, on))
     if cfg.generator.offload != "none" and on != "cpu":
         decode_in_pieces(meta.pipe)
-    takes = cfg.algorithm.group_size
+    takes = cfg.step.takes
     batch = takes_of_call(cfg)
     resident, offloaded = _weights(cfg, meta, on)
     largest = max(batch, cfg.evaluation.batch)
@@ -277,7 +277,7 @@ def _trajectory(cfg: Config, meta: MetaPipeline, trained: int) -> int:
     same = inputs[0].keys() & inputs[1].keys()
     once = sum(inputs[0][key] for key in same)
     changing = sum(size for key, size in inputs[0].items() if key not in same)
-    kept = 3 if get_objective(cfg.algorithm.objective).needs_old_mean else 2
+    kept = 3 if objective_of(cfg).requirements.old_mean else 2
     return once + trained * (changing + kept * latents) + latents
 
 
@@ -286,10 +286,11 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
     on = _device(cfg.learner.device, cfg.learner.resources)
     full = cfg.trainable.kind == "full"
     dtype = torch.float32 if full or cfg.learner.autocast != "none" else resolve_dtype(cfg.generator.dtype, on)
-    takes = cfg.algorithm.group_size
+    takes = cfg.step.takes
     call_takes, replicas = min(takes_of_call(cfg), takes), cfg.learner.replicas
     trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0), 0, 0))
-    largest = call_takes * trained if get_objective(cfg.algorithm.objective).joins_steps else call_takes
+    needs = objective_of(cfg).requirements
+    largest = call_takes * trained if needs.joins_levels else call_takes
     micro = min(cfg.learner.micro_batch or call_takes, largest)
     meta = MetaPipeline(cfg.generator, dtype)
     calls = _run(meta, cfg, micro)
@@ -306,7 +307,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
         with meta.training(list(meta.encodings)) as (allocated, _):
             encodings = allocated.live
     activations = training_bytes(meta, calls, cfg) + _dequantized_bytes(cfg, meta)
-    reference = weights if full and cfg.algorithm.kl_beta > 0 else 0
+    reference = weights if full and needs.reference_every else 0
     size = _bytes(parameters, 4)
     device = {
         "weights": weights + (0 if full else size),
@@ -314,14 +315,14 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
         "gradients": replicas * size,
         "optimiser (two moments)": 2 * size,
         "EMA": size if cfg.optimizer.ema_decay > 0 else 0,
-        "activations": replicas * (activations + (forward_only if cfg.algorithm.kl_beta > 0 else 0)),
+        "activations": replicas * (activations + (forward_only if needs.reference_every else 0)),
         "text encoders' activations": encodings,
     }
     device |= _retained(on, device["activations"])
     memory = RoleMemory(
         processes=1,
         on=on,
-        host={"libraries": base, "a step's trajectories": cfg.algorithm.groups_per_step * trajectory},
+        host={"libraries": base, "a step's trajectories": cfg.step.groups * trajectory},
         device={name: value for name, value in device.items() if value},
     )
     # Copies of weights, moments and EMA, made when weights are published and checkpoints saved.

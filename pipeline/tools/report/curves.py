@@ -36,7 +36,7 @@ def _train_line(run: RunRecord, name: str, label: str, std: str | None = None) -
     x, y = _series(run.metrics, name)
     error = None
     if std and run.config:
-        takes = run.config.algorithm.group_size * run.config.algorithm.groups_per_step
+        takes = run.config.step.takes * run.config.step.groups
         by_step = {row["step"]: row[std] / math.sqrt(takes) for row in run.metrics if finite(row.get(std))}
         error = [by_step.get(step, 0.0) for step in x] if by_step else None
     return Line(label=label, x=x, y=y, error=error)

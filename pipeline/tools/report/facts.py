@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.rl.evaluation import paired_difference
-from pipeline.rl.objectives import get_objective
+from pipeline.rl.objectives import objective_of
 from pipeline.tools.report.plots import finite
 from pipeline.tools.report.record import RunRecord
 
@@ -37,9 +37,8 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
             ("trained", config.trainable.description),
             ("sampler", _sampler(config)),
             (
-                "algorithm",
-                f"{config.algorithm.objective}, {config.algorithm.groups_per_step} × "
-                f"{config.algorithm.group_size} takes a step",
+                "objective",
+                f"{config.objective.name}, {config.step.groups} × {config.step.takes} takes a step",
             ),
         ]
     if metrics and metrics[-1].get("time") and metrics[0].get("time"):
@@ -103,6 +102,6 @@ def rewards_table(run: RunRecord) -> list[dict[str, Any]]:
 
 def _sampler(config: Config) -> str:
     steps = f"{config.sampler.steps} steps"
-    if not get_objective(config.algorithm.objective).draws_noise:
+    if not objective_of(config).requirements.draws_noise:
         return f"ODE, {steps}"
     return f"{config.sampler.kind}, {steps}, noise {config.sampler.noise_level:g}"

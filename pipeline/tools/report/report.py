@@ -15,6 +15,7 @@ from pipeline.core.reading import MAX_YAML, read_text
 from pipeline.core.secrets import mask, mask_tree
 from pipeline.core.statistics import with_error
 from pipeline.rl.group_plan import EVALUATION_SEED
+from pipeline.rl.signals import signal_of
 from pipeline.tools.report import curves, facts, rewards, takes
 from pipeline.tools.report.record import RunRecord, read_run
 
@@ -49,7 +50,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "reward_curve": curves.reward_curve(run),
         "reward_plots": curves.reward_plots(run),
         "combining": rewards.combining_table(config, run.metrics),
-        "combining_rule": rewards.RULES[config.algorithm.advantage.combine] if config else "",
+        "combining_rule": signal_of(config).describe() if config else "",
         "combining_plots": rewards.combining_plots(config, run.metrics),
         "diagnostics": curves.diagnostics(run),
         "times": curves.times(run),

@@ -16,12 +16,6 @@ _PLOTS: list[tuple[str, str]] = [
     ("combine/applies/", "Share of groups a reward applies to"),
     ("combine/std/", "Std that scores are divided by"),
 ]
-RULES = {
-    "rewards": "The advantage of the weighted sum of rewards.",
-    "advantages": "The weighted sum of each reward's own advantages.",
-    "pareto": "The weighted sum of each reward's own advantages, for the takes that no other of their group dominates; "
-    "the others are not trained.",
-}
 _SINGLE = [("combine/non_dominated", "Takes kept: not dominated in their group"), ("combine/trust", _PLOTS[1][1])]
 
 

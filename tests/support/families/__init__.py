@@ -279,7 +279,7 @@ def config(name: str, folder: Path, **sections) -> Config:
         "prompts": {"train": "unused.txt"},
         "rewards": {"r": {"scorer": "unused"}},
         "sampler": {"steps": 3, "kind": family.sampler, "noise_level": family.noise},
-        "algorithm": {"group_size": 2, "groups_per_step": 1},
+        "step": {"takes": 2, "groups": 1},
     }
     for key, values in sections.items():
         base[key] = {**base.get(key, {}), **values}

@@ -8,13 +8,14 @@ import json
 
 import numpy as np
 import pytest
-from scored_groups import combiner, scored
+from scored_groups import advantages_of, combiner, scored
 
-from pipeline.config.schema import AdvantageConfig, RewardConfig
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import CheckpointError, ConfigError
-from pipeline.rl import advantages as advantages_module
-from pipeline.rl.advantages import compute_advantages, non_dominated
-from pipeline.rl.reward_combiner import Combiner, Moments
+from pipeline.rl.signals import group_relative as advantages_module
+from pipeline.rl.signals.advantages import Advantages, AdvantageState
+from pipeline.rl.signals.group_relative import compute_advantages, non_dominated
+from pipeline.rl.signals.prepared_scores import Moments
 
 RNG = np.random.default_rng
 
@@ -34,8 +35,8 @@ def test_the_combiner_changes_nothing_unless_told_to(options):
     rng = RNG(0)
     groups = [{"a": rng.normal(size=6).astype(np.float32), "b": rng.normal(9, 5, 6).astype(np.float32)} for _ in "123"]
     weights = {"a": 0.3, "b": -1.7}
-    combined = Combiner(
-        {name: RewardConfig(scorer="x", weight=w) for name, w in weights.items()}, AdvantageConfig(**options)
+    combined = AdvantageState(
+        {name: RewardConfig(scorer="x", weight=w) for name, w in weights.items()}, Advantages(**options)
     )
     result = combined.step([scored(**group) for group in groups])
 
@@ -54,7 +55,7 @@ def test_the_combiner_changes_nothing_unless_told_to(options):
     else:
         total = [np.sum([w * group[n] for n, w in weights.items()], axis=0).astype(np.float32) for group in wide]
         expected = advantages([t.astype(np.float64) for t in total])
-    for advantages, unclamped in zip(result.advantages, expected, strict=True):
+    for advantages, unclamped in zip(advantages_of(result), expected, strict=True):
         np.testing.assert_array_equal(advantages, unclamped.clip(-5, 5).astype(np.float32))
     assert combined.state() == {}
 
@@ -66,7 +67,7 @@ def test_step_normalisation_brings_rewards_to_one_scale():
     z["small"] = (np.array([0.2, 0.1, 0.3, 0.4]) - 0.25) / np.std([0.1, 0.2, 0.3, 0.4])
     total = z["big"] + z["small"]
     by_hand = np.concatenate([total[:2] - total[:2].mean(), total[2:] - total[2:].mean()])
-    np.testing.assert_allclose(np.concatenate(result.advantages), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(advantages_of(result)), by_hand, rtol=1e-5)
     assert result.metrics["reward/mean"] == pytest.approx(400.25)  # logged in the scorers' own units
     assert result.metrics["combine/std/big"] == pytest.approx(np.std([100, 300, 500, 700]))
     assert result.metrics["combine/share/big"] == pytest.approx(result.metrics["combine/share/small"], rel=1e-5)
@@ -91,7 +92,9 @@ def test_running_statistics_are_those_of_all_takes_so_far_and_survive_a_resume()
     assert moments.count == 60 and moments.mean == pytest.approx(seen.mean())
     assert moments.std == pytest.approx(seen.std())
     np.testing.assert_allclose(
-        results[-1].advantages[0], (steps[-1][0]["a"].values - steps[-1][0]["a"].values.mean()) / seen.std(), rtol=1e-4
+        advantages_of(results[-1])[0],
+        (steps[-1][0]["a"].values - steps[-1][0]["a"].values.mean()) / seen.std(),
+        rtol=1e-4,
     )
     half = combiner({"a": {"normalize": "running"}}, std="none")
     for step in steps[:3]:
@@ -100,7 +103,7 @@ def test_running_statistics_are_those_of_all_takes_so_far_and_survive_a_resume()
     resumed = combiner({"a": {"normalize": "running"}}, std="none")
     resumed.load_state(json.loads(json.dumps(half.state())))
     for step, expected in zip(steps[3:], results[3:], strict=True):
-        for mine, theirs in zip(resumed.step(step).advantages, expected.advantages, strict=True):
+        for mine, theirs in zip(advantages_of(resumed.step(step)), advantages_of(expected), strict=True):
             np.testing.assert_array_equal(mine, theirs)  # bit for bit
         resumed.commit()
     assert resumed.state() == whole.state()
@@ -120,11 +123,11 @@ def test_a_step_that_was_not_trained_leaves_no_trace():
 def test_clipping_is_after_normalising_and_hides_what_is_outside():
     groups = [scored(a=[0, 1, 2, 97])]
     result = combiner({"a": {"clip": [0.5, 2]}}, std="none").step(groups)
-    np.testing.assert_allclose(result.advantages[0], np.array([0.5, 1, 2, 2]) - 1.375)
+    np.testing.assert_allclose(advantages_of(result)[0], np.array([0.5, 1, 2, 2]) - 1.375)
     assert result.metrics["combine/clipped/a"] == 0.5 and result.metrics["reward/a"] == 25
     both = combiner({"a": {"clip": [-1, 1], "normalize": "step"}}, std="none").step(groups)
     z = ((np.array([0, 1, 2, 97]) - 25) / np.std([0, 1, 2, 97])).clip(-1, 1)
-    np.testing.assert_allclose(both.advantages[0], z - z.mean(), rtol=1e-5)
+    np.testing.assert_allclose(advantages_of(both)[0], z - z.mean(), rtol=1e-5)
     assert combiner({"a": {"clip": [0, 1]}}).is_flat(scored(a=[1, 5]))  # equal once clipped
     with pytest.raises(ValueError, match="the first number must be below"):
         RewardConfig(scorer="x", clip=[1, 1])
@@ -168,9 +171,9 @@ def test_parrots_update_is_the_mean_over_the_non_dominated_takes():
         for i in range(8)
         if keep[i]
     )
-    learner = (result.advantages[0][:, None] * score_gradients).mean(axis=0)
+    learner = (advantages_of(result)[0][:, None] * score_gradients).mean(axis=0)
     np.testing.assert_allclose(learner, parrot, rtol=1e-4)
-    assert (result.advantages[0][np.logical_not(keep)] == 0).all()
+    assert (advantages_of(result)[0][np.logical_not(keep)] == 0).all()
     assert result.metrics["combine/non_dominated"] == pytest.approx(sum(keep) / 8)
 
 
@@ -183,7 +186,7 @@ def test_pareto_reads_signs_and_ignores_rewards_of_weight_zero():
     logged = combiner({"a": {}, "x": {"weight": 0}}, **options).step([scored(a=[1, 2, 3], x=[9, 5, 1])])
     assert logged.metrics["combine/non_dominated"] == pytest.approx(1 / 3)
     routed = combiner({"a": {}, "b": {}}, **options).step([scored(a=[1, 2, 3], b=None), scored(a=[1, 2], b=[2, 1])])
-    assert [np.count_nonzero(g) for g in routed.advantages] == [1, 0]
+    assert [np.count_nonzero(g) for g in advantages_of(routed)] == [1, 0]
 
 
 @pytest.mark.parametrize("combine", ["advantages", "pareto"])
@@ -192,13 +195,13 @@ def test_opposed_rewards_are_not_taken_for_a_flat_group(combine):
     group = scored(a=[0, 1, 2], b=[6, 4, 2])
     made = combiner({"a": {"weight": 2.0}, "b": {"weight": 1.0}}, combine=combine)
     result = made.step([group])
-    assert not result.zero_std[0] and np.abs(result.advantages[0]).max() > 0.5
+    assert not made.is_flat(group) and np.abs(advantages_of(result)[0]).max() > 0.5
     assert made.is_flat(scored(a=[1, 1, 1], b=[2, 2, 2]))
 
 
 def test_rewards_that_are_left_out_of_compute_advantages_keep_their_order():
     group = {"a": np.array([0.0, 1]), "b": np.array([1.0, 0])}
-    result = compute_advantages([group], {"b": 1.0, "a": 2.0}, AdvantageConfig())
+    result = compute_advantages([group], {"b": 1.0, "a": 2.0}, Advantages())
     assert [key for key in result.metrics if key in ("reward/a", "reward/b")] == ["reward/b", "reward/a"]
 
 
@@ -213,7 +216,7 @@ def test_config_errors_name_the_key(tmp_path):
         ("rewards.a.clip=[2, 1]", ["clip: found [2.0, 1.0]"]),
         ("rewards.a.segments.aggregate=mim", ["rewards.a.segments.aggregate", "'mim'"]),
         ("rewards.a.segments.aggregate=0", ["rewards.a.segments.aggregate", "> 0"]),
-        ("algorithm.advantage.combine=paretto", ["algorithm.advantage.combine", "did you mean pareto?"]),
+        ("signal.combine=paretto", ["signal.combine", "did you mean pareto?"]),
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(path, [override])

@@ -1,6 +1,6 @@
-"""From the scores of a step's groups to its advantages: routing, normalisation, clipping, uncertainty, combination.
+"""The scores of a step's groups, prepared for a signal: routing, normalisation, clipping.
 
-    scores that apply -> normalised (rewards.*.normalize) -> clipped (rewards.*.clip) -> `pipeline.rl.advantages`
+    scores that apply -> normalised (rewards.*.normalize) -> clipped (rewards.*.clip)
 
 A prompt names the rewards that apply to it (`pipeline.rewards.routing`). The running statistics change once per step,
 when the step has been trained, so that a resumed run has those of the uninterrupted one.
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.config.schema import AdvantageConfig, RewardConfig
+from pipeline.config.sections.rewards import RewardConfig
 from pipeline.core.errors import CheckpointError
 from pipeline.core.types import RewardScores
-from pipeline.rl.advantages import AdvantageResult, compute_advantages
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +46,25 @@ class Moments:
         return std if std > 1e-6 * max(1.0, abs(self.mean)) else 1.0
 
 
-class Combiner:
-    """From scores to advantages. Keeps the running statistics of `rewards`, which are the config's, in order."""
+@dataclass(frozen=True, slots=True)
+class PreparedScores:
+    """Per group, in the order given: reward -> [K], only of the rewards that apply to its prompt."""
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], cfg: AdvantageConfig) -> None:
-        self.rewards, self.cfg = rewards, cfg
-        self._weights = {name: reward.weight for name, reward in rewards.items()}
+    raw: list[dict[str, np.ndarray]]  # as scored
+    prepared: list[dict[str, np.ndarray]]  # normalised and clipped
+    variances: list[dict[str, np.ndarray]]  # of repeated scorings, in the units of `prepared`
+    metrics: dict[str, float]
+    running: dict[str, Moments] = field(default_factory=dict)  # once these groups are trained
+
+
+class ScorePreparation:
+    """Keeps the running statistics of `rewards`, which are the config's, in order."""
+
+    def __init__(self, rewards: Mapping[str, RewardConfig]) -> None:
+        self.rewards = rewards
         self._running: dict[str, Moments] = {}
-        self._next: dict[str, Moments] = {}  # as they are once the groups of the last `step` are trained
 
-    def step(self, groups: Sequence[Mapping[str, RewardScores]]) -> AdvantageResult:
-        """Advantages of a step's groups. May be called again before `commit`, with some groups replaced."""
-        result, self._next = self._combine(groups)
-        return result
-
-    def commit(self) -> None:
-        """Adds the scores of the step to the running statistics, once it has been trained."""
-        self._running = self._next
-
-    def is_flat(self, group: Mapping[str, RewardScores]) -> bool:
-        """Whether the takes of a group have equal rewards, so that it gives no policy gradient."""
-        return self._combine([group])[0].zero_std[0]
-
-    def _combine(self, groups: Sequence[Mapping[str, RewardScores]]) -> tuple[AdvantageResult, dict[str, Moments]]:
+    def prepare(self, groups: Sequence[Mapping[str, RewardScores]]) -> PreparedScores:
         present = [
             {name: group[name] for name in self.rewards if not np.isnan(group[name].values).all()} for group in groups
         ]
@@ -101,11 +96,11 @@ class Combiner:
             if reward.clip is not None:
                 scaled = (values - mean) / std
                 metrics[f"combine/clipped/{name}"] = float(np.mean((scaled < low) | (scaled > high)))
-        result = compute_advantages(raw, self._weights, self.cfg, prepared=prepared, variances=variances)
-        result.metrics.update(metrics)
-        return result, running
+        return PreparedScores(raw, prepared, variances, metrics, running)
 
-    # ------------------------------------------------------------------------------------------- state
+    def commit(self, scores: PreparedScores) -> None:
+        """Adds `scores` to the running statistics, once their step has been trained."""
+        self._running = scores.running
 
     def state(self) -> dict[str, list[float]]:
         """JSON-able, exact."""
@@ -117,4 +112,4 @@ class Combiner:
             running = {name: Moments(int(c), float(m), float(s)) for name, (c, m, s) in (state or {}).items()}
         except (TypeError, ValueError, AttributeError):
             raise CheckpointError("the checkpoint's running reward statistics cannot be read") from None
-        self._running = self._next = {name: moments for name, moments in running.items() if name in self.rewards}
+        self._running = {name: moments for name, moments in running.items() if name in self.rewards}

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from pipeline.config.schema import AdvantageConfig
-
 Group = Mapping[str, np.ndarray]  # reward name -> float [K]
 EPS = 1e-4  # added to the std, so that near-ties do not become unit advantages
+
+
+class Options(Protocol):
+    """`signal.*` of the signal `advantages`."""
+
+    @property
+    def std(self) -> str: ...  # group | global | none
+
+    @property
+    def clamp(self) -> float: ...
+
+    @property
+    def combine(self) -> str: ...  # rewards | advantages | pareto
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +103,7 @@ def _in_order(blocks: Sequence[_Block], values: Iterable[np.ndarray]) -> list[np
 
 
 def _normalise(
-    blocks: Sequence[_Block], rewards: Sequence[np.ndarray], cfg: AdvantageConfig, kinds: Sequence[Hashable]
+    blocks: Sequence[_Block], rewards: Sequence[np.ndarray], cfg: Options, kinds: Sequence[Hashable]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(r - mean_group) / (std + EPS); std (population) of the group, or of all takes of the step in groups of the same
     kind: sums of different rewards have no common scale.
@@ -124,7 +136,7 @@ def _trust(variances: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def compute_advantages(
     scores: Sequence[Group],
     weights: Mapping[str, float],
-    cfg: AdvantageConfig,
+    cfg: Options,
     *,
     prepared: Sequence[Group] | None = None,
     variances: Sequence[Group] | None = None,
@@ -168,7 +180,7 @@ def compute_advantages(
 Combined = tuple[list[np.ndarray], list[np.ndarray], dict[str, float]]  # per block [G, K], bool [G]; metrics
 
 
-def _sum_rewards(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: AdvantageConfig) -> Combined:
+def _sum_rewards(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: Options) -> Combined:
     """The advantages of the weighted sum of rewards."""
     totals = [weighted_rewards(block.prepared, weights) for block in blocks]
     kinds = [tuple(name for name in weights if name in block.scores) for block in blocks]
@@ -190,7 +202,7 @@ def _sum_rewards(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: Ad
     return raw, [is_zero_std(total) for total in totals], metrics
 
 
-def _sum_advantages(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: AdvantageConfig) -> Combined:
+def _sum_advantages(blocks: Sequence[_Block], weights: Mapping[str, float], cfg: Options) -> Combined:
     """The weighted sum of each reward's own advantages; `pareto`: kept for the non-dominated takes of a group."""
     parts: list[dict[str, np.ndarray]] = [{} for _ in blocks]
     metrics: dict[str, float] = {}

@@ -1,0 +1,56 @@
+"""Objectives on finished takes that are noised again: the loss is on the denoiser's prediction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.rl.objectives.base import Loss, Requirements
+from pipeline.rl.objectives.micro_batch import MicroBatch
+from pipeline.rl.objectives.reference_penalty import WithReference
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisingTerms:
+    """One noise level of b finished takes. Float32; `output` carries gradients."""
+
+    output: torch.Tensor  # [b, ...] the policy's prediction for x0 noised with eps
+    target: torch.Tensor  # [b, ...] what a perfect model would predict; flow: eps - x0
+    advantages: torch.Tensor  # [b]
+
+
+class DenoisingObjective(WithReference):
+    """Loss on the denoiser's prediction; takes are drawn without noise, the trained steps say which levels train."""
+
+    @property
+    def requirements(self) -> Requirements:
+        return Requirements(
+            draws_noise=False,
+            replay_metric="onpolicy/max_abs_gap",
+            any_sample=True,
+            reference_every=self.reference_every,
+            joins_levels=True,
+            extra_replay_check=True,
+        )
+
+    @abstractmethod
+    def policy_loss(self, terms: DenoisingTerms) -> torch.Tensor:
+        """Float32 [b], with gradients."""
+
+    def loss(self, micro: MicroBatch) -> Loss:
+        x0 = micro.clean()
+        sigma, noise = micro.fresh_noise()
+        x = micro.noised(x0, sigma, noise)
+        output = micro.output(x).float()
+        policy_loss = self.policy_loss(DenoisingTerms(output, micro.target(x0, sigma, noise), micro.advantages))
+
+        def distance(rows: slice) -> torch.Tensor:
+            reference = micro.reference_output(x[rows], rows).float()
+            return (output[rows] - reference).pow(2).flatten(1).mean(1)
+
+        total, logs = self.with_reference(policy_loss, micro, distance)
+        return Loss(total, logs, replay_error=micro.replay_error())

@@ -1,0 +1,76 @@
+"""What an objective is given: some takes of a group at a noise level, and the policies to run on them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.rl.samplers.base import Transition
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A recorded transition of b takes, as the rollout drew it."""
+
+    x: torch.Tensor  # [b, ...] x_t, storage dtype
+    x_next: torch.Tensor  # [b, ...]
+    log_prob: torch.Tensor  # float32 [b], of x_next under the policy that drew it
+    mean: torch.Tensor | None  # float32 [b, ...] of that policy, where the objective requires it
+
+
+class MicroBatch(ABC):
+    """The rows of one denoiser call: b takes of one group, at one trained step or at several joined ones.
+
+    All tensors are on the learner's device.
+    """
+
+    @property
+    @abstractmethod
+    def advantages(self) -> torch.Tensor:
+        """Float32 [b]. Raises RuntimeError where the signal gives none."""
+
+    @abstractmethod
+    def drawn(self) -> Drawn:
+        """The rollout's transition. Raises TypeError where the step drew no noise."""
+
+    @abstractmethod
+    def transition(self, x: torch.Tensor, output: torch.Tensor) -> Transition:
+        """The Gaussian of the next sample for the sample x [b, ...] and a model output [b, ...]."""
+
+    @abstractmethod
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """The trained policy's guided prediction [b, ...] for the samples x [b, ...], with gradients."""
+
+    @abstractmethod
+    def reference_output(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
+        """The starting policy's, without gradients. `rows`: x are the samples of these rows only."""
+
+    @abstractmethod
+    def rows_at_every(self, nth: int) -> list[slice]:
+        """The rows at every nth trained step, a slice for each denoiser call; which steps changes with the group."""
+
+    @abstractmethod
+    def clean(self) -> torch.Tensor:
+        """The finished takes x0 [b, ...], float32."""
+
+    @abstractmethod
+    def fresh_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise levels (float64 [b, 1, ...]) and new noise (float32 [b, ...]) to noise finished takes with, the same for all
+        takes of a group: what they have in common cancels, since advantages sum to zero."""
+
+    @abstractmethod
+    def noised(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x0 [b, ...] with noise of these levels, in the dtype of a recorded sample. Flow: (1 - sigma) x0 + sigma noise."""
+
+    @abstractmethod
+    def target(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What a perfect model would predict for `noised(...)` [b, ...]. Flow: noise - x0."""
+
+    @abstractmethod
+    def replay_error(self) -> torch.Tensor | None:
+        """How far a replayed deterministic step is from the rollout's, where this micro-batch is one that is compared
+        (at the cost of a forward pass); else None."""

@@ -1,0 +1,113 @@
+"""Objectives on recorded transitions x_t -> x_next: policy gradients on the log-probs of the noise that was drawn."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config.sections.base import Positive
+from pipeline.rl.objectives.base import Loss, Requirements
+from pipeline.rl.objectives.micro_batch import MicroBatch
+from pipeline.rl.objectives.reference_penalty import WithReference
+from pipeline.rl.samplers.base import gaussian_kl, log_prob
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.rl.samplers.base import Transition
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """Of b takes, float32 [b] each."""
+
+    loss: torch.Tensor  # with gradients
+    ratio: torch.Tensor  # probability under the policy in training / under the rollout policy; 1 on-policy
+    clipped_low: torch.Tensor  # 1 where the ratio is too low for the take to contribute
+    clipped_high: torch.Tensor  # the same, too high
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionTerms:
+    """One transition of b takes. Float32; `log_prob` and `step.mean` carry gradients."""
+
+    log_prob: torch.Tensor  # [b] of x_next under the policy in training, mean over dims
+    old_log_prob: torch.Tensor  # [b] under the policy that made the rollout
+    advantages: torch.Tensor  # [b]
+    step: Transition  # mean [b, ...], std, dt of the policy in training
+    old_mean: torch.Tensor | None  # [b, ...] of the rollout policy, where the objective requires it
+
+    def divergence(self) -> torch.Tensor:
+        """KL to the rollout policy per dimension [b]. Raises ValueError where its mean was not recorded."""
+        if self.old_mean is None:
+            raise ValueError("this objective needs the rollout policy's mean, which was not recorded")
+        return gaussian_kl(self.step, self.old_mean)
+
+
+class TransitionObjective(WithReference):
+    """Policy gradient on the log-probs of the noise that the sampler drew; a subclass says how the ratio is used."""
+
+    @property
+    def requirements(self) -> Requirements:
+        return Requirements(
+            draws_noise=True, replay_metric="onpolicy/max_abs_log_ratio", reference_every=self.reference_every
+        )
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        return (*self.terms, "clip/low", "clip/high")
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        return ("ratio",)
+
+    @abstractmethod
+    def policy_loss(self, terms: TransitionTerms) -> PolicyLoss: ...
+
+    def loss(self, micro: MicroBatch) -> Loss:
+        drawn = micro.drawn()
+        step = micro.transition(drawn.x, micro.output(drawn.x))
+        terms = TransitionTerms(log_prob(drawn.x_next, step), drawn.log_prob, micro.advantages, step, drawn.mean)
+        policy = self.policy_loss(terms)
+
+        def kl(rows: slice) -> torch.Tensor:
+            """Closed form between Gaussians of equal std, per dimension; only the reference is outside the graph."""
+            x = drawn.x[rows]
+            reference = micro.transition(x, micro.reference_output(x, rows))
+            mask = None if step.mask is None else step.mask[rows]
+            return gaussian_kl(replace(step, mean=step.mean[rows], mask=mask), reference.mean)
+
+        total, logs = self.with_reference(policy.loss, micro, kl)
+        clipped = {"clip/low": policy.clipped_low, "clip/high": policy.clipped_high}
+        error = (terms.log_prob - drawn.log_prob).detach()
+        return Loss(total, {**logs, **clipped}, {"ratio": policy.ratio}, error)
+
+    def summarise(self, spreads: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {
+            **super().summarise(spreads),
+            "ratio/max_abs_log": float(np.abs(np.log(spreads["ratio"])).max()),
+        }
+
+
+class ClippedObjective(TransitionObjective):
+    """A transition objective with PPO's clip."""
+
+    clip_low: Positive = Field(1e-4, description="PPO clip: ratio >= 1 - clip_low.")
+    clip_high: Positive = Field(1e-4, description="PPO clip: ratio <= 1 + clip_high.")
+
+    def clipped(self, advantages: torch.Tensor, ratio: torch.Tensor) -> PolicyLoss:
+        """max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)) (PPO, arXiv 1707.06347 eq. 7), per take."""
+        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
+        unclipped = -advantages * ratio
+        clipped = -advantages * ratio.clamp(low, high)
+        return PolicyLoss(
+            loss=unclipped.maximum(clipped),
+            ratio=ratio.detach(),
+            clipped_low=((ratio < low) & (advantages < 0)).float(),
+            clipped_high=((ratio > high) & (advantages > 0)).float(),
+        )

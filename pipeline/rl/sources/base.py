@@ -1,0 +1,35 @@
+"""What a source is: where the takes of a training group come from.
+
+A source turns a row of its data (a prompt) into the work of a group. It is a pure function of (run seed, group, step),
+so that a retry, another worker or a resumed run gives the same takes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.config.parts import SOURCES, Part
+from pipeline.core.types import GroupWork, PromptItem
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+register = SOURCES.register
+
+
+class Source(Part, ABC):
+    """Its fields are its options (`source.*`)."""
+
+    @abstractmethod
+    def rows(self, cfg: Config) -> Sequence[PromptItem]:
+        """What groups are made of; visited in a new random order each epoch. Raises `InputError`."""
+
+    @abstractmethod
+    def work(self, cfg: Config, group: int, step: int, row: PromptItem) -> GroupWork:
+        """The group's K takes, to be consumed by optimisation step `step`."""
+
+    def check(self, cfg: Config) -> None:
+        """Rules of consistency that concern the source. Raises `ConfigError` naming the key and the fix."""
+        return None

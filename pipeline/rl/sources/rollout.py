@@ -1,0 +1,25 @@
+"""Rollouts: takes of a prompt, drawn by the policy in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.core.prompts import load_prompts
+from pipeline.core.types import GroupWork, PromptItem
+from pipeline.rl.group_plan import train_work
+from pipeline.rl.sources.base import Source, register
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+
+@register("rollout")
+class Rollout(Source):
+    """Takes of the prompts in `prompts.train`, drawn by the policy in training."""
+
+    def rows(self, cfg: Config) -> Sequence[PromptItem]:
+        return load_prompts(cfg.prompts.train)
+
+    def work(self, cfg: Config, group: int, step: int, row: PromptItem) -> GroupWork:
+        return train_work(cfg, group, step, row)
