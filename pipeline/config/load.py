@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.messages import Source, error_message, refuse_odd_numbers, show, type_name
+from pipeline.config.parts import DEFAULTS, PARTS
 from pipeline.config.reference import Keys
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
@@ -103,10 +104,14 @@ def _read(path: Path) -> str:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
-    """Sets each `dotted.key=value` (value read as YAML) in `data`; returns the keys. Raises `ConfigError`."""
+    """Sets each `dotted.key=value` (value read as YAML) in `data`; returns the keys. Raises `ConfigError`.
+
+    Another name for a part (`objective.name=awm`) replaces it with the options that the file gave it, since they were
+    those of the other one.
+    """
     overridden = set()
-    known = Keys(data)
-    for text in overrides:
+    names = {f"{section}.name" for section in PARTS}
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):  # names come first
         key, sign, raw = text.partition("=")
         key = key.strip()
         if not sign or not key or any(not part for part in key.split(".")):
@@ -114,7 +119,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
         where = f"override {shown(text, 100)}"
         value, node = parse_yaml(raw, where, ConfigError)
         yaml_keys(node, where, ConfigError)
-        leaf = known.at(key)
+        leaf = Keys(data).at(key)
         if leaf is not None and leaf.text_only and not isinstance(value, str | None):
             value = raw  # a run named 007 stays text
         *sections, name = key.split(".")
@@ -127,6 +132,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> set[str]:
                 raise ConfigError(
                     f"override {text!r}: {'.'.join(sections[: depth + 1])} is {show(section)}, not a section with keys"
                 )
+        if key in names and section.get(name, DEFAULTS[sections[0]]) != value:
+            section.clear()
         section[name] = value
         overridden.add(key)
     return overridden

@@ -89,7 +89,7 @@ async def steps(builder: BatchBuilder, count: int) -> list[list[int]]:
         await builder.pause(False)
         runs = await asyncio.wait_for(whole_step(builder, step), 5)
         batches.append([run.group for run in runs])
-        builder.advantages(runs)
+        builder.signal(runs)
         builder.consumed(runs, step)
         await builder.pause(step % 2 == 0)  # as for an evaluation
         await asyncio.sleep(3e-3)
@@ -111,7 +111,7 @@ async def beside(builder: BatchBuilder, body):
 def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced(staleness):
     async def body():
         runner = Runner(failing=[1], flat=[2, 5])
-        builder = make(runner, max_staleness=staleness, advantage={"zero_std": "filter"})
+        builder = make(runner, max_staleness=staleness, signal={"zero_std": "filter"})
         return runner, await beside(builder, steps(builder, 6))
 
     runner, batches = asyncio.run(body())
@@ -123,7 +123,7 @@ def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced
 
 def test_a_step_whose_groups_all_have_equal_rewards_is_given_up():
     async def body():
-        builder = make(Runner(flat=range(999)), groups_per_step=1, advantage={"zero_std": "filter"})
+        builder = make(Runner(flat=range(999)), groups=1, signal={"zero_std": "filter"})
         await builder.published(version(0))
         await builder.pause(False)
         try:
@@ -141,7 +141,7 @@ def test_neighbours_in_a_step_are_drawn_together_and_replacements_alone(room):
 
     async def body():
         runner = Runner(flat=[3, 4], room=room)
-        builder = make(runner, batch=11, groups_per_step=3, advantage={"zero_std": "filter"})
+        builder = make(runner, batch=11, groups=3, signal={"zero_std": "filter"})
 
         async def three_steps():
             await steps(builder, 3)
@@ -149,7 +149,7 @@ def test_neighbours_in_a_step_are_drawn_together_and_replacements_alone(room):
 
         state = await beside(builder, three_steps())
         second = Runner(room=room)
-        resumed = make(second, batch=11, groups_per_step=3, advantage={"zero_std": "filter"})
+        resumed = make(second, batch=11, groups=3, signal={"zero_std": "filter"})
         resumed.load_state(state)
         await beside(resumed, steps(resumed, 1))
         return runner.calls, second.calls

@@ -59,6 +59,18 @@ def test_defaults_and_overrides(tmp_path):
     assert config.run.name == "007"
 
 
+def test_another_part_brings_its_own_options(tmp_path):
+    path = write(tmp_path, GOOD + "objective: {name: grpo, clip_low: 0.2, kl_beta: 0.5}\n")
+    assert load_config(path).objective.model_dump() == {
+        "name": "grpo", "clip_low": 0.2, "clip_high": 1e-4, "kl_beta": 0.5, "kl_every": 1
+    }  # fmt: skip
+    for overrides in (["objective.kl_beta=0.1", "objective.name=awm"], ["objective.name=awm", "objective.kl_beta=0.1"]):
+        assert load_config(path, overrides).objective.model_dump() == {"name": "awm", "kl_beta": 0.1, "kl_every": 1}
+    assert load_config(path, ["objective.name=grpo"]).objective.clip_low == 0.2
+    message = error_of(path, "objective.name=awm", "objective.clip_low=0.1")
+    assert message.startswith("override: objective.clip_low: awm has no such option")
+
+
 def test_yaml_round_trip(tmp_path):
     config = load_config(write(tmp_path), ["optimizer.lr=1e-5", "rewards.jpeg.args.scale=1e-3"])
     again = load_config(write(tmp_path, to_yaml(config), "resolved.yaml"))

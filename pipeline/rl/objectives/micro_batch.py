@@ -59,12 +59,15 @@ class MicroBatch(ABC):
 
     @abstractmethod
     def fresh_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels (float64 [b, 1, ...]) and new noise (float32 [b, ...]) to noise finished takes with, the same for all
-        takes of a group: what they have in common cancels, since advantages sum to zero."""
+        """Noise levels (float64 [b, 1, ...]) and new noise (float32 [b, ...]) to noise finished takes with, the same
+        for all takes of a group: what they have in common cancels, since advantages sum to zero."""
 
     @abstractmethod
     def noised(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x0 [b, ...] with noise of these levels, in the dtype of a recorded sample. Flow: (1 - sigma) x0 + sigma noise."""
+        """x0 [b, ...] with noise of these levels, in the dtype of a recorded sample.
+
+        Flow: (1 - sigma) x0 + sigma noise.
+        """
 
     @abstractmethod
     def target(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
