@@ -192,8 +192,8 @@ def docs_markdown(registered: Mapping[str, Sequence[str]]) -> str:
         "CONFIG` prints the full "
         "resolved config. `<name>` is a name of your own. Unknown keys are refused.",
         "",
-        "`source`, `signal` and `objective` are parts chosen by name, each with options of its own; another name on the "
-        "command line (`objective.name=awm`) also drops the options that the file gave the other part.",
+        "`source`, `signal` and `objective` are parts chosen by name, each with options of its own; another name on "
+        "the command line (`objective.name=awm`) also drops the options that the file gave the other part.",
     ]
     section = None
     for leaf in leaves():

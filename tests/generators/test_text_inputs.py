@@ -25,7 +25,7 @@ from pipeline.generators.load.pipeline import text_encoders_of
 from pipeline.generators.policy import Policy
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.learner.learner import Learner
-from pipeline.learner.micro_batch import MicroBatch
+from pipeline.learner.micro_batch import ReplayCall
 from pipeline.rl.group_plan import ode_sampling, train_work
 
 PROMPT = PromptItem(index=0, text="a red circle")
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_one_long_graph(start):
         roots = {id(leaf): root for root, leaf in live._roots.values()}
         replayer.overrides = {key: roots[id(leaf)] for key, leaf in live.tensors.items()}
         for j in range(len(part.steps)):
-            micro = MicroBatch(replayer, j, slice(0, replayer.total))
+            micro = ReplayCall(replayer, j, slice(0, replayer.total))
             loss = learner.replicas[0].loss(batch, micro, check_replay=False).total
             losses.append(loss.sum())
             pairs += len(loss)
