@@ -114,7 +114,8 @@ class BatchBuilder:
 
     def _group_run(self, group: int) -> GroupRun:
         entry = self.ledger.groups[group]
-        return GroupRun(self._source.work(self.cfg, group, entry.step, self._prompts[entry.prompt]))
+        prompt = self._prompts[entry.prompt]
+        return GroupRun(self._source.work(self.cfg, group, entry.step, prompt, self._runner.grid))
 
     async def pause(self, paused: bool) -> None:
         """While paused, no further group is started."""

@@ -39,6 +39,7 @@ from actors.worker_pool import CallFailed, WorkerPool
 from actors.worker_slot import WorkerSlot
 from pipeline.core.types import PolicyVersion, PromptItem, RewardScores, RolloutMeta
 from pipeline.rewards.patience import Patience
+from pipeline.rl.noise_grid import NoiseGrid
 
 log = logging.getLogger("rushes.dispatcher")
 
@@ -83,6 +84,7 @@ class Dispatcher:
             self.pools.append(pool)
         self.supervisor = PoolSupervisor(self.pools)
         self._load_s = 0.0
+        self.grid: NoiseGrid | None = None  # the same for all workers: checkpoint and config fix it
 
     # ------------------------------------------------------------------------------------------- background
 
@@ -96,8 +98,10 @@ class Dispatcher:
             tasks.create_task(self.supervisor.run())
 
     async def ready(self) -> None:
-        """Returns once there is a worker of each kind."""
-        for pool in self.pools:
+        """Returns once there is a worker of each kind, and the grid is known."""
+        await self.rollouts.one_ready()
+        self.grid = next(slot.info["grid"] for slot in self.rollouts.slots if "grid" in slot.info)
+        for pool in self.pools[1:]:
             await pool.one_ready()
 
     def step_finished(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ import ray
 
 from actors.request_queue import Priority
 from pipeline.core.types import Feedback, GroupBatch, GroupWork, PolicyVersion, RewardScores, RolloutMeta
+from pipeline.rl.noise_grid import NoiseGrid
 
 PolicySource = Callable[[Sequence[GroupWork]], PolicyVersion]
 """Returns the version to draw these groups with; called when a worker is about to begin."""
@@ -76,6 +77,8 @@ class GroupFailed(Exception):
 
 class GroupRunner(Protocol):
     """The part of the dispatcher that training and evaluation use."""
+
+    grid: NoiseGrid | None  # noise levels of the rollouts' sampler steps, once a worker has probed its pipeline
 
     async def room(self) -> None:
         """Waits while the queue for rollout workers is full: back-pressure on admission."""

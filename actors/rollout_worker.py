@@ -25,7 +25,8 @@ class RolloutWorker(RoleActor):
     drains_on_sigterm = True
 
     def start(self, prompts: list[PromptItem]) -> dict[str, Any]:
-        """Loads the generator and probes it with `prompts`. Raises `RushesError` when it cannot be a policy."""
+        """Loads the generator and probes it with `prompts`. The answer's `grid` holds the noise levels of its sampler
+        steps (`NoiseGrid`). Raises `RushesError` when it cannot be a policy."""
         from pipeline.generators.policy import Policy
 
         rollout = self.cfg.rollout
@@ -39,7 +40,7 @@ class RolloutWorker(RoleActor):
             self.policy.add_adapters()
             self.held: tuple[int, str, str] | None = None  # key of the version
             self.log.info("ready: %s", report)
-        return {**self.info(), "probe": report, "device": str(self.policy.device)}
+        return {**self.info(), "probe": report, "grid": self.policy.grid, "device": str(self.policy.device)}
 
     def generate(self, request: bytes, weights: WeightSet | None) -> tuple[Any, ...]:
         """Draws groups with one policy version.

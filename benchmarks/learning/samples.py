@@ -96,7 +96,7 @@ class Loop:
         self.policy.load_weights(self.learner.weights("train"))
         kept, scores = [], []
         while len(kept) < self.cfg.step.groups:
-            work = train_work(self.cfg, self.group, number, self.cursor.next())
+            work = train_work(self.cfg, self.group, number, self.cursor.next(), grid=self.policy.grid)
             self.group += 1
             media, trajectory, _ = self.policy.rollout(work)
             group_scores = self._scores(media, work, scoring_seed(self.cfg, work.group))

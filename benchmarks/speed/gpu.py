@@ -206,7 +206,7 @@ def measure_one(name: str, say: Callable[[str], None], device: str = "cuda", bat
     policy.probe([PROMPT])
     policy.add_adapters()
     policy.load_weights(learner.weights())
-    work = train_work(cfg, 0, 0, PROMPT)
+    work = train_work(cfg, 0, 0, PROMPT, grid=policy.grid)
     say(f"{name}: rollout and learner")
     media, trajectory, seconds = policy.rollout(work)
     assert trajectory is not None  # steps are trained, so there is one

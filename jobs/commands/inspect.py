@@ -28,6 +28,7 @@ def inspect(
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", min=0.0, help="Default: the pipeline's own.")
     ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Sampler steps whose noise levels are shown.")] = 10,
     call: Annotated[
         list[str] | None,
         typer.Option("--call", metavar="KEY=VALUE", help="Another argument of the pipeline (generator.call_kwargs)."),
@@ -68,6 +69,7 @@ def inspect(
         width=width,
         num_frames=num_frames,
         guidance_scale=guidance_scale,
+        steps=steps,
         call=_call_arguments(call or []),
         device=device,
     )
@@ -124,10 +126,24 @@ def as_text(report: dict[str, Any]) -> str:
             f"Probed with        {pixels}{frames}, {probed_with['steps']} steps, batches of "
             f"{' and '.join(str(n) for n in probed_with['takes'])} takes, {report['seconds']} s"
         )
-        lines += ["", "This checkpoint can be trained."]
+        lines += ["", *_step_lines(report["steps"]), "", "This checkpoint can be trained."]
     else:
         lines += ["", f"Cannot be trained: {report['reason']}"]
     return "\n".join(lines)
+
+
+def _step_lines(report: dict[str, Any]) -> list[str]:
+    """A line per sampler step but the last."""
+    steps = report["steps"]
+    lines = [
+        f"Noise of {report['sampler']} {report['noise_level']:g} at {len(steps) + 1} steps",
+        "  step  noise level       std     share of the gradient",
+    ]
+    for step in steps:
+        levels = f"{step['sigma']:.3f} -> {step['sigma_next']:.3f}"
+        share = f"{step['share']:7.1%}" if step["noisy"] else f"none by default: its noise stays ({step['share']:.0%})"
+        lines.append(f"  {step['index']:<5} {levels:<16} {step['std']:6.4f}  {share}")
+    return lines
 
 
 def _count(number: int) -> str:

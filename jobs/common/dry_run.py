@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
-from pipeline.rl.group_plan import stochastic_steps
+from pipeline.rl.group_plan import default_end, stochastic_steps
+from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT
 from pipeline.rl.objectives import objective_of
 from pipeline.runs.resume import check_new, check_resume
 from pipeline.tools.preflight import check_all
@@ -29,9 +30,11 @@ def print_dry_run(
         resumed = check_resume(cfg, config_path, or_start=mode == "retry")
     generator, size_of_step, sampler = cfg.generator, cfg.step, cfg.sampler
     takes = size_of_step.takes * size_of_step.groups
-    steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0)))
+    steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0, default_end(cfg, None))))
     if objective_of(cfg).requirements.draws_noise:
         sampling = f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {steps}"
+        if sampler.window.range is None:
+            sampling += f" as far as they end at a noise level of {LEAST_SIGMA_NEXT} or more (rushes inspect)"
     else:
         sampling = f"ode with {sampler.steps} sampler steps, no noise, trained at the noise levels of steps {steps}"
     heldout = min(cfg.evaluation.prompts or len(checks.heldout), len(checks.heldout))

@@ -33,6 +33,8 @@ from pipeline.generators.record.shared_prefix import SharedPrefix
 from pipeline.generators.replay.split_groups import joint_sampling, split_part
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
+from pipeline.rl.group_plan import check_window
+from pipeline.rl.noise_grid import NoiseGrid
 from pipeline.rl.objectives import objective_of
 
 
@@ -71,13 +73,20 @@ class Policy:
     def probe(self, prompts: list[PromptItem] | None = None) -> dict[str, Any]:
         """Probes the pipeline (see `probe`), which rollouts with trajectories need. Returns the report.
 
-        Raises UnsupportedPolicyError where the pipeline, or the run's objective with it, cannot be trained.
+        Raises UnsupportedPolicyError where the pipeline, or the run's objective with it, cannot be trained, and
+        ConfigError where the sampler's window does not fit its noise levels.
         """
         self.probed = probe(self.pipeline, prompts)
         objective = objective_of(self.cfg)
         if objective.requirements.any_sample and (why_not := self.probed.spec.why_not_noised_again(objective.name)):
             raise UnsupportedPolicyError(why_not)
+        check_window(self.cfg, self.probed.grid)
         return self.probed.report
+
+    @property
+    def grid(self) -> NoiseGrid | None:
+        """Noise levels of a run's sampler steps; None before `probe`."""
+        return self.probed.grid if self.probed is not None else None
 
     @property
     def spec(self) -> PolicySpec:

@@ -1,7 +1,8 @@
 """What a group of takes will be, decided before anything runs: seeds, initial noise, window of stochastic steps.
 
-Everything is a pure function of (run seed, group id, step), so that a retry, another worker or a resumed run draws the
-same takes. Also how a step's groups are joined into rollout calls and chunks of gradient accumulation.
+Everything is a pure function of (run seed, group id, step) and of the pipeline's noise levels, which its checkpoint and
+the config fix, so that a retry, another worker or a resumed run draws the same takes. Also how a step's groups are
+joined into rollout calls and chunks of gradient accumulation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config.schema import Config, SamplerConfig
+from pipeline.core.errors import ConfigError
 from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
+from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT, NoiseGrid, no_noisy_step
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.signals import signal_of
 
@@ -27,14 +30,41 @@ def _rng(seed: int, stream: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, stream, *key]))
 
 
-def stochastic_steps(cfg: SamplerConfig, run_seed: int, step: int) -> tuple[int, ...]:
-    """Sampler steps that draw noise in optimisation step `step`; never the last one, whose noise nothing removes.
+def default_end(cfg: Config, grid: NoiseGrid | None) -> int:
+    """End of the sampler steps that the window covers where the config names none.
 
-    all: every step but the last (Flow-GRPO). random: a window drawn anew each step (Flow-GRPO-Fast).
+    Steps that draw noise must leave enough of the chain to remove it (`NoiseGrid.noisy_steps`). Without noise, or
+    before the grid is known (`grid` None), all steps but the last.
+    """
+    last = cfg.sampler.steps - 1
+    if grid is None or not objective_of(cfg).requirements.draws_noise:
+        return last
+    return min(grid.noisy_steps, last)
+
+
+def check_window(cfg: Config, grid: NoiseGrid | None) -> None:
+    """Raises `ConfigError` where the window does not fit into the steps that may draw noise by default."""
+    window, end = cfg.sampler.window, default_end(cfg, grid)
+    if window.range is not None or grid is None:
+        return
+    if end == 0:
+        raise no_noisy_step(grid)
+    if window.kind != "all" and window.size > end:
+        raise ConfigError(
+            f"sampler.window.size: found {window.size}; only the first {end} of {cfg.sampler.steps} steps "
+            f"({grid.describe()}) may draw noise, as later ones end below {LEAST_SIGMA_NEXT}; use {end} or less, or "
+            "name the steps: sampler.window.range=[first,end]"
+        )
+
+
+def stochastic_steps(cfg: SamplerConfig, run_seed: int, step: int, end: int) -> tuple[int, ...]:
+    """Sampler steps that draw noise in optimisation step `step`. `end`: `default_end`, where the config has no range.
+
+    all: every one (Flow-GRPO). random: a window drawn anew each step (Flow-GRPO-Fast).
     sliding: from the range's first step, moves by one every `every` steps, and starts over at the end (MixGRPO).
     """
     window = cfg.window
-    start, stop = window.bounds(cfg.steps)
+    start, stop = window.bounds(end)
     if window.kind == "all":
         return tuple(range(start, stop))
     positions = stop - start - window.size + 1
@@ -54,14 +84,16 @@ def trained_subset(cfg: SamplerConfig, steps: Sequence[int], run_seed: int, grou
     return tuple(steps[i] for i in sorted(chosen))
 
 
-def train_work(cfg: Config, group: int, step: int, prompt: PromptItem, attempt: int = 1) -> GroupWork:
-    """One prompt, K takes, to be consumed by optimisation step `step`."""
+def train_work(
+    cfg: Config, group: int, step: int, prompt: PromptItem, attempt: int = 1, *, grid: NoiseGrid | None = None
+) -> GroupWork:
+    """One prompt, K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline."""
     seed = cfg.run.seed
     takes = cfg.step.takes
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
     shared = cfg.sampler.same_initial_noise
     initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
-    window = stochastic_steps(cfg.sampler, seed, step)
+    window = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
     draws_noise = objective_of(cfg).requirements.draws_noise
     noisy = window if draws_noise else ()  # without noise, the window still says which noise levels train
     return GroupWork(

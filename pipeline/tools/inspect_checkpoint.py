@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +21,12 @@ from pipeline.generators.load.pipeline import denoisers_of, load_pipeline
 from pipeline.generators.policy_pipeline import PolicyPipeline
 from pipeline.generators.probe.probe import probe
 from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
+from pipeline.rl.noise_grid import NoiseGrid, noise_of_steps
 from pipeline.rl.samplers import get_sampler, stochastic_samplers
 from pipeline.tools.checkpoint_summary import components_of, layout_text, lora_of, memory_by_dtype, rule_text
 from pipeline.tools.probe_sizes import ProbeSize, probe_sizes
 
-_STEPS = 3
-_GUIDED_STEPS = 8  # sampler steps where a guider chooses its rule by the step
+_STEPS = 3  # that a probe samples with
 _SAME_FAILURES = 3  # give up after this many sizes that fail for the same reason
 
 
@@ -40,6 +40,7 @@ class InspectOptions:
     width: int | None = None
     num_frames: int | None = None  # None: a short clip, or one picture
     guidance_scale: float | None = None  # None: the pipeline's own default
+    steps: int = 10  # sampler steps of training rollouts, whose noise levels are reported
     call: dict[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call
     device: str = "auto"
 
@@ -71,9 +72,7 @@ def inspect_checkpoint(checkpoint: str, options: InspectOptions | None = None) -
     return report
 
 
-def _config(
-    checkpoint: str, options: InspectOptions, size: ProbeSize, guidance_scale: float, sampler: str, steps: int = _STEPS
-) -> Config:
+def _config(checkpoint: str, options: InspectOptions, size: ProbeSize, guidance_scale: float, sampler: str) -> Config:
     """The config that a pipeline is probed with. Its prompts and rewards are placeholders that nothing reads."""
     return Config.model_validate(
         {
@@ -89,7 +88,7 @@ def _config(
             },
             "prompts": {"train": "prompts.txt"},
             "rewards": {"reward": {"scorer": "unused"}},
-            "sampler": {"kind": sampler, "noise_level": get_sampler(sampler).default_noise, "steps": steps},
+            "sampler": {"kind": sampler, "noise_level": get_sampler(sampler).default_noise, "steps": options.steps},
         }
     )
 
@@ -107,12 +106,12 @@ def _probe(checkpoint: str, options: InspectOptions, pipe: Any, device: torch.de
     report["samplers"] = list(samplers)
     modules = denoisers_of(pipe)
     scale = default_guidance(pipe) if options.guidance_scale is None else options.guidance_scale
-    steps = _STEPS if getattr(pipe, "guider", None) is None else _GUIDED_STEPS
+    steps = _STEPS if getattr(pipe, "guider", None) is None else options.steps  # a guider chooses its rule by the step
     failures: list[RushesError] = []
     for size in probe_sizes(pipe, modules, options.height, options.width, options.num_frames):
-        cfg = _config(checkpoint, options, size, scale, samplers[0], steps)
+        cfg = _config(checkpoint, options, size, scale, samplers[0])
         try:
-            probed = probe(PolicyPipeline(cfg, pipe, device)).report
+            result = probe(PolicyPipeline(cfg, pipe, device))
         except RushesError as error:
             if isinstance(error, UnsupportedPolicyError) and not isinstance(error, CannotRun):
                 raise _with_alternative(pipe, device, cfg, error) from error
@@ -121,7 +120,8 @@ def _probe(checkpoint: str, options: InspectOptions, pipe: Any, device: torch.de
             if len({str(e) for e in failures}) == 1 and len(failures) == _SAME_FAILURES:
                 break
             continue
-        report["probe"] = probed
+        report["probe"] = probed = result.report
+        report["steps"] = _steps_report(cfg, result.grid)
         report["probed_with"] = {
             "height": size.height,
             "width": size.width,
@@ -135,6 +135,14 @@ def _probe(checkpoint: str, options: InspectOptions, pipe: Any, device: torch.de
         report["lora"] = lora_of({name: modules[name] for name in probed["denoisers"]})
         return
     raise _main_failure(failures) if failures else CannotRun(f"{type(pipe).__name__}: no size was tried")
+
+
+def _steps_report(cfg: Config, grid: NoiseGrid | None) -> dict[str, Any]:
+    """What the sampler does at each of its steps: noise levels, std, and the share of the gradient."""
+    assert grid is not None  # the probe has succeeded
+    kind, noise_level = cfg.sampler.kind, cfg.sampler.noise_level
+    steps = [asdict(step) for step in noise_of_steps(grid, kind, noise_level)]
+    return {"sampler": kind, "noise_level": noise_level, "steps": steps}
 
 
 def _main_failure(failures: list[RushesError]) -> RushesError:

@@ -21,6 +21,8 @@ PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(5)]
 class Runner:
     """Rolls out and scores at once, unless told that a group fails for good or has equal rewards."""
 
+    grid = None
+
     def __init__(self, failing=(), flat=(), room=3) -> None:
         self.failing, self.flat, self._free = set(failing), set(flat), asyncio.Semaphore(room)
         self.submitted: list[int] = []

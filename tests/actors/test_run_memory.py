@@ -30,6 +30,8 @@ class Weights:
 class Runner:
     """Draws and scores at once, or fails what it is told to."""
 
+    grid = None
+
     def __init__(self, failing: bool = False) -> None:
         self.failing = failing
 

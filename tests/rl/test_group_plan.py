@@ -1,21 +1,26 @@
-"""Seeds and windows: deterministic, distinct, never the last step."""
+"""Seeds and windows: deterministic, distinct, never a step whose noise stays in the picture."""
 
 from __future__ import annotations
 
+import pytest
+from noise_grids import GRIDS
+
 from pipeline.config.schema import Config
+from pipeline.core.errors import ConfigError
 from pipeline.core.types import PromptItem
-from pipeline.rl.group_plan import accumulation_chunks, eval_works, stochastic_steps, train_work
+from pipeline.rl.group_plan import accumulation_chunks, check_window, eval_works, stochastic_steps, train_work
 
 PROMPT = PromptItem(index=3, text="a red circle")
 
 
-def config(**sampler) -> Config:
+def config(objective: str = "grpo", **sampler) -> Config:
     return Config.model_validate(
         {
             "generator": {"pretrained": "x"},
             "prompts": {"train": "x"},
             "rewards": {"r": {"scorer": "s"}},
             "sampler": {"steps": 10, **sampler},
+            "objective": {"name": objective},
         }
     )
 
@@ -30,19 +35,57 @@ def test_a_retry_draws_the_same_takes():
     assert len(set(first.seeds)) == cfg.step.takes
 
 
-def test_all_steps_but_the_last_draw_noise():
-    assert stochastic_steps(config().sampler, 0, 5) == tuple(range(9))
+def sampled(cfg: Config, grid: str):
+    return train_work(cfg, 0, 5, PROMPT, grid=GRIDS[grid]).sampling
+
+
+def test_steps_whose_noise_stays_draw_none_by_default():
+    """The 10-step grid of SD3 ends 0.278, 0.009, 0: neither of its last two steps draws noise."""
+    sampling = sampled(config(), "sd3")
+    assert sampling.stochastic_steps == sampling.trained_steps == tuple(range(8))
+    assert sampled(config(), "linspace").stochastic_steps == tuple(range(9))  # ends 0.2, 0.1, 0
+
+
+def test_a_range_that_is_named_counts():
+    sampling = sampled(config(window={"range": [2, 9]}), "sd3")
+    assert sampling.stochastic_steps == sampling.trained_steps == tuple(range(2, 9))
+
+
+def test_without_noise_all_levels_but_the_last_train():
+    sampling = sampled(config(objective="awm"), "sd3")
+    assert sampling.stochastic_steps == () and sampling.trained_steps == tuple(range(9))
+
+
+def test_a_window_moves_within_the_steps_that_draw_noise():
+    cfg = config(window={"kind": "random", "size": 3})
+    works = [train_work(cfg, 0, step, PROMPT, grid=GRIDS["sd3"]) for step in range(200)]
+    assert {work.sampling.stochastic_steps[-1] for work in works} == set(range(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "grid", "words"),
+    [
+        (config(window={"kind": "sliding", "size": 9}), "sd3", ["sampler.window.size: found 9", "use 8 or less"]),
+        (config(steps=2), "sd3 in 2 steps", ["sampler.steps: of 2 steps", "sampler.window.range=[0,1]"]),
+    ],
+)
+def test_a_window_that_does_not_fit_the_noise_levels_is_refused(cfg, grid, words):
+    with pytest.raises(ConfigError) as error:
+        check_window(cfg, GRIDS[grid])
+    assert all(word in str(error.value) for word in words)
+    check_window(config(window={"range": [0, 9]}), GRIDS["sd3"])  # what was named counts
+    check_window(cfg, GRIDS["linspace"])
 
 
 def test_random_window_covers_its_range_and_nothing_else():
     cfg = config(window={"kind": "random", "size": 2, "range": [1, 5]}).sampler
-    seen = {stochastic_steps(cfg, 0, step) for step in range(200)}
+    seen = {stochastic_steps(cfg, 0, step, 9) for step in range(200)}
     assert seen == {(1, 2), (2, 3), (3, 4)}
 
 
 def test_sliding_window_moves_and_starts_over():
     cfg = config(window={"kind": "sliding", "size": 4, "every": 3, "range": [0, 6]}).sampler
-    firsts = [stochastic_steps(cfg, 0, step)[0] for step in range(12)]
+    firsts = [stochastic_steps(cfg, 0, step, 9)[0] for step in range(12)]
     assert firsts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_cps_keeps_the_coefficients():
     assert float(step.mean) == pytest.approx((1 - t_next) * 2.0 + noise_coefficient * -3.0, rel=1e-12)
     assert noise_coefficient**2 + step.std**2 == pytest.approx(t_next**2, rel=1e-12)
     assert step.std == pytest.approx(t_next * math.sin(eta * math.pi / 2))
+
+
+def test_cps_has_the_published_log_prob():
+    """-|x' - mean|^2, without 1 / (2 std^2), which at t' = 0.004 is 40,000; so has the KL, as the log-prob's weight."""
+    torch.manual_seed(0)
+    x, v = torch.randn(3, 4, 6, 6), torch.randn(3, 4, 6, 6)
+    mask = torch.rand(3, 4, 6, 6) > 0.5
+    for t, t_next in ((1.0, 0.9), (0.253, 0.004)):
+        step = cps_step(x, v, t, t_next, 0.7)
+        x_next = step.mean + step.std * torch.randn_like(x)
+        squares = (x_next - step.mean) ** 2
+        assert torch.equal(log_prob(x_next, step), -squares.flatten(1).mean(1))
+        assert torch.equal(gaussian_kl(step, x_next), squares.flatten(1).mean(1))
+        chosen = torch.stack([s[m].mean() for s, m in zip(squares, mask, strict=True)])
+        assert torch.allclose(log_prob(x_next, replace(step, mask=mask)), -chosen)
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 5), (3, 4, 6, 6), (3, 4, 2, 5, 5)])

@@ -13,17 +13,20 @@ class WindowConfig(Section):
     """The sampler steps that draw noise and can be trained."""
 
     kind: Literal["all", "random", "sliding"] = Field(
-        "all", description="Steps that draw noise and train: all but the last; a random window; MixGRPO's sliding one."
+        "all", description="Steps that draw noise and train: all of the range; a random window; MixGRPO's sliding one."
     )
     size: Count = Field(2, description="Steps in a random or sliding window.")
     range: Annotated[list[Natural], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="[first, end) of the steps that the window may cover; default: all but the last."
+        None,
+        description="[first, end) of the steps that the window may cover. Default: the steps that end at a noise level "
+        "of 0.05 or more, as the noise of later ones stays in the picture (rushes inspect lists them); with objectives "
+        "that draw no noise, all but the last.",
     )
     every: Count = Field(25, description="Sliding: optimisation steps before the window moves by one.")
 
-    def bounds(self, sampler_steps: int) -> tuple[int, int]:
-        """[first, end) of the steps that the window may cover, of `sampler_steps`. The last step never draws noise."""
-        return (0, sampler_steps - 1) if self.range is None else (self.range[0], self.range[1])
+    def bounds(self, default_end: int) -> tuple[int, int]:
+        """[first, end) of the steps that the window may cover. Without a range, it may cover [0, `default_end`)."""
+        return (0, default_end) if self.range is None else (self.range[0], self.range[1])
 
 
 class SamplerConfig(Section):
@@ -47,7 +50,7 @@ class SamplerConfig(Section):
         last = self.steps - 1  # the last transition is never stochastic (its std is ~0)
         if self.steps < 2:
             raise ValueError("sampler.steps: 1 leaves nothing to train (the last step is deterministic); use 2 or more")
-        start, end = self.window.bounds(self.steps)
+        start, end = self.window.bounds(last)
         if not 0 < end <= last:
             raise ValueError(
                 f"sampler.window.range: the end, {end}, is outside 1..{last} (the last step never draws noise)"

@@ -39,6 +39,7 @@ from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
 from pipeline.rl.group_plan import ode_sampling
+from pipeline.rl.noise_grid import NoiseGrid
 from pipeline.rl.samplers import log_prob
 
 RATIO_TOLERANCE = 1e-5  # |log-ratio| of an on-policy replay in float32
@@ -161,7 +162,8 @@ class _Probe:
             pipeline.embeddings.settle(
                 pipeline.pipe, self.plan.mode, lambda: same_inputs(small.steps, self._record(self.small).steps)
             )
-        return replace(result, fixed_guidance=_read_guidance(result, run_steps), report=report)
+        grid = self._noise_grid()
+        return replace(result, fixed_guidance=_read_guidance(result, run_steps), grid=grid, report=report)
 
     # -- pipeline calls -------------------------------------------------------------------------------------------
 
@@ -190,8 +192,14 @@ class _Probe:
     def _run_sampling(self) -> SamplingSpec:
         """A run's sampler, with every step that the run may train."""
         cfg = self.pipeline.cfg
-        steps = tuple(range(cfg.sampler.window.bounds(cfg.sampler.steps)[1]))
+        steps = tuple(range(cfg.sampler.window.bounds(cfg.sampler.steps - 1)[1]))
         return replace(ode_sampling(cfg, cfg.sampler.steps), stochastic_steps=steps, trained_steps=steps)
+
+    def _noise_grid(self) -> NoiseGrid:
+        """That of a run's sampler: the pipeline is stopped at its first step, when its scheduler has been set."""
+        sampling = ode_sampling(self.pipeline.cfg, self.pipeline.cfg.sampler.steps)
+        recording = self._sample(slice(0, 1), sampling, RecordOptions(stop_early=True))
+        return NoiseGrid(self.pipeline.prediction, recording.levels)
 
     def _steps_with_random_outputs(self, seed: int, sampling: SamplingSpec) -> list[RawStep]:
         """The trained steps of a rollout with random numbers in place of the denoiser's outputs.

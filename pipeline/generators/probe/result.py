@@ -11,6 +11,7 @@ from pipeline.generators.policy_pipeline import CallPlan
 from pipeline.generators.probe.fit import check_guidance, fit_guidance
 from pipeline.generators.record.recording import RawStep
 from pipeline.generators.spec import PolicySpec, call_keys
+from pipeline.rl.noise_grid import NoiseGrid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +21,7 @@ class ProbeResult:
     spec: PolicySpec
     plan: CallPlan  # how the pipeline is called
     scales: tuple[float, ...]  # guidance scales that the pipeline call itself names
+    grid: NoiseGrid | None = None  # noise levels of a run's sampler steps; None: not read yet
     # Sampler step -> its guidance, where a step's own outputs are too similar to tell; valid for a run's step count
     fixed_guidance: dict[int, StepGuidance] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)  # plain data, for people

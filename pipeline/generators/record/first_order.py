@@ -22,6 +22,7 @@ from diffusers import (
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.rl.samplers import samplers_for
+from pipeline.rl.samplers.base import NoiseLevels
 
 # Kept as they are: their grid is DDIM's, and some pipelines check the class.
 _FIRST_ORDER = (DDIMScheduler, CogVideoXDDIMScheduler, LCMScheduler)
@@ -157,3 +158,13 @@ def step_times(scheduler: Any, prediction: str, count: int, timestep: Any) -> tu
     clips = isinstance(scheduler, DDIMScheduler) and scheduler.config.clip_sample  # CogVideoX's ignores the flag
     clip = float(scheduler.config.clip_sample_range) if clips else 0.0
     return StepTimes(float(table[t]), float(then), clip), index
+
+
+def levels_from(scheduler: Any, prediction: str, position: int) -> tuple[NoiseLevels, ...]:
+    """Noise levels of the steps from `position` on the scheduler's grid to its end."""
+    begin = getattr(scheduler, "begin_index", None) or 0
+    levels = []
+    for index in range(position, len(scheduler.timesteps)):
+        times, _ = step_times(scheduler, prediction, index - begin, scheduler.timesteps[index])
+        levels.append(NoiseLevels(times.sigma, times.sigma_next, times.cap))
+    return tuple(levels)

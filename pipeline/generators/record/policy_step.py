@@ -88,7 +88,7 @@ def infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, pipeli
         )
     step.mask = kept
     if step.log_prob is not None:
-        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept))
+        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept, step.sharpness))
 
 
 def check_first_step(scheduler: Any, ours: torch.Tensor, arguments: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import SamplingSpec, StepGuidance
 from pipeline.generators.record.attention import changed_processors, processors_of, restore_processors
-from pipeline.generators.record.first_order import StepTimes, step_times
+from pipeline.generators.record.first_order import StepTimes, levels_from, step_times
 from pipeline.generators.record.outputs import first_tensor, has_one_tensor, replace_first
 from pipeline.generators.record.policy_step import check_first_step, clean_prediction, infer_mask, policy_transition
 from pipeline.generators.record.recording import RawCall, RawStep, Recording, RecordOptions, clone_call
@@ -136,7 +136,9 @@ class PipelineRecorder:
         if self._last_step is not None:
             infer_mask(self._last_step, x, recording, self.name)
             self._last_step = None
-        if options.stop_early and step > max(options.keep_steps):
+        if step == 0:
+            recording.levels = levels_from(self.scheduler, self.prediction, position)
+        if options.stop_early and step > max(options.keep_steps, default=-1):
             recording.stopped = True
             raise StopRecording
         last = position + 1 >= len(self.scheduler.timesteps)
@@ -226,6 +228,7 @@ class PipelineRecorder:
             log_prob=log_prob(next_sample, gaussian) if noisy and gaussian.std > 0 else None,
             calls=list(self._calls),
             std=gaussian.std if noisy else 0.0,
+            sharpness=gaussian.sharpness,
         )
         if self.options.on_step is not None:
             self.options.on_step(step)

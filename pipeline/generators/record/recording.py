@@ -15,6 +15,7 @@ from pipeline.core.types import StepGuidance
 
 if TYPE_CHECKING:
     from pipeline.generators.record.shared_prefix import SharedPrefix
+    from pipeline.rl.samplers.base import NoiseLevels
 
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, np.generic, slice)
 
@@ -68,6 +69,7 @@ class RawStep:
     log_prob: torch.Tensor | None  # float32 [B]; None where the step is deterministic
     calls: list[RawCall]
     std: float = 0.0
+    sharpness: float | None = None  # see samplers.base.Transition
     mask: torch.Tensor | None = None  # bool, like next_sample; None: the policy chose every value
 
     @property
@@ -83,6 +85,7 @@ class Recording:
     steps: list[RawStep] = field(default_factory=list)  # those in RecordOptions.keep_steps
     # (original, its clone); keeping the original alive keeps its id unique
     clones: dict[TensorId, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    levels: tuple[NoiseLevels, ...] = ()  # of all steps of the call, known from the first one on
     num_steps: int = 0  # scheduler steps taken so far
     denoise_started: float = 0.0  # time.perf_counter()
     denoise_ended: float = 0.0
@@ -100,7 +103,7 @@ class RecordOptions:
     on_step: Callable[[RawStep], None] | None = None
     # (step, module name, output) -> the output that the pipeline receives instead
     replace_output: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None
-    stop_early: bool = False  # end the call once the kept steps are complete
+    stop_early: bool = False  # end the call once the kept steps are complete; with none kept, before the first step
     keep_graph: bool = False  # recorded inputs stay differentiable
     samples: Mapping[int, torch.Tensor] = field(default_factory=dict)  # step -> the sample it starts from instead
     check_first: bool = False  # compare the first step, without noise, with the scheduler's own

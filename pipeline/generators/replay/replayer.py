@@ -6,6 +6,7 @@ ids or timestep conventions; only which entries belong to which take, and the gu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class Replayer:
         )
         if step.mask is None:
             return gaussian
-        return Transition(gaussian.mean, gaussian.std, gaussian.dt, unpack(step.mask, self.device)[takes])
+        return replace(gaussian, mask=unpack(step.mask, self.device)[takes])
 
     def model_output(self, j: int, takes: slice, sample: torch.Tensor) -> torch.Tensor:
         """Calls the denoisers again for trained step `j` and the given takes; `sample`: those takes' x_t [b, ...]."""

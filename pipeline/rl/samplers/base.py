@@ -31,12 +31,14 @@ class Transition:
 
     `mask`: bool, the shape of `mean`; the values the policy really chose, where a pipeline puts others in their place
     (a given first frame, what inpainting keeps). None: all of them.
+    `sharpness`: the log-prob is -sharpness |x' - mean|^2 and a constant. None: the density's own, 1 / (2 std^2).
     """
 
     mean: torch.Tensor
     std: float
     dt: float
     mask: torch.Tensor | None = None
+    sharpness: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +110,17 @@ def clean_and_noise(
 
 
 def log_prob(x_next: torch.Tensor, step: Transition) -> torch.Tensor:
-    """Gaussian log-density of `x_next` [B, ...], averaged over the non-batch dims (within `step.mask`) -> float32 [B].
+    """Log-prob of `x_next` [B, ...], averaged over the non-batch dims (within `step.mask`) -> float32 [B].
 
-    The mean over dims (not the sum) keeps clip ranges independent of resolution (DDPO lineage). The same full
-    density for every sampler, CPS included, so that clip ranges mean the same everywhere.
+    The Gaussian's log-density, or -sharpness |x_next - mean|^2 where the sampler's likelihood has a sharpness of its
+    own. The mean over dims (not the sum) keeps clip ranges independent of resolution (DDPO lineage).
     Raises ValueError for a deterministic step: its log-prob is undefined, not 0.
     """
     if step.std <= 0.0:
         raise ValueError("log-prob of a deterministic step is undefined; train only steps that draw noise")
     x_next = x_next.detach().float()
+    if step.sharpness is not None:
+        return _mean(-step.sharpness * (x_next - step.mean) ** 2, step.mask)
     z = (x_next - step.mean) / step.std
     constant = math.log(step.std) + 0.5 * math.log(2.0 * math.pi)
     return _mean(-0.5 * z * z - constant, step.mask)
@@ -131,5 +135,9 @@ def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def gaussian_kl(step: Transition, other_mean: torch.Tensor) -> torch.Tensor:
-    """KL between two Gaussians of equal std, per dimension: |mean - other|^2 / (2 std^2) averaged -> [B]."""
-    return _mean((step.mean - other_mean) ** 2, step.mask) / (2.0 * step.std**2)
+    """KL between two Gaussians of equal std, per dimension: |mean - other|^2 / (2 std^2) averaged -> [B].
+
+    With the step's own sharpness in place of 1 / (2 std^2), so that it weighs the steps as the log-prob does.
+    """
+    distance = _mean((step.mean - other_mean) ** 2, step.mask)
+    return distance * step.sharpness if step.sharpness is not None else distance / (2.0 * step.std**2)

@@ -1,7 +1,7 @@
 """What a source is: where the takes of a training group come from.
 
-A source turns a row of its data (a prompt) into the work of a group. It is a pure function of (run seed, group, step),
-so that a retry, another worker or a resumed run gives the same takes.
+A source turns a row of its data (a prompt) into the work of a group. It is a pure function of (run seed, group, step)
+and of the pipeline's noise levels, so that a retry, another worker or a resumed run gives the same takes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pipeline.core.types import GroupWork, PromptItem
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.rl.noise_grid import NoiseGrid
 
 register = SOURCES.register
 
@@ -27,8 +28,10 @@ class Source(Part, ABC):
         """What groups are made of; visited in a new random order each epoch. Raises `InputError`."""
 
     @abstractmethod
-    def work(self, cfg: Config, group: int, step: int, row: PromptItem) -> GroupWork:
-        """The group's K takes, to be consumed by optimisation step `step`."""
+    def work(
+        self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None
+    ) -> GroupWork:
+        """The group's K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline."""
 
     def check(self, cfg: Config) -> None:
         """Rules of consistency that concern the source. Raises `ConfigError` naming the key and the fix."""

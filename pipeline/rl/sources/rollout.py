@@ -12,6 +12,7 @@ from pipeline.rl.sources.base import Source, register
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.rl.noise_grid import NoiseGrid
 
 
 @register("rollout")
@@ -21,5 +22,7 @@ class Rollout(Source):
     def rows(self, cfg: Config) -> Sequence[PromptItem]:
         return load_prompts(cfg.prompts.train)
 
-    def work(self, cfg: Config, group: int, step: int, row: PromptItem) -> GroupWork:
-        return train_work(cfg, group, step, row)
+    def work(
+        self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None
+    ) -> GroupWork:
+        return train_work(cfg, group, step, row, grid=grid)
