@@ -131,7 +131,7 @@ class Sleepers:
         return {"name": seat, "pid": os.getpid(), "host": "simulated", "node": place, "rss": 0, "peak_rss": 0}
 
     def start(self, seat: str, *_: Any) -> dict[str, Any]:
-        return {**self.info(seat), "device": "cpu", "version": 0, "probe": {}}
+        return {**self.info(seat), "device": "cpu", "version": 0, "probe": {}, "grid": None}
 
     async def generate(self, seat: str, order: bytes, missing: np.ndarray | None) -> tuple[Any, Any, Any]:
         (work,), (number, *_) = from_bytes(order)

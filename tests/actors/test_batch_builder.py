@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import tiny
+from noise_grids import GRIDS
 
 from actors.batch_builder import BatchBuilder
 from actors.group_run import GroupFailed, GroupRun, GroupState
@@ -28,6 +29,7 @@ class Runner:
         self.submitted: list[int] = []
         self.calls: list[list[int]] = []
         self.lost: list[str] = []
+        self.noisy: set[tuple[int, ...]] = set()  # the stochastic steps of the groups
 
     async def room(self) -> None:
         await self._free.acquire()
@@ -40,6 +42,7 @@ class Runner:
 
     async def _draw(self, run, policy) -> None:
         self.submitted.append(run.group)
+        self.noisy.add(run.work.sampling.stochastic_steps)
         async with self._free:
             await asyncio.sleep(random.Random(run.group).random() * 2e-3)
         policy([run.work])
@@ -121,6 +124,17 @@ def test_every_group_is_submitted_once_and_failed_and_filtered_ones_are_replaced
     assert sorted(runner.submitted) == list(range(21)) and len(trained) == 18
     assert sorted(trained) == [group for group in range(21) if group not in (1, 2, 5)]
     assert all(batch == sorted(batch) for batch in batches)
+
+
+def test_groups_are_planned_on_the_noise_levels_that_the_workers_report():
+    async def body():
+        runner = Runner()
+        builder = make(runner)
+        runner.grid = GRIDS["sd3 in 4 steps"]  # as the first worker becomes ready
+        await beside(builder, steps(builder, 2))
+        return runner.noisy
+
+    assert asyncio.run(body()) == {(0, 1)}
 
 
 def test_a_step_whose_groups_all_have_equal_rewards_is_given_up():

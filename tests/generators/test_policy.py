@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from pipeline.core.errors import InputError, UnsupportedPolicyError
+from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError
 from pipeline.core.tensors import SampleCopies, SharedSlot
 from pipeline.core.types import GroupWork, PromptItem, StepGuidance
 from pipeline.generators.guidance import RULES
@@ -71,6 +71,22 @@ def test_a_take_depends_on_its_seed_alone(folder):
     last = [part.steps[-1].next_sample.data for part in parts.parts]
     np.testing.assert_allclose(np.concatenate(last), trajectory.parts[0].steps[-1].next_sample.data, atol=1e-5)
     assert np.ptp(whole.frames.astype(int).reshape(4, -1).mean(1)) > 0  # different seeds, different takes
+
+
+def test_the_noise_levels_are_known_before_the_first_rollout(folder):
+    """They are those of a run's own steps, and choose which of these draw noise."""
+    policy = make(folder, sampler={"steps": 6})
+    grid = policy.grid
+    assert len(grid.levels) == 6 and grid.noisy_steps == 4  # the fifth step ends at 0.009, the sixth at 0
+    _, trajectory, _ = policy.rollout(train_work(policy.cfg, 0, 0, PROMPTS[0], grid=grid))
+    recorded = [(step.sigma, step.sigma_next, step.sigma_cap) for step in trajectory.parts[0].steps]
+    assert recorded == [(levels.sigma, levels.sigma_next, levels.cap) for levels in grid.levels[:4]]
+
+
+def test_a_window_that_does_not_fit_the_pipeline_is_refused(folder):
+    with pytest.raises(ConfigError, match="sampler.steps: of 2 steps"):
+        make(folder, sampler={"steps": 2})
+    assert make(folder, sampler={"steps": 2, "window": {"range": [0, 1]}}).grid.noisy_steps == 0
 
 
 def test_same_initial_noise_is_shared(folder):

@@ -56,7 +56,7 @@ class Actor:
         self.score = Method(lambda order, *media: Reference(self._score(from_bytes(order), media)))
 
     async def _info(self) -> dict:
-        return {"host": "here", "node": "n", "pid": 0}
+        return {"host": "here", "node": "n", "pid": 0, "grid": None}
 
     async def _start(self) -> dict:
         self.world.on_start(self.pool)

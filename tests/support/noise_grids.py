@@ -25,6 +25,7 @@ GRIDS = {
     "shipped": _flow(8, 2.0),  # of both shipped generators
     "sd3": _flow(10, 3.0),
     "sd3 in 2 steps": _flow(2, 3.0),
+    "sd3 in 4 steps": _flow(4, 3.0),
     "sd3 in 40 steps": _flow(40, 3.0),
     "linspace": _flow(10, 1.0, np.linspace(1.0, 0.1, 10)),
     "flux": _flow(28, 3.0, np.linspace(1.0, 1 / 28, 28)),
