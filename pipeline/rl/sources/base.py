@@ -28,9 +28,7 @@ class Source(Part, ABC):
         """What groups are made of; visited in a new random order each epoch. Raises `InputError`."""
 
     @abstractmethod
-    def work(
-        self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None
-    ) -> GroupWork:
+    def work(self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None) -> GroupWork:
         """The group's K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline."""
 
     def check(self, cfg: Config) -> None:

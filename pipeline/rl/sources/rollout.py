@@ -22,7 +22,5 @@ class Rollout(Source):
     def rows(self, cfg: Config) -> Sequence[PromptItem]:
         return load_prompts(cfg.prompts.train)
 
-    def work(
-        self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None
-    ) -> GroupWork:
+    def work(self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None) -> GroupWork:
         return train_work(cfg, group, step, row, grid=grid)
