@@ -10,7 +10,9 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 RUN_KEY = "rushes_run"  # metadata of a run's job
 CALL_KEY = "rushes_call"  # metadata of the small jobs that are calls of `run_api`
 POLL_S = 0.5
+END_S = 30.0  # for the job of a call to end
+SETTLE_S = 2.5  # Ray's monitor looks at a job every second
+LEFT_BEHIND_S = 60.0  # since the end of a call's job, after which nobody reads it any more
+_CALL_ID = re.compile(r"rushes-[a-z_]+-[0-9a-f]{12}")
 TERMINAL = ("STOPPED", "SUCCEEDED", "FAILED")
 _NEED = "give --address http://HOST:8265 (the dashboard), or HOST:6379 on a machine of the cluster"
 
@@ -192,15 +198,29 @@ class JobsCluster(Cluster):
         return {}
 
     def _clean_up(self, job: str, stop: bool) -> None:
-        """Removes the job of a call from the cluster's list."""
+        """Removes the job of a call from the cluster's list, while the caller goes on with the answer; and those that
+        earlier calls have left, such as killed ones."""
         assert self._jobs is not None
-        with contextlib.suppress(RuntimeError, ConnectionError, OSError):
-            if stop:
-                self._jobs.stop_job(job)
-            limit = time.monotonic() + 5
-            while self._jobs.get_job_status(job) not in TERMINAL and time.monotonic() < limit:
-                time.sleep(POLL_S)
-            self._jobs.delete_job(job)  # one that takes longer stays in the list
+        remover = threading.Thread(target=_remove_job, args=(self._jobs, job, stop), name=f"remove {job}")
+        remover.start()  # not a daemon: the process waits for it
+
+
+def _remove_job(client: JobSubmissionClient, job: str, stop: bool) -> None:
+    """A job may be deleted once Ray's own monitor has seen its end: else the monitor finds nothing under its name and
+    lists it anew, as failed."""
+    with contextlib.suppress(RuntimeError, ConnectionError, OSError):
+        if stop:
+            client.stop_job(job)
+        limit = time.monotonic() + END_S
+        while client.get_job_status(job) not in TERMINAL and time.monotonic() < limit:
+            time.sleep(POLL_S)
+        time.sleep(SETTLE_S)
+        client.delete_job(job)  # one that takes longer is left to the next call
+    with contextlib.suppress(RuntimeError, ConnectionError, OSError):
+        for other in client.list_jobs():
+            left = _CALL_ID.fullmatch(other.submission_id or "") and other.status in TERMINAL
+            if left and time.time() - (other.end_time or 0) / 1000 > LEFT_BEHIND_S:
+                client.delete_job(other.submission_id)
 
 
 def _value(answer: dict[str, Any]) -> Any:

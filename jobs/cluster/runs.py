@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from jobs.cluster import client
 from jobs.cluster.client import TERMINAL, Cluster
 from pipeline.core.errors import ConfigError, RushesError
 from pipeline.core.safe_paths import check_regular
-from pipeline.runs.lock import writer_of
+from pipeline.runs.lock import writer_of, writing_process
 from pipeline.runs.paths import RunDir
 from pipeline.runs.remote_sync import local_run
 from pipeline.runs.snapshot import RunSnapshot
@@ -80,12 +81,16 @@ class FolderRun:
         writer = writer_of(self.run)
         if writer is None:
             raise ConfigError(f"run {self.name} is not running; nothing to stop")
-        process = re.fullmatch(r"process (\d+) on (.+)", writer)
-        if not process or process.group(2) != os.uname().nodename:
-            raise ConfigError(f"run {self.name} is written by {writer}; stop it there, or give its cluster's --address")
-        for _ in range(2 if now else 1):
-            os.kill(int(process.group(1)), signal.SIGTERM)
-            time.sleep(0.2)
+        process = writing_process(self.run)
+        if process is None:
+            raise ConfigError(
+                f"run {self.name} is written by {writer}, which is no process of this machine and user that has it "
+                "open; stop it there, or give its cluster's --address"
+            )
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            for _ in range(2 if now else 1):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
 
 
 class ClusterRun:

@@ -33,8 +33,11 @@ def cluster_address(*configured: str | None) -> str | None:
 
 
 def cluster_of_this_machine() -> str | None:
-    """HOST:PORT of the cluster that `ray start` runs here, if it answers."""
+    """HOST:PORT of the cluster that `ray start` runs here, if it answers. A file that another user has put there is not
+    believed: whoever runs a cluster runs the code that is sent to it."""
     try:
+        if CLUSTER_FILE.stat().st_uid not in (os.getuid(), 0):
+            return None
         address = CLUSTER_FILE.read_text().strip()
     except OSError:
         return None

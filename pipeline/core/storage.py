@@ -4,7 +4,9 @@ A run whose `run.dir` is a URL is written to a scratch folder of the node and mi
 (`pipeline.runs.remote_sync`). The scratch folder's name is the quoted URL, so that every process that knows a run's
 path knows where it is mirrored to, on any node:
 
-    s3://bucket/runs  ->  $RUSHES_SCRATCH/s3%3A%2F%2Fbucket%2Fruns     (default: rushes-scratch in the temporary folder)
+    s3://bucket/runs  ->  $RUSHES_SCRATCH/s3%3A%2F%2Fbucket%2Fruns
+
+$RUSHES_SCRATCH is by default rushes-scratch-UID in the temporary folder.
 
 s3, gs, abfss, hdfs and file come with pyarrow; other schemes need their fsspec package. Credentials come from the
 environment, as those libraries document it, never from the URL.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.core.errors import ConfigError, RushesError, one_line
+from pipeline.core.files import describe_os_error
 from pipeline.core.safe_paths import relative_name
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -34,12 +38,29 @@ def is_url(text: str) -> bool:
 
 
 def scratch_root() -> Path:
-    return Path(os.environ.get("RUSHES_SCRATCH") or Path(tempfile.gettempdir()) / "rushes-scratch").absolute()
+    """$RUSHES_SCRATCH, or a folder of this user's own in the temporary folder, where anyone may create any name."""
+    named = os.environ.get("RUSHES_SCRATCH")
+    return Path(named).absolute() if named else Path(tempfile.gettempdir()).absolute() / f"rushes-scratch-{os.getuid()}"
+
+
+def own_folder(folder: Path) -> Path:
+    """`folder`, created for this user alone if it is not there. ValueError if it belongs to another user or others may
+    write it: a run's files in it would be theirs to make up."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.lstat()
+    except OSError as error:
+        raise ValueError(f"the scratch folder {describe_os_error(error, folder)}; set RUSHES_SCRATCH") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o002:
+        raise ValueError(
+            f"the scratch folder {folder} is not this user's own; remove it, or set RUSHES_SCRATCH to a folder of yours"
+        )
+    return folder
 
 
 def local_folder(value: Any) -> Any:
     """The folder in which `run.dir` is written: itself, or the scratch folder of a URL. ValueError for a URL with
-    credentials or without a path."""
+    credentials or without a path, or a scratch folder of another user's."""
     if not isinstance(value, str) or not is_url(value):
         return value
     parts = urlsplit(value)
@@ -48,7 +69,9 @@ def local_folder(value: Any) -> Any:
     if not (parts.netloc + parts.path).strip("/"):
         raise ValueError(f"{value} names no bucket or folder; use for example s3://bucket/runs")
     base, mark, query = value.partition("?")
-    return scratch_root() / quote(base.rstrip("/") + mark + query, safe="")
+    if not os.environ.get("RUSHES_SCRATCH"):
+        own_folder(scratch_root())
+    return own_folder(scratch_root() / quote(base.rstrip("/") + mark + query, safe=""))
 
 
 def url_of(path: Path) -> str | None:

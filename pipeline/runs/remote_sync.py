@@ -14,10 +14,12 @@ import re
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, RushesError
+from pipeline.core.reading import parse_json_object
 from pipeline.core.safe_paths import path_inside
 from pipeline.core.storage import Store, display_path, is_url, local_folder, url_of
 from pipeline.runs.lock import this_process, writer_of
@@ -25,6 +27,7 @@ from pipeline.runs.paths import RunDir
 
 MANIFEST = "MANIFEST.json"
 LEASE = "WRITER.json"
+CONFIRM_S = 1.0  # after which a lease that was taken is read back
 INTERVAL_S = 20.0  # between uploads of changed files; also how often the lease is renewed
 STALE_S = 75.0  # a lease that is not renewed for this long belonged to a process that has died
 _UPLOADED_BY_THEIR_WRITERS = ("checkpoints", "export", "exports")
@@ -204,7 +207,7 @@ class RemoteSync:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self._store, self._me = store_of(run.path), this_process()
+        self._store, self._me, self._place = store_of(run.path), this_process(), _place(run)
         self._uploaded: dict[str, tuple[int, int]] = {}  # name -> size and mtime
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="remote sync", daemon=True)
@@ -214,8 +217,18 @@ class RemoteSync:
         if self._store is not None:
             self._wait_for_the_lease(self._store)
             self._renew()
+            time.sleep(CONFIRM_S)
+            lease = self._store.read(LEASE)
+            if lease is not None and _field(lease, "place") != self._place:  # the last of those who start at once stays
+                raise self._taken(lease)
             self._thread.start()
         return self
+
+    def _taken(self, lease: bytes) -> RushesError:
+        return RushesError(
+            f"run {self.run.name} is being written by {_writer(lease)} (in {display_path(self.run.path)}); "
+            "wait for it, stop it, or use another run.name"
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Raises `RushesError` when the last files cannot be uploaded."""
@@ -227,9 +240,9 @@ class RemoteSync:
             log.error("%s", error)  # must not mask the exception that ended the run
 
     def _wait_for_the_lease(self, store: Store) -> None:
-        """Returns once nobody renews the lease."""
+        """Returns once nobody renews the lease. Its own time says nothing: the writer's clock may be wrong."""
         lease, since = store.read(LEASE), time.monotonic()
-        if lease is None or not _may_be_alive(lease):
+        if lease is None or _field(lease, "place") == self._place:  # its writer would hold the local lock
             return
         log.warning(
             "%s may still be written by %s; waiting to see whether it renews its lease",
@@ -240,15 +253,13 @@ class RemoteSync:
             time.sleep(min(5.0, STALE_S / 4))
             current = store.read(LEASE)
             if current is not None and current != lease:
-                raise RushesError(
-                    f"run {self.run.name} is being written by {_writer(current)} (in {display_path(self.run.path)}); "
-                    "wait for it, stop it, or use another run.name"
-                )
+                raise self._taken(current)
             lease = current
 
     def _renew(self) -> None:
         assert self._store is not None
-        self._store.write(LEASE, json.dumps({"writer": self._me, "time": time.time()}).encode())
+        lease = {"writer": self._me, "place": self._place, "time": time.time()}
+        self._store.write(LEASE, json.dumps(lease).encode())
 
     def _loop(self) -> None:
         while not self._done.wait(INTERVAL_S):
@@ -287,17 +298,24 @@ class RemoteSync:
         self._store.delete(LEASE)
 
 
-def _may_be_alive(lease: bytes) -> bool:
-    """Not a lease of this node, whose writer would hold the local lock, nor one that was last renewed long ago."""
+def _place(run: RunDir) -> str:
+    """Names the local lock, as no other machine's or container's: two of them may have the same host name."""
     try:
-        fields = json.loads(lease)
-        return not fields["writer"].endswith(f" on {os.uname().nodename}") and time.time() - fields["time"] < 600
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return True
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        lock = run.lock.stat()
+    except OSError:
+        return uuid.uuid4().hex
+    return f"{os.uname().nodename} {boot} {lock.st_dev}:{lock.st_ino}"
+
+
+def _field(lease: bytes, name: str) -> str | None:
+    """A text of a lease; None for a lease of another version, or for what is none."""
+    try:
+        value = parse_json_object(lease, LEASE, "delete it")[name]
+    except (InputError, KeyError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _writer(lease: bytes) -> str:
-    try:
-        return str(json.loads(lease)["writer"])
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    return _field(lease, "writer") or "another process"

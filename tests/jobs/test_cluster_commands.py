@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from command import run
 from fake_checkpoint import fake_config
 from made_up_run import make_run
 from ray._private.runtime_env import packaging
+from ray.dashboard.modules.job.job_manager import JobManager
 
 from jobs.cluster import client, run_api, runs
 from jobs.cluster import submission as submitting
@@ -237,6 +239,48 @@ def test_answers_of_the_cluster_come_back_as_they_were():
         client._value({"error": "the disk", "kind": "CheckpointError"})
     with pytest.raises(RunFailed):
         client._value({"error": "?", "kind": "Unheard"})
+
+
+def test_the_job_of_a_call_is_removed_only_when_rays_monitor_has_seen_its_end(monkeypatch):
+    """Deleted sooner, Ray lists it anew as failed. What earlier calls left is removed too, and nothing else."""
+    monkeypatch.setattr(client, "POLL_S", 0.0)
+    events: list = []
+    statuses = iter(["RUNNING", "RUNNING", "SUCCEEDED"])
+    now = time.time() * 1000
+    call_id = "rushes-overview-0123456789ab"
+
+    def listed(name, status, ended_s_ago):
+        return SimpleNamespace(submission_id=name, status=status, end_time=now - 1000 * ended_s_ago)
+
+    jobs = SimpleNamespace(
+        stop_job=lambda job: events.append(("stop", job)),
+        get_job_status=lambda job: events.append("status") or next(statuses),
+        delete_job=lambda job: events.append(("delete", job)),
+        list_jobs=lambda: [
+            listed("rushes-watch-aaaaaaaaaaaa", "FAILED", 99),
+            listed("rushes-watch-bbbbbbbbbbbb", "STOPPED", 3),
+            listed("rushes-watch-cccccccccccc", "RUNNING", 0),
+            listed("rushes-20261127-200000", "FAILED", 99),
+            listed(None, "SUCCEEDED", 99),
+        ],
+    )
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: events.append(seconds) if seconds else None)
+    client._remove_job(jobs, call_id, stop=True)
+    assert events[0] == ("stop", call_id) and events.count("status") == 3
+    assert events[-3:] == [client.SETTLE_S, ("delete", call_id), ("delete", "rushes-watch-aaaaaaaaaaaa")]
+    assert client.SETTLE_S > 2 * JobManager.JOB_MONITOR_LOOP_PERIOD_S
+
+
+def test_a_cluster_file_of_another_user_is_not_believed(monkeypatch, tmp_path):
+    file = tmp_path / "ray_current_cluster"
+    file.write_text("127.0.0.1:1")
+    monkeypatch.setattr(cluster_address, "CLUSTER_FILE", file)
+    monkeypatch.setattr(cluster_address, "is_listening", lambda address: True)
+    assert find_address(None) == "127.0.0.1:1"
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    if mine:
+        assert find_address(None) is None
 
 
 def test_an_unknown_run_is_answered_with_the_known_ones():

@@ -1,11 +1,16 @@
 """One process writes a run; the system frees the lock of one that is killed."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from pipeline.core.errors import RushesError
-from pipeline.runs.lock import RunLock, writer_of
+from jobs.cluster.runs import FolderRun
+from pipeline.core.errors import ConfigError, RushesError
+from pipeline.runs.lock import RunLock, this_process, writer_of, writing_process
 from pipeline.runs.paths import RunDir
 
 
@@ -29,3 +34,46 @@ def test_one_process_writes_a_run(tmp_path):
     with RunLock(RunDir(tmp_path)):
         pass
     assert writer_of(RunDir(tmp_path)) is None
+
+
+def test_readers_never_refuse_a_writers_start(tmp_path):
+    """However many look at the run, and however often the writer starts."""
+    run, done = RunDir(tmp_path), threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            writer_of(run)
+
+    readers = [threading.Thread(target=look) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    try:
+        for _ in range(60):
+            with RunLock(run):
+                assert writer_of(run) == this_process()  # its own look does not free its lock
+                with pytest.raises(RushesError), RunLock(run):
+                    pass
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert writer_of(run) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["process 1 on {host}", "process {other} on {host}", "process 99999999 on {host}", "x"]
+)
+def test_a_lock_file_may_name_any_process_but_only_the_writer_counts(tmp_path, text):
+    """A run's folder may be shared or copied: what `rushes stop` would signal has the lock itself open."""
+    run = RunDir(tmp_path)
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        with RunLock(run):
+            assert writing_process(run).pid == os.getpid()
+            run.lock.write_text(text.format(host=os.uname().nodename, other=bystander.pid))
+            assert writing_process(run) is None
+            with pytest.raises(ConfigError, match="is no process of this machine and user"):
+                FolderRun(run).stop(now=False)
+        assert bystander.poll() is None
+    finally:
+        bystander.communicate(b"\n")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -40,6 +41,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(os, "uname", lambda: type("Uname", (), {"nodename": name}))
 
     go("a")
+    monkeypatch.setattr(remote_sync, "CONFIRM_S", 0.0)
     return go
 
 
@@ -207,6 +209,50 @@ def test_two_machines_cannot_write_one_run(machine, tmp_path, url, monkeypatch):
         assert json.loads(store.read(LEASE))["writer"].endswith("on a")
 
 
+@pytest.mark.parametrize("skew_s", [-660, 660, -1e9])
+@pytest.mark.parametrize("host", ["other", "the same name"])
+def test_a_live_writer_is_not_taken_over_whatever_its_clock_or_host_name(machine, tmp_path, monkeypatch, skew_s, host):
+    """A lease counts by whether it is renewed. Two containers may have one host name."""
+    monkeypatch.setattr(remote_sync, "STALE_S", 0.6)
+    url = f"file://{tmp_path}/shared"
+    run = create(config(tmp_path, url), Path("c.yaml"))
+    store, done = remote_sync.store_of(run.path), threading.Event()
+    name = "a" if host == "the same name" else "b"
+
+    def renew() -> None:
+        count = 0
+        while not done.wait(0.05):
+            count += 1
+            lease = {"writer": f"process {os.getpid()} on {name}", "place": "elsewhere", "time": time.time() + skew_s}
+            store.write(LEASE, json.dumps(lease | {"count": count}).encode())
+
+    writer = threading.Thread(target=renew)
+    writer.start()
+    while store.read(LEASE) is None:
+        time.sleep(0.01)
+    try:
+        with pytest.raises(RushesError, match=f"written by process {os.getpid()} on {name}"):
+            with RunLock(run), RemoteSync(run):
+                pass
+    finally:
+        done.set()
+        writer.join()
+    with RunLock(run), RemoteSync(run):  # nobody renews it any more
+        pass
+
+
+def test_of_two_writers_that_start_at_once_one_stays(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_sync, "CONFIRM_S", 0.1)
+    run = create(config(tmp_path, f"file://{tmp_path}/shared"), Path("c.yaml"))
+    store = remote_sync.store_of(run.path)
+    other = json.dumps({"writer": "process 1 on b", "place": "b", "time": 0}).encode()
+    threading.Timer(0.05, lambda: store.write(LEASE, other)).start()
+    with pytest.raises(RushesError, match="written by process 1 on b"):
+        with RunLock(run), RemoteSync(run):
+            pass
+    assert store.read(LEASE) == other
+
+
 def test_changed_files_are_uploaded_during_the_run(machine, tmp_path, url, monkeypatch):
     monkeypatch.setattr(remote_sync, "INTERVAL_S", 0.05)
     run = create(config(tmp_path, url), Path("c.yaml"))
@@ -258,7 +304,7 @@ def test_reading_leaves_alone_what_this_machine_is_writing(machine, tmp_path, ur
     run = create(config(tmp_path, url), Path("c.yaml"))
     run.config.write_text("x")
     code = (
-        "import sys, fcntl; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
+        "import sys, fcntl; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); "
         "sys.stdin.read()"
     )
     holder = subprocess.Popen(
