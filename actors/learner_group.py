@@ -118,7 +118,7 @@ class LearnerGroup:
         threads = self.cfg.threads or max(1, cores() // len(self.slots))
         for rank, slot in enumerate(self.slots):
             slot.generation += 1
-            slot.state, slot.activity = WorkerState.STARTING, "starting"
+            slot.state, slot.activity = WorkerState.STARTING, "starting its process"
             suffix = f"#{slot.generation}" if slot.generation > 1 else ""
             options: dict[str, Any] = {
                 "name": f"{self.ctx.run.name}/{slot.name}{suffix}",
@@ -134,7 +134,7 @@ class LearnerGroup:
         placed = self._all("starting", [slot.actor.info.remote() for slot in self.slots])
         infos = await self._wait(placed, f"starting {len(self.slots)} process(es)", WARNING_EVERY_S)
         for slot, info in zip(self.slots, infos, strict=True):
-            slot.host, slot.activity = info["host"], "starting"
+            slot.host, slot.activity = info["host"], "loading"
         on_node = Counter(info["node"] for info in infos)
         address = None
         if len(self.slots) > 1:

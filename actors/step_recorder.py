@@ -23,7 +23,7 @@ from actors.worker_pool import WorkerPool
 from pipeline.core.errors import RushesError, one_line
 from pipeline.core.types import Media
 from pipeline.rl.ledger import Ledger
-from pipeline.runs.tracking import make_tracker
+from pipeline.runs.tracking import drop_metrics_since, make_tracker
 
 CLOSE_S = 60.0  # more than the trackers take
 _KEPT = 1000  # steps whose metrics stay in memory, about 10 kB each; all are in metrics.jsonl
@@ -48,7 +48,7 @@ class Recent:
 
 
 class Recorder:
-    """Raises `ConfigError` when a tracker fails to start."""
+    """Records go to the run's folder, to the trackers and to Ray's metrics."""
 
     def __init__(self, ctx: RunContext, pools: Sequence[WorkerPool]) -> None:
         self.ctx, self.cfg, self._pools = ctx, ctx.cfg, pools
@@ -135,6 +135,12 @@ class Recorder:
     async def flush(self) -> None:
         """Returns once everything recorded so far is written. Raises the first error of a write."""
         await asyncio.gather(*self._writes)
+
+    async def rewind(self, step: int) -> None:
+        """The run begins again with `step`: later records are dropped, once everything so far is written."""
+        await self.flush()
+        await asyncio.to_thread(drop_metrics_since, self.ctx.run.path, step)
+        self._write(self._tracker.rewind, step)
 
     async def close(self) -> list[str]:
         """Waits for the writes, at most `CLOSE_S` seconds: a disk that does not answer does not hold the end. Returns

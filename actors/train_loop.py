@@ -39,7 +39,6 @@ from pipeline.rl.on_policy import check_on_policy
 from pipeline.rl.sources import source_of
 from pipeline.runs import checkpoint
 from pipeline.runs.snapshot import RunSnapshot
-from pipeline.runs.tracking import drop_metrics_since
 
 T = TypeVar("T")
 log = logging.getLogger("rushes.loop")
@@ -123,10 +122,10 @@ class TrainLoop:
         self._dispatching = background.create_task(self._dispatcher.run())
         await self._unless_stopped(self._all_ready())
         self._check_version()
-        # Only now, when everything has come up, are the lines after the checkpoint dropped.
-        drop_metrics_since(self.ctx.run.path, self._version + 1)
-        self._evaluator.write()
         self._recorder = Recorder(self.ctx, self._dispatcher.pools)
+        if self._resume_from is not None:  # only now, when everything has come up
+            await self._recorder.rewind(self._version + 1)
+        self._evaluator.write()
         self._watching = background.create_task(self._recorder.watch())
         await self._with_learner_recovery(self._resume_admission)
         log.info("started at step %d of %d", self._version, self.cfg.run.steps)
@@ -353,8 +352,7 @@ class TrainLoop:
         self._saved_step, self._version = (back_to if saved is not None else -1), back_to
         await self._unless_stopped(self._learner.start(str(folder) if folder is not None else None))
         self._check_version()
-        await self._record.flush()
-        drop_metrics_since(self.ctx.run.path, back_to + 1)
+        await self._record.rewind(back_to + 1)
         self._evaluator.records = [record for record in self._evaluator.records if record["step"] <= back_to]
         self._evaluator.write()
         self._builder = BatchBuilder(self.cfg, self._dispatcher, self._prompts)

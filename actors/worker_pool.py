@@ -292,7 +292,7 @@ class WorkerPool:
             self._new_actor(slot)
             try:
                 slot.host = (await slot.actor.info.remote())["host"]  # no limit: an autoscaled node takes its time
-                slot.activity = "starting"
+                slot.activity = "loading"
                 async with asyncio.timeout(MAX_START_S):  # wait_for may swallow a cancellation
                     slot.info = await slot.actor.start.remote(*self.start_args)
             except Exception as error:

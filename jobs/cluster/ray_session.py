@@ -96,8 +96,9 @@ class RaySession:
     def __enter__(self) -> RaySession:
         os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
         if (Path(pipeline.__file__).parents[1] / "pyproject.toml").exists():  # run from a checkout: workers need it too
-            paths = [str(Path(pipeline.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-            os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+            given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+            paths = [Path(pipeline.__file__).parents[1], *(Path(path).absolute() for path in given)]
+            os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))  # Ray's workers start in other folders
         import ray
 
         _messages_to_the_log()

@@ -85,18 +85,30 @@ def health_line(record: dict[str, float], queues: dict[str, int]) -> str:
     return "  ".join(parts)
 
 
+def starting_line(snapshot: RunSnapshot) -> str:
+    """Whom a run that starts waits for, and what they do; "" for another state."""
+    if snapshot.state != "starting":
+        return ""
+    waits = [f"{name} ({activity})" for name, activity in snapshot.activities.items() if name not in snapshot.pids]
+    return f"starting: {', '.join(waits)}" if waits else "starting"
+
+
 class PlainView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._records: list[dict[str, float]] = []
         self._evals: set[int] = set()
-        self._state = ""
+        self._state, self._starting = "", ""
 
     def update(self, snapshot: RunSnapshot) -> None:
+        starting = starting_line(snapshot)
         if snapshot.state != self._state:
             self._state = snapshot.state
-            if self._state not in ("training", "saving"):
+            if self._state not in ("training", "saving") and not starting:
                 self.note(self._state)
+        if starting and starting != self._starting:
+            self._starting = starting
+            self.note(starting)
         evals = [record for record in snapshot.evals if record["step"] not in self._evals]
         for record in sorted([*snapshot.records, *evals], key=lambda r: (r["step"], "tag" in r)):
             if "tag" in record:
@@ -133,7 +145,7 @@ class LiveView:
         head.add_row(
             Text(self._name, style="bold"),
             ProgressBar(total=steps, completed=step, width=30),
-            Text(f"{step}/{steps}  {snapshot.state}  {elapsed} gone, about {left} left"),
+            Text(f"{step}/{steps}  {starting_line(snapshot) or snapshot.state}  {elapsed} gone, about {left} left"),
         )
         lines: list[Any] = [head]
         if self._records:

@@ -42,7 +42,8 @@ def _versions() -> dict[str, str]:
 
 
 def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, console: Console) -> None:
-    """summary.json and the report, whose path is the last line shown."""
+    """The report, and then summary.json, which says that the run has finished. The last line shown is the report's
+    path."""
     from pipeline.tools.report.report import build_report
 
     evals = result["evals"]
@@ -62,8 +63,8 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     started = psutil.Process().create_time()
     missing: list[str] = list(result.get("missing", []))
 
-    def write() -> None:
-        summary = {
+    def summary() -> dict[str, Any]:
+        values = {
             "status": "finished",
             "run": run.name,
             "heldout": heldout,
@@ -81,15 +82,15 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
             "report": str(run.report),
             "missing": missing,
         }
-        atomic_write(run.summary, json.dumps(mask_tree(summary), indent=2).encode())
+        return mask_tree(values)
 
-    write()
     try:
-        build_report(run.path)
+        build_report(run.path, summary())
     except Exception as error:  # the run itself is complete, and the report can be made again
         log.warning("the report failed", exc_info=error)
         missing.append(f"report: {type(error).__name__}: {one_line(error)}; make it with: rushes report {run.name}")
-    write()  # with the report's own time
+    # Last: whoever finds a finished run finds its report. With the report's own time.
+    atomic_write(run.summary, json.dumps(summary(), indent=2).encode())
     if evals:
         gain = with_error(last["mean"] - first["mean"], difference.se if difference else None, sign="+")
         say(console, f"held-out reward {first['mean']:.4f} -> {last['mean']:.4f} ({gain}, {last['n']} prompts)")

@@ -73,6 +73,7 @@ def run_training(
             for change in changed:
                 say(console, f"changed since it last ran: {change}")
                 log.info("changed since it last ran: %s", change)
+        say(console, "starting: Ray")
         sampler = MemorySampler()
         sampler.start()
         signals = StopSignals()

@@ -1,8 +1,9 @@
 """Takes as files: pictures or clips in a folder, and `takes.parquet` with a row for each.
 
-Columns: prompt, prompt_index, seed, version, step, take, path (null where no file was written), reward (the weighted
-sum), and for each reward `reward/<name>` (null where it does not apply) and, of a segmental one, `segments/<name>`
-(values of the S segments), `segment_weights/<name>` [S] and `segment_frames/<name>` [S, n].
+Columns: prompt, prompt_index, seed, version, step, take, path (null where no file was written). Of takes that were
+scored also reward (the weighted sum; null where no reward applies), and for each reward `reward/<name>` (null where it
+does not apply) and, of a segmental one, `segments/<name>` (values of the S segments), `segment_weights/<name>` [S] and
+`segment_frames/<name>` [S, n].
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ def save_takes(
 def _score_columns(scores: Mapping[str, RewardScores], weights: Mapping[str, float], k: int) -> dict[str, Any]:
     """Take `k`'s reward and its parts. NaN is the score of a reward that does not apply."""
     applying = {name: float(score.values[k]) for name, score in scores.items() if not np.isnan(score.values[k])}
-    columns: dict[str, Any] = {"reward": float(sum(weights.get(name, 1.0) * v for name, v in applying.items()))}
+    columns: dict[str, Any] = {}
+    if scores:
+        total = float(sum(weights.get(name, 1.0) * value for name, value in applying.items()))
+        columns["reward"] = total if applying else None
     for name, score in scores.items():
         columns[f"reward/{name}"] = applying.get(name)
         values, shares, frames = score.segment_values, score.segment_weights, score.segment_frames
@@ -108,7 +112,7 @@ class TakeRecord(Record):
     prompt: str
     prompt_index: Whole
     seed: int
-    reward: FiniteFloat
+    reward: FiniteFloat | None = None
     take: Whole = 0
     path: str | None = None
 

@@ -58,8 +58,9 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(out)`; components that the pipeline class has no
     LoRA loader for (a second expert, a class without one) get a folder each: for
     `pipe.<component>.load_lora_adapter(out/<component>, prefix=None)`, or in PEFT's format where the model class has
-    no loader either. alpha / rank is folded into lora_B, so that loaders that ignore alpha get the same model. Returns
-    `out`. Raises ConfigError when full weights were trained.
+    no loader either. What the pipeline's loader reads is there in PEFT's format too (`adapter_config.json`): in `out`
+    itself, or for several components in `out/peft/<component>`. alpha / rank is folded into lora_B, so that loaders
+    that ignore alpha get the same model. Returns `out`. Raises ConfigError when full weights were trained.
     """
     if weights.kind != "lora":
         raise ConfigError("export: this run trained full weights; use --format full")
@@ -67,7 +68,10 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     scale = cfg.trainable.alpha / cfg.trainable.rank
     save = getattr(type(pipe), "save_lora_weights", None)
     parameters = inspect.signature(save).parameters if save is not None else {}
-    pipeline_layers, lines, scratch = {}, [], _scratch_folder(out)
+    pipeline_layers: dict[str, dict[str, torch.Tensor]] = {}
+    lines: list[str] = []
+    others: list[str] = []
+    scratch = _scratch_folder(out)
     for name, module in trained_modules(pipe, cfg.trainable).items():
         if not hasattr(module, "peft_config"):
             continue  # it contains none of trainable.targets
@@ -75,7 +79,7 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
         has_loader = hasattr(module, "load_lora_adapter")
         if f"{name}_lora_layers" in parameters and (has_loader or name.startswith("text_encoder")):
-            pipeline_layers[f"{name}_lora_layers"] = state
+            pipeline_layers[name] = state
             continue
         folder = scratch / name
         folder.mkdir(parents=True)
@@ -83,21 +87,37 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
             save_file(state, folder / LORA_FILE)
             lines.append(f'pipe.{name}.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
             continue
-        rank = cfg.trainable.rank
-        targets = [key for key, layer in module.named_modules() if isinstance(layer, LoraLayer)]
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(folder)
-        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / ADAPTER_FILE)
+        _save_for_peft(cfg, module, state, folder)
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{name}").merge_and_unload()')
     if save is not None and pipeline_layers:
-        save(save_directory=scratch, safe_serialization=True, **pipeline_layers)
+        layers = {f"{name}_lora_layers": state for name, state in pipeline_layers.items()}
+        save(save_directory=scratch, safe_serialization=True, **layers)
         lines.insert(0, 'pipe.load_lora_weights(".")')
+        for name, state in pipeline_layers.items():
+            folder = scratch if len(pipeline_layers) == 1 else scratch / "peft" / name
+            _save_for_peft(cfg, getattr(pipe, name), state, folder)
+            shown = folder.relative_to(scratch).as_posix()
+            others.append(f'PeftModel.from_pretrained(pipe.{name}, "{shown}")')
     (scratch / "README.md").write_text(
         f"LoRA for {cfg.generator.pretrained} ({type(pipe).__name__}), made by Rushes.\n\n"
-        + ("    from peft import PeftModel\n" if any("PeftModel" in line for line in lines) else "")
+        + ("    from peft import PeftModel\n" if any("PeftModel" in line for line in [*lines, *others]) else "")
         + "    pipe = DiffusionPipeline.from_pretrained(...)\n"
         + "".join(f"    {line}\n" for line in lines)
+        + ("\nThe same for PEFT, instead of the above:\n\n" if others else "")
+        + "".join(f"    {line}\n" for line in others)
     )
     return _finish(scratch, out)
+
+
+def _save_for_peft(cfg: Config, module: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """`adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained(module, folder)`. `state`:
+    lora_A and lora_B by layer, with alpha / rank folded in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = cfg.trainable.rank
+    targets = [key for key, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    base = cfg.generator.pretrained
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, base_model_name_or_path=base).save_pretrained(folder)
+    save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / ADAPTER_FILE)
 
 
 def load_lora(pipe: DiffusionPipeline, folder: Path) -> None:

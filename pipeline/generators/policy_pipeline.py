@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.config.schema import Config
-from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.config.schema import Config, GeneratorConfig
+from pipeline.core.errors import CannotRun, UnsupportedPolicyError
 from pipeline.core.types import PromptItem, SamplingSpec
 from pipeline.generators.call.arguments import CallMode, call_arguments
 from pipeline.generators.call.output import to_floats
@@ -115,7 +115,8 @@ class PolicyPipeline:
     ) -> Sampled:
         """One pipeline call. `seeds`: of the policy's noise, and of the initial noise unless `noise_seeds` are given.
 
-        Raises UnsupportedPolicyError when the pipeline takes another number of steps than `sampling` names.
+        Raises UnsupportedPolicyError when the pipeline takes another number of steps than `sampling` names, or makes
+        other frames than the config asks for.
         """
         kwargs = self.call_arguments(plan, prompts, sampling)
         initial = [cpu_generator(seed) for seed in noise_seeds or seeds]
@@ -131,7 +132,9 @@ class PolicyPipeline:
             if self._request_other_steps(plan, kwargs.get("num_inference_steps", 0), recording.num_steps, sampling):
                 return self.sample(plan, prompts, seeds, noise_seeds, sampling, options)
             raise UnsupportedPolicyError(_wrong_steps(self.name, recording.num_steps, sampling.num_steps))
-        return Sampled(to_floats(output, len(prompts)), recording)
+        values = to_floats(output, len(prompts))
+        _check_shape(self.name, self.cfg.generator, values)
+        return Sampled(values, recording)
 
     def call_arguments(self, plan: CallPlan, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
         """Arguments of the pipeline's __call__, without `generator`."""
@@ -147,6 +150,22 @@ class PolicyPipeline:
             return False
         plan.steps_to_request[steps] = requested + steps - taken
         return True
+
+
+def _check_shape(name: str, generator: GeneratorConfig, values: np.ndarray) -> None:
+    """Raises `UnsupportedPolicyError` when a pipeline has made other frames than it was asked for: some round sizes and
+    numbers of frames, others do not know them."""
+    made = values.shape[1:4]
+    asked = (generator.num_frames, generator.height, generator.width)
+    if made == asked:
+        return
+    keys = zip(("num_frames", "height", "width"), made, asked, strict=True)
+    settings = ", ".join(f"generator.{key}={value}" for key, value, wanted in keys if value != wanted)
+
+    def shown(shape: tuple[int, ...]) -> str:
+        return f"{shape[0]} frame{'s' if shape[0] != 1 else ''} of {shape[2]}x{shape[1]}"
+
+    raise CannotRun(f"{name} made {shown(made)} where {shown(asked)} were asked for; set {settings}, which it can make")
 
 
 def _wrong_steps(name: str, taken: int, expected: int) -> str:

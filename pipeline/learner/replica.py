@@ -69,11 +69,16 @@ class Replica:
         return self.objective.loss(ReplayedMicroBatch(self, group, call, check_replay))
 
     def output(self, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
-        """What the scheduler would be given for the sample x [b, ...]."""
+        """What the scheduler would be given for the sample x [b, ...].
+
+        Several replicas cast without autocast's cache: one that traces a graph holds the cache's lock while it waits
+        for the GIL, and another one that leaves autocast holds the GIL while it waits for the lock, for ever.
+        """
         with torch.autocast(
             self.device.type,
             dtype=getattr(torch, self.cfg.learner.autocast, None),
             enabled=self.cfg.learner.autocast != "none",
+            cache_enabled=self.cfg.learner.replicas == 1,
         ):
             return call.model_output(x)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardAway, RewardError, one_line
+from pipeline.core.reading import shown
 from pipeline.core.secrets import mask
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scored, Scorer, ScorerCall, check_output
@@ -23,6 +25,21 @@ from pipeline.rewards.registry import check_options, create_scorer
 from pipeline.rewards.repeats import score_repeatedly
 from pipeline.rewards.routing import score_some
 from pipeline.rewards.segments import score_segments
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+RESERVED = ("mean", "std", "se")  # metrics of all rewards together: reward/mean, reward/std, heldout/mean, heldout/se
+
+
+def check_reward_name(name: str) -> None:
+    """Raises `ConfigError` for a name that cannot stand in metrics, tables and the names of actors."""
+    if name in RESERVED:
+        raise ConfigError(
+            f"rewards.{name}: reward/{name} is a metric of all rewards together; use another name, such as {name}_score"
+        )
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"rewards.{shown(name)}: cannot be a reward's name; use letters, digits, '_', '-' and '.' (at most 64)"
+        )
 
 
 def check_reward(name: str, cfg: RewardConfig) -> None:

@@ -24,6 +24,8 @@ class Tracker(Protocol):
 
     def log_media(self, step: int, tag: str, media: Media) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -47,6 +49,10 @@ class OptionalTracker:
     def log_media(self, step: int, tag: str, media: Media) -> None:
         """Never waits, never raises."""
         self._give(lambda tracker: tracker.log_media(step, tag, media))
+
+    def rewind(self, step: int) -> None:
+        """Never waits, never raises."""
+        self._give(lambda tracker: tracker.rewind(step))
 
     def close(self, within_s: float | None = None) -> None:
         """Waits for what was given, at most `within_s` seconds (`CLOSE_S`), and leaves the rest behind."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, RushesError, one_line
+from pipeline.core.errors import RushesError
 from pipeline.core.files import atomic_write, describe_os_error
 from pipeline.core.media import enlarge, view_scale
 from pipeline.core.secrets import mask_tree
@@ -36,6 +35,10 @@ class Tracker(ABC):
 
     def log_media(self, step: int, tag: str, media: Media) -> None:
         """Pictures as a grid, videos as one strip of frames per take. Trackers without media ignore it."""
+        return
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back: what was logged from `step` on is logged again. Trackers that overwrite ignore it."""
         return
 
     def close(self) -> None:
@@ -88,9 +91,18 @@ class JsonlTracker(Tracker):
 
 class TensorBoardTracker(Tracker):
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open(None)
+
+    def _open(self, purge_step: int | None) -> None:
+        """`purge_step`: TensorBoard hides what earlier files hold from this step on."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), flush_secs=10)
+        self._writer = SummaryWriter(str(self._folder), flush_secs=10, purge_step=purge_step)
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -178,6 +190,10 @@ class Trackers(Tracker):
         for tracker in self._optional:
             tracker.log_media(step, tag, media)
 
+    def rewind(self, step: int) -> None:
+        for tracker in self._optional:
+            tracker.rewind(step)
+
     def close(self) -> None:
         """At most `CLOSE_S` seconds for all trackers together."""
         deadline = time.monotonic() + CLOSE_S
@@ -190,25 +206,15 @@ class Trackers(Tracker):
 
 
 def make_tracker(cfg: Config, run_dir: Path) -> Trackers:
-    """metrics.jsonl and the configured backends. Raises `ConfigError` when one is not installed; one that is away or
-    fails later is a warning."""
+    """metrics.jsonl and the configured backends. One that cannot be imported here, is away or fails is a warning: the
+    preflight checks have told whoever started the run if its package is not installed there."""
     run_dir = Path(run_dir)
-    builders: dict[str, tuple[str, Callable[[], Tracker]]] = {
-        "tensorboard": ("tensorboardX", lambda: TensorBoardTracker(run_dir / "tensorboard")),
-        "wandb": ("wandb", lambda: WandbTracker(cfg, run_dir)),
-        "mlflow": ("mlflow", lambda: MlflowTracker(cfg, run_dir)),
+    builders: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard"),
+        "wandb": lambda: WandbTracker(cfg, run_dir),
+        "mlflow": lambda: MlflowTracker(cfg, run_dir),
     }
-    optional = []
-    for backend in cfg.tracking.backends:
-        module, build = builders[backend]
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a broken package raises its own kinds
-            raise ConfigError(
-                f"tracking.backends: {backend} did not start ({type(error).__name__}: {one_line(error)}); fix that or "
-                "remove it from the list"
-            ) from error
-        optional.append(OptionalTracker(backend, build))
+    optional = [OptionalTracker(backend, builders[backend]) for backend in cfg.tracking.backends]
     return Trackers(JsonlTracker(run_dir / METRICS_FILE), optional)
 
 

@@ -20,7 +20,7 @@ from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
-from pipeline.rewards.runner import check_reward
+from pipeline.rewards.runner import check_reward, check_reward_name
 from pipeline.rl.recipe import check_recipe
 from pipeline.rl.samplers import check_sampler
 from pipeline.runs.paths import check_name
@@ -127,6 +127,7 @@ def _under_key(key: str, load):
 def check_rewards(cfg: Config) -> None:
     """Scorers exist, take their options, and fit the generator."""
     for name, reward in cfg.rewards.items():
+        check_reward_name(name)
         check_reward(name, reward)
         if not is_function_spec(reward.scorer) and cfg.prompts.heldout is not None:
             _check_relative(name, reward.scorer, cfg)

@@ -29,3 +29,12 @@ def test_save_takes_appends_rows_and_media(tmp_path):
     assert rows[1]["path"] is None and paths[1] is None and (tmp_path / rows[0]["path"]).is_file()
     assert rows[1]["segments/x"] == [3.0, 4.0] and rows[0]["segment_frames/x"] == [[1], [6]]
     assert rows[0]["segment_weights/x"] == [0.25, 0.75]
+
+
+def test_takes_that_were_not_scored_have_no_reward_and_those_that_no_reward_applies_to_have_none(tmp_path):
+    """0.0 would be a score."""
+    prompts = [PromptItem(index=0, text="a")]
+    save_takes(tmp_path / "generated", None, prompts, [5], 0, {})
+    assert not any(column.startswith("reward") for column in read_takes(tmp_path / "generated")[0])
+    save_takes(tmp_path / "scored", None, prompts, [5], 0, {"x": RewardScores(values=np.array([np.nan], np.float32))})
+    assert read_takes(tmp_path / "scored")[0]["reward"] is None

@@ -306,11 +306,41 @@ def test_pods_meet_the_restricted_standard(name):
         assert all("hostPath" not in volume for volume in spec.get("volumes", ()))
         for container in [*spec.get("initContainers", ()), *spec["containers"]]:
             context = container["securityContext"]
-            assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert context == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+            }
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            volumes = {volume["name"] for volume in spec["volumes"]}
+            assert {"/tmp", "/home/rushes"} <= mounts.keys() and set(mounts.values()) <= volumes
             assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"] or (
                 container["name"] == "submitter"
             )
         assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "rushes"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_secret_is_in_the_pods_that_need_it_and_in_no_other(name):
+    """The keys of rewards' services with the reward servers, those of trackers with the controller, on the head."""
+    where: dict[str, set[str]] = {}
+    for template in templates(name):
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        for container in template["spec"]["containers"]:
+            sources = [source["secretRef"]["name"] for source in container.get("envFrom", ())]
+            variables = [entry for entry in container.get("env", ()) if "valueFrom" in entry]
+            for entry in variables:
+                assert entry["valueFrom"]["secretKeyRef"]["key"] == entry["name"]
+                sources.append(f"{entry['valueFrom']['secretKeyRef']['name']}/{entry['name']}")
+            for source in sources:
+                where.setdefault(source, set()).add(role)
+    together = name == "overlays/one-gpu"  # one pod plays all roles but the controller's
+    workers = {"all"} if together else {"rollout", "reward", "learner"}
+    assert where == {
+        "rushes-secrets/HF_TOKEN": {"head", *workers},
+        "rushes-trackers": {"head"},
+        "rushes-rewards": {"all"} if together else {"reward"},
+    }
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -322,6 +352,9 @@ def test_nothing_is_open_to_everyone(name):
     policy = documents(name, "NetworkPolicy")[0]["spec"]
     assert policy["podSelector"]["matchLabels"] == {"app.kubernetes.io/part-of": "rushes"}
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"} and all(rule["from"] for rule in policy["ingress"])
+    peers = [peer for rule in policy["ingress"] for peer in rule["from"] if "namespaceSelector" in peer]
+    named = [peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for peer in peers]
+    assert named == ["kuberay-system", "monitoring"]  # a label of a pod can be given in any namespace
 
 
 def test_ray_knows_the_names_of_its_token_settings():

@@ -202,6 +202,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(folder
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_export_gives_the_same_pictures_in_plain_diffusers(folder, kind, tmp_path):
     from diffusers import DiffusionPipeline
+    from peft import PeftModel
 
     policy, learner = make(folder, trainable={"kind": kind}, optimizer={"lr": 3e-2})
     untrained = policy.pipe.transformer
@@ -230,5 +231,10 @@ def test_export_gives_the_same_pictures_in_plain_diffusers(folder, kind, tmp_pat
         pipe = DiffusionPipeline.from_pretrained(folder)
         pipe.load_lora_weights(export_lora(policy.cfg, learner.weights(), tmp_path / "lora"))
         exported.append(pipe)
+        for_peft = DiffusionPipeline.from_pretrained(folder)
+        adapter = PeftModel.from_pretrained(for_peft.transformer, tmp_path / "lora")  # merged in place
+        assert adapter.peft_config["default"].base_model_name_or_path == str(folder)
+        adapter.merge_and_unload()
+        exported.append(for_peft)
     for pipe in exported:
         assert np.abs(plain(pipe) - ours.frames).max() <= 1

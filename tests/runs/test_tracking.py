@@ -1,6 +1,7 @@
 """Metrics files and trackers."""
 
 import json
+import struct
 import sys
 import time
 import types
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import RushesError
 from pipeline.core.types import Media
 from pipeline.runs import tracking
 from pipeline.runs.tracking import drop_metrics_since, make_tracker, media_grid, read_metrics
@@ -116,10 +117,35 @@ def test_wandb_and_mlflow_get_the_same_calls(tmp_path, monkeypatch):
     )
 
 
-def test_a_backend_that_cannot_start_is_named(tmp_path, monkeypatch):
+def test_a_backend_that_cannot_be_imported_here_is_named_and_holds_up_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="tracking.backends: wandb did not start"):
-        make_tracker(config("wandb"), tmp_path)
+    tracker = make_tracker(config("wandb"), tmp_path)
+    tracker.log(1, {"x": 1.0})
+    tracker.close()
+    assert len(read_metrics(tmp_path)) == 1
+    (missing,), (warning,) = tracker.missing(), [record.getMessage() for record in caplog.records]
+    assert "tracker wandb: 1 of 1 records are missing" in missing and "tracker wandb failed: ModuleNotFound" in warning
+
+
+def test_a_resumed_run_hides_what_tensorboard_has_of_the_steps_it_repeats(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    tracker = make_tracker(config("tensorboard"), tmp_path)
+    for step in (1, 2, 3):
+        tracker.log(step, {"x": 1.0})
+    tracker.rewind(2)
+    tracker.log(2, {"x": 2.0})
+    tracker.close()
+    starts = []
+    for file in (tmp_path / "tensorboard").glob("events*"):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[12 + length + 4 :]
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                starts.append(event.step)
+    assert starts == [2] and tracker.missing() == []
 
 
 class Client:

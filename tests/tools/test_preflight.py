@@ -209,6 +209,12 @@ def test_video_scorers_need_videos(tmp_path):
     preflight.check_rewards(fake_config(tmp_path / "x", generator={"num_frames": 1}, rewards=judged))
 
 
+@pytest.mark.parametrize("name", ["mean", "std", "se", "a/b", "", "a b", "x" * 65, "../up", "naïve"])
+def test_names_that_no_reward_can_have(tmp_path, name):
+    """`reward/mean` is the mean of all rewards; a name stands in metrics, columns and actors' names."""
+    assert "rewards." in error_of(fake_config(tmp_path, rewards={name: {"scorer": "jpeg_compressibility"}}))
+
+
 def test_relative_rewards_see_all_takes_of_a_prompt_together(tmp_path):
     (tmp_path / "own.py").write_text("def better(a, b, prompt):\n    return 0.5\n")
     reward = {"t": {"scorer": "tournament", "args": {"judge": f"{tmp_path}/own.py:better"}}}

@@ -6,6 +6,7 @@ Reads only what lies in the run folder, and says what is missing. `record` reads
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from pipeline.tools.report.record import RunRecord, read_run
 TEMPLATE = Path(__file__).parent / "templates"
 
 
-def build_report(run_dir: Path) -> Path:
-    """Writes `run_dir/report.html` and returns its path. Raises `RushesError` when it is no run folder."""
+def build_report(run_dir: Path, summary: dict[str, Any] | None = None) -> Path:
+    """Writes `run_dir/report.html` and returns its path. `summary`: instead of summary.json, of a run that is about to
+    write it. Raises `RushesError` when it is no run folder."""
     run = read_run(Path(run_dir))
+    if summary is not None:
+        run = replace(run, summary=summary)
     import jinja2
 
     environment = jinja2.Environment(

@@ -55,7 +55,7 @@ def pairs(run: RunRecord) -> list[dict[str, Any]]:
                 cells[key]["prompt"], cells[key]["seed"] = row["prompt"], row["seed"]
     shown = [cells[key] for key in sorted(cells)][:SHOWN_PROMPTS]
     for pair in shown:
-        if pair.get("before") and pair.get("after"):
+        if all(pair.get(side) and pair[side]["reward"] is not None for side in ("before", "after")):
             pair["delta"] = pair["after"]["reward"] - pair["before"]["reward"]
     return shown
 
@@ -68,7 +68,7 @@ def _cell(run_dir: Path, folder: Path, step: int, row: dict, budget: list[int], 
         path = None
     cell: dict[str, Any] = {
         "step": step,
-        "reward": row["reward"],
+        "reward": row.get("reward"),
         "scores": {key[7:]: value for key, value in row.items() if key.startswith("reward/") and value is not None},
         "video": path is not None and path.suffix == ".mp4",
         "src": None,
