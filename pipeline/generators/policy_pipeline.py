@@ -5,6 +5,8 @@ Both the probe and the policy call the pipeline through this class. It knows not
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from pipeline.generators.record.recorder import PipelineRecorder
 from pipeline.generators.record.recording import Recording, RecordOptions
 from pipeline.generators.replay.text_inputs import TextReencoder
 
+log = logging.getLogger("rushes.generators")
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
 
 
@@ -133,7 +136,7 @@ class PolicyPipeline:
                 return self.sample(plan, prompts, seeds, noise_seeds, sampling, options)
             raise UnsupportedPolicyError(_wrong_steps(self.name, recording.num_steps, sampling.num_steps))
         values = to_floats(output, len(prompts))
-        _check_shape(self.name, self.cfg.generator, values)
+        check_made(self.pipe, self.cfg.generator, values)
         return Sampled(values, recording)
 
     def call_arguments(self, plan: CallPlan, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
@@ -152,20 +155,37 @@ class PolicyPipeline:
         return True
 
 
-def _check_shape(name: str, generator: GeneratorConfig, values: np.ndarray) -> None:
-    """Raises `UnsupportedPolicyError` when a pipeline has made other frames than it was asked for: some round sizes and
-    numbers of frames, others do not know them."""
-    made = values.shape[1:4]
-    asked = (generator.num_frames, generator.height, generator.width)
-    if made == asked:
-        return
-    keys = zip(("num_frames", "height", "width"), made, asked, strict=True)
-    settings = ", ".join(f"generator.{key}={value}" for key, value, wanted in keys if value != wanted)
+def check_made(pipe: Any, generator: GeneratorConfig, values: np.ndarray) -> None:
+    """Compares values [K, F, H, W, 3] with what the config asks for. Raises `CannotRun` for fewer frames or another
+    size: some pipelines round them, or know no frames. An upscaler is not asked for a size; a pipeline that makes whole
+    sections may make more frames, which is logged.
+    """
+    name, arguments = type(pipe).__name__, parameters_of(pipe)
+    frames, height, width = values.shape[1:4]
+    made = {"num_frames": frames, "height": height, "width": width}
+    settings = [
+        f"generator.{key}={value}"
+        for key, value in made.items()
+        if (value < generator.num_frames if key == "num_frames" else key in arguments)
+        and value != getattr(generator, key)
+    ]
+    text = (
+        f"{name} made {_frames_of(frames, height, width)} where "
+        f"{_frames_of(generator.num_frames, generator.height, generator.width)} were asked for"
+    )
+    if settings:
+        raise CannotRun(f"{text}; set {', '.join(settings)}, which it can make")
+    if frames > generator.num_frames:
+        _say_once(text)
 
-    def shown(shape: tuple[int, ...]) -> str:
-        return f"{shape[0]} frame{'s' if shape[0] != 1 else ''} of {shape[2]}x{shape[1]}"
 
-    raise CannotRun(f"{name} made {shown(made)} where {shown(asked)} were asked for; set {settings}, which it can make")
+def _frames_of(frames: int, height: int, width: int) -> str:
+    return f"{frames} frame{'s' if frames != 1 else ''} of {width}x{height}"
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning("%s; all of them are scored and trained", text)
 
 
 def _wrong_steps(name: str, taken: int, expected: int) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import CannotRun
-from pipeline.generators.policy_pipeline import _check_shape
+from pipeline.generators.policy_pipeline import check_made
 from pipeline.learner.replica import Replica
 
 
@@ -17,22 +17,45 @@ def config(**sections) -> Config:
     return Config.model_validate({**data, **sections})
 
 
+class APipeline:
+    def __call__(self, prompt=None, num_frames=1, height=None, width=None):
+        """Makes nothing."""
+
+
+class AnUpscaler:
+    def __call__(self, prompt=None, image=None):
+        """Makes nothing."""
+
+
+def asked_for(frames, height, width):
+    return config(generator={"pretrained": "x", "num_frames": frames, "height": height, "width": width}).generator
+
+
+def takes_of(*shape):
+    return np.zeros((2, *shape, 3), np.float32)
+
+
 @pytest.mark.parametrize(
     "asked, made, fix",
     [
-        ((10, 48, 64), (9, 48, 64), "generator.num_frames=9,"),
+        ((10, 48, 64), (9, 48, 64), "set generator.num_frames=9, which"),
         ((2, 48, 64), (1, 48, 64), "made 1 frame of 64x48 where 2 frames of 64x48"),
-        ((1, 36, 40), (1, 32, 40), "set generator.height=32,"),
-        ((9, 100, 100), (8, 96, 96), "generator.num_frames=8, generator.height=96, generator.width=96"),
+        ((1, 36, 40), (1, 32, 40), "set generator.height=32, which"),
+        ((9, 100, 100), (8, 96, 104), "generator.num_frames=8, generator.height=96, generator.width=104"),
     ],
 )
 def test_other_frames_than_were_asked_for_are_refused_with_what_can_be_made(asked, made, fix):
-    frames, height, width = asked
-    generator = config(generator={"pretrained": "x", "num_frames": frames, "height": height, "width": width}).generator
     with pytest.raises(CannotRun) as error:
-        _check_shape("APipeline", generator, np.zeros((2, *made, 3), np.float32))
+        check_made(APipeline(), asked_for(*asked), takes_of(*made))
     assert fix in str(error.value)
-    _check_shape("APipeline", generator, np.zeros((2, *asked, 3), np.float32))
+    check_made(APipeline(), asked_for(*asked), takes_of(*asked))
+
+
+def test_what_a_pipeline_is_not_asked_for_is_not_compared_and_more_frames_are_logged_once(caplog):
+    check_made(AnUpscaler(), asked_for(1, 16, 16), takes_of(1, 32, 32))
+    for _ in range(2):
+        check_made(APipeline(), asked_for(5, 16, 16), takes_of(37, 16, 16))
+    assert [record.message for record in caplog.records if "37 frames" in record.message] == [caplog.records[0].message]
 
 
 @pytest.mark.parametrize("replicas, cached", [(1, True), (2, False)])

@@ -335,11 +335,11 @@ def test_each_secret_is_in_the_pods_that_need_it_and_in_no_other(name):
             for source in sources:
                 where.setdefault(source, set()).add(role)
     together = name == "overlays/one-gpu"  # one pod plays all roles but the controller's
-    workers = {"all"} if together else {"rollout", "reward", "learner"}
+    workers = {"all-roles"} if together else {"rollout", "reward", "learner"}
     assert where == {
         "rushes-secrets/HF_TOKEN": {"head", *workers},
         "rushes-trackers": {"head"},
-        "rushes-rewards": {"all"} if together else {"reward"},
+        "rushes-rewards": {"all-roles"} if together else {"reward"},
     }
 
 
