@@ -86,7 +86,7 @@ def media(work: Path, rng: random.Random) -> Iterator[Case]:
 
 
 def checkpoints(work: Path, rng: random.Random) -> Iterator[Case]:
-    """A run's checkpoint with damaged bytes, or with other contents under a right manifest; LoRAs; diffusers folders."""
+    """A run's checkpoint with damaged bytes, or other contents under a right manifest; LoRAs; diffusers folders."""
     import torch
 
     from jobs.common.load_trained import find_trained

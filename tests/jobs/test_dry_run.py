@@ -90,7 +90,7 @@ def test_what_passes_the_dry_run_starts(capsys, config, tmp_path):
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ("algorithm.group_size=4", "algorithm.group_size was"),
+        ("step.takes=4", "step.takes was"),
         ("run.seed=7", "run.seed was"),
         ("run.name=other", "no run 'other'"),
         ("run.name=a/b", "run.name"),
