@@ -5,10 +5,12 @@ A traceback appears only with --debug, or RUSHES_DEBUG=1.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 import traceback
+from typing import Any
 
 import typer
 
@@ -28,10 +30,16 @@ def main(argv: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else argv)
 
 
+@functools.cache
+def _command() -> Any:
+    """All commands, which typer would read from their signatures again at each call."""
+    return typer.main.get_command(app)
+
+
 def _run(argv: list[str]) -> int:
     debug = "--debug" in argv or os.environ.get("RUSHES_DEBUG", "") not in ("", "0")
     try:
-        result = app(args=argv, prog_name="rushes", standalone_mode=False)
+        result = _command()(args=argv, prog_name="rushes", standalone_mode=False)
         if result == 130:  # typer turns Ctrl-C into this status without a message
             return _fail("stopped", 130, KeyboardInterrupt(), debug)
         return result if isinstance(result, int) else 0
