@@ -58,9 +58,14 @@ class GroupRun:
         self.meta, self.media, self.trajectory = meta, media, trajectory
         self.state, self.failed_scorings, self.avoid = GroupState.SCORING, 0, None
 
-    def batch(self, feedback: Feedback) -> GroupBatch:
+    def batch(self, feedback: Feedback, learner_version: int) -> GroupBatch:
         """What the learner trains on."""
-        return GroupBatch(trajectory=self.trajectory, feedback=feedback, micro_batches=self.meta.micro_batches)
+        return GroupBatch(
+            trajectory=self.trajectory,
+            feedback=feedback,
+            staleness=learner_version - self.meta.version,
+            micro_batches=self.meta.micro_batches,
+        )
 
     def start_over(self) -> None:
         """Drops the takes; the group waits for a rollout again."""

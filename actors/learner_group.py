@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import exceptions as rx
@@ -23,7 +23,7 @@ from actors.ray_errors import describe, is_deterministic, root
 from actors.ray_options import MAX_START_S, RunContext, actor_env, cores, ray_resources
 from actors.worker_slot import WorkerSlot, WorkerState
 from pipeline.core.errors import RunFailed
-from pipeline.core.types import GroupBatch, PolicyVersion
+from pipeline.core.types import GroupBatch, PolicyTag, PolicyVersion
 
 MAX_WAIT_S = 1800.0  # for resources of the cluster; an autoscaled GPU node takes minutes
 FIRST_WARNING_S, WARNING_EVERY_S = 2.0, 15.0  # while waiting
@@ -183,7 +183,7 @@ class LearnerGroup:
         """Writes the trained policy for plain diffusers; returns the path."""
         return await self._call("export", "export", str(out))
 
-    async def policy_version(self, tag: Literal["train", "ema"]) -> PolicyVersion:
+    async def policy_version(self, tag: PolicyTag) -> PolicyVersion:
         """The present weights. Their reference is owned by this process, so they outlive the learner."""
         with self._busy("packing weights") as activity:
             calls = [slot.actor.weights.options(num_returns=2).remote(tag) for slot in self.slots]

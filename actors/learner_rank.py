@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
@@ -16,7 +16,7 @@ from actors.heartbeat import start_heartbeat
 from actors.ray_errors import is_lost
 from actors.ray_options import RunContext, cores
 from actors.role_actor import RoleActor, use_threads
-from pipeline.core.types import GroupBatch, WeightSet
+from pipeline.core.types import GroupBatch, PolicyTag, WeightSet
 from pipeline.runs import checkpoint, remote_sync
 
 
@@ -90,7 +90,7 @@ class LearnerActor(RoleActor):
             metrics = self.learner.train_step(batch, first, last)
         return TrainStepResult(self.learner.version, metrics=metrics or {})
 
-    def weights(self, tag: Literal["train", "ema"]) -> tuple[dict[str, Any], WeightSet]:
+    def weights(self, tag: PolicyTag) -> tuple[dict[str, Any], WeightSet]:
         """Two objects: {"number", "checksum"} and the weights. The caller owns both."""
         with self.doing("packing weights"):
             weights = self.learner.weights(tag)

@@ -69,6 +69,7 @@ class TrainLoop:
         self.ctx, self.cfg, self._resume_from, self._stop_asked = ctx, cfg, resume_from, stop_asked
         self._phase, self._version, self._saved_step = "starting", 0, -1
         self._recorder: Recorder | None = None
+        self._rollout_policy = objective_of(cfg).requirements.rollout_policy
         self._prompts = list(source_of(cfg).rows(cfg))
         heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout is not None else []
         self._learner = LearnerGroup(ctx)
@@ -202,10 +203,10 @@ class TrainLoop:
     async def _evaluate(self) -> None:
         self._phase = "evaluating"
         await self._builder.pause(True)
-        if self._evaluator.tag == "train":
+        if self._evaluator.tag == self._rollout_policy:
             version = self._builder.version
-        else:  # the workers go back to the training weights with their next training group
-            version = await self._fetch_version("ema")
+        else:  # the workers go back to the weights of training rollouts with their next training group
+            version = await self._fetch_version(self._evaluator.tag)
         try:
             record = await self._unless_stopped(self._evaluator.run(version))
         except RunFailed:
@@ -250,7 +251,7 @@ class TrainLoop:
         while True:
             chunk: StepChunk = await self._unless_stopped(anext(chunks))
             feedback = self._builder.signal(chunk.runs).feedback
-            groups = [run.batch(each) for run, each in zip(chunk.runs, feedback, strict=True)]
+            groups = [run.batch(each, self._version) for run, each in zip(chunk.runs, feedback, strict=True)]
             began = time.perf_counter()
             call = asyncio.ensure_future(self._learner.train_step(groups, chunk.start, chunk.last))
             reward_metrics: dict[str, float] = {}
@@ -265,7 +266,7 @@ class TrainLoop:
 
     async def _publish(self) -> None:
         """Groups are drawn with the learner's present weights from now on."""
-        await self._builder.published(await self._fetch_version("train"))
+        await self._builder.published(await self._fetch_version(self._rollout_policy))
 
     async def _fetch_version(self, tag: Any) -> PolicyVersion:
         started = time.perf_counter()

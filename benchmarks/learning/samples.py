@@ -91,7 +91,7 @@ class Loop:
 
     def step(self, number: int) -> dict[str, float]:
         """Draws, scores and trains `groups_per_step` groups; groups of equal rewards are filtered, as in a run."""
-        self.policy.load_weights(self.learner.weights("train"))
+        self.policy.load_weights(self.learner.weights(self.learner.objective.requirements.rollout_policy))
         kept, scores = [], []
         while len(kept) < self.cfg.step.groups:
             work = train_work(self.cfg, self.group, number, self.cursor.next(), grid=self.policy.grid)

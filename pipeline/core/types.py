@@ -143,7 +143,7 @@ class MicroBatchSpec:
     part: int  # of the trajectory
     position: int  # among the part's micro-batches
     takes: int
-    modules: tuple[str, ...]  # called in this order, "reference" for a pass of the reference policy
+    modules: tuple[str, ...]  # called in this order; for a pass of another policy, its name
     extra_replay_check: bool  # comparing its replay with the rollout would cost an extra forward pass
 
 
@@ -196,12 +196,16 @@ class WeightSet:
     checksum: str
 
 
+PolicyTag = Literal["train", "ema", "old"]
+"""The weights in training, their EMA, or the old policy of an objective that has one."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyVersion:
     """learner -> rollout. A worker draws only with weights of this very `checksum`."""
 
     number: int
-    tag: Literal["train", "ema"]
+    tag: PolicyTag
     checksum: str
     weights: Any  # object reference of a WeightSet
 
@@ -224,6 +228,7 @@ class GroupBatch:
     # On its way to the learner's ranks, a reference in its place. None: this rank, of several, replays no part of it.
     trajectory: Trajectory | None
     feedback: Feedback
+    staleness: int = 0  # the learner's version minus that of the policy that drew the takes
     micro_batches: tuple[MicroBatchSpec, ...] | None = None  # None: read from the trajectory
 
     @property

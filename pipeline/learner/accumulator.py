@@ -79,6 +79,7 @@ class GradientAccumulator:
     checked: frozenset[int]  # positions of the groups whose replay is compared with the rollout at extra cost
     done: int = 0  # groups replayed
     pairs: int = 0  # in them
+    stale: bool = False  # whether an earlier version of the policy drew some of them
     rows: dict[Any, np.ndarray] = field(default_factory=dict)  # of this process's micro-batches, see `RowLayout`
     row_sizes: list[int] = field(default_factory=list)  # of all ranks' micro-batches in order (several ranks only)
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pipeline.generators.load.compiling import compile_blocks
 from pipeline.learner.accumulator import GradientAccumulator, RowLayout, UpdateStatistics, count_pairs
 from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
 from pipeline.learner.micro_batch import ReplayCall, micro_batch_specs
+from pipeline.learner.policy_store import EMA, OLD, PolicyStore
 from pipeline.learner.replica import Replica
 from pipeline.learner.trained_model import load_trained_model
 from pipeline.rl.objectives import objective_of
@@ -74,14 +75,18 @@ class Learner:
             )
         model = load_trained_model(cfg, self.device, self.distributed)
         self.modules, self.trained, self._rollout_dtype = model.modules, model.trained, model.rollout_dtype
-        self.replicas = [Replica(cfg, self.device, model.modules, model.trained, model.reference, model.text)]
+        self.parameters = adapters.trainable(self.trained)
+        kept = {EMA: cfg.optimizer.ema_decay > 0, OLD: self.objective.requirements.old_policy}
+        self.policies = PolicyStore(self.parameters, [name for name, needed in kept.items() if needed])
+        self.replicas = [
+            Replica(cfg, self.device, model.modules, model.trained, model.frozen, model.text, self.policies)
+        ]
         self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.replicas - 1)]
         if cfg.generator.compile:
             for replica in self.replicas[1:]:  # a copy of a compiled module is not compiled
-                for modules in (replica.modules, replica.reference or {}):
+                for modules in (replica.modules, replica.frozen or {}):
                     compile_blocks(modules, self.device)
         self._threads = ThreadPoolExecutor(max(1, len(self.replicas) - 1), "replica")
-        self.parameters = adapters.trainable(self.trained)
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -90,7 +95,6 @@ class Learner:
             eps=opt.eps,
             weight_decay=opt.weight_decay,
         )
-        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if opt.ema_decay > 0 else {}
 
     # ------------------------------------------------------------------------------------------- one step
 
@@ -124,11 +128,16 @@ class Learner:
                     replay_error = statistics.replay_error
         if not last:
             return {}
+        if OLD in self.policies:
+            self.policies.follow(OLD, self.parameters, self.objective.old_decay(self.version))
         self.version += 1
+        metric = self.objective.requirements.replay_metric
+        if self._update.stale:
+            metric = metric.replace("onpolicy/", "offpolicy/")
         return {
             **{name: float(np.mean(entries)) for name, entries in values.items()},
             **self.objective.summarise({name: np.concatenate(entries) for name, entries in spreads.items()}),
-            self.objective.requirements.replay_metric: replay_error,
+            metric: replay_error,
         }
 
     @property
@@ -195,6 +204,7 @@ class Learner:
             self._replay_assigned(groups, checks)
         update.done += len(groups)
         update.pairs += count_pairs(groups)
+        update.stale |= any(group.staleness for group in groups)
 
     def _replay_groups(self, replica: Replica, tasks: Sequence[_GroupTask]) -> dict[tuple[int, int], np.ndarray]:
         """One replica's groups. Returns the micro-batches' rows by (position of the group, number in the group)."""
@@ -290,23 +300,22 @@ class Learner:
         warmup = self.cfg.optimizer.warmup_steps
         return self.cfg.optimizer.lr * (min(1.0, (self.updates + 1) / warmup) if warmup else 1.0)
 
-    @torch.no_grad()
     def _update_ema(self) -> None:
-        if not self.ema:
+        if EMA not in self.policies:
             return
         # Ramped up, so that short runs are not held back by the starting weights.
         decay = min(self.cfg.optimizer.ema_decay, (1.0 + self.updates) / (10.0 + self.updates))
-        for name, parameter in self.parameters.items():
-            self.ema[name].lerp_(parameter.detach(), 1.0 - decay)
+        self.policies.follow(EMA, self.parameters, decay)
 
     # ------------------------------------------------------------------------------------------- weights and state
 
-    def weights(self, tag: Literal["train", "ema"] = "train") -> WeightSet:
-        """The trained weights, or their EMA (the same where no EMA is kept), in the dtype that rollouts use.
+    def weights(self, tag: str = "train") -> WeightSet:
+        """The trained weights, or those of a policy in the store (`ema` without an EMA: the trained ones), in the dtype
+        that rollouts use.
 
         All ranks must call it; rank 0 gets the weights, the others an empty set. The same goes for `state`.
         """
-        source = self.ema if tag == "ema" and self.ema else self.parameters
+        source = self.policies[tag] if tag in self.policies else self.parameters
         kind = self.cfg.trainable.kind
         return adapters.to_weight_set(kind, self._gathered({n: t.to(self._rollout_dtype) for n, t in source.items()}))
 
@@ -322,7 +331,7 @@ class Learner:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything needed to resume: weights, EMA, optimiser moments; version and update counters."""
         tensors: dict[str, torch.Tensor] = {f"weights/{n}": p for n, p in self.parameters.items()}
-        tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
+        tensors |= self.policies.tensors()
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
@@ -331,7 +340,7 @@ class Learner:
 
     def load_state(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """Restores `state()`. Raises CheckpointError naming the first tensor that is missing or unexpected."""
-        expected = {f"weights/{n}" for n in self.parameters} | {f"ema/{n}" for n in self.ema}
+        expected = {f"weights/{n}" for n in self.parameters} | set(self.policies.tensors())
         stored = {n for n in tensors if not n.startswith("optimizer/")}
         if expected != stored:
             differing = sorted(expected ^ stored)
@@ -341,8 +350,7 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 copy_into(parameter, tensors[f"weights/{name}"])
-            for name, value in self.ema.items():
-                copy_into(value, tensors[f"ema/{name}"])
+        self.policies.load(tensors)
         for name, parameter in self.parameters.items():
             state = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -15,10 +15,9 @@ from pipeline.config.schema import Config
 from pipeline.core.types import MicroBatchSpec, RecordedStep, SamplingSpec, Trajectory
 from pipeline.generators.replay.merge_steps import merged
 from pipeline.generators.replay.replayer import Replayer
+from pipeline.learner.policy_store import OLD, REFERENCE
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.samplers import Transition
-
-REFERENCE = "reference"  # stands in `MicroBatchSpec.modules` for a pass of the reference policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +102,8 @@ def micro_batch_specs(cfg: Config, trajectory: Trajectory) -> tuple[MicroBatchSp
         replayer = Replayer(part, trajectory.spec, {}, torch.device("cpu"))
         for position, micro in enumerate(replay_calls(cfg, replayer)):
             modules = [call.module for call in micro.recorded.calls]
+            if needs.old_policy:
+                modules.append(OLD)
             if nth := needs.reference_every:
                 modules += [REFERENCE] * len(micro.takes_at_every(nth, trajectory.group))
             specs.append(

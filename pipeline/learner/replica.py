@@ -7,6 +7,7 @@ gradients.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators import adapters
-from pipeline.generators.replay.noising import noised, target
+from pipeline.generators.replay.noising import clean_error_scale, noised, target
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
 from pipeline.learner.micro_batch import ReplayCall, replay_calls
+from pipeline.learner.policy_store import OLD, REFERENCE, PolicyStore, worn
 from pipeline.learner.trained_model import Modules
 from pipeline.rl.objectives import Objective, objective_of
 from pipeline.rl.objectives.base import Loss
@@ -28,8 +30,9 @@ from pipeline.rl.samplers import Transition
 
 
 class Replica:
-    """`modules`: the denoisers; `trained`: what has trainable weights; `reference`: frozen copies of the denoisers
-    (full weights with a KL term, else None); `text`: where text encoders are trained."""
+    """`modules`: the denoisers; `trained`: what has trainable weights; `frozen`: copies of the denoisers for the passes
+    of other policies (full weights, where the objective requires one; else None), which hold the starting weights;
+    `text`: where text encoders are trained; `policies`: the other policies' weights, shared by all replicas."""
 
     def __init__(
         self,
@@ -37,23 +40,26 @@ class Replica:
         device: torch.device,
         modules: Modules,
         trained: Modules,
-        reference: Modules | None,
+        frozen: Modules | None,
         text: TextReencoder | None = None,
+        policies: PolicyStore | None = None,
     ) -> None:
         self.cfg, self.device, self.text = cfg, device, text
-        self.modules, self.trained, self.reference = modules, trained, reference
+        self.modules, self.trained, self.frozen = modules, trained, frozen
+        self.policies = policies or PolicyStore({}, ())
+        self.parameters = adapters.trainable(trained)
         self.objective = objective_of(cfg)
 
     def replicate(self) -> Replica:
         """Another replica that shares the weights and has its own gradients."""
-        everything = [self.modules, self.trained, self.reference or {}]
+        everything = [self.modules, self.trained, self.frozen or {}]
         tensors = [t for modules in everything for m in modules.values() for t in (*m.parameters(), *m.buffers())]
         same: dict[int, Any] = {}
         for tensor in tensors:
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             same[id(tensor)] = torch.nn.Parameter(tensor.data, tensor.requires_grad) if is_parameter else tensor
-        modules, trained, reference = copy.deepcopy((self.modules, self.trained, self.reference), same)
-        return Replica(self.cfg, self.device, modules, trained, reference)
+        modules, trained, frozen = copy.deepcopy((self.modules, self.trained, self.frozen), same)
+        return Replica(self.cfg, self.device, modules, trained, frozen, policies=self.policies)
 
     def micro_batches(self, trajectory: Trajectory, number: int) -> list[ReplayCall]:
         """Those of one part of a trajectory, on the replica's device."""
@@ -83,13 +89,18 @@ class Replica:
             return call.model_output(x)
 
     @torch.no_grad()
-    def reference_output(self, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
-        """The starting policy's output: adapter off (LoRA) or the frozen copy (full weights)."""
-        if self.reference is None:
+    def other_output(self, policy: str, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
+        """The output of another policy: the reference, or one of the store."""
+        if policy == REFERENCE and self.frozen is None:
             with adapters.adapters_off(self.trained), reference_inputs(call.replayer):
                 return self.output(call, x)
-        frozen = Replayer(call.replayer.part, call.replayer.spec, self.reference, self.device)
-        return self.output(ReplayCall(frozen, call.step, call.takes), x)
+        if self.frozen is None:
+            with worn(self.parameters, self.policies[policy]):
+                return self.output(call, x)
+        replayer = Replayer(call.replayer.part, call.replayer.spec, self.frozen, self.device)
+        frozen = {f"{name}.{key}": p for name, module in self.frozen.items() for key, p in module.named_parameters()}
+        with nullcontext() if policy == REFERENCE else worn(frozen, self.policies[policy]):
+            return self.output(ReplayCall(replayer, call.step, call.takes), x)
 
 
 class ReplayedMicroBatch(MicroBatch):
@@ -103,6 +114,10 @@ class ReplayedMicroBatch(MicroBatch):
         if self._group.feedback.advantages is None:
             raise RuntimeError("the group's feedback has no advantages")
         return self._call.per_take(self._group.feedback.advantages)
+
+    @property
+    def is_stale(self) -> bool:
+        return self._group.staleness > 0
 
     def drawn(self) -> Drawn:
         call = self._call
@@ -120,7 +135,10 @@ class ReplayedMicroBatch(MicroBatch):
         call = self._call
         if rows is not None:
             call = call.of_takes(slice(call.takes.start + rows.start, call.takes.start + rows.stop))
-        return self._replica.reference_output(call, x)
+        return self._replica.other_output(REFERENCE, call, x)
+
+    def old_output(self, x: torch.Tensor) -> torch.Tensor:
+        return self._replica.other_output(OLD, self._call, x)
 
     def rows_at_every(self, nth: int) -> list[slice]:
         start = self._call.takes.start
@@ -146,13 +164,20 @@ class ReplayedMicroBatch(MicroBatch):
     def target(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return target(self._call.replayer.spec.prediction, sigma, x0, noise)
 
+    def clean_error_scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        return clean_error_scale(self._call.replayer.spec.prediction, sigma)
+
     @torch.no_grad()
     def replay_error(self) -> torch.Tensor | None:
         if not (self._check_replay and self._call.checks_replay):
             return None
         call = self._call.unjoined()
         x, x_next = call.replayer.samples(call.step, call.takes)
-        replayed = call.transition(x, self._replica.output(call, x), self._group.held.sampling).mean
+        if self._replica.objective.requirements.old_policy:  # it drew the takes
+            output = self._replica.other_output(OLD, call, x)
+        else:
+            output = self._replica.output(call, x)
+        replayed = call.transition(x, output, self._group.held.sampling).mean
         return (replayed.to(x_next.dtype) - x_next).float()
 
 

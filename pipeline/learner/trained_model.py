@@ -1,4 +1,4 @@
-"""What a learner loads: the denoisers, what of them is trained, and the frozen reference of the KL term."""
+"""What a learner loads: the denoisers, what of them is trained, and a frozen copy for other policies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Modules = dict[str, torch.nn.Module]
 class TrainedModel:
     modules: Modules  # the denoisers
     trained: Modules  # what has trainable weights: the denoisers, text encoders, or both
-    reference: Modules | None  # frozen copies of the denoisers, for full weights with a KL term
+    frozen: Modules | None  # copies of the denoisers for the passes of other policies, for full weights
     text: TextReencoder | None  # where text encoders are trained
     rollout_dtype: torch.dtype  # of the weights that rollout workers get
 
@@ -49,20 +49,21 @@ def load_trained_model(cfg: Config, device: torch.device, distributed: Distribut
                 module.to(base_dtype)
         trained = trained_modules(pipe, cfg.trainable)
         text = TextReencoder(pipe, cfg.generator)
-    reference = copy.deepcopy(modules) if full and objective_of(cfg).requirements.reference_every else None
+    needs = objective_of(cfg).requirements
+    frozen = copy.deepcopy(modules) if full and (needs.reference_every or needs.old_policy) else None
     adapters.add_adapters(trained, cfg.trainable, cfg.run.seed)
     if cfg.learner.activation_checkpointing:
         for module in modules.values():
             module.enable_gradient_checkpointing()  # type: ignore[operator]
             module.train()  # diffusers recomputes activations in train mode only
             _disable_dropout(module)
-    for copies in (modules, reference or {}):
+    for copies in (modules, frozen or {}):
         if cfg.generator.compile:
             compile_blocks(copies, device)
-    for copies in (modules, reference or {}):
+    for copies in (modules, frozen or {}):
         distributed.split_context(copies)
         distributed.shard(copies)
-    return TrainedModel(modules, trained, reference, text, sampling_dtype if full else torch.float32)
+    return TrainedModel(modules, trained, frozen, text, sampling_dtype if full else torch.float32)
 
 
 def _disable_dropout(module: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from objective_terms import objective
+from objective_terms import denoising_terms, objective
 from scored_groups import group_batch
 from toy_flow import GRID, Flow, ode_reward, reward
 
@@ -21,7 +21,6 @@ from pipeline.generators.policy import Policy
 from pipeline.generators.replay.merge_steps import merge_steps
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
-from pipeline.rl.objectives.denoising import DenoisingTerms
 from pipeline.rl.samplers import transition
 from pipeline.rl.signals.advantages import Advantages
 from pipeline.rl.signals.group_relative import compute_advantages
@@ -33,35 +32,43 @@ def test_gradient_is_the_advantage_times_the_matching_gradient():
     torch.manual_seed(0)
     velocity = torch.randn(3, 4, 5, requires_grad=True)
     target, advantages = torch.randn(3, 4, 5), torch.tensor([1.5, -0.5, 0.0])
-    objective("awm").policy_loss(DenoisingTerms(velocity, target, advantages)).sum().backward()
+    objective("awm").policy_loss(denoising_terms(velocity, target, advantages)).sum().backward()
     expected = advantages[:, None, None] * 2 * (velocity - target).detach() / 20
     assert torch.allclose(velocity.grad, expected)
 
 
-def train(sign: float) -> Flow:
+def train(sign: float, name: str) -> Flow:
     torch.manual_seed(0)
-    model = Flow()
+    model, old = Flow(), Flow()
+    chosen = objective(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(40):
+    for step in range(40):
         with torch.no_grad():
+            decay = chosen.old_decay(step)
+            for mine, theirs in zip(old.parameters(), model.parameters(), strict=True):
+                mine.lerp_(theirs, 1 - decay)
             x = torch.randn(64, 2)
             for t, t_next in zip(GRID, GRID[1:], strict=False):
-                x = transition("ode", 0.0, "flow", x, model(x, t), t, t_next, GRID[1]).mean
+                x = transition("ode", 0.0, "flow", x, old(x, t), t, t_next, GRID[1]).mean
         scores = [{"r": sign * reward(x)}]
         advantages = torch.from_numpy(compute_advantages(scores, {"r": 1.0}, Advantages()).advantages[0])
         optimizer.zero_grad()
         for t in GRID[:-1]:
             eps = torch.randn(1, 2).expand_as(x)
-            terms = DenoisingTerms(model((1 - t) * x + t * eps, t), eps - x, advantages)
-            (objective("awm").policy_loss(terms).mean() / (len(GRID) - 1)).backward()
+            noised = (1 - t) * x + t * eps
+            with torch.no_grad():
+                before = old(noised, t)
+            terms = denoising_terms(model(noised, t), eps - x, advantages, before, t)
+            (chosen.policy_loss(terms).mean() / (len(GRID) - 1)).backward()
         optimizer.step()
     return model
 
 
-def test_reward_rises_and_a_flipped_sign_lowers_it():
+@pytest.mark.parametrize("name", ["awm", "nft"])
+def test_reward_rises_and_a_flipped_sign_lowers_it(name):
     before = ode_reward(Flow())
-    assert ode_reward(train(1.0)) > before + 0.3
-    assert ode_reward(train(-1.0)) < before - 0.3
+    assert ode_reward(train(1.0, name)) > before + 0.3
+    assert ode_reward(train(-1.0, name)) < before - 0.3
 
 
 @pytest.fixture(scope="module", params=["sd3", "wan"])
@@ -149,10 +156,10 @@ def test_the_kl_at_every_nth_level_of_a_group_is_the_whole_one_on_average(made, 
         other = Learner(cfg, "cpu")
         other.load_state(*learner.state())
         replica, kl_of, calls = other.replicas[0], {}, []
-        replica.reference = copy.deepcopy(replica.modules)
-        replica.reference["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        replica.frozen = copy.deepcopy(replica.modules)
+        replica.frozen["transformer"].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)
-        for parameter in replica.reference["transformer"].parameters():
+        for parameter in replica.frozen["transformer"].parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
         for number in range(6):
             group = groups(policy, 0)[0]

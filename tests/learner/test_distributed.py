@@ -23,6 +23,11 @@ COMMON = {"optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2}}
 CASES = {
     "lora": {"objective": {"kl_beta": 0.1}, "step": {"groups": 3, "updates": 2}, "learner": {"micro_batch": 3}},
     "full": {"trainable": {"kind": "full"}, "objective": {"kl_beta": 0.1}, "step": {"groups": 3}},
+    "nft": {  # the passes of two other policies, through shards
+        "trainable": {"kind": "full"},
+        "objective": {"name": "nft", "kl_beta": 0.1, "kl_every": 2, "old_decay_ramp": 0.4},
+        "step": {"groups": 3},
+    },
     "awm": {
         "objective": {"name": "awm", "kl_beta": 0.1, "kl_every": 2},
         "step": {"groups": 3},

@@ -121,6 +121,16 @@ def test_off_policy_updates_move_the_ratio_and_clip(folder):
     assert metrics["clip/low"] + metrics["clip/high"] > 0
 
 
+def test_takes_of_an_earlier_version_are_said_to_be_off_policy(folder):
+    policy, learner = make(folder, optimizer={"lr": 1e-2})
+    first, second = batch(policy, 0), [replace(group, staleness=1) for group in batch(policy, 1)]
+    assert learner.train_step(first)["onpolicy/max_abs_log_ratio"] == 0.0
+    metrics = learner.train_step(second)
+    assert metrics["offpolicy/max_abs_log_ratio"] > 1e-6 and "onpolicy/max_abs_log_ratio" not in metrics
+    assert metrics["ratio/max"] == 1.0 and metrics["offpolicy/rms_log_ratio"] > 1e-6
+    assert metrics["clip/low"] == metrics["clip/high"] == 0.0
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_kl_to_the_reference_grows_from_zero_and_holds_back(folder, kind):
     policy, learner = make(folder, trainable={"kind": kind}, objective={"kl_beta": 1e-6}, optimizer={"lr": 1e-3})

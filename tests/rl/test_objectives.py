@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from objective_terms import D, moved_terms, objective, ratio_terms
@@ -53,6 +57,40 @@ def test_clipping_stops_only_moves_further_away(advantage, ratio, flows):
     result.loss.sum().backward()
     assert (float(logp.grad.abs()) > 0) == flows
     assert bool(result.clipped_low + result.clipped_high > 0) == (not flows)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_guard"])
+def test_a_stale_take_is_weighed_by_its_ratio_and_not_clipped(name):
+    """Its gradient is that of a take whose ratio is 1, times min(ratio, max_weight)."""
+
+    def gradient(is_stale: bool, **options: float | str) -> torch.Tensor:
+        made, leaf = moved_terms(1.0, shift=0.5)
+        objective(name, **options).policy_loss(replace(made, stale=is_stale)).loss.sum().backward()
+        return leaf.grad
+
+    made, _ = moved_terms(1.0, shift=0.5)
+    ratio = float(objective(name).log_ratio(made).detach().exp())
+    assert abs(ratio - 1) > 1e-3
+    at_itself, leaf = moved_terms(1.0, shift=0.5)
+    objective(name).policy_loss(at_itself.against_itself()).loss.sum().backward()
+    assert torch.allclose(gradient(True), ratio * leaf.grad)
+    assert torch.allclose(gradient(True, max_weight=0.9 * ratio), 0.9 * ratio * leaf.grad)
+    assert not gradient(True, reject_above=0.5 * abs(math.log(ratio))).any()
+    clipped, unclipped = gradient(True, stale="clip"), gradient(False)
+    assert torch.equal(clipped, unclipped), "as on-policy: the clip may drop it"
+
+
+def test_what_is_logged_of_stale_takes():
+    rng = np.random.default_rng(0)
+    advantage = rng.normal(size=500).astype(np.float32)
+    fresh = {"ratio": np.ones(500, np.float32), "log_ratio": np.zeros(500, np.float32), "advantage": advantage}
+    metrics = objective("grpo").summarise(fresh)
+    assert metrics["ratio/mean"] == 1 and metrics["ratio/max_abs_log"] == 0
+    assert not [name for name in metrics if name.startswith("offpolicy/")]
+    log_ratio = (0.01 * advantage + rng.normal(scale=0.01, size=500)).astype(np.float32)
+    metrics = objective("grpo").summarise({**fresh, "log_ratio": log_ratio})
+    assert metrics["offpolicy/rms_log_ratio"] == pytest.approx(0.014, rel=0.1)
+    assert metrics["offpolicy/advantage_correlation"] == pytest.approx(0.707, abs=0.06)
 
 
 def test_equal_rewards_give_zero_gradient():

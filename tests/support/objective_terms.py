@@ -8,6 +8,7 @@ import torch
 
 from pipeline.config.parts import OBJECTIVES
 from pipeline.rl.objectives import Objective
+from pipeline.rl.objectives.denoising import DenoisingTerms
 from pipeline.rl.objectives.transitions import TransitionTerms
 from pipeline.rl.samplers import Transition
 from pipeline.rl.samplers.base import flow_step
@@ -47,3 +48,14 @@ def ratio_terms(advantage: float, ratio: float) -> tuple[TransitionTerms, torch.
     step = Transition(torch.zeros(1, 4), 0.5, 0.1)
     terms = TransitionTerms(log_prob, torch.zeros(1), torch.tensor([advantage]), step, torch.zeros(1, 4))
     return terms, log_prob
+
+
+def denoising_terms(
+    output: torch.Tensor,
+    target: torch.Tensor,
+    advantages: torch.Tensor,
+    old_output: torch.Tensor | None = None,
+    level: float = 1.0,
+) -> DenoisingTerms:
+    """Of a flow model at noise level `level`."""
+    return DenoisingTerms(output, target, advantages, old_output, torch.tensor(level))

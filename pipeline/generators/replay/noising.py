@@ -29,6 +29,15 @@ def target(prediction: str, level: torch.Tensor, x0: torch.Tensor, eps: torch.Te
     raise ValueError(f"unknown prediction type {prediction!r}; known: flow, epsilon, v_prediction, sample")
 
 
+def clean_error_scale(prediction: str, level: torch.Tensor) -> torch.Tensor:
+    """By what an error of the model's output is multiplied to be the error of the x0 that it stands for, float32 like
+    `level`, up to its sign."""
+    if prediction == "sample":
+        return torch.ones_like(level).float()
+    signal, noise = _amplitudes(prediction, level)
+    return (noise / signal if prediction == "epsilon" else noise).float()
+
+
 def _amplitudes(prediction: str, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(of x0, of eps) in x_t, float64."""
     return (1.0 - level, level) if prediction == "flow" else (level.sqrt(), (1.0 - level).sqrt())

@@ -37,12 +37,18 @@ class Requirements:
     old_mean: bool = False  # the rollout keeps the means of its transitions
     any_sample: bool = False  # denoises samples that no rollout came by
     reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none
+    old_policy: bool = False  # takes are drawn by, and compared with, a slow average of the policy: `old_decay`
     joins_levels: bool = False  # several trained steps may share one denoiser call
     extra_replay_check: bool = False  # comparing replay with rollout costs an extra forward pass
     samplers: tuple[str, ...] = ()  # those it is defined for; (): all
     min_takes: int = 2  # per group
     max_updates: int | None = None  # per step; None: any number
     max_staleness: int | None = None  # of a take; None: any
+
+    @property
+    def rollout_policy(self) -> Literal["train", "old"]:
+        """Which policy draws the takes."""
+        return "old" if self.old_policy else "train"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,10 @@ class Objective(Part, ABC):
             for kind in ("mean", "min", "max")
         }
 
+    def old_decay(self, step: int) -> float:
+        """How slowly the old policy follows after optimisation step `step`: old := d old + (1 - d) trained."""
+        return 0.0
+
     def check(self, cfg: Config) -> None:
         """Rules of consistency that concern the objective. Raises `ConfigError` naming the key and the fix.
 
@@ -106,6 +116,11 @@ class Objective(Part, ABC):
             raise ConfigError(
                 f"step.takes: found {cfg.step.takes}; objective {self.name} compares the takes of a group: set "
                 f"{needs.min_takes} or more"
+            )
+        if needs.old_policy and cfg.trainable.modules != "denoiser":
+            raise ConfigError(
+                f"trainable.modules: found {cfg.trainable.modules}; objective {self.name} compares policies with the "
+                "same text embeddings: set denoiser"
             )
         if not needs.draws_noise and cfg.sampler.same_initial_noise:
             raise ConfigError(

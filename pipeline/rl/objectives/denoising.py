@@ -21,6 +21,8 @@ class DenoisingTerms:
     output: torch.Tensor  # [b, ...] the policy's prediction for x0 noised with eps
     target: torch.Tensor  # [b, ...] what a perfect model would predict; flow: eps - x0
     advantages: torch.Tensor  # [b]
+    old_output: torch.Tensor | None  # [b, ...] the old policy's, where the objective requires one
+    clean_error_scale: torch.Tensor  # [b, 1, ...] an error of the output, times this, is one of the predicted x0
 
 
 class DenoisingObjective(WithReference):
@@ -45,8 +47,16 @@ class DenoisingObjective(WithReference):
         x0 = micro.clean()
         sigma, noise = micro.fresh_noise()
         x = micro.noised(x0, sigma, noise)
+        old_output = micro.old_output(x).float() if self.requirements.old_policy else None
         output = micro.output(x).float()
-        policy_loss = self.policy_loss(DenoisingTerms(output, micro.target(x0, sigma, noise), micro.advantages))
+        terms = DenoisingTerms(
+            output,
+            micro.target(x0, sigma, noise),
+            micro.advantages,
+            old_output,
+            micro.clean_error_scale(sigma),
+        )
+        policy_loss = self.policy_loss(terms)
 
         def distance(rows: slice) -> torch.Tensor:
             reference = micro.reference_output(x[rows], rows).float()

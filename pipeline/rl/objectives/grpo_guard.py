@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pipeline.rl.objectives.base import Requirements, register
 from pipeline.rl.objectives.transitions import ClippedObjective, PolicyLoss, TransitionTerms
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register("grpo_guard")
@@ -19,8 +23,9 @@ class GRPOGuard(ClippedObjective):
     def requirements(self) -> Requirements:
         return replace(super().requirements, old_mean=True, samplers=("flow_sde", "dance_sde"))
 
+    def log_ratio(self, terms: TransitionTerms) -> torch.Tensor:
+        return (terms.log_prob - terms.old_log_prob + terms.divergence()) * terms.step.std
+
     def policy_loss(self, terms: TransitionTerms) -> PolicyLoss:
-        drift = terms.divergence()
-        ratio = ((terms.log_prob - terms.old_log_prob + drift) * terms.step.std).exp()
-        clipped = self.clipped(terms.advantages, ratio)
+        clipped = super().policy_loss(terms)
         return replace(clipped, loss=clipped.loss / terms.step.dt)

@@ -33,6 +33,11 @@ class MicroBatch(ABC):
     def advantages(self) -> torch.Tensor:
         """Float32 [b]. Raises RuntimeError where the signal gives none."""
 
+    @property
+    @abstractmethod
+    def is_stale(self) -> bool:
+        """Whether the takes were drawn by an earlier version of the policy than the one that this step began with."""
+
     @abstractmethod
     def drawn(self) -> Drawn:
         """The rollout's transition. Raises TypeError where the step drew no noise."""
@@ -48,6 +53,10 @@ class MicroBatch(ABC):
     @abstractmethod
     def reference_output(self, x: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
         """The starting policy's, without gradients. `rows`: x are the samples of these rows only."""
+
+    @abstractmethod
+    def old_output(self, x: torch.Tensor) -> torch.Tensor:
+        """The old policy's, without gradients; where the objective requires one."""
 
     @abstractmethod
     def rows_at_every(self, nth: int) -> list[slice]:
@@ -72,6 +81,10 @@ class MicroBatch(ABC):
     @abstractmethod
     def target(self, x0: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What a perfect model would predict for `noised(...)` [b, ...]. Flow: noise - x0."""
+
+    @abstractmethod
+    def clean_error_scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Float32, like sigma: by what an error of the output is multiplied to be one of the predicted x0."""
 
     @abstractmethod
     def replay_error(self) -> torch.Tensor | None:

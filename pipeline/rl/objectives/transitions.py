@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.config.sections.base import Positive
+from pipeline.config.sections.base import NonNegative, Positive
 from pipeline.rl.objectives.base import Loss, Requirements
 from pipeline.rl.objectives.micro_batch import MicroBatch
 from pipeline.rl.objectives.reference_penalty import WithReference
@@ -41,12 +41,18 @@ class TransitionTerms:
     advantages: torch.Tensor  # [b]
     step: Transition  # mean [b, ...], std, dt of the policy in training
     old_mean: torch.Tensor | None  # [b, ...] of the rollout policy, where the objective requires it
+    stale: bool = False  # the rollout policy is an earlier version than the one this step began with
 
     def divergence(self) -> torch.Tensor:
         """KL to the rollout policy per dimension [b]. Raises ValueError where its mean was not recorded."""
         if self.old_mean is None:
             raise ValueError("this objective needs the rollout policy's mean, which was not recorded")
         return gaussian_kl(self.step, self.old_mean)
+
+    def against_itself(self) -> TransitionTerms:
+        """With the policy in training, as it is, in the place of the rollout policy: every ratio is 1."""
+        old_mean = None if self.old_mean is None else self.step.mean.detach()
+        return replace(self, old_log_prob=self.log_prob.detach(), old_mean=old_mean)
 
 
 class TransitionObjective(WithReference):
@@ -64,7 +70,7 @@ class TransitionObjective(WithReference):
 
     @property
     def spread(self) -> tuple[str, ...]:
-        return ("ratio",)
+        return ("ratio", "log_ratio", "advantage")
 
     @abstractmethod
     def policy_loss(self, terms: TransitionTerms) -> PolicyLoss: ...
@@ -72,7 +78,9 @@ class TransitionObjective(WithReference):
     def loss(self, micro: MicroBatch) -> Loss:
         drawn = micro.drawn()
         step = micro.transition(drawn.x, micro.output(drawn.x))
-        terms = TransitionTerms(log_prob(drawn.x_next, step), drawn.log_prob, micro.advantages, step, drawn.mean)
+        terms = TransitionTerms(
+            log_prob(drawn.x_next, step), drawn.log_prob, micro.advantages, step, drawn.mean, micro.is_stale
+        )
         policy = self.policy_loss(terms)
 
         def kl(rows: slice) -> torch.Tensor:
@@ -85,20 +93,59 @@ class TransitionObjective(WithReference):
         total, logs = self.with_reference(policy.loss, micro, kl)
         clipped = {"clip/low": policy.clipped_low, "clip/high": policy.clipped_high}
         error = (terms.log_prob - drawn.log_prob).detach()
-        return Loss(total, {**logs, **clipped}, {"ratio": policy.ratio}, error)
+        spreads = {"ratio": policy.ratio, "log_ratio": error, "advantage": terms.advantages}
+        return Loss(total, {**logs, **clipped}, spreads, error)
 
     def summarise(self, spreads: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {
-            **super().summarise(spreads),
-            "ratio/max_abs_log": float(np.abs(np.log(spreads["ratio"])).max()),
-        }
+        """`offpolicy/*`, of takes that another version of the policy drew: how far it has moved on since, and whether
+        that has to do with their advantages. A clip drops takes at random where it has not."""
+        ratio, log_ratio, advantage = (spreads[name].astype(np.float64) for name in self.spread)
+        metrics = super().summarise({"ratio": spreads["ratio"]})
+        metrics["ratio/max_abs_log"] = float(np.abs(np.log(ratio)).max())
+        rms = float(np.sqrt(np.mean(log_ratio**2)))
+        if rms > _ON_POLICY:
+            metrics["offpolicy/rms_log_ratio"] = rms
+            if advantage.std() > 0 and log_ratio.std() > 0:
+                metrics["offpolicy/advantage_correlation"] = float(np.corrcoef(log_ratio, advantage)[0, 1])
+        return metrics
+
+
+_ON_POLICY = 1e-6  # log-ratios up to here are rounding
 
 
 class ClippedObjective(TransitionObjective):
-    """A transition objective with PPO's clip."""
+    """A transition objective with PPO's clip; a subclass says what the log-ratio is.
+
+    The clip is PPO's bound on the update itself. A take of an earlier version has a ratio other than 1 before the
+    update, by what *other* prompts taught since: uncorrelated with its advantage, so the clip would drop it at random
+    (with clip 1e-4, about half of all). Such a take is clipped against the policy as the update finds it, and its
+    distance from there to the policy that drew it is a weight of its own (decoupled PPO, arXiv 2110.00641).
+    """
 
     clip_low: Positive = Field(1e-4, description="PPO clip: ratio >= 1 - clip_low.")
     clip_high: Positive = Field(1e-4, description="PPO clip: ratio <= 1 + clip_high.")
+    stale: Literal["reweigh", "clip"] = Field(
+        "reweigh",
+        description="Takes of an earlier version (step.max_staleness): weigh by their ratio, at most max_weight, and "
+        "clip what the update adds to it; or clip the whole ratio.",
+    )
+    max_weight: Positive = Field(2.0, description="Largest weight of a stale take (truncated importance sampling).")
+    reject_above: NonNegative = Field(
+        0.0, description="Leave out stale takes whose absolute log-ratio is larger (0: none)."
+    )
+
+    @abstractmethod
+    def log_ratio(self, terms: TransitionTerms) -> torch.Tensor:
+        """log(policy in training / rollout policy) [b], with gradients."""
+
+    def policy_loss(self, terms: TransitionTerms) -> PolicyLoss:
+        log_ratio = self.log_ratio(terms)
+        if not (terms.stale and self.stale == "reweigh"):
+            return self.clipped(terms.advantages, log_ratio.exp())
+        weight = log_ratio.detach().exp().clamp(max=self.max_weight)
+        if self.reject_above:
+            weight = weight.masked_fill(log_ratio.detach().abs() > self.reject_above, 0.0)
+        return self.clipped(weight * terms.advantages, self.log_ratio(terms.against_itself()).exp())
 
     def clipped(self, advantages: torch.Tensor, ratio: torch.Tensor) -> PolicyLoss:
         """max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)) (PPO, arXiv 1707.06347 eq. 7), per take."""
