@@ -161,7 +161,8 @@ def test_a_sequence_is_split_over_two_ranks_and_gradients_stay_whole(tiny_wan, t
     together, refused = run_ranks(2, [{**wan, "save": str(tmp_path / "two")}, {**sd3, "save": ""}], context=2)
     for mine, theirs in zip(alone["metrics"], together["metrics"], strict=True):
         for key, value in mine.items():
-            assert theirs[key] == pytest.approx(value, rel=1e-4, abs=2e-6), key
+            rounding = 1e-3 if key == "offpolicy/advantage_correlation" else 1e-4  # of differences of log-probs
+            assert theirs[key] == pytest.approx(value, rel=rounding, abs=2e-6), key
     same_tensors(tmp_path / "one", tmp_path / "two")
     assert "learner.context_parallel: " in refused and "SD3Transformer2DModel" in refused and "plan" in refused
 

@@ -124,7 +124,8 @@ def test_a_new_sampler_source_signal_and_objective_train_a_step(add_part, tiny_s
     }
     cfg = tiny.config(tiny_sd3, prompts={"train": tmp_path / "prompts.txt"}, optimizer={"lr": 1e-3}, **sections)
     assert cfg.objective.model_dump() == {
-        "name": "cispo", "clip_low": 1e-4, "clip_high": 0.2, "kl_beta": 0.0, "kl_every": 1
+        "name": "cispo", "clip_low": 1e-4, "clip_high": 0.2, "kl_beta": 0.0, "kl_every": 1,
+        "stale": "reweigh", "max_weight": 2.0, "reject_above": 0.0,
     }  # fmt: skip
     check_sampler(cfg)
     check_recipe(cfg)

@@ -110,7 +110,7 @@ class TransitionObjective(WithReference):
         return metrics
 
 
-_ON_POLICY = 1e-6  # log-ratios up to here are rounding
+_ON_POLICY = 1e-5  # log-ratios up to here are rounding, as in the on-policy check
 
 
 class ClippedObjective(TransitionObjective):
@@ -134,9 +134,9 @@ class ClippedObjective(TransitionObjective):
         0.0, description="Leave out stale takes whose absolute log-ratio is larger (0: none)."
     )
 
-    @abstractmethod
     def log_ratio(self, terms: TransitionTerms) -> torch.Tensor:
         """log(policy in training / rollout policy) [b], with gradients."""
+        return terms.log_prob - terms.old_log_prob
 
     def policy_loss(self, terms: TransitionTerms) -> PolicyLoss:
         log_ratio = self.log_ratio(terms)
