@@ -8,8 +8,10 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 from scored_groups import advantages_of, combiner, scored
 
+from pipeline.config.parts import SIGNALS
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.rl.signals import group_relative as advantages_module
@@ -221,3 +223,13 @@ def test_config_errors_name_the_key(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_config(path, [override])
         assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_only_the_extremes_of_a_group_train():
+    options = SIGNALS.get("extremes")(std="none", best=1, worst=2)
+    state = options.begin({"a": RewardConfig(scorer="x")})
+    (kept,) = advantages_of(state.step([scored(a=[4, 1, 9, 2, 3, 5])]))
+    centred = np.array([4, 1, 9, 2, 3, 5]) - 4.0
+    np.testing.assert_allclose(kept, centred * [0, 2, 2, 2, 0, 0])  # 6 takes, 3 of which train
+    with pytest.raises(ConfigError, match="signal.best: 1 best and 2 worst takes are more than step.takes"):
+        options.check(tiny.config(tiny.Path("unused"), step={"takes": 2}))
