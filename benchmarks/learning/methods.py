@@ -103,7 +103,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
     runs = [*results.get(name, {}).get("runs", []), result]
     same = [each for each in runs if each["overrides"] == result["overrides"]]
     results[name] = {**summarise(same), "command": command(name, same), "runs": runs}
-    atomic_write(RESULTS, json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    atomic_write(RESULTS, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
 
 
 def command(name: str, runs: list[dict[str, Any]]) -> str:
@@ -158,7 +158,7 @@ def write_docs() -> None:
     text = DOCS.read_text("utf-8")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    atomic_write(DOCS, f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
+    atomic_write(DOCS, f"{head}{BEGIN}\n{table(results)}\n{END}{tail}".encode())
 
 
 def main() -> int:
