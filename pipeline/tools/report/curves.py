@@ -19,6 +19,8 @@ DIAGNOSTICS: list[tuple[str, list[str], dict[str, bool]]] = [
     ("Groups with equal rewards", ["zero_std_ratio"], {"zero": True}),
     ("Gradient norm (before clipping)", ["grad_norm"], {"zero": True}),
     ("On-policy check: max |log-ratio|", ["ratio/max_abs_log"], {"log": True}),
+    ("Stale takes: rms log-ratio", ["offpolicy/rms_log_ratio"], {"zero": True}),
+    ("Stale takes: correlation of log-ratio and advantage", ["offpolicy/advantage_correlation"], {}),
     ("Loss", ["loss", "policy_loss"], {}),
     ("Mean |advantage|", ["advantage/mean_abs"], {"zero": True}),
     ("Learning rate", ["lr"], {"zero": True}),
