@@ -11,7 +11,7 @@ import torch
 from objective_terms import D, moved_terms, objective, ratio_terms
 
 from pipeline.config.parts import OBJECTIVES
-from pipeline.rl.objectives.transitions import TransitionObjective
+from pipeline.rl.objectives.transitions import TransitionObjective, TransitionTerms
 from pipeline.rl.samplers import Transition, log_prob
 from pipeline.rl.samplers.base import flow_step
 
@@ -91,6 +91,29 @@ def test_what_is_logged_of_stale_takes():
     metrics = objective("grpo").summarise({**fresh, "log_ratio": log_ratio})
     assert metrics["offpolicy/rms_log_ratio"] == pytest.approx(0.014, rel=0.1)
     assert metrics["offpolicy/advantage_correlation"] == pytest.approx(0.707, abs=0.06)
+
+
+def test_weights_take_the_noise_out_of_a_step_s_gradient():
+    """|d loss / d v| goes with dt / std; times std, with dt alone; with Guard's std / dt it is the same everywhere."""
+
+    def norms(name: str, **options) -> list[float]:
+        found = []
+        for t, t_next, noise in ((0.9, 0.8, 2.0), (0.5, 0.3, 0.7)):
+            x, v, z = torch.randn(3, 1, D, generator=torch.Generator().manual_seed(1)).double()
+            v.requires_grad_()
+            step = flow_step(x, v, t, t_next, noise)
+            log_p = log_prob(step.mean + step.std * z, step)
+            terms = TransitionTerms(log_p, log_p.detach(), torch.ones(1), step, step.mean.detach())
+            objective(name, **options).policy_loss(terms).loss.sum().backward()
+            slope = float((1 + noise**2 * (1 - t) / (2 * t)) * (t - t_next))
+            found.append(float(v.grad.norm()) / slope * (t - t_next))
+        return found
+
+    steps = [flow_step(torch.zeros(1), torch.zeros(1), *times) for times in ((0.9, 0.8, 2.0), (0.5, 0.3, 0.7))]
+    plain, weighted, guard = norms("grpo"), norms("grpo", step_weight="std"), norms("grpo_guard")
+    assert [p * s.std for p, s in zip(plain, steps, strict=True)] == pytest.approx(weighted, rel=1e-5)
+    assert [w / s.dt for w, s in zip(weighted, steps, strict=True)] == pytest.approx(guard, rel=1e-5)
+    assert guard[0] == pytest.approx(guard[1], rel=1e-5)
 
 
 def test_equal_rewards_give_zero_gradient():
