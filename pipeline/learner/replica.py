@@ -64,7 +64,7 @@ class Replica:
     def micro_batches(self, trajectory: Trajectory, number: int) -> list[ReplayCall]:
         """Those of one part of a trajectory, on the replica's device."""
         replayer = Replayer(trajectory.parts[number], trajectory.spec, self.modules, self.device)
-        check_fit(self.objective, replayer)
+        check_fit(self.objective, replayer, len(trajectory.parts))
         if self.text is not None:
             self.text.override_text(replayer, trajectory.sampling)
         return replay_calls(self.cfg, replayer)
@@ -181,8 +181,14 @@ class ReplayedMicroBatch(MicroBatch):
         return (replayed.to(x_next.dtype) - x_next).float()
 
 
-def check_fit(objective: Objective, replayer: Replayer) -> None:
-    """Raises `UnsupportedPolicyError` where the recorded policy cannot do what the objective requires."""
+def check_fit(objective: Objective, replayer: Replayer, parts: int) -> None:
+    """Raises `UnsupportedPolicyError` where the recorded policy cannot do what the objective requires. `parts`: of its
+    trajectory."""
+    if objective.requirements.whole_group and parts > 1:
+        raise UnsupportedPolicyError(
+            f"objective.name: {objective.name} compares all takes of a group in one call, and {replayer.spec.pipeline} "
+            f"draws them in {parts}; use awm"
+        )
     if objective.requirements.any_sample and not all(map(replayer.takes_any_sample, range(len(replayer.part.steps)))):
         why = replayer.spec.why_not_noised_again(objective.name)
         raise UnsupportedPolicyError(why or f"{replayer.spec.pipeline}: inputs of another shape than was probed")

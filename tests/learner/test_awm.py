@@ -39,7 +39,7 @@ def test_gradient_is_the_advantage_times_the_matching_gradient():
 
 def train(sign: float, name: str) -> Flow:
     torch.manual_seed(0)
-    model, old = Flow(), Flow()
+    model, old, start = Flow(), Flow(), Flow()
     chosen = objective(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(40):
@@ -57,14 +57,14 @@ def train(sign: float, name: str) -> Flow:
             eps = torch.randn(1, 2).expand_as(x)
             noised = (1 - t) * x + t * eps
             with torch.no_grad():
-                before = old(noised, t)
-            terms = denoising_terms(model(noised, t), eps - x, advantages, before, t)
+                before, reference = old(noised, t), start(noised, t)
+            terms = denoising_terms(model(noised, t), eps - x, advantages, before, t, reference)
             (chosen.policy_loss(terms).mean() / (len(GRID) - 1)).backward()
         optimizer.step()
     return model
 
 
-@pytest.mark.parametrize("name", ["awm", "nft"])
+@pytest.mark.parametrize("name", ["awm", "nft", "dgpo"])
 def test_reward_rises_and_a_flipped_sign_lowers_it(name):
     before = ode_reward(Flow())
     assert ode_reward(train(1.0, name)) > before + 0.3

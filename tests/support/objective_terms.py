@@ -56,6 +56,7 @@ def denoising_terms(
     advantages: torch.Tensor,
     old_output: torch.Tensor | None = None,
     level: float = 1.0,
+    reference: torch.Tensor | None = None,
 ) -> DenoisingTerms:
     """Of a flow model at noise level `level`."""
-    return DenoisingTerms(output, target, advantages, old_output, torch.tensor(level))
+    return DenoisingTerms(output, target, advantages, old_output, torch.tensor(level), reference)

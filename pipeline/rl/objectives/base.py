@@ -38,6 +38,7 @@ class Requirements:
     any_sample: bool = False  # denoises samples that no rollout came by
     reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none
     old_policy: bool = False  # takes are drawn by, and compared with, a slow average of the policy: `old_decay`
+    whole_group: bool = False  # all takes of a group are in one micro-batch
     joins_levels: bool = False  # several trained steps may share one denoiser call
     extra_replay_check: bool = False  # comparing replay with rollout costs an extra forward pass
     samplers: tuple[str, ...] = ()  # those it is defined for; (): all
@@ -117,6 +118,13 @@ class Objective(Part, ABC):
                 f"step.takes: found {cfg.step.takes}; objective {self.name} compares the takes of a group: set "
                 f"{needs.min_takes} or more"
             )
+        if needs.whole_group:
+            for key, takes in (("rollout.batch", cfg.rollout.batch), ("learner.micro_batch", cfg.learner.micro_batch)):
+                if 0 < takes < cfg.step.takes:
+                    raise ConfigError(
+                        f"{key}: found {takes}; objective {self.name} compares all takes of a group in one call: set "
+                        f"0, or step.takes ({cfg.step.takes}) or more"
+                    )
         if needs.old_policy and cfg.trainable.modules != "denoiser":
             raise ConfigError(
                 f"trainable.modules: found {cfg.trainable.modules}; objective {self.name} compares policies with the "

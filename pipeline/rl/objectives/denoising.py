@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.rl.objectives.base import Loss, Requirements
 from pipeline.rl.objectives.micro_batch import MicroBatch
@@ -23,10 +23,13 @@ class DenoisingTerms:
     advantages: torch.Tensor  # [b]
     old_output: torch.Tensor | None  # [b, ...] the old policy's, where the objective requires one
     clean_error_scale: torch.Tensor  # [b, 1, ...] an error of the output, times this, is one of the predicted x0
+    reference_output: torch.Tensor | None = None  # [b, ...] the starting policy's, where `uses_reference`
 
 
 class DenoisingObjective(WithReference):
     """Loss on the denoiser's prediction; takes are drawn without noise, the trained steps say which levels train."""
+
+    uses_reference: ClassVar[bool] = False  # the policy loss itself compares with the starting policy
 
     @property
     def requirements(self) -> Requirements:
@@ -34,7 +37,7 @@ class DenoisingObjective(WithReference):
             draws_noise=False,
             replay_metric="onpolicy/max_abs_gap",
             any_sample=True,
-            reference_every=self.reference_every,
+            reference_every=1 if self.uses_reference else self.reference_every,
             joins_levels=True,
             extra_replay_check=True,
         )
@@ -48,6 +51,7 @@ class DenoisingObjective(WithReference):
         sigma, noise = micro.fresh_noise()
         x = micro.noised(x0, sigma, noise)
         old_output = micro.old_output(x).float() if self.requirements.old_policy else None
+        reference_output = micro.reference_output(x).float() if self.uses_reference else None
         output = micro.output(x).float()
         terms = DenoisingTerms(
             output,
@@ -55,11 +59,15 @@ class DenoisingObjective(WithReference):
             micro.advantages,
             old_output,
             micro.clean_error_scale(sigma),
+            reference_output,
         )
         policy_loss = self.policy_loss(terms)
 
         def distance(rows: slice) -> torch.Tensor:
-            reference = micro.reference_output(x[rows], rows).float()
+            if reference_output is not None:
+                reference = reference_output[rows]
+            else:
+                reference = micro.reference_output(x[rows], rows).float()
             return (output[rows] - reference).pow(2).flatten(1).mean(1)
 
         total, logs = self.with_reference(policy_loss, micro, distance)
