@@ -218,7 +218,9 @@ class PolicyVersion:
 class Feedback:
     """signal -> learner, small: what a group teaches."""
 
-    advantages: np.ndarray | None = None  # float32 [K]; None: the objective needs none
+    advantages: np.ndarray | None = None  # float32 [K], of every take
+    pairs: np.ndarray | None = None  # int64 [P, 2]: the better take of a pair and the worse one
+    pair_weights: np.ndarray | None = None  # float32 [P], 1 on average
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ from pipeline.learner.policy_store import OLD, REFERENCE, PolicyStore, worn
 from pipeline.learner.trained_model import Modules
 from pipeline.rl.objectives import Objective, objective_of
 from pipeline.rl.objectives.base import Loss
-from pipeline.rl.objectives.micro_batch import Drawn, MicroBatch
+from pipeline.rl.objectives.micro_batch import Drawn, MicroBatch, Pairs
 from pipeline.rl.samplers import Transition
 
 
@@ -114,6 +114,14 @@ class ReplayedMicroBatch(MicroBatch):
         if self._group.feedback.advantages is None:
             raise RuntimeError("the group's feedback has no advantages")
         return self._call.per_take(self._group.feedback.advantages)
+
+    @property
+    def pairs(self) -> Pairs:
+        feedback, device = self._group.feedback, self._call.replayer.device
+        if feedback.pairs is None or feedback.pair_weights is None:
+            raise RuntimeError("the group's feedback has no pairs")
+        pairs = torch.from_numpy(np.array(feedback.pairs)).to(device)
+        return Pairs(pairs[:, 0], pairs[:, 1], torch.from_numpy(np.array(feedback.pair_weights)).to(device))
 
     @property
     def is_stale(self) -> bool:

@@ -33,7 +33,7 @@ class Requirements:
 
     draws_noise: bool  # takes are drawn with the sampler's noise; else without any, by the ODE
     replay_metric: str  # name of the largest difference between replay and rollout
-    feedback: Literal["advantages", "none"] = "advantages"  # what the signal must give
+    feedback: Literal["advantages", "pairs", "none"] = "advantages"  # what the signal must give
     old_mean: bool = False  # the rollout keeps the means of its transitions
     any_sample: bool = False  # denoises samples that no rollout came by
     reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none

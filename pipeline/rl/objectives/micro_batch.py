@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """The compared takes of a group, as rows of its micro-batch."""
+
+    better: torch.Tensor  # int64 [P]
+    worse: torch.Tensor  # int64 [P]
+    weights: torch.Tensor  # float32 [P]
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A recorded transition of b takes, as the rollout drew it."""
 
@@ -32,6 +41,11 @@ class MicroBatch(ABC):
     @abstractmethod
     def advantages(self) -> torch.Tensor:
         """Float32 [b]. Raises RuntimeError where the signal gives none."""
+
+    @property
+    @abstractmethod
+    def pairs(self) -> Pairs:
+        """Of an objective that requires whole groups. Raises RuntimeError where the signal gives none."""
 
     @property
     @abstractmethod
