@@ -90,7 +90,11 @@ class Loop:
         return {name: scorer.run(media, work.prompts, seed) for name, scorer in self.scorers.items()}
 
     def step(self, number: int) -> dict[str, float]:
-        """Draws, scores and trains `groups_per_step` groups; groups of equal rewards are filtered, as in a run."""
+        """One optimisation step. Returns the learner's metrics."""
+        return self.learner.train_step(self.draw(number))
+
+    def draw(self, number: int) -> list[GroupBatch]:
+        """Draws and scores the groups of step `number`; groups of equal rewards are filtered, as in a run."""
         self.policy.load_weights(self.learner.weights(self.learner.objective.requirements.rollout_policy))
         kept, scores = [], []
         while len(kept) < self.cfg.step.groups:
@@ -103,10 +107,9 @@ class Loop:
                 scores.append(group_scores)
         result = self.signal.step(scores)
         self.signal.commit()
-        batch = [
+        return [
             GroupBatch(trajectory=t, feedback=feedback) for t, feedback in zip(kept, result.feedback, strict=True) if t
         ]
-        return self.learner.train_step(batch)
 
     def evaluate(self) -> dict[str, Any]:
         """Mean held-out reward, and each reward's mean by prompt, with the run's own prompts, seeds and sampler."""
