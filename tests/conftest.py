@@ -56,7 +56,7 @@ def cluster(tmp_path_factory):
     cfg = tiny.config(Path("unused"), ray={"address": "local", "init": init})
     with _ray, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_enable_metrics_collection", "1")  # a Ray without a dashboard would not
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # a test waits for them
+        patch.setenv("RAY_metrics_report_interval_ms", "2500")  # a test waits; forgotten after 12 intervals
         yield _ray.enter_context(session_of_forked_workers(cfg, tmp_path_factory.mktemp("ray")))
 
 

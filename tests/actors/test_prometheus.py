@@ -9,6 +9,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dashboard_queries import MONITORING, ROOT, expressions
 
@@ -18,6 +19,7 @@ def exported() -> list[re.Pattern]:
     """Names on the metrics port, from the source of what sets them: `reward/{name}` -> ray_rushes_reward_.+"""
     from actors.prometheus import metric_name
     from actors.request_queue import RequestQueue
+    from pipeline.config.parts import OBJECTIVES
 
     patterns = [f"ray_{metric_name('queue')}_.+_{key}" for key in RequestQueue("any", 1).drain_stats()]
     for file in (
@@ -25,7 +27,6 @@ def exported() -> list[re.Pattern]:
         "actors/train_loop.py",
         "pipeline/learner/learner.py",
         "pipeline/rl/signals/group_relative.py",
-        "pipeline/rl/objectives/base.py",
     ):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
@@ -33,6 +34,11 @@ def exported() -> list[re.Pattern]:
             name = "".join(texts) if all(isinstance(text, str) for text in texts) else ""
             if re.fullmatch(r"[a-z][a-z0-9_/*]+", name) and not name.startswith("queue/"):
                 patterns.append("ray_" + metric_name(name.replace("*", "ANY")).replace("ANY", ".+"))
+    for cls in OBJECTIVES.all().values():  # with the KL to a reference, where there is one
+        objective = cls.model_validate({"kl_beta": 0.1} if "kl_beta" in cls.model_fields else {})
+        spreads = {spread: np.ones(2, np.float32) for spread in objective.spread}
+        for metric in (*objective.logged, objective.requirements.replay_metric, *objective.summarise(spreads)):
+            patterns.append("ray_" + metric_name(metric))
     tree = ast.parse((ROOT / "actors/prometheus.py").read_text())
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         if call.func.id in ("Gauge", "Counter") and isinstance(call.args[0], ast.Constant):

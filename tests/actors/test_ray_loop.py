@@ -98,6 +98,7 @@ def test_a_run_is_scaled_seen_in_the_metrics_and_loses_a_stuck_worker(cluster, t
         run={"steps": 500},
         checkpoint={"every": 0},
         step={"max_staleness": 1},
+        objective={"kl_beta": 1e-3},  # the KL is a metric then
         faults={"call_timeout_s": 6},
     )
     run = Run(cfg, "seen")
