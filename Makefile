@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where there is no GPU, hold torch to a version that has a CPU build.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: help setup setup-vllm quickstart quickstart-image bench test test-fast test-vllm chaos lint format typecheck generators docs clean
+.PHONY: help setup setup-vllm quickstart quickstart-image bench test test-fast test-vllm chaos fuzz lint format typecheck generators docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ test-vllm: setup-vllm ## the tests that run vLLM (about 3 minutes)
 
 chaos: setup ## a run whose actors and nodes are killed all the time, against the same run undisturbed (about 8 minutes)
 	$(BIN)/python -m benchmarks.resilience.chaos
+
+fuzz: setup ## thousands of bad inputs over everything that reads what others have written (about 5 minutes)
+	$(BIN)/python -m benchmarks.resilience.fuzz
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

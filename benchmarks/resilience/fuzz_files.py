@@ -187,7 +187,15 @@ def run_folders(work: Path, rng: random.Random) -> Iterator[Case]:
     summary |= {"seeds": {"run": 0}, "versions": {"python": "3"}, "peak_rss_mb": 1.0}
     takes = work / "eval-takes"
     scores = {"j": RewardScores(values=np.ones(1, np.float32))}
-    save_takes(takes, Media(np.zeros((1, 1, 8, 8, 3), np.uint8), 8.0), [PromptItem(0, "a")], [1], 0, scores, step=0)
+    save_takes(
+        takes,
+        Media(frames=np.zeros((1, 1, 8, 8, 3), np.uint8), fps=8.0),
+        [PromptItem(index=0, text="a")],
+        [1],
+        0,
+        scores,
+        step=0,
+    )
     good = {
         "config.yaml": to_yaml(cfg).encode(),
         "metrics.jsonl": (json.dumps(step) + "\n").encode(),
@@ -229,4 +237,4 @@ def run_folders(work: Path, rng: random.Random) -> Iterator[Case]:
         yield Case(area="run folders", name=f"{' '.join(command)}: {name} {what}", run=run)
 
 
-AREAS = [media, checkpoints, run_folders]
+AREAS = {"media": media, "checkpoints": checkpoints, "run folders": run_folders}

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,6 @@ from pipeline.core.types import Media, PromptItem
 
 FRAMES = np.zeros((1, 1, 8, 8, 3), np.uint8)
 ITEM = {"prompt": "a", "metadata": {}, "fps": 8.0}
-
-
-def http_cases(rng: random.Random) -> Iterator[Case]:
-    yield from endpoint_answers(rng)
-    yield from bodies(rng)
 
 
 # ------------------------------------------------------------------------------------------------ answers to us
@@ -63,7 +59,7 @@ class _Endpoint:
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
 
-def endpoint_answers(rng: random.Random) -> Iterator[Case]:
+def endpoint_answers(work: Path, rng: random.Random) -> Iterator[Case]:
     """Whatever a server answers is a score for each take, or an error of the reward."""
     from pipeline.config.schema import RewardConfig
     from pipeline.rewards.runner import build_reward
@@ -73,8 +69,8 @@ def endpoint_answers(rng: random.Random) -> Iterator[Case]:
     runner = build_reward(
         "far", RewardConfig(scorer="http", args={"url": endpoint.url, "retries": 0, "timeout_s": 2.0})
     )
-    media = Media(np.concatenate([FRAMES, FRAMES]), 8.0)
-    prompts = [PromptItem(0, "a"), PromptItem(1, "b")]
+    media = Media(frames=np.concatenate([FRAMES, FRAMES]), fps=8.0)
+    prompts = [PromptItem(index=0, text="a"), PromptItem(index=1, text="b")]
 
     def ask(status: int, data: bytes) -> Callable[[], None]:
         def call() -> None:
@@ -120,6 +116,7 @@ class _Server:
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
     def post(self, data: bytes, **headers: str) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json", **headers}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/score", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=15) as answer:
@@ -143,7 +140,7 @@ class _Server:
             return answer.status == 200
 
 
-def bodies(rng: random.Random) -> Iterator[Case]:
+def bodies(work: Path, rng: random.Random) -> Iterator[Case]:
     """Any body is scored, or refused with a 4xx and one JSON line; /health stays right."""
     from pipeline.rewards.models.protocol import encode_frames
 
@@ -155,12 +152,11 @@ def bodies(rng: random.Random) -> Iterator[Case]:
         def call() -> None:
             status, answer = server.post(data, **headers)
             assert server.healthy()
-            value = json.loads(answer)
             if status == 200:
-                assert all(np.isfinite(score) for score in value["scores"])
+                assert all(np.isfinite(score) for score in json.loads(answer)["scores"])
                 return
             assert 400 <= status < 500, (status, answer[:300])
-            raise RushesError(value["error"])
+            raise RushesError(json.loads(answer)["error"] if answer.startswith(b"{") else answer.decode())  # aiohttp's
 
         return call
 
@@ -206,3 +202,6 @@ def bodies(rng: random.Random) -> Iterator[Case]:
         while server.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         server.process.kill()
+
+
+AREAS = {"endpoint answers": endpoint_answers, "http bodies": bodies}

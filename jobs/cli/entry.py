@@ -15,10 +15,11 @@ from typing import Any
 import typer
 
 from jobs.cli.app import app
-from pipeline.core.errors import RushesError
+from pipeline.core.errors import RushesError, one_line
 from pipeline.core.files import describe_os_error
 from pipeline.core.secrets import masked_streams
 
+MAX_LINE = 2000  # characters of an error: a message may quote what a file or a command line holds
 RENAMED_OPTIONS = {"--plan": "--memory"}  # of earlier versions
 
 
@@ -37,6 +38,8 @@ def _command() -> Any:
 
 
 def _run(argv: list[str]) -> int:
+    if any("\0" in argument for argument in argv):
+        return _fail("an argument holds a NUL character, which no path or text may", 2, ValueError(), False)
     debug = "--debug" in argv or os.environ.get("RUSHES_DEBUG", "") not in ("", "0")
     try:
         result = _command()(args=argv, prog_name="rushes", standalone_mode=False)
@@ -73,5 +76,5 @@ def _usage(error: Exception, message: str) -> str:
 def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"error: {one_line(message, MAX_LINE)}", file=sys.stderr)
     return status

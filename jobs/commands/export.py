@@ -9,6 +9,7 @@ import typer
 
 from jobs.common.command import Group, command
 from jobs.common.options import Debug, Ema, make_console, say
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, InputError
 
 
@@ -44,7 +45,7 @@ def export(
     cfg = trained.run_config
     format_ = format_ or cfg.trainable.kind
     if format_ not in ("lora", "full"):
-        raise ConfigError(f"--format: found {format_!r}; expected lora or full")
+        raise ConfigError(f"--format: found {show(format_)}; expected lora or full")
     if format_ == "lora" and cfg.trainable.kind == "full":
         raise ConfigError("--format lora: this run trained all weights, there is no LoRA; use --format full")
     folder = out or trained.path.parent.parent / "exports" / f"step-{trained.step:06d}-{format_}"

@@ -10,6 +10,7 @@ import typer
 
 from jobs.common.command import Group, command
 from jobs.common.options import Address, Debug, RunName, make_console, say
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, RunFailed
 
 _TARGET = re.compile(r"(rollout|reward\.[^=]+)=(\d+)$")
@@ -49,7 +50,7 @@ def parse_targets(items: list[str]) -> dict[str, int]:
     for item in items:
         match = _TARGET.match(item)
         if not match:
-            raise ConfigError(f"scale: found {item!r}; expected rollout=N or reward.NAME=N, such as rollout=8")
+            raise ConfigError(f"scale: found {show(item)}; expected rollout=N or reward.NAME=N, such as rollout=8")
         targets[match.group(1)] = int(match.group(2))
     if not targets:
         raise ConfigError("scale: say how many workers of which pool, such as rollout=8 reward.clip=2")

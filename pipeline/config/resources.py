@@ -16,6 +16,7 @@ from pydantic import PlainSerializer, PlainValidator
 
 from pipeline.config.sections.base import Allowed
 from pipeline.core.files import nearest
+from pipeline.core.secrets import mask
 
 ROLES = ("rollout", "reward", "learner", "controller")
 ROLE_RESOURCES = tuple(f"rushes_{role}" for role in ROLES)  # announced by worker groups, see docs/kubernetes.md
@@ -35,6 +36,11 @@ class WorkerRange:
         return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
 
 
+def _show(value: Any) -> str:
+    text = mask(repr(value))
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -46,10 +52,10 @@ def _read_workers(value: Any) -> WorkerRange:
         return WorkerRange(value, value)
     expected = "expected a whole number >= 1, or {min: 1, max: 4} for a pool that grows and shrinks"
     if not isinstance(value, dict) or not set(value) <= {"min", "max"} or "max" not in value:
-        raise ValueError(f"found {value!r}; {expected}")
+        raise ValueError(f"found {_show(value)}; {expected}")
     low, high = value.get("min", 1), value["max"]
     if not (_is_count(low) and _is_count(high)):
-        raise ValueError(f"found {value!r}; {expected}")
+        raise ValueError(f"found {_show(value)}; {expected}")
     if low > high:
         raise ValueError(f"min {low} is above max {high}; swap them, or write one number for a fixed size")
     return WorkerRange(low, high)
@@ -57,7 +63,7 @@ def _read_workers(value: Any) -> WorkerRange:
 
 def _read_resources(default: dict[str, float], value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"found {value!r}; expected a mapping of Ray resources, such as {{CPU: 1, GPU: 0.5}}")
+        raise ValueError(f"found {_show(value)}; expected a mapping of Ray resources, such as {{CPU: 1, GPU: 0.5}}")
     for name, amount in value.items():
         right_name = RESOURCE_ALIASES.get(str(name).lower(), name)  # other names may be ones that nodes announce
         if str(name).startswith("rushes_") and name not in ROLE_RESOURCES:
@@ -65,10 +71,10 @@ def _read_resources(default: dict[str, float], value: Any) -> dict[str, float]:
         if right_name != name:
             raise ValueError(f"unknown resource {name!r}; did you mean {right_name}?")
         if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
-            raise ValueError(f"{name}: found {amount!r}; expected a number >= 0")
+            raise ValueError(f"{name}: found {_show(amount)}; expected a number >= 0")
         if name == "GPU" and amount > 1 and amount != int(amount):
             raise ValueError(
-                f"GPU: found {amount!r}; Ray shares one GPU or gives whole ones: below 1, or a whole number"
+                f"GPU: found {_show(amount)}; Ray shares one GPU or gives whole ones: below 1, or a whole number"
             )
     return {**default, **{str(name): float(amount) for name, amount in value.items()}}
 

@@ -18,6 +18,7 @@ from pipeline.config.sections.base import Count, DecayRate, Natural, NonNegative
 from pipeline.config.sections.generator import GeneratorConfig, TrainableConfig
 from pipeline.config.sections.rewards import RewardConfig
 from pipeline.config.sections.sampler import SamplerConfig
+from pipeline.core.reading import shown
 from pipeline.core.storage import display_path, local_folder
 
 # A URL is replaced by its scratch folder (pipeline.core.storage) and written back as the URL.
@@ -220,7 +221,7 @@ class RayConfig(Section):
             whole = isinstance(number, int) and not isinstance(number, bool)
             if not whole or number < low or (high is not None and number > high):
                 allowed = f">= {low}" + (f" and <= {high}" if high is not None else "")
-                raise ValueError(f"{key}: found {number!r}; expected a whole number {allowed}")
+                raise ValueError(f"{key}: found {shown(number)}; expected a whole number {allowed}")
         return value
 
     @property

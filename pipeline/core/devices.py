@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.reading import shown
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +22,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device: found {name!r}; expected auto, cpu, cuda or cuda:0") from error
+        raise ConfigError(f"device: found {shown(name)}; expected auto, cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: found {name!r}, but torch sees no GPU here; use auto or cpu")
+        raise ConfigError(f"device: found {shown(name)}, but torch sees no GPU here; use auto or cpu")
     return device
 
 
@@ -32,7 +33,7 @@ def named_dtype(name: str) -> torch.dtype:
     import torch
 
     if name not in DTYPES:
-        raise ConfigError(f"dtype: found {name!r}; expected one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype: found {shown(name)}; expected one of {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.core.errors import RushesError
 
+MAX_SHOWN = 255  # characters of a path in a message
 _FIXES = {
     errno.ENOSPC: "the disk is full; free some space or write to another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or write to another folder",
@@ -22,12 +23,15 @@ _FIXES = {
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
     errno.ENOENT: "no such file or folder; check the path",
     errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
+    errno.ENAMETOOLONG: "the name is too long; check the path",
 }
 
 
 def describe_os_error(error: OSError, path: str | os.PathLike | None = None) -> str:
     """One line naming the path, what went wrong and what to do."""
     where = path if path is not None else error.filename
+    if where is not None and len(os.fsdecode(where)) > MAX_SHOWN:
+        where = f"{os.fsdecode(where)[:MAX_SHOWN]}…"
     fix = _FIXES.get(error.errno or 0, error.strerror or str(error))
     return f"{where}: {fix}" if where is not None else fix
 

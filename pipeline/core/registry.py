@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
+from pipeline.core.reading import shown
 
 Part = TypeVar("Part")
 
@@ -58,7 +59,7 @@ class Registry(Generic[Part]):
 def choose(key: str, name: str, parts: dict[str, Part]) -> Part:
     """The part `name`. Raises `ConfigError` with the allowed names, in the given order, and the nearest one."""
     if name not in parts:
-        raise ConfigError(f"{key}: found {name!r}; expected one of {', '.join(parts)}{did_you_mean(name, parts)}")
+        raise ConfigError(f"{key}: found {shown(name)}; expected one of {', '.join(parts)}{did_you_mean(name, parts)}")
     return parts[name]
 
 

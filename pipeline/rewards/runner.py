@@ -16,7 +16,6 @@ import numpy as np
 from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardAway, RewardError, one_line
 from pipeline.core.reading import shown
-from pipeline.core.secrets import mask
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scored, Scorer, ScorerCall, check_output
 from pipeline.rewards.function import is_function_spec
@@ -143,7 +142,7 @@ class RewardRunner:
         try:
             output = self.scorer.score(_read_only(media), prompts)
         except RewardError as error:
-            text = mask(str(error))
+            text = one_line(error, 1000)  # may quote what a service or a user's function says
             raise type(error)(text if f"reward {self.name}" in text else f"reward {self.name}: {text}") from error
         except KeyboardInterrupt:
             raise

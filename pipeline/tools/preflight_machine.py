@@ -11,6 +11,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+from pipeline.config.messages import show
 from pipeline.config.resources import ROLE_RESOURCES, WorkerRange, total_resources
 from pipeline.config.schema import Config
 from pipeline.core.cluster_address import cluster_address
@@ -41,7 +42,7 @@ def check_devices(cfg: Config) -> None:
     for key, device in (("learner.device", cfg.learner.device), ("rollout.device", cfg.rollout.device)):
         match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
         if not match:
-            raise ConfigError(f"{key}: found {device!r}; expected auto, cpu, cuda or cuda:N")
+            raise ConfigError(f"{key}: found {show(device)}; expected auto, cpu, cuda or cuda:N")
         if not device.startswith("cuda") or joins_cluster(cfg):
             continue
         count = gpu_count()

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.resources import TenthCpu, WorkerCount, WorkerRange
 from pipeline.config.sections.base import Count, Natural, NonNegative, Section, Share
+from pipeline.core.reading import shown
 
 RUNTIME_ENV_KEYS = ("py_executable", "pip", "uv", "conda", "image_uri", "env_vars")
 
@@ -76,7 +77,7 @@ class RewardConfig(Section):
                 raise ValueError(f"found the key {key!r}; allowed: {', '.join(RUNTIME_ENV_KEYS)}")
         variables = value.get("env_vars", {})
         if not isinstance(variables, dict) or not all(isinstance(v, str) for kv in variables.items() for v in kv):
-            raise ValueError(f"env_vars: found {variables!r}; expected names and texts (quote numbers)")
+            raise ValueError(f"env_vars: found {shown(variables)}; expected names and texts (quote numbers)")
         return value
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.messages import show
 from pipeline.core.code_names import check_kernels
 from pipeline.core.errors import ConfigError, InputError, one_line
 from pipeline.core.files import did_you_mean
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 
 def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise ConfigError(f"{key}: found {value!r}{did_you_mean(value, allowed)}; expected one of {', '.join(allowed)}")
+        raise ConfigError(
+            f"{key}: found {show(value)}{did_you_mean(value, allowed)}; expected one of {', '.join(allowed)}"
+        )
     return value
 
 
 def check_batch(batch: Any, key: str = "batch", least: int = 1) -> int:
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < least:
-        raise ConfigError(f"{key}: found {batch!r}; expected a whole number of at least {least}")
+        raise ConfigError(f"{key}: found {show(batch)}; expected a whole number of at least {least}")
     return batch
 
 
@@ -43,7 +46,7 @@ def check_number(key: str, value: Any, low: float = float("-inf"), high: float =
         )
     ):
         bounds = "" if (low, high) == (float("-inf"), float("inf")) else f" from {low:g} to {high:g}"
-        raise ConfigError(f"{key}: found {value!r}; expected a number{bounds}")
+        raise ConfigError(f"{key}: found {show(value)}; expected a number{bounds}")
     return float(value)
 
 

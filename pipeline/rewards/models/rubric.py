@@ -28,6 +28,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.files import did_you_mean
 from pipeline.core.reading import MAX_YAML, parse_yaml, read_text, yaml_keys
@@ -138,7 +139,9 @@ def load_rubric(source: str) -> Rubric:
         shipped = builtin_rubrics()
         if source not in shipped:
             hint = did_you_mean(source, shipped)
-            raise ConfigError(f"rubric: found {source!r}{hint}; expected a .yaml file or one of {', '.join(shipped)}")
+            raise ConfigError(
+                f"rubric: found {show(source)}{hint}; expected a .yaml file or one of {', '.join(shipped)}"
+            )
         text = (resources.files("pipeline") / "rewards" / "models" / "rubrics" / f"{source}.yaml").read_text(
             encoding="utf-8"
         )
@@ -157,7 +160,7 @@ def parse_rubric(data: Any, source: str) -> Rubric:
         raise fail("expected keys such as mode and prompt")
     mode = data.get("mode")
     if mode not in MODES:
-        raise fail(f"mode: found {mode!r}{did_you_mean(mode or '', MODES)}; expected one of {', '.join(MODES)}")
+        raise fail(f"mode: found {show(mode)}{did_you_mean(mode or '', MODES)}; expected one of {', '.join(MODES)}")
     for key in data:
         if key not in _COMMON | _KEYS[mode]:
             allowed = sorted(_COMMON | _KEYS[mode])
@@ -198,7 +201,7 @@ def _likert(data: dict, fail: Any) -> dict[str, Any]:
     weights = data.get("weights") or {}
     positive = isinstance(weights, dict) and all(isinstance(w, int | float) and w > 0 for w in weights.values())
     if not positive or not set(weights) <= set(axes):
-        raise fail(f"weights: found {weights!r}; expected a number above 0 for some of {', '.join(map(str, axes))}")
+        raise fail(f"weights: found {show(weights)}; expected a number above 0 for some of {', '.join(map(str, axes))}")
     patterns = {str(axis): _pattern(pattern, f"axes.{axis}", 1, fail) for axis, pattern in axes.items()}
     return {"axes": patterns, "weights": weights, "low": low, "high": high}
 
@@ -206,7 +209,7 @@ def _likert(data: dict, fail: Any) -> dict[str, Any]:
 def _range(bounds: Any, fail: Any) -> tuple[float, float]:
     numeric = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
     if not numeric or not bounds[0] < bounds[1]:
-        raise fail(f"range: found {bounds!r}; expected [lowest, highest]")
+        raise fail(f"range: found {show(bounds)}; expected [lowest, highest]")
     return float(bounds[0]), float(bounds[1])
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, InputError, RewardError, one_line
 from pipeline.core.files import did_you_mean
 from pipeline.rewards.models.chat import Answer, ChatModel, Question
@@ -74,7 +75,7 @@ def check_engine(options: Any) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             kinds = {int: "a whole number", bool: "true or false", str: "a text", dict: "a mapping"}
             expected = "a number" if isinstance(kind, tuple) else kinds[kind]
-            raise ConfigError(f"engine.{key}: found {value!r}; expected {expected}")
+            raise ConfigError(f"engine.{key}: found {show(value)}; expected {expected}")
 
 
 class Engine(ChatModel):

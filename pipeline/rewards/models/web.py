@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.deadline import within
-from pipeline.core.errors import ConfigError, RewardAway, RewardError, RewardUnavailable
+from pipeline.core.errors import ConfigError, RewardAway, RewardError, RewardUnavailable, one_line
 from pipeline.core.secrets import credentials_in_urls, register
 from pipeline.rewards.models.images import shrunk
 
@@ -50,9 +51,9 @@ class JsonClient:
         if list(credentials_in_urls(str(url))):
             raise ConfigError("url: holds credentials; put them into a variable that api_key_env names")
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise ConfigError(f"retries: found {retries!r}; expected a whole number of at least 0")
+            raise ConfigError(f"retries: found {show(retries)}; expected a whole number of at least 0")
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-            raise ConfigError(f"timeout_s: found {timeout_s!r}; expected seconds above 0")
+            raise ConfigError(f"timeout_s: found {show(timeout_s)}; expected seconds above 0")
         self.url, self.timeout_s, self.retries, self.pause_s = str(url).rstrip("/"), float(timeout_s), retries, pause_s
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "rushes"}
         if api_key_env:
@@ -111,7 +112,7 @@ class JsonClient:
         except http.client.IncompleteRead as error:
             raise _Away("the connection ended in the middle of the answer") from error
         except Exception as error:  # http.client raises its own tree for broken answers
-            raise _Retryable(f"broken answer ({type(error).__name__}: {error})") from error
+            raise _Retryable(f"broken answer ({type(error).__name__}: {one_line(error)})") from error
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.devices import resolve_device
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
@@ -44,7 +45,7 @@ class Geneval(Scorer):
         from transformers import AutoModelForObjectDetection
 
         if not isinstance(partial, bool):
-            raise ConfigError(f"partial: found {partial!r}; expected true or false")
+            raise ConfigError(f"partial: found {show(partial)}; expected true or false")
         import torch
 
         self.partial, self.max_overlap = partial, check_number("max_overlap", max_overlap, 0.0, 1.0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -28,9 +29,9 @@ class _JpegSize(Scorer):
     def __init__(self, quality: int = 95, scale: float = 1.0) -> None:
         """`quality`: of the JPEG, 1..95. `scale`: kB that count as 1 (flow_grpo: 500)."""
         if not isinstance(quality, int) or not 1 <= quality <= 95:
-            raise ConfigError(f"quality: found {quality!r}; expected a whole number from 1 to 95")
+            raise ConfigError(f"quality: found {show(quality)}; expected a whole number from 1 to 95")
         if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-            raise ConfigError(f"scale: found {scale!r}; expected a number above 0")
+            raise ConfigError(f"scale: found {show(scale)}; expected a number above 0")
         self.quality, self.scale = quality, float(scale)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -26,7 +27,7 @@ class _ClipScorer(Scorer):
     def __init__(self, short_side: int = 96) -> None:
         """`short_side`: pixels of the short side at which frames are compared (smaller is faster)."""
         if not isinstance(short_side, int) or not 8 <= short_side <= 1024:
-            raise ConfigError(f"short_side: found {short_side!r}; expected a whole number from 8 to 1024")
+            raise ConfigError(f"short_side: found {show(short_side)}; expected a whole number from 8 to 1024")
         self.short_side = short_side
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
@@ -86,7 +87,7 @@ class Flicker(_ClipScorer):
         """`compensate` False counts motion as flicker too: VBench's plain mean absolute difference."""
         super().__init__(short_side)
         if not isinstance(compensate, bool):
-            raise ConfigError(f"compensate: found {compensate!r}; expected true or false")
+            raise ConfigError(f"compensate: found {show(compensate)}; expected true or false")
         self.compensate = compensate
 
     def rate(self, grey: np.ndarray, fps: float) -> float:

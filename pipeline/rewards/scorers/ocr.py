@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -60,7 +61,7 @@ class Ocr(Scorer):
         """`confidence`: readings below it are left out. `threads`: of the OCR models."""
         check_number("confidence", confidence, 0.0, 1.0)
         if not isinstance(threads, int) or threads < 1:
-            raise ConfigError(f"threads: found {threads!r}; expected a whole number of at least 1")
+            raise ConfigError(f"threads: found {show(threads)}; expected a whole number of at least 1")
         try:
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.reading import shown
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import batches, check_batch, check_choice
@@ -107,6 +108,6 @@ def _numbers(name: str, values: Any, items: int, finite: bool) -> np.ndarray:
         if value is None and not finite:
             value = math.nan  # does not apply to this item
         if isinstance(value, bool) or not isinstance(value, int | float) or (finite and not math.isfinite(value)):
-            raise RewardError(f"the server's {name} holds {value!r}, which is not a finite number")
+            raise RewardError(f"the server's {name} holds {shown(value)}, which is not a finite number")
         checked.append(float(value))
     return np.asarray(checked, dtype=np.float32)

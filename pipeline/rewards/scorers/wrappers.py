@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.config.messages import show
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
@@ -27,9 +28,9 @@ class _Wrapper(Scorer):
     def check_args(cls, args: dict) -> None:
         scorer, inner_args = args["scorer"], args.get("args")
         if not isinstance(scorer, str) or not scorer:
-            raise ConfigError(f"scorer: found {scorer!r}; expected a scorer's name or file.py:function")
+            raise ConfigError(f"scorer: found {show(scorer)}; expected a scorer's name or file.py:function")
         if inner_args is not None and not isinstance(inner_args, dict):
-            raise ConfigError(f"args: found {inner_args!r}; expected the options of {scorer}")
+            raise ConfigError(f"args: found {show(inner_args)}; expected the options of {scorer}")
         check_options(scorer, inner_args or {}, key="args.args")
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
