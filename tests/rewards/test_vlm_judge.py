@@ -190,7 +190,7 @@ LIKERT = {"mode": "likert", "prompt": "p", "axes": {"a": "(1)"}}
         ({"mode": "yes_no", "prompt": "p", True: ["yes"]}, "unknown key True"),
         ({"mode": "yes_no", "prompt": "p", "yes": [True]}, "truth value"),
         ({"mode": "pairwise", "prompt": "p", "first": "1"}, "second"),
-        ({"mode": "rating", "prompt": "p"}, "range: found None"),
+        ({"mode": "rating", "prompt": "p"}, "range: found nothing"),
         ({"mode": "rating", "prompt": "p", "range": [1, 10]}, "expected two digits"),
         (LIKERT | {"system": "Rate {prompt}"}, "system: it is the same for every take"),
         (LIKERT | {"system": 3}, "system: found 3"),
