@@ -37,6 +37,15 @@ class SamplingSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Begin:
+    """Where takes are drawn from instead of from pure noise."""
+
+    step: int  # sampler step to go on from, 1 or later; the ones before are not computed
+    states: Any  # tensors.PackedTensor [K, ...]: the samples x_t at that step, as a trajectory records them
+    clean: bool = False  # `states` are finished latents, which each take's initial noise is added to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupWork:
     """prompts -> rollout. The unit of work and of retry: same seeds and policy version give the same takes."""
 
@@ -48,6 +57,7 @@ class GroupWork:
     seeds: tuple[int, ...]  # [K] one per take
     sampling: SamplingSpec
     initial: tuple[int, ...] = ()  # [K], seeds of the initial noise where these are not `seeds`
+    begin: Begin | None = None  # None: from the pipeline's own start
     scoring_seed: int | None = None  # of the rewards' frame picks, the same for all takes; None: centre picks
 
     @property
@@ -121,8 +131,9 @@ class TrajectoryPart:
     stop: int
     steps: tuple[RecordedStep, ...]  # [W], in sampling order; their K is stop - start
     shared: tuple[Any, ...]  # tensors.PackedTensor: step-invariant denoiser inputs, stored once
-    final: Any  # tensors.PackedTensor [K, ...], the finished latents (x0)
+    final: Any  # tensors.PackedTensor [K, ...], the finished latents (x0); None where they are not known
     call_inputs: CallInputs | None = None  # only where text encoders are trained
+    drawn: bool = True  # False: conditions alone, whose recorded samples are made up (generators.condition_pass)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

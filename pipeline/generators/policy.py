@@ -17,15 +17,27 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.devices import resolve_device
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.types import GroupWork, Media, PromptItem, SamplingSpec, Trajectory, TrajectoryPart, WeightSet
+from pipeline.core.tensors import PackedTensor, pack, unpack
+from pipeline.core.types import (
+    Begin,
+    GroupWork,
+    Media,
+    PromptItem,
+    SamplingSpec,
+    Trajectory,
+    TrajectoryPart,
+    WeightSet,
+)
 from pipeline.generators import adapters
 from pipeline.generators.call.conditions import condition_key
 from pipeline.generators.call.output import to_uint8
+from pipeline.generators.condition_pass import ConditionPass
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.generators.load.prompt_cache import forget_prompts
-from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled
-from pipeline.generators.probe.probe import probe
+from pipeline.generators.noising import noised
+from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled, cpu_generator
+from pipeline.generators.probe.probe import guidance_for, probe
 from pipeline.generators.probe.result import ProbeResult
 from pipeline.generators.record.packing import pack_recording
 from pipeline.generators.record.recording import RecordOptions
@@ -139,7 +151,12 @@ class Policy:
             call_started = time.perf_counter()
             prompts, noise_seeds = work.prompts[start:stop], work.noise_seeds[start:stop]
             values, recording = self.sample(
-                prompts, work.seeds[start:stop], noise_seeds, work.sampling, keep_steps=trained_steps
+                prompts,
+                work.seeds[start:stop],
+                noise_seeds,
+                work.sampling,
+                keep_steps=trained_steps,
+                begin=self._begin(work, start, stop),
             )
             call_ended = time.perf_counter()
             seconds["encode"] += recording.denoise_started - call_started
@@ -158,6 +175,47 @@ class Policy:
             )
         seconds["total"] = time.perf_counter() - started
         return Rollout(Media(frames=np.concatenate(frames), fps=self.cfg.generator.fps), trajectory, seconds)
+
+    def conditions(self, work: GroupWork, clean: PackedTensor | None = None) -> Trajectory:
+        """The conditions of a group at `work.sampling.trained_steps`, which need no denoising.
+
+        `clean`: the takes' finished latents [K, ...], of encoded data say. Raises RuntimeError before `probe`.
+        """
+        conditions = self.condition_pass(work.sampling.num_steps)
+        parts = tuple(
+            conditions.part(
+                work.prompts[start:stop],
+                work.noise_seeds[start:stop],
+                work.sampling,
+                None if clean is None else PackedTensor(clean.data[start:stop], clean.dtype),
+                start,
+            )
+            for start, stop in self.calls(work)
+        )
+        return Trajectory(group=work.group, version=self.version, sampling=work.sampling, parts=parts, spec=self.spec)
+
+    def condition_pass(self, num_steps: int) -> ConditionPass:
+        """Calls of the pipeline without its denoisers, at a grid of that many steps. Raises RuntimeError before
+        `probe`."""
+        if self.probed is None:
+            raise RuntimeError("probe() must run before conditions are recorded")
+        self.probed = guidance_for(self.pipeline, self.probed, num_steps)
+        return ConditionPass(self.pipeline, self.probed)
+
+    def _begin(self, work: GroupWork, start: int, stop: int) -> Begin | None:
+        """Where the takes [start, stop) of a group begin, as samples x_t."""
+        if work.begin is None:
+            return None
+        step, states = work.begin.step, work.begin.states
+        rows = PackedTensor(states.data[start:stop], states.dtype)
+        if not work.begin.clean:
+            return Begin(step=step, states=rows)
+        x0 = unpack(rows)
+        level = self.condition_pass(work.sampling.num_steps).grid(work.sampling)[step].sigma
+        sources = [cpu_generator(seed) for seed in work.noise_seeds[start:stop]]
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=source) for source in sources])
+        x = noised(self.spec.prediction, torch.tensor(level, dtype=torch.float64), x0, eps)
+        return Begin(step=step, states=pack(x.to(x0.dtype)))
 
     def rollouts(self, works: Sequence[GroupWork]) -> list[Rollout]:
         """As `rollout`, for several groups that train; in one pipeline call where the pipeline and the groups allow it.
@@ -194,6 +252,8 @@ class Policy:
         """Whether one call can draw these groups, and its record can be split again."""
         if self.probed is None or self.spec.layouts is None or self.pipeline.text is not None:
             return False
+        if any(work.begin is not None for work in works):
+            return False
         conditions = {condition_key(prompt) for work in works for prompt in work.prompts}
         return self.plan.mode.batched and (not self.plan.mode.shared or len(conditions) == 1)
 
@@ -218,16 +278,27 @@ class Policy:
         sampling: SamplingSpec,
         *,
         keep_steps: Sequence[int] = (),
+        begin: Begin | None = None,
     ) -> Sampled:
         """One pipeline call (see `PolicyPipeline.sample`). `keep_steps`: steps whose denoiser inputs are recorded, and
-        whose guidance is checked."""
+        whose guidance is checked. `begin`: samples x_t to go on from at a later step.
+
+        Raises ValueError where `begin` leaves no step to take, or a step before it is to be kept.
+        """
         options = RecordOptions(keep_steps=frozenset(keep_steps))
+        if begin is not None:
+            if not 0 < begin.step < sampling.num_steps or any(step < begin.step for step in keep_steps):
+                raise ValueError(f"takes begin at step {begin.step} of {sampling.num_steps}, steps {keep_steps} kept")
+            options = replace(options, samples={begin.step: unpack(begin.states, self.device)})
         if self.probed is not None:
+            if keep_steps:
+                self.probed = guidance_for(self.pipeline, self.probed, sampling.num_steps)
             options = replace(options, on_step=self.probed.fit_step)
             if (until := min(sampling.stochastic_steps, default=0)) > 0:
                 keys = zip(map(condition_key, prompts), noise_seeds or seeds, strict=True)
                 options = replace(options, shared_prefix=SharedPrefix(list(keys), until, self.spec))
-        return self.pipeline.sample(self.plan, prompts, seeds, noise_seeds, sampling, options)
+        denoise_from = begin.step if begin is not None else 0
+        return self.pipeline.sample(self.plan, prompts, seeds, noise_seeds, sampling, options, denoise_from)
 
     def call_arguments(self, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
         """Arguments of the pipeline's __call__, without `generator`."""

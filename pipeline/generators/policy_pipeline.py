@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,7 @@ from pipeline.generators.load.prompt_cache import cache_prompts
 from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
 from pipeline.generators.record.recorder import PipelineRecorder
 from pipeline.generators.record.recording import Recording, RecordOptions
+from pipeline.generators.record.stand_ins import StandIns
 from pipeline.generators.replay.text_inputs import TextReencoder
 
 log = logging.getLogger("rushes.generators")
@@ -74,6 +77,7 @@ class PolicyPipeline:
             )
         self.text = TextReencoder(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
         self.scales = self._named_scales()
+        self.stand_ins = StandIns()
         self.embeddings: EmbeddingStore | None = None
         self.offload: Offload | None = None
         cache_prompts(pipe)
@@ -115,9 +119,11 @@ class PolicyPipeline:
         noise_seeds: Sequence[int] | None,
         sampling: SamplingSpec,
         options: RecordOptions,
+        denoise_from: int = 0,
     ) -> Sampled:
         """One pipeline call. `seeds`: of the policy's noise, and of the initial noise unless `noise_seeds` are given.
 
+        `denoise_from`: the sampler step from which on the denoisers are called; stand-ins take their place before.
         Raises UnsupportedPolicyError when the pipeline takes another number of steps than `sampling` names, or makes
         other frames than the config asks for.
         """
@@ -127,13 +133,17 @@ class PolicyPipeline:
         noise = [cpu_generator(seed ^ _POLICY_NOISE) for seed in seeds]
         output = None
         recorder = PipelineRecorder(self.pipe, self.denoisers, self.prediction, sampling, noise, options)
-        with recorder as recording:
+        with ExitStack() as stack:
+            if denoise_from > 0:
+                early = partial(_before, recorder.recording, denoise_from)
+                stack.enter_context(self.stand_ins.in_place_of(self.denoisers, active=early))
+            recording = stack.enter_context(recorder)
             output = self.pipe(**kwargs)
         if recording.stopped:
             return Sampled(np.zeros(0, np.float32), recording)
         if recording.num_steps != sampling.num_steps:
             if self._request_other_steps(plan, kwargs.get("num_inference_steps", 0), recording.num_steps, sampling):
-                return self.sample(plan, prompts, seeds, noise_seeds, sampling, options)
+                return self.sample(plan, prompts, seeds, noise_seeds, sampling, options, denoise_from)
             raise UnsupportedPolicyError(_wrong_steps(self.name, recording.num_steps, sampling.num_steps))
         values = to_floats(output, len(prompts))
         check_made(self.pipe, self.cfg.generator, values)
@@ -186,6 +196,10 @@ def _frames_of(frames: int, height: int, width: int) -> str:
 @functools.cache
 def _say_once(text: str) -> None:
     log.warning("%s; all of them are scored and trained", text)
+
+
+def _before(recording: Recording, step: int) -> bool:
+    return recording.num_steps < step
 
 
 def _wrong_steps(name: str, taken: int, expected: int) -> str:

@@ -17,7 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators import adapters
-from pipeline.generators.replay.noising import clean_error_scale, noised, target
+from pipeline.generators.noising import clean_error_scale, noised, target
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
 from pipeline.learner.micro_batch import ReplayCall, replay_calls

@@ -34,7 +34,6 @@ from pipeline.generators.record.first_order import is_consistency
 from pipeline.generators.record.inputs import same_inputs
 from pipeline.generators.record.packing import pack_recording
 from pipeline.generators.record.recording import RawStep, Recording, RecordOptions
-from pipeline.generators.record.stand_ins import StandIns
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
@@ -76,6 +75,18 @@ def probe(pipeline: PolicyPipeline, prompts: list[PromptItem] | None = None) -> 
     raise _cannot_run(pipeline.name, failures) from next(iter(failures.values()))
 
 
+def guidance_for(pipeline: PolicyPipeline, result: ProbeResult, num_steps: int) -> ProbeResult:
+    """The result of a probe with the guidance numbers of a grid of `num_steps` steps, which may change with the step.
+
+    Where outputs are alike, a step's own do not tell; the grid is then run with numbers that differ in their place.
+    """
+    if not result.alike_outputs or (num_steps, 0) in result.fixed_guidance:
+        return result
+    probing = _Probe(pipeline, result.plan, list(result.prompts))
+    steps = probing.steps_with_random_outputs(2, probing.every_step(num_steps))
+    return replace(result, fixed_guidance={**result.fixed_guidance, **read_guidance(result, steps)})
+
+
 def _modes(pipeline: PolicyPipeline, conditioned: bool) -> list[CallMode]:
     modes = call_modes(conditioned, negative="negative_prompt" in parameters_of(pipeline.pipe))
     return modes if pipeline.embeddings is None else pipeline.embeddings.in_order(modes)
@@ -108,7 +119,6 @@ class _Probe:
         # Which of the prompts the two calls that are compared are given.
         self.small, self.large = (slice(0, 2), slice(0, 3)) if plan.mode.batched else (slice(0, 1), slice(1, 2))
         self.takes = self.small.stop
-        self._stand_ins = StandIns()
 
     def run(self) -> ProbeResult:
         pipeline, batched = self.pipeline, self.plan.mode.batched
@@ -124,8 +134,8 @@ class _Probe:
         run_steps: list[RawStep] = []  # of a run's own sampler, whose guidance may change with the step
         distinguishable = branches_distinguishable(outputs, steps + others)
         if not distinguishable:
-            steps, others = (self._steps_with_random_outputs(seed, self.sampling) for seed in (0, 1))
-            run_steps = self._steps_with_random_outputs(2, self._run_sampling())
+            steps, others = (self.steps_with_random_outputs(seed, self.sampling) for seed in (0, 1))
+            run_steps = self.steps_with_random_outputs(2, self.every_step(pipeline.cfg.sampler.steps))
         spec, error = self._with_rules(spec, steps + others + run_steps)
         check_linear_weights(spec, steps, others)
         first = small.steps[0].sample
@@ -137,8 +147,14 @@ class _Probe:
             pins_values=min(small.chosen_share, large.chosen_share) < 1.0,
             consistency=is_consistency(pipeline.pipe.scheduler),
         )
-        result = ProbeResult(spec=spec, plan=self.plan, scales=pipeline.scales)
-        checked = result if distinguishable else replace(result, fixed_guidance=_read_guidance(result, steps))
+        result = ProbeResult(
+            spec=spec,
+            plan=self.plan,
+            scales=pipeline.scales,
+            prompts=tuple(self.trio),
+            alike_outputs=not distinguishable,
+        )
+        checked = result if distinguishable else replace(result, fixed_guidance=read_guidance(result, steps))
         for step in large.steps:
             checked.fit_step(step)
         report = {
@@ -163,7 +179,7 @@ class _Probe:
                 pipeline.pipe, self.plan.mode, lambda: same_inputs(small.steps, self._record(self.small).steps)
             )
         grid = self._noise_grid()
-        return replace(result, fixed_guidance=_read_guidance(result, run_steps), grid=grid, report=report)
+        return replace(result, fixed_guidance=read_guidance(result, run_steps), grid=grid, report=report)
 
     # -- pipeline calls -------------------------------------------------------------------------------------------
 
@@ -186,8 +202,14 @@ class _Probe:
         options = RecordOptions(
             keep_steps=frozenset(later), samples=dict.fromkeys(later, sample.to(self.pipeline.device)), stop_early=True
         )
-        with self._stand_ins.in_place_of(self.pipeline.denoisers):
-            return self._sample(slice(0, self.takes), self.sampling, options).steps
+        seeds = self._seeds(slice(0, self.takes))
+        return self.pipeline.sample(
+            self.plan, self.trio[: self.takes], seeds, None, self.sampling, options, denoise_from=_STEPS
+        ).recording.steps
+
+    def every_step(self, num_steps: int) -> SamplingSpec:
+        """A run's sampler with that many steps, all of which are kept."""
+        return replace(ode_sampling(self.pipeline.cfg, num_steps), trained_steps=tuple(range(num_steps)))
 
     def _run_sampling(self) -> SamplingSpec:
         """A run's sampler, with every step that the run may train."""
@@ -201,7 +223,7 @@ class _Probe:
         recording = self._sample(slice(0, 1), sampling, RecordOptions(stop_early=True))
         return NoiseGrid(self.pipeline.prediction, recording.levels)
 
-    def _steps_with_random_outputs(self, seed: int, sampling: SamplingSpec) -> list[RawStep]:
+    def steps_with_random_outputs(self, seed: int, sampling: SamplingSpec) -> list[RawStep]:
         """The trained steps of a rollout with random numbers in place of the denoiser's outputs.
 
         Weights that were never trained can answer prompt and negative prompt alike (modulations start at zero), so that
@@ -213,9 +235,7 @@ class _Probe:
             return torch.randn(output.shape, generator=source).to(output)
 
         options = RecordOptions(
-            keep_steps=frozenset(sampling.trained_steps),
-            replace_output=replace_output,
-            stop_early=len(sampling.trained_steps) < sampling.num_steps,
+            keep_steps=frozenset(sampling.trained_steps), replace_output=replace_output, stop_early=True
         )
         return self._sample(slice(0, self.takes), sampling, options).steps
 
@@ -276,11 +296,11 @@ class _Probe:
             raise UnsupportedPolicyError(cause) from error
 
 
-def _read_guidance(result: ProbeResult, steps: list[RawStep]) -> dict[int, StepGuidance]:
-    """Sampler step -> guidance, fitted to steps whose outputs differ enough to tell."""
+def read_guidance(result: ProbeResult, steps: list[RawStep]) -> dict[tuple[int, int], StepGuidance]:
+    """(sampler steps, index) -> guidance, fitted to steps whose outputs differ enough to tell."""
     for step in steps:
         result.fit_step(step)
-    return {step.index: step.guidance for step in steps}
+    return {(step.num_steps, step.index): step.guidance for step in steps}
 
 
 def _report(spec: PolicySpec, small: Recording, large: Recording, error: float) -> dict[str, Any]:

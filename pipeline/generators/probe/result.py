@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.types import StepGuidance
+from pipeline.core.types import PromptItem, StepGuidance
 from pipeline.generators.policy_pipeline import CallPlan
 from pipeline.generators.probe.fit import check_guidance, fit_guidance
 from pipeline.generators.record.recording import RawStep
@@ -21,9 +21,11 @@ class ProbeResult:
     spec: PolicySpec
     plan: CallPlan  # how the pipeline is called
     scales: tuple[float, ...]  # guidance scales that the pipeline call itself names
+    prompts: tuple[PromptItem, ...]  # that were probed with
     grid: NoiseGrid | None = None  # noise levels of a run's sampler steps; None: not read yet
-    # Sampler step -> its guidance, where a step's own outputs are too similar to tell; valid for a run's step count
-    fixed_guidance: dict[int, StepGuidance] = field(default_factory=dict)
+    alike_outputs: bool = False  # a step's own outputs are too similar to tell its guidance
+    # (sampler steps, index of a step) -> its guidance, where outputs are alike; see probe.guidance_for
+    fixed_guidance: dict[tuple[int, int], StepGuidance] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)  # plain data, for people
 
     def fit_step(self, step: RawStep) -> None:
@@ -44,7 +46,7 @@ class ProbeResult:
                 f"{spec.pipeline} has {len(branches)} guidance branches at step {step.index}, which the probe did not "
                 "see"
             )
-        fixed = self.fixed_guidance.get(step.index)
+        fixed = self.fixed_guidance.get((step.num_steps, step.index))
         if fixed is not None:
             check_guidance(branches, step, fixed, spec.sign)
             step.guidance = fixed

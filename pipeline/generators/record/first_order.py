@@ -21,8 +21,7 @@ from diffusers import (
 )
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.rl.samplers import samplers_for
-from pipeline.rl.samplers.base import NoiseLevels
+from pipeline.rl.samplers import NoiseLevels, samplers_for
 
 # Kept as they are: their grid is DDIM's, and some pipelines check the class.
 _FIRST_ORDER = (DDIMScheduler, CogVideoXDDIMScheduler, LCMScheduler)
@@ -36,6 +35,10 @@ class StepTimes:
     sigma_next: float
     cap: float  # see types.RecordedStep.sigma_cap
     flip: bool = False  # the scheduler runs from 0 to 1 (OmniGen, Mochi), so its velocity has the other sign
+
+    @property
+    def levels(self) -> NoiseLevels:
+        return NoiseLevels(self.sigma, self.sigma_next, self.cap)
 
 
 def prediction_of(scheduler: Any) -> str:
@@ -166,5 +169,5 @@ def levels_from(scheduler: Any, prediction: str, position: int) -> tuple[NoiseLe
     levels = []
     for index in range(position, len(scheduler.timesteps)):
         times, _ = step_times(scheduler, prediction, index - begin, scheduler.timesteps[index])
-        levels.append(NoiseLevels(times.sigma, times.sigma_next, times.cap))
+        levels.append(times.levels)
     return tuple(levels)

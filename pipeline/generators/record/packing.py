@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,16 @@ def pack_recording(
         final=pack(recording.final),
         call_inputs=call_inputs,
     )
+
+
+def pack_conditions(
+    recording: Recording, start: int, stop: int, clean: PackedTensor | None, call_inputs: CallInputs | None = None
+) -> TrajectoryPart:
+    """As `pack_recording`, for a call without denoising: nothing of it was drawn. `clean`: finished latents to go with
+    the conditions."""
+    part = pack_recording(recording, start, stop, keep_mean=False, call_inputs=call_inputs)
+    steps = tuple(replace(step, log_prob=None, mask=None) for step in part.steps)
+    return replace(part, steps=steps, final=clean, drawn=False)
 
 
 def _copies_of_sample(leaf: torch.Tensor, sample: torch.Tensor) -> int:

@@ -13,11 +13,10 @@ import torch
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import SamplingSpec
-from pipeline.generators.record.first_order import StepTimes, is_consistency, kinds_for
+from pipeline.generators.noising import consistency_transition
+from pipeline.generators.record.first_order import StepTimes, is_consistency
 from pipeline.generators.record.recording import RawStep, Recording
 from pipeline.rl.samplers import Transition, log_prob, transition
-from pipeline.rl.samplers.base import clean_and_noise
-from pipeline.rl.samplers.lcm import consistency_function
 
 
 def policy_transition(
@@ -39,32 +38,13 @@ def policy_transition(
     if not is_consistency(scheduler):
         kind = sampling.kind if noisy else "ode"
         return transition(kind, sampling.noise_level, prediction, x, out, times.sigma, times.sigma_next, times.cap)
-    consistency = transition(
-        kinds_for(scheduler, prediction)[0], 1.0, prediction, x, out, times.sigma, times.sigma_next, times.cap
-    )
-    if noisy:
+    consistency = consistency_transition(prediction, times.levels, x, out, last and not noisy)
+    if noisy or last:
         return consistency
-    if last:
-        mean = consistency_function(x.float(), out.float(), times.sigma, times.cap, prediction)
-        return replace(consistency, mean=mean)
     # Noise is part of the LCM sampler itself: without the policy's, it comes from the pipeline's own generators.
     sources = generator if isinstance(generator, list) else [generator] * x.shape[0]
     noise = torch.stack([torch.randn(x.shape[1:], generator=source, dtype=x.dtype) for source in sources])
     return replace(consistency, mean=consistency.mean + consistency.std * noise.to(x.device).float())
-
-
-def clean_prediction(
-    scheduler: Any, prediction: str, x: torch.Tensor, out: torch.Tensor, times: StepTimes
-) -> torch.Tensor:
-    """The x0 prediction, which some pipelines read from the scheduler's output."""
-    x, out = x.float(), out.float()
-    if prediction == "flow":
-        return x - times.sigma * out
-    if is_consistency(scheduler):
-        return consistency_function(x, out, times.sigma, times.cap, prediction)
-    if times.sigma == 0.0 and prediction == "epsilon":
-        return torch.zeros_like(x)
-    return clean_and_noise(x, out, times.sigma, prediction)[0]
 
 
 def infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, pipeline: str) -> None:

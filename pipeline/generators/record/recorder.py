@@ -19,10 +19,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import SamplingSpec, StepGuidance
+from pipeline.generators.noising import clean_prediction
 from pipeline.generators.record.attention import changed_processors, processors_of, restore_processors
-from pipeline.generators.record.first_order import StepTimes, levels_from, step_times
+from pipeline.generators.record.first_order import StepTimes, is_consistency, levels_from, step_times
 from pipeline.generators.record.outputs import first_tensor, has_one_tensor, replace_first
-from pipeline.generators.record.policy_step import check_first_step, clean_prediction, infer_mask, policy_transition
+from pipeline.generators.record.policy_step import check_first_step, infer_mask, policy_transition
 from pipeline.generators.record.recording import RawCall, RawStep, Recording, RecordOptions, clone_call
 from pipeline.rl.samplers import Transition, log_prob
 
@@ -164,7 +165,8 @@ class PipelineRecorder:
             recording.stopped = True
             raise StopRecording
         previous = next_sample.reshape(sample.shape)
-        clean = clean_prediction(self.scheduler, self.prediction, x, out, times).to(sample.dtype).reshape(sample.shape)
+        clean = clean_prediction(self.prediction, times.levels, x, out, is_consistency(self.scheduler))
+        clean = clean.to(sample.dtype).reshape(sample.shape)
         if return_dict:
             return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=clean)
         return (previous,) if self.prediction == "flow" else (previous, clean)
@@ -217,6 +219,7 @@ class PipelineRecorder:
         nominal = _as_scale(getattr(self.pipe, "guidance_scale", None), self.sampling.guidance_scale)
         step = RawStep(
             index=self.recording.num_steps,
+            num_steps=self.sampling.num_steps,
             sigma=times.sigma,
             sigma_next=times.sigma_next,
             sigma_cap=times.cap,

@@ -68,6 +68,7 @@ class RawStep:
     mean: torch.Tensor  # float32
     log_prob: torch.Tensor | None  # float32 [B]; None where the step is deterministic
     calls: list[RawCall]
+    num_steps: int = 0  # of the sampler's grid
     std: float = 0.0
     sharpness: float | None = None  # see samplers.base.Transition
     mask: torch.Tensor | None = None  # bool, like next_sample; None: the policy chose every value

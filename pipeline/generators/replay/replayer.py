@@ -14,10 +14,24 @@ import torch
 
 from pipeline.core.tensors import PackedTensor, SampleCopies, SharedSlot, map_leaves, unpack
 from pipeline.core.types import RecordedStep, SamplingSpec, TrajectoryPart
+from pipeline.generators.noising import consistency_transition
 from pipeline.generators.replay.call_inputs import StepRows, run_calls
 from pipeline.generators.replay.reencoded import ReencodedInputs
 from pipeline.generators.spec import LIST, InputKey, PolicySpec, StepInputKey, call_keys
-from pipeline.rl.samplers import Transition, transition
+from pipeline.rl.samplers import NoiseLevels, Transition, transition
+
+
+def replayed_transition(
+    spec: PolicySpec, sampling: SamplingSpec, step: RecordedStep, x: torch.Tensor, out: torch.Tensor
+) -> Transition:
+    """The Gaussian of a recorded step for another sample or model output; deterministic where no noise was drawn."""
+    noisy = step.index in sampling.stochastic_steps
+    sigma, sigma_next, cap = step.sigma, step.sigma_next, step.sigma_cap
+    if spec.consistency:
+        last = step.index == sampling.num_steps - 1 and not noisy
+        return consistency_transition(spec.prediction, NoiseLevels(sigma, sigma_next, cap), x, out, last)
+    kind = sampling.kind if noisy else "ode"
+    return transition(kind, sampling.noise_level, spec.prediction, x, out, sigma, sigma_next, cap)
 
 
 class Replayer:
@@ -59,9 +73,9 @@ class Replayer:
         """Whether another sample can be put into the denoiser inputs of step `j`: the recorded one's place in them was
         traced, and the pipeline puts no values of its own into the sample."""
         step = self.part.steps[j]
-        return self.spec.any_sample and step.mask is None and self._has_slots(step)
+        return self.spec.any_sample and step.mask is None and self.has_slots(step)
 
-    def _has_slots(self, step: RecordedStep) -> bool:
+    def has_slots(self, step: RecordedStep) -> bool:
         """Whether the inputs that hold the sample have the shapes that were traced."""
         for key, call in zip(call_keys(len(step.calls)), step.calls, strict=True):
             leaves: dict[str, Any] = {}
@@ -90,16 +104,7 @@ class Replayer:
     def move(self, j: int, takes: slice, x: torch.Tensor, out: torch.Tensor, sampling: SamplingSpec) -> Transition:
         """The Gaussian of trained step `j` for a model output `out`, over the values that the policy chose."""
         step = self.part.steps[j]
-        gaussian = transition(
-            sampling.kind,
-            sampling.noise_level,
-            self.spec.prediction,
-            x,
-            out,
-            step.sigma,
-            step.sigma_next,
-            step.sigma_cap,
-        )
+        gaussian = replayed_transition(self.spec, sampling, step, x, out)
         if step.mask is None:
             return gaussian
         return replace(gaussian, mask=unpack(step.mask, self.device)[takes])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from pipeline.config.schema import Config
 
-__all__ = ["Sampler", "Transition", "gaussian_kl", "get_sampler", "log_prob", "register", "transition"]
+__all__ = ["NoiseLevels", "Sampler", "Transition", "gaussian_kl", "get_sampler", "log_prob", "register", "transition"]
 
 
 def get_sampler(name: str) -> Sampler:

@@ -6,7 +6,13 @@ a = alphas_cumprod, output eps, x0, or v = sqrt(a) eps - sqrt(1 - a) x0 (arXiv 2
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+
+from pipeline.rl.samplers import Transition
+from pipeline.rl.samplers.base import NoiseLevels, clean_and_noise
+from pipeline.rl.samplers.lcm import consistency_function, lcm_step
 
 
 def noised(prediction: str, level: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -36,6 +42,30 @@ def clean_error_scale(prediction: str, level: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(level).float()
     signal, noise = _amplitudes(prediction, level)
     return (noise / signal if prediction == "epsilon" else noise).float()
+
+
+def clean_prediction(
+    prediction: str, levels: NoiseLevels, x: torch.Tensor, out: torch.Tensor, consistency: bool = False
+) -> torch.Tensor:
+    """x0 as a model's output `out` for the sample `x` predicts it, float32 [b, ...]. `consistency`: of an LCM."""
+    x, out = x.float(), out.float()
+    if prediction == "flow":
+        return x - levels.sigma * out
+    if consistency:
+        return consistency_function(x, out, levels.sigma, levels.cap, prediction)
+    if levels.sigma == 0.0 and prediction == "epsilon":
+        return torch.zeros_like(x)
+    return clean_and_noise(x, out, levels.sigma, prediction)[0]
+
+
+def consistency_transition(
+    prediction: str, levels: NoiseLevels, x: torch.Tensor, out: torch.Tensor, last: bool
+) -> Transition:
+    """An LCM's step, whose noise is the sampler's own; the `last` one gives its x0 prediction and draws none."""
+    step = lcm_step(x.float(), out.float(), levels.sigma, levels.sigma_next, levels.cap, prediction)
+    if not last:
+        return step
+    return replace(step, mean=clean_prediction(prediction, levels, x, out, consistency=True), std=0.0)
 
 
 def _amplitudes(prediction: str, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
