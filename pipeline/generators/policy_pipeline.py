@@ -30,10 +30,11 @@ from pipeline.generators.load.prompt_cache import cache_prompts
 from pipeline.generators.record.first_order import first_order_scheduler, kinds_for
 from pipeline.generators.record.recorder import PipelineRecorder
 from pipeline.generators.record.recording import Recording, RecordOptions
-from pipeline.generators.record.stand_ins import StandIns
+from pipeline.generators.record.stand_ins import StandIns, undecorated_call, undecorated_methods
 from pipeline.generators.replay.text_inputs import TextReencoder
 
 log = logging.getLogger("rushes.generators")
+TAIL_STEPS = 3  # sampler steps of a call that is run for its tail; as many as a probe's, whose request is known
 _POLICY_NOISE = 0x5DEECE66D  # separates the policy's noise stream from the initial noise of the same seed
 
 
@@ -148,6 +149,35 @@ class PolicyPipeline:
         values = to_floats(output, len(prompts))
         check_made(self.pipe, self.cfg.generator, values)
         return Sampled(values, recording)
+
+    def run_tail(
+        self,
+        plan: CallPlan,
+        x0: torch.Tensor,
+        prompts: Sequence[PromptItem],
+        seeds: Sequence[int],
+        output_type: str,
+    ) -> Any:
+        """The pipeline's output for x0 [K, ...] as the result of its last step; gradients as grad mode says."""
+        steps = TAIL_STEPS
+        sampling = SamplingSpec(
+            kind="ode",
+            noise_level=0.0,
+            num_steps=steps,
+            stochastic_steps=(),
+            trained_steps=(),
+            guidance_scale=self.cfg.generator.guidance_scale,
+        )
+        kwargs = self.call_arguments(plan, prompts, sampling)
+        initial = [cpu_generator(seed) for seed in seeds]
+        kwargs.update(generator=initial if plan.mode.batched else initial[0], output_type=output_type)
+        options = RecordOptions(samples={steps: x0})
+        noise = [cpu_generator(seed) for seed in seeds]
+        with ExitStack() as stack:
+            stack.enter_context(undecorated_methods(self.pipe))
+            stack.enter_context(self.stand_ins.in_place_of(self.denoisers))
+            stack.enter_context(PipelineRecorder(self.pipe, self.denoisers, self.prediction, sampling, noise, options))
+            return undecorated_call(self.pipe, **kwargs)
 
     def call_arguments(self, plan: CallPlan, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
         """Arguments of the pipeline's __call__, without `generator`."""

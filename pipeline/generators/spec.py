@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.generators.guidance import OUTPUT_SLICES
+from pipeline.generators.latent_map import LatentMap
 
 LIST = -1  # Layout.axis of a list with one entry per take
 Takes = slice | list[int]  # positions of takes in a batch
@@ -182,6 +183,9 @@ class PolicySpec:
     sample_slots: dict[InputKey, SampleSlots] = field(default_factory=dict)  # of the inputs that hold the sample
     sample_note: str = "not traced"  # why another sample cannot be put into the recorded inputs; "": it can
     pins_values: bool = False  # after a step the pipeline puts values of its own into the sample
+    latents: LatentMap | None = None  # from the scheduler's sample to what the VAE decodes
+    latents_note: str = "not traced"  # why there is none
+    picture_note: str = "not traced"  # why the VAE's pictures of them are not the pipeline's; "": they are
     consistency: bool = False  # the scheduler is LCM's: its steps jump to x0 and add noise again
 
     @property

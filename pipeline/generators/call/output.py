@@ -40,6 +40,46 @@ def to_floats(output: Any, takes: int) -> np.ndarray:
     return array
 
 
+def to_pixels(output: Any, takes: int) -> torch.Tensor:
+    """As `to_floats`, for an output of torch tensors ("pt"), whose gradients pass: float32 [K, F, 3, H, W] in 0..1."""
+    values = next((v for v in (getattr(output, name, None) for name in _PICTURES) if v is not None), None)
+    if values is None:
+        values = output[0] if isinstance(output, (tuple, list)) else output
+    tensor = _tensor(values)
+    if tensor.ndim == 6 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.ndim == 4 and tensor.shape[0] != takes:
+        tensor = tensor[None]
+    if tensor.ndim == 4:
+        tensor = tensor[:, None]
+    if tensor.ndim != 5 or tensor.shape[0] != takes:
+        raise RushesError(
+            f"the generator's output has shape {list(tensor.shape)} for {takes} takes; pictures are needed"
+        )
+    axis = next((axis for axis in (2, 1, 4) if tensor.shape[axis] in (1, 3, 4)), None)
+    if axis is None:
+        raise RushesError(f"the generator's output has shape {list(tensor.shape)}, in which no axis is colour")
+    tensor = tensor.movedim(axis, 2)
+    return (tensor.expand(-1, -1, 3, -1, -1) if tensor.shape[2] == 1 else tensor[:, :, :3]).float()
+
+
+def to_pictures(decoded: torch.Tensor, takes: int) -> torch.Tensor:
+    """What a VAE decodes, in -1..1, [K, 3, F, H, W] or [K x F, 3, H, W] -> [K, F, 3, H, W] in 0..1, as pipelines do.
+
+    Raises ValueError where it is neither.
+    """
+    if decoded.ndim not in (4, 5) or decoded.shape[1] != 3 or decoded.shape[0] % takes:
+        raise ValueError(f"shape {list(decoded.shape)} for {takes} takes")
+    frames = decoded.transpose(1, 2) if decoded.ndim == 5 else decoded.unflatten(0, (takes, -1))
+    return (frames.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    if isinstance(values, (list, tuple)):
+        return torch.stack([_tensor(value) for value in values])
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values)
+
+
 def _array(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         return values.detach().float().cpu().numpy()

@@ -15,7 +15,9 @@ from pipeline.core.errors import CannotRun, RushesError, UnsupportedPolicyError,
 from pipeline.core.types import PromptItem, SamplingSpec, StepGuidance
 from pipeline.generators.call.arguments import CallMode, call_modes
 from pipeline.generators.call.conditions import condition_arguments, conditions_of
+from pipeline.generators.call.output import to_floats
 from pipeline.generators.call.signature import parameters_of
+from pipeline.generators.latent_map import LatentMap
 from pipeline.generators.load.prompt_cache import forget_prompts
 from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline
 from pipeline.generators.probe.fit import (
@@ -26,6 +28,7 @@ from pipeline.generators.probe.fit import (
     fit_rules,
     trace_output,
 )
+from pipeline.generators.probe.latent_map import Tail, find_latent_map, watched_decoder
 from pipeline.generators.probe.layouts import find_layouts, find_outputs, single_outputs
 from pipeline.generators.probe.result import ProbeResult
 from pipeline.generators.probe.sample_slots import find_sample_slots
@@ -140,8 +143,12 @@ class _Probe:
         check_linear_weights(spec, steps, others)
         first = small.steps[0].sample
         slots, why_not = find_sample_slots(self._with_sample, first.shape, first.dtype, spec.layouts)
+        latents, no_map, not_pictures = self._latent_map(first)
         spec = replace(
             spec,
+            latents=latents,
+            latents_note=no_map,
+            picture_note=not_pictures,
             sample_slots=slots,
             sample_note=why_not,
             pins_values=min(small.chosen_share, large.chosen_share) < 1.0,
@@ -206,6 +213,21 @@ class _Probe:
         return self.pipeline.sample(
             self.plan, self.trio[: self.takes], seeds, None, self.sampling, options, denoise_from=_STEPS
         ).recording.steps
+
+    def _latent_map(self, like: torch.Tensor) -> tuple[LatentMap | None, str, str]:
+        """See `find_latent_map`; `like`: a sample [takes, ...]."""
+        vae = getattr(self.pipeline.pipe, "vae", None)
+        if not isinstance(vae, torch.nn.Module):
+            return None, (why := "the pipeline has no component called vae"), why
+        prompts, seeds = self.trio[: self.takes], self._seeds(slice(0, self.takes))
+
+        @torch.no_grad()
+        def run(x0: torch.Tensor) -> Tail:
+            with watched_decoder(vae, self.pipeline.stand_ins) as calls:
+                output = self.pipeline.run_tail(self.plan, x0.to(self.pipeline.device), prompts, seeds, "np")
+            return Tail(calls, to_floats(output, self.takes))
+
+        return find_latent_map(run, like.shape, like.dtype)
 
     def every_step(self, num_steps: int) -> SamplingSpec:
         """A run's sampler with that many steps, all of which are kept."""

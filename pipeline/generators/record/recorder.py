@@ -165,7 +165,9 @@ class PipelineRecorder:
             recording.stopped = True
             raise StopRecording
         previous = next_sample.reshape(sample.shape)
-        clean = clean_prediction(self.prediction, times.levels, x, out, is_consistency(self.scheduler))
+        clean = next_sample  # of a last step whose result was given
+        if not (last and step + 1 in options.samples):
+            clean = clean_prediction(self.prediction, times.levels, x, out, is_consistency(self.scheduler))
         clean = clean.to(sample.dtype).reshape(sample.shape)
         if return_dict:
             return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=clean)
