@@ -46,7 +46,7 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
         policy.add_adapters()
         media, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PROMPT))
         learner = Learner(cfg, "cpu")
-        copies = [lane.modules for lane in learner.replicas] + [lane.reference or {} for lane in learner.replicas]
+        copies = [lane.modules for lane in learner.replicas] + [lane.frozen or {} for lane in learner.replicas]
         denoisers = [policy.pipe.transformer, *(copy["transformer"] for copy in copies if copy)]
         blocks = [block for denoiser in denoisers for block in repeated_blocks(denoiser).values()]
         assert all((block._compiled_call_impl is not None) == compiled for block in blocks) and blocks
@@ -61,7 +61,8 @@ def test_compiled_rollout_and_training_are_the_plain_ones(tiny_wan, name):
     for mine, theirs in zip(metrics, other_metrics, strict=True):
         assert mine.keys() == theirs.keys()
         for key in mine.keys() - {gap}:
-            assert theirs[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-5), key
+            rounding = 1e-3 if key.endswith("correlation") else 1e-5  # a quotient of what is nearly zero
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-3, abs=rounding), key
     for key, packed in weights.tensors.items():
         np.testing.assert_allclose(unpack(other_weights.tensors[key]), unpack(packed), rtol=1e-3, atol=2e-5)
 
