@@ -1,5 +1,6 @@
 """Thousands of bad and odd inputs over everything that reads what others have written.
 
+    make fuzz
     python -m benchmarks.resilience.fuzz [--seed 0] [--only AREA] [--report FILE]
 
 Areas: config, command line, text (YAML, JSON, JSONL, parquet as prompts), media, checkpoints and LoRAs, run folders,
@@ -8,8 +9,8 @@ ones by `fuzz_inputs`; the areas are in `fuzz_areas`, `fuzz_files` and `fuzz_htt
 
 Each input must end, within its time, accepted or refused by one line of our own. A finding is an *internal error* (any
 other exception, a traceback, a line too many), a *hang*, a write *outside* of the working folder, or an input that must
-not be accepted and is (*wrong*). The last line of stdout is one JSON object with the counts; the exit code is 0 when
-there are no findings.
+not be accepted and is (*wrong*). The last line of stdout is one JSON object with the counts, FILE also names what was
+accepted; the exit code is 0 when there are no findings.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ class Findings:
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)  # area -> accepted, refused or a kind of finding
     findings: list[dict[str, str]] = field(default_factory=list)
+    accepted: dict[str, list[str]] = field(default_factory=dict)  # area -> names, to be looked through
     slowest_s: float = 0.0
 
     def add(self, case: Case, outcome: str, detail: str = "") -> None:
         self.counts.setdefault(case.area, Counter())[outcome] += 1
+        if outcome == "accepted":
+            self.accepted.setdefault(case.area, []).append(case.name)
         if outcome in KINDS:
             self.findings.append({"area": case.area, "name": case.name, "kind": outcome, "detail": detail})
             print(json.dumps(self.findings[-1]), file=sys.stderr, flush=True)
@@ -212,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
                 run_cases(cases(box.work, random.Random(f"{options.seed} {name}")), box, findings)
     result = findings.report(options.seed, time.monotonic() - started)
     if options.report is not None:
-        options.report.write_text(json.dumps(result) + "\n")
+        options.report.write_text(json.dumps(result | {"accepted_inputs": findings.accepted}, indent=1) + "\n")
     print(json.dumps(result))
     return int(bool(findings.findings))
 

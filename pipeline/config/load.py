@@ -22,7 +22,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
 from pipeline.core.reading import MAX_YAML, parse_yaml, read_text, shown, yaml_keys
-from pipeline.core.secrets import credentials_in_urls, mask_tree, register_tree
+from pipeline.core.secrets import credentials_in_urls, mask_tree, register_tree, texts_of
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,6 +48,9 @@ def validate(data: dict[str, Any], source: Source, base: Path | None = None) -> 
     register_tree(data)
     keys = Keys(data)
     refuse_odd_numbers(data, source, keys)
+    for key, text in texts_of(data):
+        if "\0" in text:
+            raise ConfigError(f"{source.of(key)}: {key}: holds a NUL character, which no path or text may; remove it")
     for key in credentials_in_urls(data):
         raise ConfigError(
             f"{source.of(key)}: {key}: holds credentials in its URL; leave them to the environment, such as a variable "

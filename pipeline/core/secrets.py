@@ -81,7 +81,7 @@ def mask_tree(plain: Any) -> Any:
 def credentials_in_urls(plain: Any) -> Iterator[str]:
     """Dotted keys of the texts with a URL that holds a password or token: `user:password@`, `?api_key=…`. Variables of
     `env_vars` may hold such URLs; they are masked."""
-    for path, value in _paths(plain, ""):
+    for path, value in texts_of(plain, ""):
         if ".env_vars." not in f".{path}." and any(_holds_credentials(url) for url in _URL.findall(value)):
             yield path
 
@@ -170,13 +170,14 @@ def _leaves(plain: Any, key: str = "", in_env_vars: bool = False) -> Iterator[tu
         yield key, plain, in_env_vars or key == "env_vars"
 
 
-def _paths(plain: Any, path: str) -> Iterator[tuple[str, str]]:
+def texts_of(plain: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of all texts in mappings and lists."""
     if isinstance(plain, Mapping):
         for name, value in plain.items():
-            yield from _paths(value, f"{path}.{name}" if path else str(name))
+            yield from texts_of(value, f"{path}.{name}" if path else str(name))
     elif isinstance(plain, list | tuple):
         for value in plain:
-            yield from _paths(value, path)
+            yield from texts_of(value, path)
     elif isinstance(plain, str):
         yield path, plain
 

@@ -274,3 +274,9 @@ def test_every_key_is_read_by_something():
 def test_shipped_configs_are_valid(path):
     assert isinstance(load_config(path), Config)
     assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("key", ["run.dir", "generator.embedding_cache", "rewards.jpeg.args.x", "prompts.train"])
+def test_a_nul_character_is_refused_wherever_it_stands(tmp_path, key):
+    """No file system takes one: each reader would fail in its own way, deep inside the run."""
+    assert f"{key}: holds a NUL character" in error_of(write(tmp_path), f'{key}="a\\0b"')

@@ -174,7 +174,7 @@ def test_safetensors_only_no_code_from_checkpoints_and_little_memory_on_a_cpu(vl
         ({"engine": {"trust_remote_code": True}}, "engine.trust_remote_code: cannot be set"),
         ({"engine": {"max_model_length": 1}}, "engine.max_model_length: cannot be set; did you mean max_model_len"),
         ({"engine": {"max_model_len": "8k"}}, "engine.max_model_len: found '8k'; expected a whole number"),
-        ({"engine": {"max_num_seqs": True}}, "engine.max_num_seqs: found True; expected a whole number"),
+        ({"engine": {"max_num_seqs": True}}, "engine.max_num_seqs: found true; expected a whole number"),
         ({"engine": "fast"}, "engine: found 'fast'"),
         ({"engine": {"dtype": "float32"}, "base_url": "http://h/v1"}, "engine: its options are for vLLM"),
         ({"parallel": 4}, "parallel: only an endpoint has it; set base_url too"),
