@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.statistics import Estimate, estimate_of_means, prompt_means
-from pipeline.core.types import GroupBatch, GroupWork, Media
+from pipeline.core.types import GroupBatch, GroupWork, Media, WeightSet
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rewards.runner import build_reward
@@ -85,6 +85,7 @@ class Loop:
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
         self.signal = signal_of(cfg).begin(cfg.rewards)
         self.group = 0
+        self.versions: deque[WeightSet] = deque(maxlen=cfg.step.max_staleness + 1)  # the oldest one draws
 
     def _scores(self, media: Media, work: GroupWork, seed: int | None) -> dict[str, Any]:
         return {name: scorer.run(media, work.prompts, seed) for name, scorer in self.scorers.items()}
@@ -95,7 +96,8 @@ class Loop:
 
     def draw(self, number: int) -> list[GroupBatch]:
         """Draws and scores the groups of step `number`; groups of equal rewards are filtered, as in a run."""
-        self.policy.load_weights(self.learner.weights(self.learner.objective.requirements.rollout_policy))
+        self.versions.append(self.learner.weights(self.learner.objective.requirements.rollout_policy))
+        self.policy.load_weights(self.versions[0])
         kept, scores = [], []
         while len(kept) < self.cfg.step.groups:
             work = train_work(self.cfg, self.group, number, self.cursor.next(), grid=self.policy.grid)
@@ -108,7 +110,9 @@ class Loop:
         result = self.signal.step(scores)
         self.signal.commit()
         return [
-            GroupBatch(trajectory=t, feedback=feedback) for t, feedback in zip(kept, result.feedback, strict=True) if t
+            GroupBatch(trajectory=t, feedback=feedback, staleness=len(self.versions) - 1)
+            for t, feedback in zip(kept, result.feedback, strict=True)
+            if t
         ]
 
     def evaluate(self) -> dict[str, Any]:
