@@ -100,8 +100,8 @@ class LearnerConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     micro_batch: Natural = Field(
         0,
-        description="Takes per forward pass; 0: the whole group at one trained step; more than the group size "
-        "(objective awm): several trained steps of a group at once, faster for small models, equal up to rounding.",
+        description="Takes per forward pass; 0: the whole group at one trained step; more than the group size: "
+        "several trained steps of a group at once, faster for small models, equal up to rounding.",
     )
     autocast: Literal["none", "bfloat16", "float16"] = Field(
         "none", description="Autocast of the denoiser; weights, latents and log-probs stay float32."

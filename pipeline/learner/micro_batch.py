@@ -35,17 +35,23 @@ class ReplayCall:
     @property
     def joined_steps(self) -> list[RecordedStep]:
         """The recorded steps replayed in this one call, whose takes follow one another."""
-        return self.replayer.steps_of(self.step)
+        return [self.replayer.plain.part.steps[position] for position in self.replayer.positions_of(self.step)]
 
     @property
     def checks_replay(self) -> bool:
         """Whether it can stand for its trajectory part in the replay check: its first takes at its first step."""
         return self.joined_steps[0] is self.replayer.plain.part.steps[0] and self.takes.start == 0
 
-    def unjoined(self) -> ReplayCall:
-        """All takes of the first joined step, replayed as recorded; itself where nothing is joined."""
+    def levels(self) -> list[ReplayCall]:
+        """A call for the takes of each joined step, which replays them as recorded; itself where nothing is joined."""
         plain = self.replayer.plain
-        return self if plain is self.replayer else ReplayCall(plain, self.step, slice(0, plain.total))
+        if plain is self.replayer:
+            return [self]
+        return [
+            ReplayCall(plain, position, slice(rows.start - number * plain.total, rows.stop - number * plain.total))
+            for number, position in enumerate(self.replayer.positions_of(self.step))
+            if (rows := self._rows_of(number)) is not None
+        ]
 
     def of_takes(self, takes: slice) -> ReplayCall:
         return replace(self, takes=takes)
@@ -68,17 +74,19 @@ class ReplayCall:
     def takes_at_every(self, nth: int, group: int) -> list[slice]:
         """The takes at every `nth` trained step, a slice for each denoiser call; which steps these are changes with
         the group."""
-        plain = self.replayer.plain
-        trained, repeats = [step.index for step in plain.part.steps], plain.total
         slices: list[slice] = []
-        for number, step in enumerate(self.joined_steps):
-            start = max(self.takes.start, number * repeats)
-            stop = min(self.takes.stop, (number + 1) * repeats)
-            if (trained.index(step.index) + group) % nth == 0 and start < stop:
-                if slices and slices[-1].stop == start:
-                    start = slices.pop().start
-                slices.append(slice(start, stop))
+        for number, position in enumerate(self.replayer.positions_of(self.step)):
+            rows = self._rows_of(number)
+            if (position + group) % nth == 0 and rows is not None:
+                start = slices.pop().start if slices and slices[-1].stop == rows.start else rows.start
+                slices.append(slice(start, rows.stop))
         return slices
+
+    def _rows_of(self, number: int) -> slice | None:
+        """Those of `takes` that are of the joined step with this number; None: none."""
+        total = self.replayer.plain.total
+        start, stop = max(self.takes.start, number * total), min(self.takes.stop, (number + 1) * total)
+        return slice(start, stop) if start < stop else None
 
 
 def replay_calls(cfg: Config, replayer: Replayer) -> list[ReplayCall]:

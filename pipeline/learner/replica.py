@@ -127,6 +127,14 @@ class ReplayedMicroBatch(MicroBatch):
     def is_stale(self) -> bool:
         return self._group.staleness > 0
 
+    def levels(self) -> list[tuple[slice, MicroBatch]]:
+        start, levels = 0, list[tuple[slice, MicroBatch]]()
+        for call in self._call.levels():
+            rows = slice(start, start + call.takes.stop - call.takes.start)
+            levels.append((rows, ReplayedMicroBatch(self._replica, self._group, call, self._check_replay)))
+            start = rows.stop
+        return levels
+
     def drawn(self) -> Drawn:
         call = self._call
         x, x_next, log_prob = call.replayer.step_tensors(call.step, call.takes)
@@ -179,7 +187,7 @@ class ReplayedMicroBatch(MicroBatch):
     def replay_error(self) -> torch.Tensor | None:
         if not (self._check_replay and self._call.checks_replay):
             return None
-        call = self._call.unjoined()
+        call = self._call.levels()[0]
         x, x_next = call.replayer.samples(call.step, call.takes)
         if self._replica.objective.requirements.old_policy:  # it drew the takes
             output = self._replica.other_output(OLD, call, x)

@@ -96,6 +96,34 @@ def test_micro_batches_accumulate_to_the_same_gradient(folder):
         assert other.train_step(groups)["grad_norm"] == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.parametrize("takes, calls", [(12, 1), (8, 2)])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"name": "grpo", "kl_beta": 0.1, "kl_every": 2},
+        {"name": "grpo_guard", "kl_beta": 0.1},
+        {"name": "flow_dppo"},
+    ],
+    ids=lambda recipe: recipe["name"],
+)
+def test_several_trained_steps_in_one_call_give_the_same_gradient(folder, recipe, takes, calls):
+    policy, learner = make(folder, objective=recipe, optimizer={"lr": 1e-3})
+    advance(policy, learner, range(1))  # the KL is no longer 0
+    groups = batch(policy, 1)
+    passes, results = {}, {}
+    for size in (0, takes):
+        other = Learner(tiny.config(folder, objective=recipe, learner={"micro_batch": size}), "cpu")
+        other.load_state(*learner.state())
+        seen = passes[size] = []
+        other.modules["transformer"].register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(1))
+        results[size] = other.train_step(groups)
+    replayed = len(groups) * (3 - calls)  # fewer calls of the policy; LoRA: the reference calls the same modules
+    assert len(passes[0]) - len(passes[takes]) >= replayed > 0
+    assert results[takes] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+    assert results[0]["grad_norm"] > 0 and results[0].get("kl", 1.0) > 0
+    assert results[takes]["onpolicy/max_abs_log_ratio"] < 1e-5
+
+
 def test_groups_given_one_by_one_train_as_all_at_once(folder):
     policy, learner = make(folder)
     groups = batch(policy, 0)

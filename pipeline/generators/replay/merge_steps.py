@@ -30,8 +30,8 @@ class MergedReplayer(Replayer):
     def plain(self) -> Replayer:
         return self._plain
 
-    def steps_of(self, j: int) -> list[RecordedStep]:
-        return [self._plain.part.steps[i] for i in self.positions]
+    def positions_of(self, j: int) -> tuple[int, ...]:
+        return self.positions
 
 
 def merged(plain: Replayer, takes: int) -> list[Replayer]:

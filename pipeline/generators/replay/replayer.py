@@ -51,9 +51,10 @@ class Replayer:
         """The replayer of the part as it was recorded (see `merge_steps.MergedReplayer`)."""
         return self
 
-    def steps_of(self, j: int) -> list[RecordedStep]:
-        """The recorded steps that `j` replays in one call, whose takes follow one another."""
-        return [self.part.steps[j]]
+    def positions_of(self, j: int) -> tuple[int, ...]:
+        """The positions in `plain`'s part of the trained steps that `j` replays in one call, whose takes follow one
+        another."""
+        return (j,)
 
     def samples(self, j: int, takes: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_t [b, ...], x_next [b, ...]) of trained step `j`."""

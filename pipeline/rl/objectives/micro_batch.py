@@ -53,12 +53,16 @@ class MicroBatch(ABC):
         """Whether the takes were drawn by an earlier version of the policy than the one that this step began with."""
 
     @abstractmethod
+    def levels(self) -> list[tuple[slice, MicroBatch]]:
+        """Each trained step's rows, in order, and the micro-batch of these rows alone."""
+
+    @abstractmethod
     def drawn(self) -> Drawn:
-        """The rollout's transition. Raises TypeError where the step drew no noise."""
+        """The rollout's transition, of one trained step. Raises TypeError where the step drew no noise."""
 
     @abstractmethod
     def transition(self, x: torch.Tensor, output: torch.Tensor) -> Transition:
-        """The Gaussian of the next sample for the sample x [b, ...] and a model output [b, ...]."""
+        """The Gaussian of the next sample for the sample x [b, ...] and a model output [b, ...] of one trained step."""
 
     @abstractmethod
     def output(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ from pipeline.rl.samplers.base import gaussian_kl, log_prob
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.rl.objectives.micro_batch import Drawn
     from pipeline.rl.samplers.base import Transition
 
 
@@ -61,7 +62,10 @@ class TransitionObjective(WithReference):
     @property
     def requirements(self) -> Requirements:
         return Requirements(
-            draws_noise=True, replay_metric="onpolicy/max_abs_log_ratio", reference_every=self.reference_every
+            draws_noise=True,
+            replay_metric="onpolicy/max_abs_log_ratio",
+            reference_every=self.reference_every,
+            joins_levels=True,
         )
 
     @property
@@ -76,25 +80,41 @@ class TransitionObjective(WithReference):
     def policy_loss(self, terms: TransitionTerms) -> PolicyLoss: ...
 
     def loss(self, micro: MicroBatch) -> Loss:
-        drawn = micro.drawn()
-        step = micro.transition(drawn.x, micro.output(drawn.x))
-        terms = TransitionTerms(
-            log_prob(drawn.x_next, step), drawn.log_prob, micro.advantages, step, drawn.mean, micro.is_stale
-        )
-        policy = self.policy_loss(terms)
+        levels = micro.levels()
+        drawn = [level.drawn() for _, level in levels]
+        x = _joined(each.x for each in drawn)
+        output = micro.output(x)
+        terms = [self._terms(level, each, output[rows]) for (rows, level), each in zip(levels, drawn, strict=True)]
+        policies = [self.policy_loss(each) for each in terms]
 
-        def kl(rows: slice) -> torch.Tensor:
+        def kl(chosen: slice) -> torch.Tensor:
             """Closed form between Gaussians of equal std, per dimension; only the reference is outside the graph."""
-            x = drawn.x[rows]
-            reference = micro.transition(x, micro.reference_output(x, rows))
-            mask = None if step.mask is None else step.mask[rows]
-            return gaussian_kl(replace(step, mean=step.mean[rows], mask=mask), reference.mean)
+            reference = micro.reference_output(x[chosen], chosen)
+            distances = []
+            for (rows, level), policy in zip(levels, terms, strict=True):
+                if chosen.start <= rows.start < chosen.stop:  # a level's rows are chosen together
+                    output = reference[rows.start - chosen.start : rows.stop - chosen.start]
+                    distances.append(gaussian_kl(policy.step, level.transition(x[rows], output).mean))
+            return _joined(distances)
 
-        total, logs = self.with_reference(policy.loss, micro, kl)
-        clipped = {"clip/low": policy.clipped_low, "clip/high": policy.clipped_high}
-        error = (terms.log_prob - drawn.log_prob).detach()
-        spreads = {"ratio": policy.ratio, "log_ratio": error, "advantage": terms.advantages}
+        total, logs = self.with_reference(_joined(policy.loss for policy in policies), micro, kl)
+        clipped = {
+            "clip/low": _joined(policy.clipped_low for policy in policies),
+            "clip/high": _joined(policy.clipped_high for policy in policies),
+        }
+        error = _joined((each.log_prob - each.old_log_prob).detach() for each in terms)
+        spreads = {
+            "ratio": _joined(policy.ratio for policy in policies),
+            "log_ratio": error,
+            "advantage": micro.advantages,
+        }
         return Loss(total, {**logs, **clipped}, spreads, error)
+
+    def _terms(self, level: MicroBatch, drawn: Drawn, output: torch.Tensor) -> TransitionTerms:
+        """Of the takes of one trained step."""
+        step = level.transition(drawn.x, output)
+        log_p = log_prob(drawn.x_next, step)
+        return TransitionTerms(log_p, drawn.log_prob, level.advantages, step, drawn.mean, level.is_stale)
 
     def summarise(self, spreads: Mapping[str, np.ndarray]) -> dict[str, float]:
         """`offpolicy/*`, of takes that another version of the policy drew: how far it has moved on since, and whether
@@ -111,6 +131,13 @@ class TransitionObjective(WithReference):
 
 
 _ON_POLICY = 1e-5  # log-ratios up to here are rounding, as in the on-policy check
+
+
+def _joined(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The rows of all levels, one after another."""
+    import torch  # only where a loss is computed: names and checks need no torch
+
+    return torch.cat(list(rows))
 
 
 class ClippedObjective(TransitionObjective):
