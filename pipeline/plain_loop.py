@@ -57,12 +57,9 @@ class PlainLoop:
 
     def __init__(self, cfg: Config, threads: int = 1, fast: bool = False) -> None:
         """`threads`: compute threads. `fast`: compiled blocks and a VAE laid out for the CPU, as a run has them."""
-        objective = objective_of(cfg)
-        full = cfg.trainable.kind == "full"
-        if not isinstance(objective, AdvantageWeightedMatching) or not full or cfg.generator.guidance_scale != 1.0:
-            raise ValueError("the plain loop knows objective awm on full weights without guidance only")
+        objective = self.objective = self.checked_objective(cfg)
         torch.set_num_threads(threads)
-        self.cfg, self.objective = cfg, objective
+        self.cfg = cfg
         self.is_video = cfg.generator.num_frames > 1
 
         # The generator. Its denoiser is the policy; a frozen copy of the start is the reference of the KL term.
@@ -95,6 +92,14 @@ class PlainLoop:
         self.signal = signal_of(cfg).begin(cfg.rewards)
         self.embeddings: dict[str, dict[str, torch.Tensor]] = {}  # prompt -> its text embeddings
         self.group = self.step = 0
+
+    def checked_objective(self, cfg: Config) -> Any:
+        """Raises ValueError for a recipe that is not the one above."""
+        objective = objective_of(cfg)
+        full = cfg.trainable.kind == "full"
+        if not isinstance(objective, AdvantageWeightedMatching) or not full or cfg.generator.guidance_scale != 1.0:
+            raise ValueError("the plain loop knows objective awm on full weights without guidance only")
+        return objective
 
     def train_step(self) -> dict[str, float]:
         """One optimisation step. Returns its metrics, and seconds per phase under `time/`."""
