@@ -167,12 +167,15 @@ class JobsCluster(Cluster):
             yield []
             return
         text = json.dumps(({"run": run} if run else {}) | arguments)
-        job = self._jobs.submit_job(
-            entrypoint=shlex.join(["python", "-m", "jobs.cluster.run_api", operation, text]),
-            submission_id=f"rushes-{operation}-{uuid.uuid4().hex[:12]}",
-            metadata={CALL_KEY: operation},
-            runtime_env=self._environment(run),
-        )
+        try:
+            job = self._jobs.submit_job(
+                entrypoint=shlex.join(["python", "-m", "jobs.cluster.run_api", operation, text]),
+                submission_id=f"rushes-{operation}-{uuid.uuid4().hex[:12]}",
+                metadata={CALL_KEY: operation},
+                runtime_env=self._environment(run),
+            )
+        except (RuntimeError, ConnectionError, ValueError, OSError) as error:
+            raise refused(self.address, error) from error
         answered = False
         try:
             rest = ""

@@ -70,6 +70,8 @@ def _video_size(text: str) -> int:
             stream = container.streams.video[0]
             packets = len([packet for packet in container.demux(stream) if packet.size])
             context = stream.codec_context
+            if context is None:  # no known codec: decoding will say so
+                return 0
             return max(packets, stream.frames) * context.height * context.width * 3
     except (av.FFmpegError, ValueError, IndexError, OSError):
         return 0

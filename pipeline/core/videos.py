@@ -65,6 +65,8 @@ def _opened(path: Path, kind: MediaKind, **options: str) -> Iterator[tuple[Input
             if not streams:
                 what = "video, only a cover picture" if container.streams.video else "video stream"
                 raise InputError(f"{path}: holds no {what}; give a video file")
+            if streams[0].codec_context is None:  # FFmpeg knows no decoder for what the damaged header names
+                raise InputError(f"{path}: holds video of no known codec; {_AGAIN}")
             yield container, streams[0]
     except PermissionError as error:
         raise InputError(f"cannot read {describe_os_error(error, path)}") from None

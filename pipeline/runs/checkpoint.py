@@ -31,7 +31,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, InputError
 from pipeline.core.files import describe_os_error
 from pipeline.core.prompts import content_digest, load_prompts
-from pipeline.core.reading import read_json_object
+from pipeline.core.reading import read_json_object, shown
 from pipeline.core.records import check_record
 from pipeline.core.safe_paths import file_inside
 from pipeline.core.secrets import mask_tree
@@ -251,8 +251,10 @@ def _problem(folder: Path) -> str | None:
     try:
         manifest = read_json_object(folder / MANIFEST, "copy the checkpoint again")
         if manifest["format"] != FORMAT:
-            return f"{MANIFEST} has format {manifest['format']}, this version of Rushes reads {FORMAT}"
+            return f"{MANIFEST} has format {shown(manifest['format'])}, this version of Rushes reads {FORMAT}"
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if not all(isinstance(size, int) and isinstance(checksum, str) for size, checksum in files.values()):
+            raise TypeError
     except InputError as error:
         return str(error)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import av
@@ -15,9 +16,11 @@ from PIL import Image
 
 from jobs import cli
 from jobs.common import score_files
+from jobs.common.score_request import _video_size
 from pipeline.core import media as media_files
 from pipeline.core import videos
-from pipeline.core.media import encode_mp4
+from pipeline.core.errors import InputError
+from pipeline.core.media import encode_mp4, read_media
 
 GREY = np.full((48, 64, 3), 120, np.uint8)
 
@@ -203,3 +206,18 @@ def test_another_prompt_is_scored_anew_and_one_file_may_have_several(capsys, fol
     assert status == 1 and "1 of 3" in capsys.readouterr().err
     assert {prompt: row["score"] for prompt, row in rows.items()} == {"x": 101, "xy": 2, "bad": None}
     assert "row 3: metadata: is not valid JSON" in rows["bad"]["error"]
+
+
+def test_a_video_of_no_known_codec_is_refused_as_such(tmp_path):
+    """A damaged header may name a codec that FFmpeg has no decoder for; there is no codec context then."""
+    clip = write_clip(tmp_path / "clip.mp4", 3)
+    data = clip.read_bytes()
+    clip.write_bytes(data.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    with pytest.raises(InputError, match="clip.mp4: (holds video of no known codec|is not a readable video)"):
+        read_media(clip)
+    assert decoding_of(data.replace(b"avc1", b"zzzz")) == 0
+
+
+def decoding_of(data: bytes) -> int:
+    """The size that a request with this clip is expected to take once decoded."""
+    return _video_size(base64.b64encode(data).decode())

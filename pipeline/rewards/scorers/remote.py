@@ -99,6 +99,9 @@ def parse_answer(answer: Any, items: int) -> dict[str, np.ndarray]:
     }
 
 
+_LARGEST = float(np.finfo(np.float32).max)  # of a score: they are kept as float32
+
+
 def _numbers(name: str, values: Any, items: int, finite: bool) -> np.ndarray:
     if not isinstance(values, list) or len(values) != items:
         got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
@@ -106,8 +109,9 @@ def _numbers(name: str, values: Any, items: int, finite: bool) -> np.ndarray:
     checked = []
     for value in values:
         if value is None and not finite:
-            value = math.nan  # does not apply to this item
-        if isinstance(value, bool) or not isinstance(value, int | float) or (finite and not math.isfinite(value)):
+            checked.append(math.nan)  # does not apply to this item
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
             raise RewardError(f"the server's {name} holds {shown(value)}, which is not a finite number")
         checked.append(float(value))
     return np.asarray(checked, dtype=np.float32)
