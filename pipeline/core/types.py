@@ -36,6 +36,9 @@ class SamplingSpec:
     guidance_scale: float
 
 
+Lineage = tuple[tuple[int, int], ...]  # (from this sampler step on, seed), in order
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begin:
     """Where takes are drawn from instead of from pure noise."""
@@ -57,6 +60,7 @@ class GroupWork:
     seeds: tuple[int, ...]  # [K] one per take
     sampling: SamplingSpec
     initial: tuple[int, ...] = ()  # [K], seeds of the initial noise where these are not `seeds`
+    forks: tuple[Lineage, ...] = ()  # [K], further seeds of a take's noise, each from a sampler step on; (): none
     begin: Begin | None = None  # None: from the pipeline's own start
     scoring_seed: int | None = None  # of the rewards' frame picks, the same for all takes; None: centre picks
 
@@ -68,6 +72,13 @@ class GroupWork:
     def noise_seeds(self) -> tuple[int, ...]:
         """[K], of the initial noise."""
         return self.initial or self.seeds
+
+    @property
+    def lineages(self) -> tuple[Lineage, ...]:
+        """[K], all seeds of a take's noise. Takes are equal up to the first step at which theirs differ, given equal
+        conditions and initial noise: a fork is a take whose lineage begins like its parent's."""
+        forks = self.forks or ((),) * self.takes
+        return tuple(((0, seed), *rest) for seed, rest in zip(self.seeds, forks, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

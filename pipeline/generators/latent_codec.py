@@ -46,7 +46,7 @@ class LatentCodec:
         self.vae: Any = vae  # a diffusers autoencoder, of any class
         self.spec, self.device, self.tail = spec, device, tail
         if vae is not None:
-            _prepare(vae)
+            _upcast(vae)
 
     @classmethod
     def load(cls, cfg: GeneratorConfig, spec: PolicySpec, device: torch.device) -> LatentCodec:
@@ -144,11 +144,9 @@ class LatentCodec:
         return latent_map.sample(torch.stack(encoded))
 
 
-def _prepare(vae: Any) -> None:
+def _upcast(vae: Any) -> None:
     if getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
         vae.to(dtype=torch.float32)  # as its pipelines do: it overflows in float16
-    if getattr(vae, "_supports_gradient_checkpointing", False):
-        vae.enable_gradient_checkpointing()
 
 
 def _mode(output: Any) -> torch.Tensor:

@@ -21,6 +21,7 @@ from pipeline.core.tensors import PackedTensor, pack, unpack
 from pipeline.core.types import (
     Begin,
     GroupWork,
+    Lineage,
     Media,
     PromptItem,
     SamplingSpec,
@@ -36,12 +37,12 @@ from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.generators.load.prompt_cache import forget_prompts
 from pipeline.generators.noising import noised
-from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled, cpu_generator
+from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled, cpu_generator, fork_generators
 from pipeline.generators.probe.probe import guidance_for, probe
 from pipeline.generators.probe.result import ProbeResult
 from pipeline.generators.record.packing import pack_recording
 from pipeline.generators.record.recording import RecordOptions
-from pipeline.generators.record.shared_prefix import SharedPrefix
+from pipeline.generators.record.shared_prefix import SharedPrefix, origins_by_step
 from pipeline.generators.replay.split_groups import joint_sampling, split_part
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
@@ -157,6 +158,7 @@ class Policy:
                 work.sampling,
                 keep_steps=trained_steps,
                 begin=self._begin(work, start, stop),
+                forks=work.forks[start:stop],
             )
             call_ended = time.perf_counter()
             seconds["encode"] += recording.denoise_started - call_started
@@ -230,6 +232,7 @@ class Policy:
             prompts=tuple(prompt for work in works for prompt in work.prompts),
             seeds=tuple(seed for work in works for seed in work.seeds),
             initial=tuple(seed for work in works for seed in work.noise_seeds),
+            forks=tuple(lineage[1:] for work in works for lineage in work.lineages),
             sampling=sampling,
         )
         media, trajectory, seconds = self.rollout(joint)
@@ -279,9 +282,10 @@ class Policy:
         *,
         keep_steps: Sequence[int] = (),
         begin: Begin | None = None,
+        forks: Sequence[Lineage] = (),
     ) -> Sampled:
         """One pipeline call (see `PolicyPipeline.sample`). `keep_steps`: steps whose denoiser inputs are recorded, and
-        whose guidance is checked. `begin`: samples x_t to go on from at a later step.
+        whose guidance is checked. `begin`: samples x_t to go on from at a later step. `forks`: see `GroupWork`.
 
         Raises ValueError where `begin` leaves no step to take, or a step before it is to be kept.
         """
@@ -289,14 +293,20 @@ class Policy:
         if begin is not None:
             if not 0 < begin.step < sampling.num_steps or any(step < begin.step for step in keep_steps):
                 raise ValueError(f"takes begin at step {begin.step} of {sampling.num_steps}, steps {keep_steps} kept")
+            if self.probed is not None and self.spec.resume_note:
+                raise UnsupportedPolicyError(f"{self.name} cannot go on from a sample: {self.spec.resume_note}")
             options = replace(options, samples={begin.step: unpack(begin.states, self.device)})
         if self.probed is not None:
             if keep_steps:
                 self.probed = guidance_for(self.pipeline, self.probed, sampling.num_steps)
             options = replace(options, on_step=self.probed.fit_step)
-            if (until := min(sampling.stochastic_steps, default=0)) > 0:
-                keys = zip(map(condition_key, prompts), noise_seeds or seeds, strict=True)
-                options = replace(options, shared_prefix=SharedPrefix(list(keys), until, self.spec))
+            if sampling.stochastic_steps:
+                starts = zip(map(condition_key, prompts), noise_seeds or seeds, strict=True)
+                lineages = [((0, seed), *rest) for seed, rest in zip(seeds, forks or [()] * len(seeds), strict=True)]
+                origins = origins_by_step(list(starts), lineages, sampling)
+                options = replace(options, shared_prefix=SharedPrefix(origins, self.spec) if origins else None)
+        if forks:
+            options = replace(options, forks=fork_generators(forks))
         denoise_from = begin.step if begin is not None else 0
         return self.pipeline.sample(self.plan, prompts, seeds, noise_seeds, sampling, options, denoise_from)
 

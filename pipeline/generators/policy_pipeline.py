@@ -18,7 +18,7 @@ import torch
 
 from pipeline.config.schema import Config, GeneratorConfig
 from pipeline.core.errors import CannotRun, UnsupportedPolicyError
-from pipeline.core.types import PromptItem, SamplingSpec
+from pipeline.core.types import Lineage, PromptItem, SamplingSpec
 from pipeline.generators.call.arguments import CallMode, call_arguments
 from pipeline.generators.call.output import to_floats
 from pipeline.generators.call.quirks import quirk_for
@@ -174,10 +174,11 @@ class PolicyPipeline:
         options = RecordOptions(samples={steps: x0})
         noise = [cpu_generator(seed) for seed in seeds]
         with ExitStack() as stack:
-            stack.enter_context(undecorated_methods(self.pipe))
+            if torch.is_grad_enabled():  # else the pipeline as it is, with its cached prompts
+                stack.enter_context(undecorated_methods(self.pipe))
             stack.enter_context(self.stand_ins.in_place_of(self.denoisers))
             stack.enter_context(PipelineRecorder(self.pipe, self.denoisers, self.prediction, sampling, noise, options))
-            return undecorated_call(self.pipe, **kwargs)
+            return undecorated_call(self.pipe, **kwargs) if torch.is_grad_enabled() else self.pipe(**kwargs)
 
     def call_arguments(self, plan: CallPlan, prompts: Sequence[PromptItem], sampling: SamplingSpec) -> dict[str, Any]:
         """Arguments of the pipeline's __call__, without `generator`."""
@@ -252,3 +253,12 @@ def _wrong_steps(name: str, taken: int, expected: int) -> str:
 
 def cpu_generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed % 2**63)
+
+
+def fork_generators(forks: Sequence[Lineage]) -> dict[int, dict[int, torch.Generator]]:
+    """Step -> take -> the source of its policy noise from there on."""
+    sources: dict[int, dict[int, torch.Generator]] = {}
+    for take, lineage in enumerate(forks):
+        for step, seed in lineage:
+            sources.setdefault(step, {})[take] = cpu_generator(seed ^ _POLICY_NOISE)
+    return sources

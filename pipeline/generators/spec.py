@@ -186,6 +186,7 @@ class PolicySpec:
     latents: LatentMap | None = None  # from the scheduler's sample to what the VAE decodes
     latents_note: str = "not traced"  # why there is none
     picture_note: str = "not traced"  # why the VAE's pictures of them are not the pipeline's; "": they are
+    resume_note: str = "not tried"  # why a draw cannot go on from a given sample; "": it can
     consistency: bool = False  # the scheduler is LCM's: its steps jump to x0 and add noise again
 
     @property

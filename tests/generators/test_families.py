@@ -1,7 +1,7 @@
 """Every family as a policy, on tiny random-weight checkpoints: probe, parity, ratio, LoRA step, full step, export.
 
 `RUSHES_WRITE_DOCS=1 pytest tests/generators/test_families.py` writes docs/families.md from the results; with `-k`,
-only the rows of the families that ran with every check are new. The slow ones run only then, or with
+only the cells of what ran are new. The slow ones run only then, or with
 `RUSHES_ALL_FAMILIES=1`.
 """
 
@@ -25,18 +25,33 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from peft import PeftModel
+from replayed_takes import Drawn, inversion_gap
 from scored_groups import group_batch
 
-from pipeline.core.types import GroupWork
-from pipeline.generators.call.output import to_floats
+from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.tensors import pack
+from pipeline.core.types import Begin, GroupWork, Media
+from pipeline.generators.call.output import to_floats, to_uint8
 from pipeline.generators.export import export_full, export_lora
+from pipeline.generators.latent_codec import LatentCodec, PipelineTail
 from pipeline.generators.load.pipeline import channels_last
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import ode_sampling, train_work
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
-CHECKS = ("probe", "parity", "ratio", "LoRA step", "full step", "export")
+CHECKS = (
+    "probe",
+    "parity",
+    "ratio",
+    "any sample",
+    "resume",
+    "decode",
+    "encode",
+    "LoRA step",
+    "full step",
+    "export",
+)
 # What `make test-fast` runs: a U-Net, a joint transformer, a distilled guidance, a video, two experts.
 FAST = ("StableDiffusion", "StableDiffusion3", "Flux", "Wan 2.1", "Wan 2.2 (two experts)")
 RESULTS: dict[str, dict[str, str]] = {}
@@ -161,6 +176,56 @@ def test_parity(case):
     done(case, "parity", f"{gap:.0e}")
 
 
+def test_replay_beyond_the_rollout(case):
+    """Other samples at a recorded level, draws that go on from a state, and pictures of samples and back."""
+    drawn = Drawn(case.policy, case.prompts)
+    policy, chain, everything = drawn.policy, drawn.chain, list(range(len(drawn.seeds)))
+    states = chain.state(1, everything)
+    why_not = policy.spec.resume_note
+    if not why_not:
+        resumed = drawn.sample(begin=Begin(step=1, states=pack(states))).recording.final
+        gap = float((resumed - drawn.final).abs().max()) / float(drawn.final.abs().max())
+        assert gap <= 1e-6
+    done(case, "resume", f"no: {why_not}" if why_not else f"{gap:.0e}")
+
+    why_not = chain.why_not_any_sample
+    if not why_not:
+        other = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states.dtype)
+        step = drawn.with_sample(1, other)
+        with torch.no_grad():
+            out = chain.output(1, step.sample, everything)
+        peak = float(step.model_output.abs().max())
+        gap = float((out - step.model_output).abs().max()) / peak
+        assert gap <= 1e-5 and float((chain.output(1, states, everything) - out).abs().max()) > 1e-3 * peak
+    done(case, "any sample", f"no: {why_not}" if why_not else f"{gap:.0e}")
+
+    codec = LatentCodec(
+        getattr(policy.pipe, "vae", None), policy.spec, policy.device, PipelineTail(policy.pipeline, policy.plan)
+    )
+    x0 = drawn.final.clone().requires_grad_(True)
+    pictures = codec.decode(x0, prompts=drawn.prompts, seeds=drawn.seeds)
+    pictures.square().mean().backward()
+    gap = float(np.abs(pictures.detach().permute(0, 1, 3, 4, 2).numpy() - drawn.values).max())
+    assert gap <= 5e-5 and x0.grad is not None and float(x0.grad.abs().max()) > 0
+    done(case, "decode", f"{gap:.0e}" + (", tail" if codec.why_no_decode else ""))
+
+    done(case, "encode", encoding(codec, drawn))
+
+
+def encoding(codec: LatentCodec, drawn: Drawn) -> str:
+    """Cell of the table: how exactly latents are mapped to samples, or why pictures are not encoded."""
+    if codec.why_no_encode or codec.spec.latents is None:
+        return f"no: {codec.why_no_encode}"
+    try:
+        encoded = codec.encode(Media(frames=to_uint8(drawn.values), fps=8.0))
+    except UnsupportedPolicyError as error:
+        return f"no: its VAE gives other shapes than it takes ({re.findall(r'[[].*?[]]', str(error))[0]})"
+    assert encoded.shape == drawn.final.shape and bool(encoded.isfinite().all())
+    gap = inversion_gap(codec.spec.latents, drawn.final)
+    assert gap <= 1e-5
+    return f"{gap:.0e}"
+
+
 def test_lora_step_and_export(case):
     policy, learner, metrics = case.train("lora")
     assert metrics["onpolicy/max_abs_log_ratio"] <= 1e-6 and case.report["replay_single"] <= 1e-5
@@ -216,6 +281,12 @@ well: `rushes inspect CHECKPOINT` says so.
 - probe: the guidance rule that reproduces what the scheduler receives
 - parity: largest difference (pictures in 0..1) to the untouched pipeline with the matching first-order scheduler
 - ratio: largest |log-ratio| of a replayed rollout, whole and take by take
+- any sample: largest difference, relative, between the replayed model output for another sample than the recorded one
+  and the pipeline's own for it; "no" says why objectives that noise finished takes anew are refused
+- resume: largest difference, relative, to the finished latents when a draw goes on from a recorded state
+- decode: largest difference (pictures in 0..1) between what the learner's VAE makes of finished latents, with
+  gradients, and the pipeline's pictures; tail: the pipeline's own end is needed for it, on a rollout worker
+- encode: largest difference, relative, of latents mapped to a sample and back, where pictures can be encoded
 - LoRA step, full step: what one GRPO step changed; nothing else moved
 - export: largest difference between our pictures and plain diffusers with the exported LoRA or merged weights
 
@@ -294,17 +365,16 @@ def table(results: dict[str, dict[str, str]]) -> str:
 def write_docs():
     yield
     if os.environ.get("RUSHES_WRITE_DOCS") == "1":
-        ran = RESULTS
-        if RESULTS.keys() != families.FAMILIES.keys():
-            ran = {name: cells for name, cells in RESULTS.items() if cells.keys() == set(CHECKS)}
-        DOCS.write_text(HEAD + table({**written(DOCS.read_text()), **ran}) + TRIED)
+        before = written(DOCS.read_text())
+        rows = {name: {**before.get(name, {}), **RESULTS.get(name, {})} for name in families.FAMILIES}
+        DOCS.write_text(HEAD + table(rows) + TRIED)
 
 
 def written(text: str) -> dict[str, dict[str, str]]:
     """The rows of an earlier table, of families that there still are."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
-    found = {row[0]: dict(zip(CHECKS, row[1:], strict=True)) for row in rows if len(row) == len(CHECKS) + 1}
-    return {name: found[name] for name in families.FAMILIES if name in found}
+    header, *rows = rows
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows if row[0] in families.FAMILIES}
 
 
 def test_docs_list_every_family():

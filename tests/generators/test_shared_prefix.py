@@ -84,17 +84,42 @@ def test_takes_with_their_own_noise_are_computed_apart(policy, rows):
     assert int(np.abs(alone.frames[0].astype(int) - media.frames[1]).max()) <= 1
 
 
+def test_a_fork_is_its_parent_until_its_own_noise(policy, rows):
+    """Noise that parent and fork both drew is the same, and computed once; every step is trained."""
+    steps = {"stochastic_steps": (1, 2, 4), "trained_steps": (1, 2, 3, 4, 5)}
+    work = train_work(policy.cfg, 0, 0, PROMPTS[0])
+    work = replace(work, sampling=replace(work.sampling, **steps), initial=(), seeds=(11, 11, 11, 12))
+    work = replace(work, forks=((), ((2, 7),), ((2, 7), (4, 8)), ()))
+    media, trajectory, _ = policy.rollout(work)
+    calls = len(rows) // 6
+    taken = [sum(rows[step * calls : (step + 1) * calls]) for step in range(6)]
+    one = taken[5] // 4  # a take's rows
+    assert [count // one for count in taken] == [2, 2, 3, 3, 4, 4]
+    states = {step.index: step.sample.data for step in trajectory.parts[0].steps}
+
+    def equal(step: int, a: int, b: int) -> bool:
+        return bool(np.array_equal(states[step][a], states[step][b]))
+
+    assert equal(1, 0, 1) and equal(2, 0, 1) and not equal(3, 0, 1)  # the noise of step 1 is the parent's
+    assert equal(3, 1, 2) and equal(4, 1, 2) and not equal(5, 1, 2)
+    assert not equal(1, 0, 3)
+    alone = replace(work, prompts=work.prompts[:1], seeds=(11,), forks=())
+    assert int(np.abs(policy.rollout(alone).media.frames[0].astype(int) - media.frames[0]).max()) <= 1
+    forked = replace(alone, prompts=work.prompts[1:2], forks=(((2, 7),),))
+    assert int(np.abs(policy.rollout(forked).media.frames[0].astype(int) - media.frames[1]).max()) <= 1
+
+
 def test_a_call_whose_rows_differ_is_left_whole(policy):
     """Even if their origins are equal."""
-    prefix = SharedPrefix(["same"] * 4, 3, policy.spec)
-    assert prefix.active and prefix.distinct == [0]
+    prefix = SharedPrefix([["same"] * 4] * 3, policy.spec)
+    assert prefix.active and prefix.distinct == [[0]] * 3
     layout = policy.spec.layouts[InputKey(CallKey(prefix.calls, 0), "kwargs.hidden_states")]
     equal = torch.ones(4 * layout.copies, 2)
-    distinct = prefix.distinct_inputs(0, (), {"hidden_states": equal})
+    distinct = prefix.distinct_inputs(2, 0, (), {"hidden_states": equal})
     assert distinct is not None and distinct[1]["hidden_states"].shape == (layout.copies, 2)
     equal[1] = 0.5
-    assert prefix.distinct_inputs(0, (), {"hidden_states": equal}) is None
-    assert prefix.distinct_inputs(prefix.calls, (), {"hidden_states": torch.ones(4, 2)}) is None
+    assert prefix.distinct_inputs(2, 0, (), {"hidden_states": equal}) is None
+    assert prefix.distinct_inputs(2, prefix.calls, (), {"hidden_states": torch.ones(4, 2)}) is None
 
 
 def test_a_denoiser_with_further_outputs_is_called_whole(policy, rows, monkeypatch):

@@ -7,6 +7,7 @@ are; the recorded outputs show the guidance rule; then a rollout is replayed, an
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,22 +31,17 @@ from pipeline.generators.probe.fit import (
 )
 from pipeline.generators.probe.latent_map import Tail, find_latent_map, watched_decoder
 from pipeline.generators.probe.layouts import find_layouts, find_outputs, single_outputs
+from pipeline.generators.probe.replay_check import check_replay
 from pipeline.generators.probe.result import ProbeResult
 from pipeline.generators.probe.sample_slots import find_sample_slots
-from pipeline.generators.record.attention import reset_processors
 from pipeline.generators.record.first_order import is_consistency
 from pipeline.generators.record.inputs import same_inputs
-from pipeline.generators.record.packing import pack_recording
 from pipeline.generators.record.recording import RawStep, Recording, RecordOptions
-from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import to_call_inputs
-from pipeline.generators.spec import PolicySpec
+from pipeline.generators.spec import InputKey, PolicySpec, SampleSlots
 from pipeline.rl.group_plan import ode_sampling
 from pipeline.rl.noise_grid import NoiseGrid
-from pipeline.rl.samplers import log_prob
 
-RATIO_TOLERANCE = 1e-5  # |log-ratio| of an on-policy replay in float32
-_LOW_PRECISION_RATIO_TOLERANCE = 1e-2
 _STEPS = 3
 _FIRST_SEED = 11
 _TEXTS = ("a red circle on a table", "a dog", "the blue sea")  # the longest first: padding is then the same
@@ -142,12 +138,13 @@ class _Probe:
         spec, error = self._with_rules(spec, steps + others + run_steps)
         check_linear_weights(spec, steps, others)
         first = small.steps[0].sample
-        slots, why_not = find_sample_slots(self._with_sample, first.shape, first.dtype, spec.layouts)
+        slots, why_not, no_resume = self._sample_slots(spec, first)
         latents, no_map, not_pictures = self._latent_map(first)
         spec = replace(
             spec,
             latents=latents,
             latents_note=no_map,
+            resume_note=no_resume,
             picture_note=not_pictures,
             sample_slots=slots,
             sample_note=why_not,
@@ -203,15 +200,27 @@ class _Probe:
         seeds = self._seeds(takes)
         return self.pipeline.sample(self.plan, self.trio[takes], seeds, None, sampling, options).recording
 
-    def _with_sample(self, sample: torch.Tensor) -> list[RawStep]:
-        """The steps after the first, each started from `sample` [takes, ...] and with stand-ins for the denoisers."""
+    def _sample_slots(self, spec: PolicySpec, like: torch.Tensor) -> tuple[dict[InputKey, SampleSlots], str, str]:
+        """(slots, why no other sample can be put there, why a draw cannot go on from a given sample); `like`: a sample
+        [takes, ...]."""
+        try:
+            slots, why_not = find_sample_slots(self._with_sample, like.shape, like.dtype, spec.layouts)
+            steps, others = self._with_sample(like), self._with_sample(like, denoise_from=0)
+        except Exception as error:  # a pipeline may read anything of its denoiser's, which a stand-in lacks
+            cannot = f"it does not run without its denoiser ({type(error).__name__}: {one_line(error)})"
+            return {}, cannot, cannot
+        state = "" if same_inputs(steps, others) else "it keeps more than the sample from one step to the next"
+        return slots, why_not, state
+
+    def _with_sample(self, sample: torch.Tensor, denoise_from: int = _STEPS) -> list[RawStep]:
+        """The steps after the first, each started from `sample` [takes, ...], with stand-ins for the denoisers."""
         later = range(1, _STEPS)
         options = RecordOptions(
             keep_steps=frozenset(later), samples=dict.fromkeys(later, sample.to(self.pipeline.device)), stop_early=True
         )
         seeds = self._seeds(slice(0, self.takes))
         return self.pipeline.sample(
-            self.plan, self.trio[: self.takes], seeds, None, self.sampling, options, denoise_from=_STEPS
+            self.plan, self.trio[: self.takes], seeds, None, self.sampling, options, denoise_from
         ).recording.steps
 
     def _latent_map(self, like: torch.Tensor) -> tuple[LatentMap | None, str, str]:
@@ -227,7 +236,11 @@ class _Probe:
                 output = self.pipeline.run_tail(self.plan, x0.to(self.pipeline.device), prompts, seeds, "np")
             return Tail(calls, to_floats(output, self.takes))
 
-        return find_latent_map(run, like.shape, like.dtype)
+        try:
+            return find_latent_map(run, like.shape, like.dtype)
+        except Exception as error:  # as above
+            cannot = f"it does not run without its denoiser ({type(error).__name__}: {one_line(error)})"
+            return None, cannot, cannot
 
     def every_step(self, num_steps: int) -> SamplingSpec:
         """A run's sampler with that many steps, all of which are kept."""
@@ -253,11 +266,10 @@ class _Probe:
         """
         source = torch.Generator().manual_seed(seed)
 
-        def replace_output(_step: int, _name: str, output: torch.Tensor) -> torch.Tensor:
-            return torch.randn(output.shape, generator=source).to(output)
-
         options = RecordOptions(
-            keep_steps=frozenset(sampling.trained_steps), replace_output=replace_output, stop_early=True
+            keep_steps=frozenset(sampling.trained_steps),
+            replace_output=partial(_random_output, source),
+            stop_early=True,
         )
         return self._sample(slice(0, self.takes), sampling, options).steps
 
@@ -318,6 +330,10 @@ class _Probe:
             raise UnsupportedPolicyError(cause) from error
 
 
+def _random_output(source: torch.Generator, _step: int, _name: str, output: torch.Tensor) -> torch.Tensor:
+    return torch.randn(output.shape, generator=source).to(output)
+
+
 def read_guidance(result: ProbeResult, steps: list[RawStep]) -> dict[tuple[int, int], StepGuidance]:
     """(sampler steps, index) -> guidance, fitted to steps whose outputs differ enough to tell."""
     for step in steps:
@@ -342,38 +358,3 @@ def _report(spec: PolicySpec, small: Recording, large: Recording, error: float) 
         "chosen_share": min(small.chosen_share, large.chosen_share),
         "sample_shape": list(large.steps[0].sample.shape[1:]),
     }
-
-
-@torch.no_grad()
-def check_replay(
-    pipeline: PolicyPipeline, spec: PolicySpec, recording: Recording, sampling: SamplingSpec
-) -> dict[str, float]:
-    """Replays steps out of order, whole and take by take. Returns the largest |log-ratio| of each.
-
-    Raises UnsupportedPolicyError where it is more than rounding.
-    """
-    takes = recording.steps[0].sample.shape[0]
-    part = pack_recording(recording, 0, takes, keep_mean=False)
-    replayer = Replayer(part, spec, pipeline.denoisers, pipeline.device)
-    worst = {"replay_whole": 0.0, "replay_single": 0.0}
-    singles = [slice(i, i + 1) for i in range(takes)]
-    for j in (1, 0, 1):
-        for key, slices in (("replay_whole", [slice(0, takes)]), ("replay_single", singles)):
-            for entries in slices:
-                sample, next_sample, old = replayer.step_tensors(j, entries)
-                out = replayer.model_output(j, entries, sample)
-                gaussian = replayer.move(j, entries, sample, out, sampling)
-                ratio = float((log_prob(next_sample, gaussian) - old).abs().max())
-                worst[key] = max(worst[key], ratio)
-    reset_processors(pipeline.denoisers.values())
-    parameters = [p for module in pipeline.denoisers.values() for p in module.parameters()]
-    exact = all(parameter.dtype == torch.float32 for parameter in parameters)
-    bound = RATIO_TOLERANCE if exact else _LOW_PRECISION_RATIO_TOLERANCE
-    # Single takes run through other kernels; over few latent values their rounding shows more.
-    if not (worst["replay_whole"] < bound and worst["replay_single"] < 10 * bound):
-        raise UnsupportedPolicyError(
-            f"{pipeline.name}: replaying a rollout gives log-ratios of up to {max(worst.values()):.1e} "
-            f"(allowed {bound:.0e}); does it keep state between calls, or change its model while sampling "
-            "(caching, a stateful guider, attention processors of its own, dropout)?"
-        )
-    return worst

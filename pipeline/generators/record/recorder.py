@@ -57,7 +57,7 @@ class PipelineRecorder:
     ) -> None:
         self.pipe, self.scheduler, self.denoisers = pipe, pipe.scheduler, denoisers
         self.prediction, self.sampling, self.options = prediction, sampling, options
-        self.generators = generators
+        self.generators = list(generators)
         self.takes = len(generators)
         self.name = type(pipe).__name__
         self.recording = Recording()
@@ -97,8 +97,8 @@ class PipelineRecorder:
             call.processors = changed_processors(module, self._processors[name])
             self._calls.append(call)
         distinct = None
-        if prefix is not None and step < prefix.until:
-            distinct = prefix.distinct_inputs(len(self._whole_inputs), args, kwargs)
+        if prefix is not None:
+            distinct = prefix.distinct_inputs(step, len(self._whole_inputs), args, kwargs)
         self._whole_inputs.append(None if distinct is None else _WholeInputs(args, kwargs))
         return distinct
 
@@ -107,7 +107,7 @@ class PipelineRecorder:
         step, prefix, whole = self.recording.num_steps, self.options.shared_prefix, self._whole_inputs[-1]
         if whole is not None and prefix is not None:
             if has_one_tensor(output):
-                expanded = prefix.expand_output(len(self._whole_inputs) - 1, first_tensor(output))
+                expanded = prefix.expand_output(step, len(self._whole_inputs) - 1, first_tensor(output))
                 output = replace_first(output, expanded)
             else:  # where the takes are in the other outputs is not known
                 prefix.active = False
@@ -148,6 +148,8 @@ class PipelineRecorder:
             noiseless = draw(noisy=False, last=False, generator=generator).mean.reshape(sample.shape)
             arguments = {"model_output": model_output, "timestep": timestep, "sample": sample, **rest}
             check_first_step(self.scheduler, noiseless, arguments)
+        for take, source in options.forks.get(step, {}).items():
+            self.generators[take] = source
         noisy = step in self.sampling.stochastic_steps
         gaussian = draw(noisy=noisy, last=last, generator=generator)
         # Rounded to the pipeline's dtype before its log-prob is taken: replay sees exactly this tensor.

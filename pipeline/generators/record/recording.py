@@ -108,6 +108,8 @@ class RecordOptions:
     keep_graph: bool = False  # recorded inputs stay differentiable
     samples: Mapping[int, torch.Tensor] = field(default_factory=dict)  # step -> the sample it starts from instead
     check_first: bool = False  # compare the first step, without noise, with the scheduler's own
+    # step -> take -> the source of its noise from this step on, in place of the one before
+    forks: Mapping[int, Mapping[int, torch.Generator]] = field(default_factory=dict)
     shared_prefix: SharedPrefix | None = None  # takes that are computed once while they are equal
 
 

@@ -1,7 +1,8 @@
-"""Computes the sampler steps before a group's first noise once for all takes that are still equal.
+"""Computes sampler steps once for all takes of a call that are still equal.
 
 With `sampler.same_initial_noise`, the takes of a group diverge where its window of stochastic steps begins (MixGRPO,
-arXiv 2507.21802; Flow-GRPO-Fast). Until then the rows of a denoiser call repeat. The call is made with one row of each
+arXiv 2507.21802; Flow-GRPO-Fast); a fork diverges from its parent at its own step, and what noise both drew before is
+the same (B2-DiffuRL, BranchGRPO). Until then the rows of a denoiser call repeat. The call is made with one row of each
 kind, and its output is expanded to all takes.
 """
 
@@ -13,39 +14,64 @@ from typing import Any
 import torch
 
 from pipeline.core.tensors import map_leaves
+from pipeline.core.types import Lineage, SamplingSpec
 from pipeline.generators.spec import CallKey, InputKey, PolicySpec, map_call_inputs
 
 
-class SharedPrefix:
-    """Which takes of a pipeline call are equal until sampler step `until` (exclusive)."""
+def origins_by_step(
+    starts: Sequence[Hashable], lineages: Sequence[Lineage], sampling: SamplingSpec
+) -> list[list[Hashable]]:
+    """For each sampler step, what a take's sample after it comes from: equal for takes that are equal. Ends where no
+    two takes are. `starts`: equal for takes with equal conditions and initial noise."""
+    steps: list[list[Hashable]] = []
+    for step in range(sampling.num_steps):
+        noisy = [index for index in sampling.stochastic_steps if index <= step]
+        origins: list[Hashable] = [
+            (start, tuple(max(entry for entry in lineage if entry[0] <= index) for index in noisy))
+            for start, lineage in zip(starts, lineages, strict=True)
+        ]
+        if len(set(origins)) == len(origins):
+            break
+        steps.append(origins)
+    return steps
 
-    def __init__(self, origins: Sequence[Hashable], until: int, spec: PolicySpec) -> None:
-        """`origins`: equal for takes with equal conditions, initial noise and random generators. The inputs of every
-        call are compared all the same; where they differ, the call is made with all takes."""
-        first = {origin: take for take, origin in reversed(list(enumerate(origins)))}
-        self.distinct = sorted(first.values())  # one take of each kind
-        self.positions = [self.distinct.index(first[origin]) for origin in origins]  # per take, within `distinct`
-        self.total, self.until, self.spec = len(origins), until, spec
+
+class SharedPrefix:
+    """Which takes of a pipeline call are equal, step by step."""
+
+    def __init__(self, origins: Sequence[Sequence[Hashable]], spec: PolicySpec) -> None:
+        """`origins`: see `origins_by_step`. The inputs of every call are compared all the same; where they differ, the
+        call is made with all takes."""
+        self.distinct: list[list[int]] = []  # per step: one take of each kind
+        self.positions: list[list[int]] = []  # per step and take, within `distinct`
+        for kinds in origins:
+            first = {kind: take for take, kind in reversed(list(enumerate(kinds)))}
+            distinct = sorted(first.values())
+            self.distinct.append(distinct)
+            self.positions.append([distinct.index(first[kind]) for kind in kinds])
+        self.total, self.spec = len(origins[0]) if origins else 0, spec
         counts = {key.calls for key in spec.outputs}
         # Layouts are keyed by the number of calls in a step, which is known too late unless it never changes.
         self.calls = counts.pop() if len(counts) == 1 else 0
         self.layouts = spec.layouts if spec.layouts is not None else {}
-        self.active = self.calls > 0 and len(self.distinct) < self.total and spec.layouts is not None
+        self.active = self.calls > 0 and bool(origins) and spec.layouts is not None
 
-    def distinct_inputs(self, number: int, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def distinct_inputs(self, step: int, number: int, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """(args, kwargs) of the step's denoiser call `number` for the distinct takes; None where all are needed."""
-        if not self.active or number >= self.calls:
+        if not self.active or number >= self.calls or step >= len(self.distinct):
             return None
+        chosen, positions = self.distinct[step], self.positions[step]
         call, inputs = CallKey(self.calls, number), {"args": args, "kwargs": kwargs}
-        distinct = self._select(inputs, call, self.distinct, self.total)
-        expanded = self._select(distinct, call, self.positions, len(self.distinct))
+        distinct = self._select(inputs, call, chosen, self.total)
+        expanded = self._select(distinct, call, positions, len(chosen))
         if not _equal(inputs, expanded) or _equal(inputs, distinct):
             return None
         return distinct["args"], distinct["kwargs"]
 
-    def expand_output(self, number: int, output: torch.Tensor) -> torch.Tensor:
+    def expand_output(self, step: int, number: int, output: torch.Tensor) -> torch.Tensor:
         """The output of a call with the distinct takes, for all takes."""
-        return self.spec.outputs[CallKey(self.calls, number)].select(output, self.positions, len(self.distinct))
+        layout = self.spec.outputs[CallKey(self.calls, number)]
+        return layout.select(output, self.positions[step], len(self.distinct[step]))
 
     def _select(self, inputs: Any, call: CallKey, takes: list[int], total: int) -> Any:
         def select(path: str, leaf: Any) -> Any:

@@ -1,0 +1,56 @@
+"""Takes of which every step is recorded, and how they are compared with the pipeline's own calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pipeline.core.types import PromptItem, Trajectory
+from pipeline.generators.latent_map import LatentMap
+from pipeline.generators.policy import Policy
+from pipeline.generators.policy_pipeline import Sampled
+from pipeline.generators.record.packing import pack_recording
+from pipeline.generators.record.recording import RawStep, RecordOptions
+from pipeline.generators.replay.chain import DenoisingChain
+from pipeline.rl.group_plan import ode_sampling
+
+
+class Drawn:
+    """Takes of one pipeline call with every step recorded, and what the learner replays of them."""
+
+    def __init__(self, policy: Policy, prompts: list[PromptItem]) -> None:
+        self.policy = policy
+        takes = slice(0, 2 if policy.plan.mode.batched else 1)
+        self.prompts, self.seeds = prompts[takes], (5, 6)[takes]
+        if policy.plan.mode.shared:
+            self.prompts = [
+                replace(p, image=self.prompts[0].image, metadata=self.prompts[0].metadata) for p in self.prompts
+            ]
+        self.sampling = replace(ode_sampling(policy.cfg, 3), trained_steps=(0, 1, 2))
+        self.values, recording = self.sample(keep_steps=(0, 1, 2))
+        assert recording.final is not None
+        self.final = recording.final
+        part = pack_recording(recording, 0, len(self.seeds), keep_mean=False)
+        trajectory = Trajectory(group=0, version=0, sampling=self.sampling, parts=(part,), spec=policy.spec)
+        self.chain = DenoisingChain(trajectory, policy.modules, policy.device)
+
+    def sample(self, **options) -> Sampled:
+        return self.policy.sample(self.prompts, self.seeds, None, self.sampling, **options)
+
+    def with_sample(self, step: int, x: torch.Tensor) -> RawStep:
+        """A step of the pipeline's own call, started from another sample."""
+        options = RecordOptions(keep_steps=frozenset({step}), samples={step: x}, stop_early=True)
+        pipeline, plan = self.policy.pipeline, self.policy.plan
+        return pipeline.sample(plan, self.prompts, self.seeds, None, self.sampling, options).recording.steps[0]
+
+
+def inversion_gap(latent_map: LatentMap, x0: torch.Tensor) -> float:
+    """How far latents are from themselves after they were mapped to samples like x0 and back, relative."""
+    shape = (x0.shape[0], *latent_map.positions.shape)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    sample = latent_map.sample(latents).flatten(1)
+    held = torch.from_numpy(latent_map.positions >= 0)
+    again = sample[:, torch.from_numpy(latent_map.positions).clamp(min=0).flatten().long()].reshape(shape)
+    again = again * torch.from_numpy(latent_map.scale) + torch.from_numpy(latent_map.shift)
+    return float((again - latents)[:, held].abs().max()) / float(latents.abs().max())
