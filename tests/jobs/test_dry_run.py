@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import run as command
+from command import run as plain_command
 from fake_checkpoint import fake_config
 
 from jobs.launch import training
@@ -14,6 +14,12 @@ from pipeline.runs import checkpoint
 from pipeline.runs.paths import RunDir
 
 IMAGE, VIDEO = (str(Path("models", name).absolute()) for name in ("shapes-image", "shapes-video"))
+
+
+def command(capsys, *arguments):
+    """(status, stdout, the lines of the error): the first import of diffusers may say something on stderr too."""
+    status, out, err = plain_command(capsys, *arguments)
+    return status, out, "".join(f"{line}\n" for line in err.splitlines() if line.startswith("error: "))
 
 
 class Started(Exception):
