@@ -13,7 +13,8 @@ from pipeline.core.types import GroupWork, PromptItem, StepGuidance
 from pipeline.generators.guidance import RULES
 from pipeline.generators.policy import Policy
 from pipeline.generators.probe.fit import bare_spec, branches_distinguishable, fit_guidance, fit_rules
-from pipeline.generators.record.recording import RawCall, RawStep
+from pipeline.generators.record.policy_step import infer_mask
+from pipeline.generators.record.recording import RawCall, RawStep, Recording
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.spec import CallKey, Layout, PolicySpec
 from pipeline.rl.group_plan import ode_sampling, train_work
@@ -244,3 +245,20 @@ def test_layouts_take_the_right_entries():
     repeat = torch.tensor([0, 10, 1, 11, 2, 12])
     assert Layout(axis=0, copies=2, order="tile").select(tile, slice(1, 3), 3).tolist() == [1, 2, 11, 12]
     assert Layout(axis=0, copies=2, order="repeat").select(repeat, slice(1, 3), 3).tolist() == [1, 11, 2, 12]
+
+
+def test_a_masked_step_keeps_its_sampler_s_likelihood():
+    """Where the pipeline restores values, the log-prob is that of the others, still CPS's own."""
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    drawn = transition("cps", 0.7, "flow", x, v, 0.8, 0.7, 0.9)
+    chosen = drawn.mean + drawn.std * torch.randn_like(x)
+    step = RawStep(
+        index=0, sigma=0.8, sigma_next=0.7, sigma_cap=0.9, guidance=StepGuidance(), sample=x, model_output=v,
+        next_sample=chosen, mean=drawn.mean, log_prob=log_prob(chosen, drawn), calls=[], std=drawn.std,
+        sharpness=drawn.sharpness,
+    )  # fmt: skip
+    restored = chosen.clone()
+    restored[:, :2] = 0.0
+    infer_mask(step, restored, Recording(), "a pipeline")
+    assert torch.allclose(step.log_prob, -((chosen - drawn.mean)[:, 2:] ** 2).flatten(1).mean(1))
