@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -64,6 +65,17 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(key, None)
 
 
+@contextlib.contextmanager
+def _interpreter(python: Path | None) -> Iterator[None]:
+    """Ray starts its workers with the `sys.executable` that it finds."""
+    own = sys.executable
+    sys.executable = str(python or own)
+    try:
+        yield
+    finally:
+        sys.executable = own
+
+
 def _end_log_monitor() -> None:
     """It looks at all log files ten times a second, for drivers that want their lines, and has no switch."""
     from ray._private import worker
@@ -85,11 +97,12 @@ def _keep_our_signals() -> None:
 class RaySession:
     """`with RaySession(cfg) as session:` connects; `session.ours` says whether the Ray was started here.
 
-    `check` is called while it waits for a cluster, and ends the wait by raising.
+    `check` is called while it waits for a cluster, and ends the wait by raising. `python`: the interpreter of the
+    workers, of a Ray that is started here; None: this process's own.
     """
 
-    def __init__(self, cfg: Config, check: Callable[[], None] = lambda: None) -> None:
-        self.cfg, self._check = cfg, check
+    def __init__(self, cfg: Config, check: Callable[[], None] = lambda: None, python: Path | None = None) -> None:
+        self.cfg, self._check, self._python = cfg, check, python
         self.ours = False
         self._before: set[int] = set()
 
@@ -112,7 +125,7 @@ class RaySession:
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self.ours = True
         try:
-            with _environment(_UNSEEN if unseen else {}):
+            with _environment(_UNSEEN if unseen else {}), _interpreter(self._python):
                 ray.init(
                     **{
                         "include_dashboard": not unseen,

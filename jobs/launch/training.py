@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jobs.cluster.forked_workers import forked_workers
 from jobs.cluster.ray_session import MemorySampler, RaySession
 from jobs.common.options import say
 from jobs.launch.stop_signals import StopSignals
@@ -78,7 +79,7 @@ def run_training(
         sampler.start()
         signals = StopSignals()
         try:
-            with signals, RaySession(cfg, signals.check) as session:
+            with signals, forked_workers(cfg) as python, RaySession(cfg, signals.check, python) as session:
                 signals.install()  # replaces Ray's handler, which prints a stack to stderr first
                 signals.session = session
                 result = supervise(cfg, run, resume_from, signals, console, debug)
