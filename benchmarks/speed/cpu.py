@@ -188,7 +188,14 @@ def _small(say: Say, _rounds: int) -> dict[str, Any]:
     return small_costs(say)
 
 
+def _peers(say: Say, rounds: int) -> dict[str, Any]:
+    from benchmarks.speed.peers import against_peers
+
+    return against_peers(run_steps, say, rounds)
+
+
 SECTIONS: dict[str, Callable[[Say, int], dict[str, Any]]] = {
+    "peers": _peers,
     "quickstart": partial(quickstart, "quickstart"),
     "quickstart_image": partial(quickstart, "quickstart_image"),
     "simulated": _simulated,

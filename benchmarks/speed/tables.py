@@ -57,6 +57,15 @@ def render(results: dict[str, Any]) -> list[str]:
                 f"Work-saving recipe for `{name}` (`{' '.join(less['overrides'])}`): "
                 f"{less['speedup_vs_plain_loop']:.2f} x the plain loop's takes per second with the quickstart's own."
             )
+    if "peers" in results:
+        rows = [
+            [f"{arm}, {kind}", f"{row['run_s']:.2f}", f"{row['peer_s']:.2f}", f"{row['speedup']:.2f} x"]
+            for arm, kinds in results["peers"].items()
+            if arm != "machine"
+            for kind, row in kinds.items()
+        ]
+        header = ["against two processes of one thread each", "step of a run (s)", "of the baseline (s)", "speedup"]
+        blocks.append(_table(header, rows))
     if "simulated" in results:
         simulated = results["simulated"]
         shown = {key: row for key, row in simulated.items() if key.isdigit()}

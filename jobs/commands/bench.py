@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError
 def bench(
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", help="quickstart, quickstart_image, simulated or small; may be repeated."),
+        typer.Option("--only", help="peers, quickstart, quickstart_image, simulated or small; repeatable."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON to write; its other sections are kept.")] = None,
     rounds: Annotated[
