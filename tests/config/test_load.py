@@ -63,7 +63,7 @@ def test_another_part_brings_its_own_options(tmp_path):
     path = write(tmp_path, GOOD + "objective: {name: grpo, clip_low: 0.2, kl_beta: 0.5}\n")
     assert load_config(path).objective.model_dump() == {
         "name": "grpo", "clip_low": 0.2, "clip_high": 1e-4, "kl_beta": 0.5, "kl_every": 1,
-        "stale": "reweigh", "max_weight": 2.0, "reject_above": 0.0,
+        "stale": "reweigh", "max_weight": 2.0, "reject_above": 0.0, "step_weight": "none",
     }  # fmt: skip
     for overrides in (["objective.kl_beta=0.1", "objective.name=awm"], ["objective.name=awm", "objective.kl_beta=0.1"]):
         assert load_config(path, overrides).objective.model_dump() == {"name": "awm", "kl_beta": 0.1, "kl_every": 1}
