@@ -23,7 +23,7 @@ class Pairs(Signal):
 
     gives = "pairs"
 
-    choose: Literal["extremes", "all"] = Field("extremes", description="The best take and the worst, or all pairs.")
+    choose: Literal["best_worst", "all"] = Field("best_worst", description="The best take and the worst, or all pairs.")
     margin: NonNegative = Field(0.0, description="Pairs whose rewards differ by no more than this are left out.")
     weigh: Literal["equal", "gap"] = Field(
         "equal", description="Pairs of a group count equally, or as much as their rewards differ (GAPO)."
@@ -69,7 +69,7 @@ class PairState(SignalState):
 
     def _pairs(self, total: np.ndarray) -> Feedback:
         order = np.argsort(-total, kind="stable")
-        if self.options.choose == "extremes":
+        if self.options.choose == "best_worst":
             pairs = np.array([[order[0], order[-1]]])
         else:
             pairs = np.array([[a, b] for i, a in enumerate(order) for b in order[i + 1 :]])
