@@ -87,7 +87,11 @@ def forked_workers(cfg: Config) -> Iterator[Path | None]:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**os.environ, **env, "PYTHONPATH": path}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **env, "PYTHONPATH": path},
+            start_new_session=True,  # else a terminal's Ctrl-C ends the workers before the run is saved
         ) as server:
             try:
                 yield script
