@@ -10,9 +10,9 @@ from pydantic import Field
 from pipeline.config.sections.base import Positive
 from pipeline.config.sections.rewards import RewardConfig
 from pipeline.core.types import Feedback
-from pipeline.rl.signals.base import Scores, Signal, SignalResult, SignalState, register
+from pipeline.rl.signals.base import Scores, Signal, SignalResult, register
 from pipeline.rl.signals.group_relative import AdvantageResult, compute_advantages
-from pipeline.rl.signals.prepared_scores import PreparedScores, ScorePreparation
+from pipeline.rl.signals.prepared_scores import PreparedScores, PreparedState
 
 
 @register("advantages")
@@ -56,12 +56,10 @@ _RULES = {
 }
 
 
-class AdvantageState(SignalState):
+class AdvantageState(PreparedState):
     def __init__(self, rewards: Mapping[str, RewardConfig], options: Advantages) -> None:
+        super().__init__(rewards)
         self.options = options
-        self._weights = {name: reward.weight for name, reward in rewards.items()}
-        self._preparation = ScorePreparation(rewards)
-        self._last: PreparedScores | None = None
 
     def step(self, groups: Sequence[Scores]) -> SignalResult:
         self._last = scores = self._preparation.prepare(groups)
@@ -77,14 +75,3 @@ class AdvantageState(SignalState):
         return compute_advantages(
             scores.raw, self._weights, self.options, prepared=scores.prepared, variances=scores.variances
         )
-
-    def commit(self) -> None:
-        if self._last is not None:
-            self._preparation.commit(self._last)
-
-    def state(self) -> dict[str, list[float]]:
-        return self._preparation.state()
-
-    def load_state(self, state: Mapping[str, Sequence[float]] | None) -> None:
-        self._preparation.load_state(state)
-        self._last = None

@@ -11,9 +11,9 @@ from pydantic import Field
 from pipeline.config.sections.base import NonNegative
 from pipeline.config.sections.rewards import RewardConfig
 from pipeline.core.types import Feedback
-from pipeline.rl.signals.base import Scores, Signal, SignalResult, SignalState, register
+from pipeline.rl.signals.base import Scores, Signal, SignalResult, register
 from pipeline.rl.signals.group_relative import is_zero_std, weighted_rewards
-from pipeline.rl.signals.prepared_scores import PreparedScores, ScorePreparation
+from pipeline.rl.signals.prepared_scores import PreparedState
 
 
 @register("pairs")
@@ -40,12 +40,10 @@ class Pairs(Signal):
         return PairState(rewards, self)
 
 
-class PairState(SignalState):
+class PairState(PreparedState):
     def __init__(self, rewards: Mapping[str, RewardConfig], options: Pairs) -> None:
+        super().__init__(rewards)
         self.options = options
-        self._weights = {name: reward.weight for name, reward in rewards.items()}
-        self._preparation = ScorePreparation(rewards)
-        self._last: PreparedScores | None = None
 
     def step(self, groups: Sequence[Scores]) -> SignalResult:
         self._last = scores = self._preparation.prepare(groups)
@@ -83,14 +81,3 @@ class PairState(SignalState):
         scores = self._preparation.prepare([group])
         total = weighted_rewards(scores.prepared[0], self._weights)
         return bool(is_zero_std(total)) or not len(self._pairs(total).pairs)  # type: ignore[arg-type]
-
-    def commit(self) -> None:
-        if self._last is not None:
-            self._preparation.commit(self._last)
-
-    def state(self) -> dict[str, list[float]]:
-        return self._preparation.state()
-
-    def load_state(self, state: Mapping[str, Sequence[float]] | None) -> None:
-        self._preparation.load_state(state)
-        self._last = None

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config.sections.rewards import RewardConfig
 from pipeline.core.errors import CheckpointError
 from pipeline.core.types import RewardScores
+from pipeline.rl.signals.base import SignalState
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +114,23 @@ class ScorePreparation:
         except (TypeError, ValueError, AttributeError):
             raise CheckpointError("the checkpoint's running reward statistics cannot be read") from None
         self._running = {name: moments for name, moments in running.items() if name in self.rewards}
+
+
+class PreparedState(SignalState):
+    """A signal at work on prepared scores, whose running statistics are what it remembers. `step` sets `_last`."""
+
+    def __init__(self, rewards: Mapping[str, RewardConfig]) -> None:
+        self._weights = {name: reward.weight for name, reward in rewards.items()}
+        self._preparation = ScorePreparation(rewards)
+        self._last: PreparedScores | None = None
+
+    def commit(self) -> None:
+        if self._last is not None:
+            self._preparation.commit(self._last)
+
+    def state(self) -> dict[str, list[float]]:
+        return self._preparation.state()
+
+    def load_state(self, state: Mapping[str, Sequence[float]] | None) -> None:
+        self._preparation.load_state(state)
+        self._last = None
