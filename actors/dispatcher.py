@@ -64,7 +64,9 @@ class Dispatcher:
         self._batchers: dict[str, ScoreBatcher] = {}
         self._patience: dict[str, Patience] = {}
         self.pools = [self.rollouts]
-        for name, reward in cfg.rewards.items():
+        self._rewards_for = {"train": cfg.server_rewards("train"), "eval": cfg.server_rewards("eval")}
+        for name in cfg.served_rewards:
+            reward = cfg.rewards[name]
             requests: RequestQueue[PendingScore] = RequestQueue(f"reward.{name}", capacity)
             pool = WorkerPool(
                 ctx,
@@ -167,8 +169,8 @@ class Dispatcher:
                 await self._draw(worker, runs, policy([run.work for run in runs]))
                 worker.activity = "handing over"
                 for run in runs:
-                    for name, batcher in self._batchers.items():
-                        run.requests[name] = await batcher.put(run)
+                    for name in self._rewards_for[run.work.purpose]:
+                        run.requests[name] = await self._batchers[name].put(run)
             except (CallFailed, asyncio.CancelledError):
                 for run in runs:
                     self._withdraw_requests(run)
@@ -210,9 +212,11 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------------- scoring
 
     async def _score(self, run: GroupRun) -> dict[str, RewardScores]:
-        """The scores of all rewards, in config order. Raises `CallFailed` when the media are lost, or `GroupFailed`."""
+        """The scores of the rewards that servers score this group with, in config order; a training group may have
+        none. Raises `CallFailed` when the media are lost, or `GroupFailed`."""
         try:
-            return {name: await self._score_one(run, name) for name in self._batchers}  # all are queued already
+            names = self._rewards_for[run.work.purpose]
+            return {name: await self._score_one(run, name) for name in names}  # all are queued already
         finally:
             self._withdraw_requests(run)
 

@@ -38,7 +38,8 @@ class GroupRun:
     media: ray.ObjectRef | None = None  # from SCORING on, until nobody needs it
     trajectory: Any = None  # a reference, from SCORING on, until nobody needs it; None in an evaluation
     requests: dict[str, Any] = field(default_factory=dict)  # the `score_batcher.PendingScore` of each reward
-    scores: dict[str, RewardScores] = field(default_factory=dict)  # by reward, in config order; all there when SCORED
+    # By reward, in config order: all that servers score a group of this purpose with, when SCORED.
+    scores: dict[str, RewardScores] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -64,6 +65,7 @@ class GroupRun:
             trajectory=self.trajectory,
             feedback=feedback,
             staleness=learner_version - self.meta.version,
+            prompts=self.work.prompts,
             micro_batches=self.meta.micro_batches,
         )
 

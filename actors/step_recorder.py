@@ -103,7 +103,8 @@ class Recorder:
         workers = {pool.name: max(1, len(pool.alive)) for pool in self._pools}
         rollout = sum(run.meta.seconds["total"] for run in runs) / workers["rollout"]
         score = {
-            name: sum(run.scores[name].seconds for run in runs) / workers[f"reward.{name}"] for name in self.cfg.rewards
+            name: sum(run.scores[name].seconds for run in runs) / workers[f"reward.{name}"]
+            for name in self.cfg.server_rewards("train")
         }
         times = {
             "time/step": step_s,
@@ -123,7 +124,7 @@ class Recorder:
     def _mean_parts(self, runs: list[GroupRun]) -> dict[str, float]:
         """Means of the scorers' auxiliary outputs, without the NaN of prompts to which a part does not apply."""
         means: dict[str, float] = {}
-        for name in self.cfg.rewards:
+        for name in self.cfg.server_rewards("train"):
             for part in dict.fromkeys(part for run in runs for part in run.scores[name].parts):
                 values = [float(v) for run in runs for v in run.scores[name].parts.get(part, ()) if v == v]
                 if values:

@@ -88,7 +88,8 @@ class Loop:
         self.versions: deque[WeightSet] = deque(maxlen=cfg.step.max_staleness + 1)  # the oldest one draws
 
     def _scores(self, media: Media, work: GroupWork, seed: int | None) -> dict[str, Any]:
-        return {name: scorer.run(media, work.prompts, seed) for name, scorer in self.scorers.items()}
+        names = self.cfg.server_rewards(work.purpose)
+        return {name: self.scorers[name].run(media, work.prompts, seed) for name in names}
 
     def step(self, number: int) -> dict[str, float]:
         """One optimisation step. Returns the learner's metrics."""
@@ -98,7 +99,7 @@ class Loop:
         """Draws and scores the groups of step `number`; groups of equal rewards are filtered, as in a run."""
         self.versions.append(self.learner.weights(self.learner.objective.requirements.rollout_policy))
         self.policy.load_weights(self.versions[0])
-        kept, scores = [], []
+        kept, prompts, scores = [], [], []
         while len(kept) < self.cfg.step.groups:
             work = train_work(self.cfg, self.group, number, self.cursor.next(), grid=self.policy.grid)
             self.group += 1
@@ -106,12 +107,13 @@ class Loop:
             group_scores = self._scores(media, work, scoring_seed(self.cfg, work.group))
             if not self.signal.is_flat(group_scores):
                 kept.append(trajectory)
+                prompts.append(work.prompts)
                 scores.append(group_scores)
         result = self.signal.step(scores)
         self.signal.commit()
         return [
-            GroupBatch(trajectory=t, feedback=feedback, staleness=len(self.versions) - 1)
-            for t, feedback in zip(kept, result.feedback, strict=True)
+            GroupBatch(trajectory=t, feedback=feedback, staleness=len(self.versions) - 1, prompts=of_takes)
+            for t, feedback, of_takes in zip(kept, result.feedback, prompts, strict=True)
             if t
         ]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.schema import Config
 from pipeline.generators.checkpoint_files import DENOISERS
-from pipeline.rl.group_plan import default_end, stochastic_steps
+from pipeline.rl.group_plan import default_end, stochastic_steps, trained_steps
 from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT
 from pipeline.rl.objectives import objective_of
 from pipeline.runs.resume import check_new, check_resume
@@ -31,7 +31,10 @@ def print_dry_run(
     generator, size_of_step, sampler = cfg.generator, cfg.step, cfg.sampler
     takes = size_of_step.takes * size_of_step.groups
     steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0, default_end(cfg, None))))
-    if objective_of(cfg).requirements.draws_noise:
+    if objective_of(cfg).requirements.unit == "tail":
+        tail = ", ".join(map(str, trained_steps(cfg, 0, 0)))
+        sampling = f"ode with {sampler.steps} sampler steps, no noise, trained through steps {tail} at first"
+    elif objective_of(cfg).requirements.draws_noise:
         sampling = f"{sampler.kind} with {sampler.steps} sampler steps, noise at steps {steps}"
         if sampler.window.range is None:
             sampling += f" as far as they end at a noise level of {LEAST_SIGMA_NEXT} or more (rushes inspect)"
@@ -55,13 +58,16 @@ def print_dry_run(
         "prompts": f"{len(checks.train)} to train on, {len(checks.heldout)} held out",
         "each step": f"{size_of_step.groups} prompts x {size_of_step.takes} takes = {takes} takes, {sampling}",
         "whole run": f"{cfg.run.steps} steps, {takes * cfg.run.steps:,} takes",
-        "rewards": ", ".join(f"{name} ({r.scorer}) x {r.weight:g}" for name, r in cfg.rewards.items()),
+        "rewards": ", ".join(
+            f"{name} ({r.scorer}) x {r.weight:g}" + (", through its gradient" if r.gradient else "")
+            for name, r in cfg.rewards.items()
+        ),
         "evaluation": f"{heldout * cfg.evaluation.takes_per_prompt} takes before and after"
         + (f" and every {cfg.evaluation.every} steps" if cfg.evaluation.every else "")
         if heldout
         else "none (prompts.heldout is not set)",
         "workers": f"{cfg.rollout.workers} rollout, "
-        + ", ".join(f"{r.workers} reward.{name}" for name, r in cfg.rewards.items())
+        + ", ".join(f"{cfg.rewards[name].workers} reward.{name}" for name in cfg.served_rewards)
         + (", 1 learner" if cfg.learner.ranks == 1 else f", {cfg.learner.ranks} learner ranks"),
         "disk": f"about {checks.disk_needed / 2**20:,.0f} MiB needed, {checks.disk_free / 2**30:,.1f} GiB free",
     }

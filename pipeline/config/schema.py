@@ -307,6 +307,22 @@ class Config(Section):
         return {name: reward.weight for name, reward in self.rewards.items()}
 
     @property
+    def gradient_rewards(self) -> tuple[str, ...]:
+        """Names of the rewards that the learner computes, with gradients."""
+        return tuple(name for name, reward in self.rewards.items() if reward.gradient)
+
+    def server_rewards(self, purpose: Literal["train", "eval"]) -> tuple[str, ...]:
+        """Names of the rewards that servers score the groups of this purpose with."""
+        if purpose == "eval":
+            return tuple(self.rewards)
+        return tuple(name for name, reward in self.rewards.items() if not reward.gradient)
+
+    @property
+    def served_rewards(self) -> tuple[str, ...]:
+        """Names of the rewards that have servers."""
+        return self.server_rewards("train" if self.prompts.heldout is None else "eval")
+
+    @property
     def eval_weights_tag(self) -> Literal["train", "ema"]:
         """Which weights are evaluated and exported: their EMA, if there is one."""
         return "ema" if self.optimizer.ema_decay > 0 else "train"

@@ -84,8 +84,8 @@ def _score_columns(scores: Mapping[str, RewardScores], weights: Mapping[str, flo
     applying = {name: float(score.values[k]) for name, score in scores.items() if not np.isnan(score.values[k])}
     columns: dict[str, Any] = {}
     if scores:
-        total = float(sum(weights.get(name, 1.0) * value for name, value in applying.items()))
-        columns["reward"] = total if applying else None
+        weighted = [weights.get(name, 1.0) * value for name, value in applying.items() if weights.get(name, 1.0)]
+        columns["reward"] = float(sum(weighted)) if weighted else None
     for name, score in scores.items():
         columns[f"reward/{name}"] = applying.get(name)
         values, shares, frames = score.segment_values, score.segment_weights, score.segment_frames

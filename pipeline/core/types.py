@@ -253,6 +253,7 @@ class GroupBatch:
     trajectory: Trajectory | None
     feedback: Feedback
     staleness: int = 0  # the learner's version minus that of the policy that drew the takes
+    prompts: tuple[PromptItem, ...] = ()  # [K]; () where no reward is computed in the learner
     micro_batches: tuple[MicroBatchSpec, ...] | None = None  # None: read from the trajectory
 
     @property

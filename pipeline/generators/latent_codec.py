@@ -59,9 +59,7 @@ class LatentCodec:
     @property
     def why_no_decode(self) -> str:
         """Why the VAE alone does not make the pictures, in one line; "": it does."""
-        if self.vae is None or self.spec.latents is None or self.spec.picture_note:
-            return self.spec.picture_note or "the pipeline has no component called vae"
-        return "" if self.spec.latents.whole else "the prompt's own pictures are part of what the VAE decodes"
+        return self.spec.why_no_decode or ("the pipeline has no component called vae" if self.vae is None else "")
 
     @property
     def why_no_encode(self) -> str:

@@ -93,6 +93,11 @@ class Policy:
         objective = objective_of(self.cfg)
         if objective.requirements.any_sample and (why_not := self.probed.spec.why_not_noised_again(objective.name)):
             raise UnsupportedPolicyError(why_not)
+        needs = objective.requirements
+        if needs.reward_gradient and (
+            why_not := self.probed.spec.why_no_reward_gradient(objective.name, needs.moved_sample)
+        ):
+            raise UnsupportedPolicyError(why_not)
         check_window(self.cfg, self.probed.grid)
         return self.probed.report
 

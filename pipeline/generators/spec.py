@@ -194,6 +194,30 @@ class PolicySpec:
         """Whether the denoisers can be called with recorded inputs and another sample than the recorded one."""
         return not self.sample_note
 
+    @property
+    def why_no_decode(self) -> str:
+        """Why the VAE alone does not make the pictures of a sample, in one line; "": it does."""
+        if self.picture_note or self.latents is None:
+            return self.picture_note or self.latents_note
+        return "" if self.latents.whole else "the prompt's own pictures are part of what the VAE decodes"
+
+    def why_no_reward_gradient(self, objective: str, moved_sample: bool) -> str:
+        """Why an objective cannot learn through the pictures of finished takes, in one line; "" where it can.
+
+        `moved_sample`: gradients go through the sample that the denoiser is given, too.
+        """
+        if self.why_no_decode:
+            return (
+                f"objective.name: {objective} needs pictures with gradients, and the VAE alone does not make those of "
+                f"{self.pipeline}: {self.why_no_decode}; use an objective that is given finished scores, such as grpo"
+            )
+        if moved_sample and self.sample_note:
+            return (
+                f"objective.name: {objective} sends gradients through what the denoiser is given, which "
+                f"{self.pipeline} does not allow: {self.sample_note}; train one step (objective.tail=1)"
+            )
+        return ""
+
     def why_not_noised_again(self, objective: str) -> str:
         """Why finished takes cannot be noised and denoised again by an objective, in one line; "" where they can."""
         if self.sample_note:

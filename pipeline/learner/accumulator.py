@@ -5,9 +5,9 @@ The groups of a step may arrive one by one; loss and metrics are known with the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,8 +25,9 @@ class RowLayout:
     spread: tuple[str, ...]
 
     @classmethod
-    def of(cls, objective: Objective) -> RowLayout:
-        return cls(objective.logged, objective.spread)
+    def of(cls, objective: Objective, rewards: Iterable[str] = ()) -> RowLayout:
+        """`rewards`: names of those that are computed in the learner, each of which is logged."""
+        return cls((*objective.logged, *(f"reward/{name}" for name in rewards)), objective.spread)
 
     def size(self, takes: int) -> int:
         return 1 + len(self.logged) + takes * len(self.spread)
@@ -50,12 +51,12 @@ class RowLayout:
         return UpdateStatistics(means, spreads, replay_error=max(float(row[0]) for row in rows))
 
 
-def count_pairs(groups: Sequence[GroupBatch]) -> int:
-    """(take, trained step) pairs: what a loss is averaged over."""
+def count_pairs(groups: Sequence[GroupBatch], unit: Literal["step", "tail"] = "step") -> int:
+    """What a loss is averaged over: (take, trained step) pairs, or takes where the unit is a tail."""
     return sum(
         sum(spec.takes for spec in group.micro_batches)
         if group.micro_batches is not None
-        else sum(len(part.steps) * (part.stop - part.start) for part in group.held.parts)
+        else sum((len(part.steps) if unit == "step" else 1) * (part.stop - part.start) for part in group.held.parts)
         for group in groups
     )
 

@@ -24,8 +24,9 @@ from pipeline.generators import adapters
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.learner.accumulator import GradientAccumulator, RowLayout, UpdateStatistics, count_pairs
 from pipeline.learner.distributed import DistributedContext, copy_into, full_tensor, shard_like
+from pipeline.learner.gradient_rewards import GradientRewards
 from pipeline.learner.micro_batch import ReplayCall, micro_batch_specs
-from pipeline.learner.policy_store import EMA, OLD, PolicyStore
+from pipeline.learner.policy_store import EMA, OLD, START, PolicyStore
 from pipeline.learner.replica import Replica
 from pipeline.learner.trained_model import load_trained_model
 from pipeline.rl.objectives import objective_of
@@ -65,7 +66,7 @@ class Learner:
         self.objective = objective_of(cfg)
         self.version = 0
         self.updates = 0  # optimiser updates
-        self._layout = RowLayout.of(self.objective)
+        self._layout = RowLayout.of(self.objective, cfg.gradient_rewards)
         self._update = GradientAccumulator(self._layout, 0, 1, frozenset())
         if cfg.learner.replicas > 1 and self.device.type != "cpu":
             raise UnsupportedPolicyError(
@@ -76,10 +77,12 @@ class Learner:
         model = load_trained_model(cfg, self.device, self.distributed)
         self.modules, self.trained, self._rollout_dtype = model.modules, model.trained, model.rollout_dtype
         self.parameters = adapters.trainable(self.trained)
-        kept = {EMA: cfg.optimizer.ema_decay > 0, OLD: self.objective.requirements.old_policy}
+        needs = self.objective.requirements
+        kept = {EMA: cfg.optimizer.ema_decay > 0, OLD: needs.old_policy, START: needs.pull_to_start > 0}
         self.policies = PolicyStore(self.parameters, [name for name, needed in kept.items() if needed])
+        rewards = GradientRewards(cfg, self.device) if needs.reward_gradient else None
         self.replicas = [
-            Replica(cfg, self.device, model.modules, model.trained, model.frozen, model.text, self.policies)
+            Replica(cfg, self.device, model.modules, model.trained, model.frozen, model.text, self.policies, rewards)
         ]
         self.replicas += [self.replicas[0].replicate() for _ in range(cfg.learner.replicas - 1)]
         if cfg.generator.compile:
@@ -177,7 +180,7 @@ class Learner:
     def _begin_update(self, groups: list[GroupBatch], last: bool) -> None:
         """A new update, of which `groups` are the first, and all if `last`."""
         total = self._groups_of_update(len(groups), last)
-        divisor = count_pairs(groups) * total // len(groups)
+        divisor = count_pairs(groups, self.objective.requirements.unit) * total // len(groups)
         self._update = GradientAccumulator(self._layout, total, divisor=divisor, checked=self._checked_groups(total))
         for replica in self.replicas:
             for parameter in adapters.trainable(replica.trained).values():
@@ -203,7 +206,7 @@ class Learner:
         else:
             self._replay_assigned(groups, checks)
         update.done += len(groups)
-        update.pairs += count_pairs(groups)
+        update.pairs += count_pairs(groups, self.objective.requirements.unit)
         update.stale |= any(group.staleness for group in groups)
 
     def _replay_groups(self, replica: Replica, tasks: Sequence[_GroupTask]) -> dict[tuple[int, int], np.ndarray]:
@@ -270,6 +273,7 @@ class Learner:
         for settings in self.optimizer.param_groups:
             settings["lr"] = lr
         self.optimizer.step()
+        self._pull_to_start(lr)
         self.updates += 1
         self._update_ema()
         return statistics, {
@@ -299,6 +303,14 @@ class Learner:
     def _learning_rate(self) -> float:
         warmup = self.cfg.optimizer.warmup_steps
         return self.cfg.optimizer.lr * (min(1.0, (self.updates + 1) / warmup) if warmup else 1.0)
+
+    @torch.no_grad()
+    def _pull_to_start(self, lr: float) -> None:
+        """Like AdamW's weight decay, towards the weights that the run started from instead of 0."""
+        if START in self.policies:
+            share = min(1.0, lr * self.objective.requirements.pull_to_start)
+            for name, parameter in self.parameters.items():
+                parameter.lerp_(self.policies[START][name], share)
 
     def _update_ema(self) -> None:
         if EMA not in self.policies:

@@ -1,4 +1,5 @@
-"""The learner's unit of work: one denoiser call on takes of one group, at one trained step or at several joined ones.
+"""The learner's unit of work: takes of one group, at one trained step or at several joined ones in one denoiser call,
+or over all trained steps one after another (a tail).
 
 Its inputs are exactly the recorded ones. The learner's ranks divide a step's micro-batches by their specs, so that
 none has to read a trajectory of which it replays nothing.
@@ -90,14 +91,15 @@ class ReplayCall:
 
 
 def replay_calls(cfg: Config, replayer: Replayer) -> list[ReplayCall]:
-    """Those of a trajectory part, in order; each is a micro-batch."""
+    """Those of a trajectory part, in order; each is a micro-batch. A tail's stands for all steps by its first one."""
     size = cfg.learner.micro_batch or replayer.total
+    steps = range(len(replayer.part.steps)) if objective_of(cfg).requirements.unit == "step" else (0,)
     joinable = objective_of(cfg).requirements.joins_levels and cfg.trainable.modules == "denoiser"
     if joinable and (joined := merged(replayer, size)):
         return [ReplayCall(several, 0, slice(0, several.total)) for several in joined]
     return [
         ReplayCall(replayer, step, slice(start, min(start + size, replayer.total)))
-        for step in range(len(replayer.part.steps))
+        for step in steps
         for start in range(0, replayer.total, size)
     ]
 
@@ -109,11 +111,13 @@ def micro_batch_specs(cfg: Config, trajectory: Trajectory) -> tuple[MicroBatchSp
     for number, part in enumerate(trajectory.parts):
         replayer = Replayer(part, trajectory.spec, {}, torch.device("cpu"))
         for position, micro in enumerate(replay_calls(cfg, replayer)):
-            modules = [call.module for call in micro.recorded.calls]
+            steps = part.steps if needs.unit == "tail" else (micro.recorded,)
+            modules = [call.module for step in steps for call in step.calls]
             if needs.old_policy:
                 modules.append(OLD)
             if nth := needs.reference_every:
-                modules += [REFERENCE] * len(micro.takes_at_every(nth, trajectory.group))
+                passes = len(steps) if needs.unit == "tail" else len(micro.takes_at_every(nth, trajectory.group))
+                modules += [REFERENCE] * passes
             specs.append(
                 MicroBatchSpec(
                     part=number,

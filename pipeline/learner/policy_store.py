@@ -1,8 +1,8 @@
 """Other policies than the one in training: named sets of the trained weights, and modules that hold one for a pass.
 
 The learner trains one set of weights. An objective may compare it with the policy it started from (`reference`), or
-draw takes with a slow average of it (`old`); evaluation uses its EMA (`ema`). All but the reference are kept in
-checkpoints.
+draw takes with a slow average of it (`old`), or pull it back to the weights it started from (`start`); evaluation uses
+its EMA (`ema`). All but the reference are kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.learner.distributed import copy_into
 
-REFERENCE, OLD, EMA = "reference", "old", "ema"
+REFERENCE, OLD, EMA, START = "reference", "old", "ema", "start"
 Weights = dict[str, torch.Tensor]  # by the name of the trained parameter
 
 

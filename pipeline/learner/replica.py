@@ -7,7 +7,8 @@ gradients.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,23 @@ from pipeline.generators import adapters
 from pipeline.generators.noising import clean_error_scale, noised, target
 from pipeline.generators.replay.replayer import Replayer
 from pipeline.generators.replay.text_inputs import TextReencoder, reference_inputs
+from pipeline.learner.gradient_rewards import GradientRewards
 from pipeline.learner.micro_batch import ReplayCall, replay_calls
 from pipeline.learner.policy_store import OLD, REFERENCE, PolicyStore, worn
+from pipeline.learner.tail import ReplayedTail
 from pipeline.learner.trained_model import Modules
+from pipeline.rl.group_plan import scoring_seed
 from pipeline.rl.objectives import Objective, objective_of
 from pipeline.rl.objectives.base import Loss
-from pipeline.rl.objectives.micro_batch import Drawn, MicroBatch, Pairs
+from pipeline.rl.objectives.micro_batch import Drawn, Finished, MicroBatch, Pairs
 from pipeline.rl.samplers import Transition
 
 
 class Replica:
     """`modules`: the denoisers; `trained`: what has trainable weights; `frozen`: copies of the denoisers for the passes
     of other policies (full weights, where the objective requires one; else None), which hold the starting weights;
-    `text`: where text encoders are trained; `policies`: the other policies' weights, shared by all replicas."""
+    `text`: where text encoders are trained; `policies`: the other policies' weights; `rewards`: those with gradients,
+    where the objective requires them. All replicas share the last two."""
 
     def __init__(
         self,
@@ -43,10 +48,11 @@ class Replica:
         frozen: Modules | None,
         text: TextReencoder | None = None,
         policies: PolicyStore | None = None,
+        rewards: GradientRewards | None = None,
     ) -> None:
         self.cfg, self.device, self.text = cfg, device, text
         self.modules, self.trained, self.frozen = modules, trained, frozen
-        self.policies = policies or PolicyStore({}, ())
+        self.policies, self.rewards = policies or PolicyStore({}, ()), rewards
         self.parameters = adapters.trainable(trained)
         self.objective = objective_of(cfg)
 
@@ -59,7 +65,7 @@ class Replica:
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             same[id(tensor)] = torch.nn.Parameter(tensor.data, tensor.requires_grad) if is_parameter else tensor
         modules, trained, frozen = copy.deepcopy((self.modules, self.trained, self.frozen), same)
-        return Replica(self.cfg, self.device, modules, trained, frozen, policies=self.policies)
+        return Replica(self.cfg, self.device, modules, trained, frozen, policies=self.policies, rewards=self.rewards)
 
     def micro_batches(self, trajectory: Trajectory, number: int) -> list[ReplayCall]:
         """Those of one part of a trajectory, on the replica's device."""
@@ -74,33 +80,45 @@ class Replica:
         forward pass."""
         return self.objective.loss(ReplayedMicroBatch(self, group, call, check_replay))
 
-    def output(self, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
-        """What the scheduler would be given for the sample x [b, ...].
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Of the denoiser, as configured.
 
         Several replicas cast without autocast's cache: one that traces a graph holds the cache's lock while it waits
         for the GIL, and another one that leaves autocast holds the GIL while it waits for the lock, for ever.
         """
-        with torch.autocast(
+        return torch.autocast(
             self.device.type,
             dtype=getattr(torch, self.cfg.learner.autocast, None),
             enabled=self.cfg.learner.autocast != "none",
             cache_enabled=self.cfg.learner.replicas == 1,
-        ):
+        )
+
+    def output(self, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
+        """What the scheduler would be given for the sample x [b, ...]."""
+        with self.autocast():
             return call.model_output(x)
 
-    @torch.no_grad()
     def other_output(self, policy: str, call: ReplayCall, x: torch.Tensor) -> torch.Tensor:
-        """The output of another policy: the reference, or one of the store."""
-        if policy == REFERENCE and self.frozen is None:
-            with adapters.adapters_off(self.trained), reference_inputs(call.replayer):
-                return self.output(call, x)
-        if self.frozen is None:
-            with worn(self.parameters, self.policies[policy]):
-                return self.output(call, x)
-        replayer = Replayer(call.replayer.part, call.replayer.spec, self.frozen, self.device)
-        frozen = {f"{name}.{key}": p for name, module in self.frozen.items() for key, p in module.named_parameters()}
-        with nullcontext() if policy == REFERENCE else worn(frozen, self.policies[policy]):
+        """The output of another policy: the reference, or one of the store. No gradients."""
+        with self.as_policy(policy, call.replayer) as replayer:
             return self.output(ReplayCall(replayer, call.step, call.takes), x)
+
+    @contextmanager
+    def as_policy(self, policy: str, replayer: Replayer) -> Iterator[Replayer]:
+        """The replayer of the same part with another policy's weights, within the block. No gradients."""
+        with torch.no_grad():
+            if self.frozen is not None:
+                parameters = {
+                    f"{name}.{key}": p for name, module in self.frozen.items() for key, p in module.named_parameters()
+                }
+                with worn(parameters, {} if policy == REFERENCE else self.policies[policy]):
+                    yield Replayer(replayer.part, replayer.spec, self.frozen, self.device)
+            elif policy == REFERENCE:
+                with adapters.adapters_off(self.trained), reference_inputs(replayer):
+                    yield replayer
+            else:
+                with worn(self.parameters, self.policies[policy]):
+                    yield replayer
 
 
 class ReplayedMicroBatch(MicroBatch):
@@ -196,6 +214,47 @@ class ReplayedMicroBatch(MicroBatch):
         replayed = call.transition(x, output, self._group.held.sampling).mean
         return (replayed.to(x_next.dtype) - x_next).float()
 
+    # -- of a tail ------------------------------------------------------------------------------------------------
+
+    def finish(self, jump: bool = False, detach: bool = False) -> Finished:
+        with self._replica.autocast():
+            return self._tail(self._call.replayer).finish(jump, detach)
+
+    def reference_finish(self, jump: bool = False) -> torch.Tensor:
+        with self._replica.as_policy(REFERENCE, self._call.replayer) as replayer, self._replica.autocast():
+            return self._tail(replayer).finish(jump).clean
+
+    def denoise_again(self, x0: torch.Tensor, number: int) -> torch.Tensor:
+        with self._replica.autocast():
+            return self._tail(self._call.replayer).denoise_again(x0, (self._replica.cfg.run.seed, number))
+
+    def _tail(self, replayer: Replayer) -> ReplayedTail:
+        return ReplayedTail(self._group.held, replayer, self._call.takes)
+
+    # -- rewards with gradients -----------------------------------------------------------------------------------
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        return self._rewards.weights
+
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
+        return self._rewards.pixels(x0, self._group.held.spec, self._scoring_seed)
+
+    def rewards(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        part = self._call.replayer.part
+        prompts = self._group.prompts[part.start : part.stop][self._call.takes]
+        return self._rewards.values(pixels, prompts, self._scoring_seed)
+
+    @property
+    def _rewards(self) -> GradientRewards:
+        if self._replica.rewards is None:
+            raise RuntimeError("the objective does not require reward gradients")
+        return self._replica.rewards
+
+    @property
+    def _scoring_seed(self) -> int:
+        return scoring_seed(self._replica.cfg, self._group.held.group)
+
 
 def check_fit(objective: Objective, replayer: Replayer, parts: int) -> None:
     """Raises `UnsupportedPolicyError` where the recorded policy cannot do what the objective requires. `parts`: of its
@@ -205,7 +264,12 @@ def check_fit(objective: Objective, replayer: Replayer, parts: int) -> None:
             f"objective.name: {objective.name} compares all takes of a group in one call, and {replayer.spec.pipeline} "
             f"draws them in {parts}; use awm"
         )
-    if objective.requirements.any_sample and not all(map(replayer.takes_any_sample, range(len(replayer.part.steps)))):
+    needs = objective.requirements
+    if needs.reward_gradient and (why := replayer.spec.why_no_reward_gradient(objective.name, needs.moved_sample)):
+        raise UnsupportedPolicyError(why)
+    if needs.moved_sample and not all(map(replayer.has_slots, replayer.part.steps)):
+        raise UnsupportedPolicyError(f"{replayer.spec.pipeline}: inputs of another shape than was probed")
+    if needs.any_sample and not all(map(replayer.takes_any_sample, range(len(replayer.part.steps)))):
         why = replayer.spec.why_not_noised_again(objective.name)
         raise UnsupportedPolicyError(why or f"{replayer.spec.pipeline}: inputs of another shape than was probed")
 

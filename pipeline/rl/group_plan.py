@@ -21,7 +21,7 @@ from pipeline.rl.signals import signal_of
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
 _MAX_CHUNKS = 8  # per step: each is a call of the learner, and the last one's overhead is not overlapped
-_TAKES, _NOISE, _WINDOW, _SUBSET, _SCORING = 1, 2, 3, 4, 5  # separate random streams of one group
+_TAKES, _NOISE, _WINDOW, _SUBSET, _SCORING, _TAIL = 1, 2, 3, 4, 5, 6  # separate random streams of one group
 
 EVALUATION_SEED = 1234  # the same takes at every evaluation, of every run
 
@@ -45,7 +45,7 @@ def default_end(cfg: Config, grid: NoiseGrid | None) -> int:
 def check_window(cfg: Config, grid: NoiseGrid | None) -> None:
     """Raises `ConfigError` where the window does not fit into the steps that may draw noise by default."""
     window, end = cfg.sampler.window, default_end(cfg, grid)
-    if window.range is not None or grid is None:
+    if window.range is not None or grid is None or objective_of(cfg).requirements.unit == "tail":
         return
     if end == 0:
         raise no_noisy_step(grid)
@@ -84,6 +84,20 @@ def trained_subset(cfg: SamplerConfig, steps: Sequence[int], run_seed: int, grou
     return tuple(steps[i] for i in sorted(chosen))
 
 
+def trained_steps(cfg: Config, group: int, step: int, grid: NoiseGrid | None = None) -> tuple[int, ...]:
+    """The sampler steps that a group trains in optimisation step `step`, the same for all its takes."""
+    objective, seed = objective_of(cfg), cfg.run.seed
+    if objective.requirements.unit == "tail":
+        return tuple(objective.tail_steps(cfg.sampler.steps, _rng(seed, _TAIL, step), _rng(seed, _TAIL, step, group)))
+    window = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
+    return trained_subset(cfg.sampler, window, seed, group)
+
+
+def most_trained_steps(cfg: Config) -> int:
+    """Of any group: what memory is planned for."""
+    return max(len(trained_steps(cfg, 0, step)) for step in range(64))
+
+
 def train_work(
     cfg: Config, group: int, step: int, prompt: PromptItem, attempt: int = 1, *, grid: NoiseGrid | None = None
 ) -> GroupWork:
@@ -93,9 +107,9 @@ def train_work(
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
     shared = cfg.sampler.same_initial_noise
     initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
-    window = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
-    draws_noise = objective_of(cfg).requirements.draws_noise
-    noisy = window if draws_noise else ()  # without noise, the window still says which noise levels train
+    noisy: tuple[int, ...] = ()  # without noise, the window still says which noise levels train
+    if objective_of(cfg).requirements.draws_noise:
+        noisy = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
     return GroupWork(
         group=group,
         attempt=attempt,
@@ -109,7 +123,7 @@ def train_work(
             noise_level=cfg.sampler.noise_level if noisy else 0.0,
             num_steps=cfg.sampler.steps,
             stochastic_steps=noisy,
-            trained_steps=trained_subset(cfg.sampler, window, seed, group),
+            trained_steps=trained_steps(cfg, group, step, grid),
             guidance_scale=cfg.generator.guidance_scale,
         ),
         scoring_seed=scoring_seed(cfg, group),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
-from pipeline.rl.objectives import objective_of
+from pipeline.rl.objectives import Objective, objective_of
 from pipeline.rl.signals import signal_of
 from pipeline.rl.sources import source_of
 
@@ -19,3 +19,39 @@ def check_recipe(cfg: Config) -> None:
         raise ConfigError(
             f"signal.name: {signal.name} gives {signal.gives}, and objective {objective.name} needs {needed}"
         )
+    if needed == "none" and signal.gives != "none":
+        raise ConfigError(
+            f"signal.name: {signal.name} compares scores, of which objective {objective.name} makes no use; set none"
+        )
+    _check_gradient_rewards(cfg, objective)
+
+
+def _check_gradient_rewards(cfg: Config, objective: Objective) -> None:
+    """Rewards that teach through gradients are there where the objective requires them, and only there."""
+    gradient = cfg.gradient_rewards
+    if not objective.requirements.reward_gradient:
+        if gradient:
+            raise ConfigError(
+                f"rewards.{gradient[0]}.gradient: objective {objective.name} does not learn through a reward; leave it "
+                "out, or set objective.name=reward_gradient"
+            )
+        return
+    if not any(cfg.rewards[name].weight for name in gradient):
+        raise ConfigError(
+            f"rewards: objective {objective.name} learns through a reward, and none has gradient: true and a weight "
+            "other than 0; set rewards.NAME.gradient=true for one whose scorer can be differentiated, such as "
+            "clip_score"
+        )
+    for name, reward in cfg.rewards.items():
+        if not reward.gradient and reward.weight:
+            raise ConfigError(
+                f"rewards.{name}.weight: found {reward.weight:g}, but objective {objective.name} learns from rewards "
+                "with gradient: true alone; set weight 0 to watch it, or gradient"
+            )
+        unused = {"normalize": "none", "clip": None, "score_repeats": 1} if reward.gradient else {}
+        for key, default in unused.items():
+            if (found := getattr(reward, key)) != default:
+                raise ConfigError(
+                    f"rewards.{name}.{key}: found {found}, which changes scores on servers, not the gradient; leave it "
+                    "out"
+                )

@@ -82,7 +82,7 @@ def _lacking_resources(cfg: Config, dry: bool) -> list[str]:
         [
             (WorkerRange(cfg.learner.ranks, cfg.learner.ranks), cfg.learner.resources),
             (cfg.rollout.workers, cfg.rollout.resources),
-            *((reward.workers, reward.resources) for reward in cfg.rewards.values()),
+            *((cfg.rewards[name].workers, cfg.rewards[name].resources) for name in cfg.served_rewards),
         ]
     )
     cpus, gpus = reserved.get("CPU", 0.0), reserved.get("GPU", 0.0)

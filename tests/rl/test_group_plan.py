@@ -8,7 +8,15 @@ from noise_grids import GRIDS
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import PromptItem
-from pipeline.rl.group_plan import accumulation_chunks, check_window, eval_works, stochastic_steps, train_work
+from pipeline.rl.group_plan import (
+    accumulation_chunks,
+    check_window,
+    eval_works,
+    most_trained_steps,
+    stochastic_steps,
+    train_work,
+    trained_steps,
+)
 
 PROMPT = PromptItem(index=3, text="a red circle")
 
@@ -120,3 +128,30 @@ def test_the_learner_begins_early_only_where_an_advantage_is_its_group_s_own():
     assert cut(ranks=4) == [range(0, 4), range(4, 6)]
     assert [len(part) for part in cut(groups=20)] == [3] * 6 + [2]
     assert cut(std="global") == cut(updates=2) == cut(normalize="step") == whole
+
+
+def tail_config(**options) -> Config:
+    base = config("reward_gradient").model_dump(mode="json")
+    return Config.model_validate({**base, "signal": {"name": "none"}, "objective": {**base["objective"], **options}})
+
+
+def test_a_tail_is_the_end_of_the_chain_and_ends_at_the_last_step():
+    sampling = train_work(tail_config(tail=3), 4, 2, PROMPT, grid=GRIDS["sd3"]).sampling
+    assert sampling.trained_steps == (7, 8, 9) and sampling.stochastic_steps == () and sampling.kind == "ode"
+
+
+def test_a_tail_of_drawn_length_is_the_same_for_all_groups_of_a_step():
+    cfg = tail_config(tail=[1, 4])
+    tails = [[trained_steps(cfg, group, step) for group in (3, 8)] for step in range(64)]
+    assert all(first == second and first[-1] == 9 for first, second in tails)
+    lengths = [len(first) for first, _ in tails]
+    assert {1, 2, 3, 4} == set(lengths) and max(lengths.count(n) for n in range(1, 5)) < 30
+    assert tails == [[trained_steps(cfg, group, step) for group in (3, 8)] for step in range(64)]
+    assert most_trained_steps(cfg) == 4
+
+
+def test_a_jump_is_from_one_of_the_late_steps_drawn_for_each_group():
+    cfg = tail_config(jump=3)
+    steps = [trained_steps(cfg, group, 5) for group in range(60)]
+    assert set(steps) == {(7,), (8,), (9,)} and min(map(steps.count, set(steps))) > 8
+    assert trained_steps(tail_config(jump=3, tail=2), 0, 5) == (steps[0][0] - 1, steps[0][0])

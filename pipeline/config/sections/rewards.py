@@ -35,6 +35,11 @@ class RewardConfig(Section):
 
     scorer: str = Field(description="A registered scorer (`rushes score --list`) or `file.py:function`.")
     weight: float = Field(1.0, description="Weight in the sum of rewards or of advantages; 0: only logged.")
+    gradient: bool = Field(
+        False,
+        description="Compute it in the learner, with gradients to the pictures, for an objective that learns through "
+        "them; its servers then only evaluate.",
+    )
     normalize: Literal["none", "step", "running"] = Field(
         "none",
         description="Before rewards are combined: (score - mean) / std over the step's takes, or over all takes so far "

@@ -199,27 +199,33 @@ class DenoisingChain:
         stop: int,
         noise: Noise | None = None,
         jump: bool = False,
+        detach: bool = False,
+        reached: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Steps [start, stop) of the chain from x [b, ...] at level `start`; with gradients, each denoiser call is
         computed again in the backward pass.
 
         `noise`: of the steps that draw some; None: they take their mean. `jump`: the last step goes to its x0
-        prediction. Raises ValueError where the levels are not consecutive steps of the sampler, or an LCM's own noise
-        is missing.
+        prediction. `detach`: gradients do not go through the denoiser's input (DRTune, arXiv 2405.00760), only along
+        the samples. `reached`: sees each level and the sample that the sampler's step goes to from there, also where
+        the chain jumps. Raises ValueError where the levels are not consecutive steps of the sampler, or an LCM's own
+        noise is missing.
         """
         for j in range(start, stop):
             if j > start and self.levels[j].index != self.levels[j - 1].index + 1:
                 raise ValueError(f"sampler step {self.levels[j - 1].index + 1} was not recorded")
-            out = self._output_checkpointed(j, x, takes)
-            if jump and j == stop - 1:
-                return self.clean_of(j, x, out).to(x.dtype)
+            out = self._output_checkpointed(j, x.detach() if detach else x, takes)
+            jumps = jump and j == stop - 1
             step = self.move(j, x, out)
             x_next = step.mean
             if step.std > 0.0 and noise is not None:
                 x_next = x_next + step.std * noise(j, x)
-            elif step.std > 0.0 and self.spec.consistency:
+            elif step.std > 0.0 and self.spec.consistency and not jumps:
                 raise ValueError("a consistency sampler needs noise at every step but the last")
-            x = self.pinned(j + 1, x_next.to(x.dtype), takes)
+            x_next = x_next.to(x.dtype)
+            if reached is not None:
+                reached(j, x_next.detach())
+            x = self.clean_of(j, x, out).to(x.dtype) if jumps else self.pinned(j + 1, x_next, takes)
         return x
 
     def _output_checkpointed(self, j: int, x: torch.Tensor, takes: TakeIndex) -> torch.Tensor:

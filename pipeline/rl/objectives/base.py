@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pipeline.config.parts import OBJECTIVES, Part
+from pipeline.config.sections.sampler import SamplerConfig
 from pipeline.core.errors import ConfigError
 from pipeline.rl.objectives.micro_batch import MicroBatch
 
@@ -33,7 +34,10 @@ class Requirements:
 
     draws_noise: bool  # takes are drawn with the sampler's noise; else without any, by the ODE
     replay_metric: str  # name of the largest difference between replay and rollout
+    unit: Literal["step", "tail"] = "step"  # of a micro-batch: takes at trained steps, or over all of them as a chain
     feedback: Literal["advantages", "pairs", "none"] = "advantages"  # what the signal must give
+    reward_gradient: bool = False  # pictures are decoded, and rewards with `gradient` computed, in the learner
+    moved_sample: bool = False  # of a tail: denoises samples other than the recorded ones, with gradients to them
     old_mean: bool = False  # the rollout keeps the means of its transitions
     any_sample: bool = False  # denoises samples that no rollout came by
     reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none
@@ -43,6 +47,7 @@ class Requirements:
     extra_replay_check: bool = False  # comparing replay with rollout costs an extra forward pass
     samplers: tuple[str, ...] = ()  # those it is defined for; (): all
     min_takes: int = 2  # per group
+    pull_to_start: float = 0.0  # with every update the weights move by lr x this towards those they started from
     max_updates: int | None = None  # per step; None: any number
     max_staleness: int | None = None  # of a take; None: any
 
@@ -95,6 +100,13 @@ class Objective(Part, ABC):
             for kind in ("mean", "min", "max")
         }
 
+    def tail_steps(self, steps: int, of_step: np.random.Generator, of_group: np.random.Generator) -> range:
+        """Where the unit is a tail: those of the `steps` sampler steps that a group trains, the same for all its takes.
+
+        `of_step`: random numbers that all groups of an optimisation step share; `of_group`: the group's own.
+        """
+        raise NotImplementedError(f"{self.name} trains no tail")
+
     def old_decay(self, step: int) -> float:
         """How slowly the old policy follows after optimisation step `step`: old := d old + (1 - d) trained."""
         return 0.0
@@ -113,6 +125,8 @@ class Objective(Part, ABC):
         ):
             if limit is not None and count > limit:
                 raise ConfigError(f"{key}: found {count}; objective {self.name} allows at most {limit}")
+        if needs.unit == "tail":
+            _check_tail(self.name, cfg)
         if cfg.step.takes < needs.min_takes:
             raise ConfigError(
                 f"step.takes: found {cfg.step.takes}; objective {self.name} compares the takes of a group: set "
@@ -134,4 +148,15 @@ class Objective(Part, ABC):
             raise ConfigError(
                 f"sampler.same_initial_noise: must be false with objective {self.name}, whose takes differ by their "
                 "initial noise alone"
+            )
+
+
+def _check_tail(objective: str, cfg: Config) -> None:
+    """Which steps a tail trains is the objective's to say, not the window's of steps that draw noise."""
+    default = SamplerConfig()
+    for key in ("window", "timestep_fraction"):
+        if getattr(cfg.sampler, key) != getattr(default, key):
+            raise ConfigError(
+                f"sampler.{key}: is of no use with objective {objective}, which trains the end of the sampler's chain: "
+                "leave it out"
             )

@@ -31,8 +31,17 @@ class Drawn:
     mean: torch.Tensor | None  # float32 [b, ...] of that policy, where the objective requires it
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """b takes whose recorded tail was run again."""
+
+    clean: torch.Tensor  # [b, ...] x0, in a recorded sample's dtype; with gradients of the policy in training
+    replay_error: torch.Tensor  # [steps], of each step: the largest difference from the rollout's sample, detached
+
+
 class MicroBatch(ABC):
-    """The rows of one denoiser call: b takes of one group, at one trained step or at several joined ones.
+    """The rows of one denoiser call: b takes of one group, at one trained step or at several joined ones; where the
+    objective's unit is a tail, b takes over all trained steps.
 
     All tensors are on the learner's device.
     """
@@ -108,3 +117,39 @@ class MicroBatch(ABC):
     def replay_error(self) -> torch.Tensor | None:
         """How far a replayed deterministic step is from the rollout's, where this micro-batch is one that is compared
         (at the cost of a forward pass); else None."""
+
+    # -- of a tail ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def finish(self, jump: bool = False, detach: bool = False) -> Finished:
+        """Runs the trained steps again, from the first one's recorded sample. Each denoiser call is computed again in
+        the backward pass.
+
+        `jump`: the last of them goes to its x0 prediction. `detach`: no gradients through the denoiser's input.
+        """
+
+    @abstractmethod
+    def reference_finish(self, jump: bool = False) -> torch.Tensor:
+        """x0 [b, ...] as the starting policy makes it of the same sample, without gradients."""
+
+    @abstractmethod
+    def denoise_again(self, x0: torch.Tensor, number: int) -> torch.Tensor:
+        """x0 [b, ...], noised to the last trained step and taken to its x0 prediction, with gradients of the policy
+        but not to x0. `number`: of the noise, which is new for each take and number, the same after a resume."""
+
+    # -- rewards with gradients -----------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def reward_weights(self) -> dict[str, float]:
+        """Of the rewards that `rewards` gives, by name."""
+
+    @abstractmethod
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
+        """Samples x0 [b, ...] -> pictures float32 [b, F, 3, H, W] in 0..1, with gradients. Frames that no reward looks
+        at may be left black where the VAE decodes frame by frame."""
+
+    @abstractmethod
+    def rewards(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pictures [b, F, 3, H, W] -> float32 [b] of each reward that has gradients, as a reward server would give it,
+        not weighted."""

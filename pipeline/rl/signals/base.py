@@ -32,7 +32,7 @@ class SignalResult:
 class Signal(Part, ABC):
     """Its fields are its options (`signal.*`); what it remembers of a run is in the state that `begin` makes."""
 
-    gives: ClassVar[str]  # what an objective may require: advantages | pairs
+    gives: ClassVar[str]  # what an objective may require: advantages | pairs | none
 
     @abstractmethod
     def describe(self) -> str:

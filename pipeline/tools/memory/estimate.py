@@ -27,7 +27,7 @@ from pipeline.generators.call.signature import parameters_of
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
-from pipeline.rl.group_plan import ode_sampling, stochastic_steps, takes_of_call, trained_subset
+from pipeline.rl.group_plan import most_trained_steps, ode_sampling, takes_of_call
 from pipeline.rl.objectives import objective_of
 from pipeline.tools.memory.meta_pipeline import Call, CannotEstimate, MetaPipeline, weight_bytes_of
 
@@ -187,7 +187,7 @@ def _rollout(cfg: Config, base: int) -> tuple[RoleMemory, dict[str, int]]:
     activations = max(meta.peaks.values(), default=0)
     _run(meta, cfg, batch)
     frames = cfg.generator.num_frames * cfg.generator.height * cfg.generator.width * 3
-    trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0, cfg.sampler.steps - 1), 0, 0))
+    trained = most_trained_steps(cfg)
     trajectory = _trajectory(cfg, meta, trained) * takes // batch  # of a group
     lora = _bytes(list(_add_adapters(meta, cfg).values())) if cfg.trainable.kind == "lora" else 0
     merged = _merged_base(meta) if cfg.rollout.merge_lora and lora else 0
@@ -288,7 +288,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
     dtype = torch.float32 if full or cfg.learner.autocast != "none" else resolve_dtype(cfg.generator.dtype, on)
     takes = cfg.step.takes
     call_takes, replicas = min(takes_of_call(cfg), takes), cfg.learner.replicas
-    trained = len(trained_subset(cfg.sampler, stochastic_steps(cfg.sampler, 0, 0, cfg.sampler.steps - 1), 0, 0))
+    trained = most_trained_steps(cfg)
     needs = objective_of(cfg).requirements
     largest = call_takes * trained if needs.joins_levels else call_takes
     micro = min(cfg.learner.micro_batch or call_takes, largest)
