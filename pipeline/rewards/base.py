@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
+
+if TYPE_CHECKING:
+    import torch
 
 Scored = tuple[np.ndarray, dict[str, np.ndarray]]  # scores [N] and parts [N] of one call of a scorer
 ScorerCall = Callable[[Media, Sequence[PromptItem]], Scored]
@@ -24,6 +27,8 @@ class Scorer(ABC):
 
     `reads = "frame"`: looks at single frames; gets F = 1, and on videos goes through the segmental wrapper.
     `reads = "video"`: gets the whole clip with its fps.
+
+    One whose score can be differentiated defines `score_pixels` too and sets `gradient_note` to "".
     """
 
     reads: Literal["frame", "video"]
@@ -31,6 +36,7 @@ class Scorer(ABC):
     needs_clip: bool = False  # means nothing on a single picture
     relative: bool = False  # a take's score depends on the takes shown with it: groups are never joined or split
     tested_with: str = "no model"  # or: random weights, published weights, a stand-in server
+    gradient_note: str = "its code is not differentiable"  # why it has no `score_pixels`; "": it has one
 
     @abstractmethod
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
@@ -39,14 +45,34 @@ class Scorer(ABC):
         NaN in a *part* means "does not apply to this prompt"; NaN in the score is a failure.
         """
 
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """pixels float32 [N, F, 3, H, W] from 0 to 1, N prompts -> scores float32 [N], with gradients to the pixels.
+
+        F = 1 where `reads = "frame"`; of a clip, the frames that `looks_at` names. The model is frozen.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: {self.gradient_note}")
+
+    def looks_at(self, frames: int, fps: float) -> Sequence[int]:
+        """Which frames of a clip `score_pixels` of a video scorer gets, in order. Default: all of them."""
+        return range(frames)
+
     def finish(self, values: np.ndarray) -> np.ndarray:
         """Last step on a take's score [K], after the segments of a video have been combined. Default: unchanged."""
+        return values
+
+    def finish_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """`finish` of the scores [K] that `score_pixels` returned, with gradients."""
         return values
 
     @classmethod
     def check_args(cls, args: dict) -> None:
         """Checks the values of the options as far as that needs no model. Raises `ConfigError`."""
         return None
+
+    @classmethod
+    def why_no_gradient(cls, args: dict) -> str:
+        """`gradient_note` with these options. Needs no model."""
+        return cls.gradient_note
 
 
 REGISTRY: dict[str, type[Scorer]] = {}

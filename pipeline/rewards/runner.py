@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,11 +20,15 @@ from pipeline.core.reading import shown
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import Scored, Scorer, ScorerCall, check_output
 from pipeline.rewards.function import is_function_spec
+from pipeline.rewards.gradients import frames_looked_at, gradient_scores
 from pipeline.rewards.patience import Patience
 from pipeline.rewards.registry import check_options, create_scorer
 from pipeline.rewards.repeats import score_repeatedly
 from pipeline.rewards.routing import score_some
 from pipeline.rewards.segments import score_segments
+
+if TYPE_CHECKING:
+    import torch
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 RESERVED = ("mean", "std", "se")  # metrics of all rewards together: reward/mean, reward/std, heldout/mean, heldout/se
@@ -113,6 +118,31 @@ class RewardRunner:
     def _finish(self, values: np.ndarray, parts: dict[str, np.ndarray]) -> Scored:
         finished, _ = check_output(self.name, self.scorer.finish(values), len(values))
         return finished, parts if np.array_equal(finished, values) else {**parts, "raw": values}
+
+    def gradient(
+        self,
+        pixels: torch.Tensor,
+        prompts: Sequence[PromptItem],
+        seed: int | None,
+        *,
+        fps: float = 8.0,
+        clip_frames: int | None = None,
+    ) -> torch.Tensor:
+        """pixels float [K, F, 3, H, W] from 0 to 1, K prompts -> the scores float32 [K] that `run` gives (up to the
+        8 bits of its frames), with gradients to the pixels.
+
+        `clip_frames`: the clip's length if `pixels` holds only the frames of `looks_at(clip_frames, seed, fps)`. NaN,
+        and no gradient, where the reward does not apply to the prompt. Needs a scorer that `check_gradient` accepts;
+        its model is frozen. Raises `RewardError`.
+        """
+        return gradient_scores(
+            self.name, self.scorer, self.cfg.segments, pixels, prompts, seed, fps=fps, clip_frames=clip_frames
+        )
+
+    def looks_at(self, frames: int, seed: int | None, fps: float = 8.0) -> np.ndarray:
+        """Ascending positions int64 [n] in a clip of `frames` that `run` and `gradient` score with this seed: the only
+        frames that have to be decoded."""
+        return frames_looked_at(self.scorer, self.cfg.segments, frames, seed, fps)
 
     def through(self, call: ScorerCall) -> RewardRunner:
         """The same reward, whose scorer is reached through `call` (how calls of several groups are joined)."""

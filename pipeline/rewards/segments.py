@@ -15,12 +15,16 @@ advantage); in evaluation they are the segments' centres.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config.sections.rewards import SegmentsConfig
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.base import ScorerCall
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE_FRAMES = 16  # the clip length for which lambda is stated
 
@@ -52,6 +56,23 @@ def log_weights(picks: np.ndarray, frames: int, attenuation: float) -> np.ndarra
     return -attenuation * (REFERENCE_FRAMES / frames) * np.abs(picks - frames // 2).astype(np.float64)
 
 
+def segment_weights(
+    picks: np.ndarray, frames: int, attenuation: float, normalize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(weights of the frames within each segment [S, n], rows sum to 1; weights of the segments [S]), float64.
+
+    A segment's value is the weighted mean of its frames. Its weight is the mean of their f, divided by the sum over
+    the segments when normalised.
+    """
+    logs = log_weights(picks, frames, attenuation)
+    within = np.exp(logs - logs.max(axis=1, keepdims=True))  # shifted: a far segment's weights must not underflow
+    within /= within.sum(axis=1, keepdims=True)
+    if normalize:
+        shifted = np.exp(logs - logs.max()).mean(axis=1)
+        return within, shifted / shifted.sum()
+    return within, np.exp(logs).mean(axis=1)
+
+
 def combine(
     frame_scores: np.ndarray,
     picks: np.ndarray,
@@ -61,44 +82,48 @@ def combine(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """frame_scores [K, S, n] -> (score [K], segment values [K, S], segment weights [S]), float64.
 
-    A segment's value is the weighted mean of its frames and its weight the mean of their f, so that
-    score = sum_s weight_s value_s / S, divided by mean weight when normalised. NaN frames (of logged parts) are left
-    out; where all are NaN the result is NaN.
+    score = sum_s weight_s value_s, divided by S when not normalised. NaN frames (of logged parts) are left out; where
+    all are NaN the result is NaN.
     """
-    logs = log_weights(picks, frames, attenuation)
-    weights = np.exp(logs).mean(axis=1)  # [S]
-    inside = np.exp(logs - logs.max(axis=1, keepdims=True))  # shifted: a far segment's weights must not underflow
-    values = _mean(frame_scores.astype(np.float64), np.broadcast_to(inside, frame_scores.shape))  # [K, S]
+    within, weights = segment_weights(picks, frames, attenuation, normalize)
+    values = _mean(frame_scores.astype(np.float64), np.broadcast_to(within, frame_scores.shape))  # [K, S]
     if normalize:
-        shifted = np.exp(logs - logs.max()).mean(axis=1)
-        return _mean(values, np.broadcast_to(shifted, values.shape)), values, shifted / shifted.sum()
+        return _mean(values, np.broadcast_to(weights, values.shape)), values, weights
     present = ~np.isnan(values)
     total = np.where(present, values * weights, 0.0).sum(axis=1) / len(weights)
     return np.where(present.any(axis=1), total, np.nan), values, weights
 
 
-def worst_or_best(
-    values: np.ndarray, weights: np.ndarray, aggregate: float | str, normalize: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The score of chosen segments only: values [K, S], weights [S] -> (score [K], weights [K, S], 0 if not chosen).
+def chosen_weights(values: np.ndarray, weights: np.ndarray, config: SegmentsConfig) -> tuple[np.ndarray, int]:
+    """Which segments make up each take's score: values [K, S], weights [S] -> (weights [K, S], divisor), such that
+    score = sum_s weight_s value_s / divisor. Segments that are not chosen weigh 0.
 
     `aggregate`: min, the worst segment; or a share p, the ceil(p S) best ones. Of these the weighted mean, or without
     `normalize` their sum of weight * value divided by their number. Attenuation decides between the chosen, so it does
     not matter to a single one that is normalised: a spoilt end counts as much as a spoilt middle.
     """
-    count = 1 if aggregate == "min" else int(np.ceil(round(float(aggregate) * values.shape[1], 9)))
-    order = np.argsort(values if aggregate == "min" else -values, axis=1, kind="stable")[:, :count]
+    if config.aggregate == "mean":
+        return np.broadcast_to(weights, values.shape), 1 if config.normalize else len(weights)
+    count = 1 if config.aggregate == "min" else int(np.ceil(round(float(config.aggregate) * values.shape[1], 9)))
+    order = np.argsort(values if config.aggregate == "min" else -values, axis=1, kind="stable")[:, :count]
     chosen = np.zeros(values.shape, bool)
     np.put_along_axis(chosen, order, True, axis=1)
     shares = np.where(chosen, weights, 0.0)
     # A chosen segment far from the middle may weigh next to nothing; relative to the others chosen it still counts.
     scale = shares.max(axis=1, keepdims=True)
     shares = np.divide(shares, scale, out=chosen.astype(np.float64), where=scale > 0)
-    total = (shares * values).sum(axis=1)
-    if normalize:
-        mass = shares.sum(axis=1, keepdims=True)
-        return total / mass[:, 0], shares / mass
-    return total * scale[:, 0] / count, shares * scale
+    if config.normalize:
+        return shares / shares.sum(axis=1, keepdims=True), 1
+    return shares * scale, count
+
+
+def combine_tensors(frame_scores: torch.Tensor, picks: np.ndarray, frames: int, config: SegmentsConfig) -> torch.Tensor:
+    """frame_scores [K, S, n] -> score [K], as `combine` and `chosen_weights` have it. The weights are constants, so a
+    frame with weight 0, or in a segment that is not chosen, gets no gradient."""
+    within, weights = segment_weights(picks, frames, config.attenuation, config.normalize)
+    values = (frame_scores * frame_scores.new_tensor(within)).sum(dim=-1)  # [K, S]
+    shares, divisor = chosen_weights(values.detach().double().cpu().numpy(), weights, config)
+    return (values * values.new_tensor(shares / divisor)).sum(dim=-1)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -125,7 +150,8 @@ def score_segments(
     shape = (takes, *picks.shape)
     value, per_segment, weights = combine(scores.reshape(shape), picks, frames, config.attenuation, config.normalize)
     if config.aggregate != "mean":
-        value, weights = worst_or_best(per_segment, weights, config.aggregate, config.normalize)
+        weights, divisor = chosen_weights(per_segment, weights, config)
+        value = (weights * per_segment).sum(axis=1) / divisor
     return RewardScores(
         values=value.astype(np.float32),
         segment_values=per_segment.astype(np.float32),

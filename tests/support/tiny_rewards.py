@@ -46,7 +46,7 @@ def clip_tokenizer(context: int = 77) -> CLIPTokenizer:
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=context)
 
 
-def clip(folder: Path, seed: int = 0, context: int = 77) -> Path:
+def clip(folder: Path, seed: int = 0, context: int = 77, std: float = 0.25) -> Path:
     tokenizer = clip_tokenizer(context)
     vision = {"image_size": SIZE, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64}
     text = {
@@ -61,7 +61,7 @@ def clip(folder: Path, seed: int = 0, context: int = 77) -> Path:
     depth = {"num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(seed)
     model = CLIPModel(CLIPConfig(text_config=text | depth, vision_config=vision | depth, projection_dim=24))
-    spread(model, seed).save_pretrained(folder)
+    spread(model, seed, std).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(
         folder

@@ -10,8 +10,9 @@ import numpy as np
 from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import RewardError
 from pipeline.core.types import Media, PromptItem
+from pipeline.rewards.models.checkpointing import in_batches
 from pipeline.rewards.models.clip_layout import from_open_clip, is_open_clip
-from pipeline.rewards.models.images import Preprocess, preprocess
+from pipeline.rewards.models.images import Preprocess, preprocess, preprocess_pixels
 from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
@@ -80,6 +81,14 @@ class ClipEmbedder:
     def pixels(self, frames: np.ndarray) -> torch.Tensor:
         return preprocess(frames, self.preprocess).to(self.device)
 
+    def images_of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float [N, 3, H, W] from 0 to 1 -> unit vectors float32 [N, D], with gradients."""
+
+        def embed(part: torch.Tensor) -> torch.Tensor:
+            return self.embed_pixels(preprocess_pixels(part, self.preprocess))
+
+        return in_batches(embed, pixels.to(self.device), self.batch)
+
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Preprocessed [N, 3, S, S] -> unit vectors float32 [N, D]."""
         import torch
@@ -102,7 +111,7 @@ class ClipEmbedder:
             for text, tokens in cut.items():
                 if tokens:
                     raise RewardError(f"the prompt {text[:40]!r}… is {tokens} tokens longer than {self.context}")
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode, whose tensors autograd refuses
             rows = torch.cat([self._embed_texts(distinct[part]) for part in batches(len(distinct), self.batch)])
         index = {text: i for i, text in enumerate(distinct)}
         return rows[[index[t] for t in texts]], np.asarray([cut[t] for t in texts], dtype=np.float32)
@@ -122,3 +131,8 @@ class ClipEmbedder:
         images = self.images(media.frames[:, 0])
         texts, cut = self.texts([p.text for p in prompts])
         return (images * texts).sum(dim=-1).cpu().numpy(), cut
+
+    def cosine_of_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """The cosine [N] of pixels float [N, 1, 3, H, W] from 0 to 1 and their prompts, with gradients."""
+        texts, _ = self.texts([p.text for p in prompts])
+        return (self.images_of_pixels(pixels[:, 0]) * texts).sum(dim=-1)

@@ -92,14 +92,14 @@ class ImageReward(Scorer):
         frames, texts = media.frames[:, 0], [p.text for p in prompts]
         with torch.inference_mode():
             scores = torch.cat(
-                [self.score_pixels(preprocess(frames[part], self.preprocess), texts[part])
+                [self._preference(preprocess(frames[part], self.preprocess), texts[part])
                  for part in batches(len(frames), self.batch)]
             )  # fmt: skip
         lengths = {text: len(self.tokenizer(text, verbose=False).input_ids) for text in set(texts)}
         cut = np.asarray([max(0, lengths[t] - TOKENS) for t in texts], dtype=np.float32)
         return {"score": scores.cpu().numpy(), "cut_tokens": cut}
 
-    def score_pixels(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def _preference(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """Preprocessed [N, 3, S, S] and N prompts -> [N]."""
         inputs = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
