@@ -28,6 +28,7 @@ class ReplayedTail:
         )
         self._group, self._first_take = trajectory.group, replayer.part.start
         self._steps = len(self.chain.levels)
+        self._drawn_noise: dict[int, torch.Tensor] = {}  # level -> what an LCM's own sampler drew
 
     def finish(self, jump: bool, detach: bool = False) -> Finished:
         """See `MicroBatch.finish`."""
@@ -56,7 +57,13 @@ class ReplayedTail:
         """That of the rollout, where the sampler itself draws some (LCM)."""
         if not self.chain.spec.consistency:
             return None
-        return lambda j, x: self.chain.drawn_noise(j, self.takes)
+
+        def drawn(j: int, _x: torch.Tensor) -> torch.Tensor:
+            if j not in self._drawn_noise:
+                self._drawn_noise[j] = self.chain.drawn_noise(j, self.takes)
+            return self._drawn_noise[j]
+
+        return drawn
 
     def denoise_again(self, x0: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
         """See `MicroBatch.denoise_again`. `seed`: of the noise, beside the group and the take."""

@@ -25,7 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from peft import PeftModel
-from replayed_takes import Drawn, inversion_gap
+from replayed_takes import Drawn, inversion_gap, slope_gap
 from scored_groups import group_batch
 
 from pipeline.core.errors import UnsupportedPolicyError
@@ -48,6 +48,7 @@ CHECKS = (
     "resume",
     "decode",
     "encode",
+    "reward gradient",
     "LoRA step",
     "full step",
     "export",
@@ -212,6 +213,34 @@ def test_replay_beyond_the_rollout(case):
     done(case, "encode", encoding(codec, drawn))
 
 
+def test_reward_gradient(case):
+    """The gradient of what is seen in decoded pictures, back through the last sampler steps, against finite
+    differences in float32."""
+    spec = case.policy.spec
+    if why_not := spec.why_no_reward_gradient("x", moved_sample=False):
+        done(case, "reward gradient", f"no: {spec.why_no_decode}")
+        assert spec.why_no_decode in why_not
+        return
+    drawn = Drawn(case.policy, case.prompts)
+    steps = 1 if spec.why_no_reward_gradient("x", moved_sample=True) else 2
+    tail = drawn.tail(steps)
+    codec = LatentCodec(case.policy.pipe.vae, spec, case.policy.device)
+    last = drawn.values.shape[1] - 1
+    parameters = [p for module in case.policy.modules.values() for p in module.parameters()]
+
+    def seen() -> torch.Tensor:
+        finished = tail.finish(jump=False)
+        assert "gap" in gaps or not gaps.update(gap=float(finished.replay_error.max()))
+        pictures = codec.decode(finished.clean, frames=[last])
+        weights = torch.linspace(-1, 1, pictures[0].numel()).reshape(pictures[0].shape)
+        return (pictures * weights).pow(2).mean()
+
+    gaps: dict[str, float] = {}
+    gap = slope_gap(seen, parameters)
+    assert gaps["gap"] <= 1e-5 and gap <= 0.01
+    done(case, "reward gradient", f"{gap:.0e}" + (", last step" if steps == 1 else ""))
+
+
 def encoding(codec: LatentCodec, drawn: Drawn) -> str:
     """Cell of the table: how exactly latents are mapped to samples, or why pictures are not encoded."""
     if codec.why_no_encode or codec.spec.latents is None:
@@ -287,6 +316,8 @@ well: `rushes inspect CHECKPOINT` says so.
 - decode: largest difference (pictures in 0..1) between what the learner's VAE makes of finished latents, with
   gradients, and the pipeline's pictures; tail: the pipeline's own end is needed for it, on a rollout worker
 - encode: largest difference, relative, of latents mapped to a sample and back, where pictures can be encoded
+- reward gradient: relative difference of its gradient through the VAE and the last two steps from finite differences
+  in float32; last step: longer tails are refused where no other sample may be put in
 - LoRA step, full step: what one GRPO step changed; nothing else moved
 - export: largest difference between our pictures and plain diffusers with the exported LoRA or merged weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,8 @@ from pipeline.generators.policy_pipeline import Sampled
 from pipeline.generators.record.packing import pack_recording
 from pipeline.generators.record.recording import RawStep, RecordOptions
 from pipeline.generators.replay.chain import DenoisingChain
+from pipeline.generators.replay.replayer import Replayer
+from pipeline.learner.tail import ReplayedTail
 from pipeline.rl.group_plan import ode_sampling
 
 
@@ -32,11 +35,18 @@ class Drawn:
         assert recording.final is not None
         self.final = recording.final
         part = pack_recording(recording, 0, len(self.seeds), keep_mean=False)
-        trajectory = Trajectory(group=0, version=0, sampling=self.sampling, parts=(part,), spec=policy.spec)
-        self.chain = DenoisingChain(trajectory, policy.modules, policy.device)
+        self.trajectory = Trajectory(group=0, version=0, sampling=self.sampling, parts=(part,), spec=policy.spec)
+        self.chain = DenoisingChain(self.trajectory, policy.modules, policy.device)
 
     def sample(self, **options) -> Sampled:
         return self.policy.sample(self.prompts, self.seeds, None, self.sampling, **options)
+
+    def tail(self, steps: int) -> ReplayedTail:
+        """The last steps, as the learner has them."""
+        part = self.trajectory.parts[0]
+        part = replace(part, steps=part.steps[len(part.steps) - steps :])
+        replayer = Replayer(part, self.trajectory.spec, self.policy.modules, self.policy.device)
+        return ReplayedTail(replace(self.trajectory, parts=(part,)), replayer, slice(None))
 
     def with_sample(self, step: int, x: torch.Tensor) -> RawStep:
         """A step of the pipeline's own call, started from another sample."""
@@ -54,3 +64,30 @@ def inversion_gap(latent_map: LatentMap, x0: torch.Tensor) -> float:
     again = sample[:, torch.from_numpy(latent_map.positions).clamp(min=0).flatten().long()].reshape(shape)
     again = again * torch.from_numpy(latent_map.scale) + torch.from_numpy(latent_map.shift)
     return float((again - latents)[:, held].abs().max()) / float(latents.abs().max())
+
+
+def slope_gap(value: Callable[[], torch.Tensor], parameters: Sequence[torch.nn.Parameter], move: float = 3e-4) -> float:
+    """How far a gradient is from finite differences, relative: of `value()`, a number, along the gradient itself and,
+    as strongly, a random direction. The weights end up as they were; `move`: how far `value` is moved, relative."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    here = value()
+    gradients = torch.autograd.grad(here, parameters, allow_unused=True)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    source = torch.Generator().manual_seed(3)
+    noise = [torch.randn(parameter.shape, generator=source) for parameter in parameters]
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    length, of_noise = (float(torch.stack([t.norm() for t in tensors]).norm()) for tensors in (gradients, noise))
+    directions = [g / length + n / of_noise for g, n in zip(gradients, noise, strict=True)]
+    slope = float(sum((g.double() * d.double()).sum() for g, d in zip(gradients, directions, strict=True)))
+    size = move * max(abs(float(here.detach())), 0.1) / slope
+    ends, before = [], [parameter.clone() for parameter in parameters]
+    with torch.no_grad():
+        for sign in (1, -1):
+            for parameter, start, direction in zip(parameters, before, directions, strict=True):
+                parameter.copy_(start + sign * size * direction)
+            ends.append(float(value()))
+        for parameter, start in zip(parameters, before, strict=True):
+            parameter.copy_(start)
+    return abs((ends[0] - ends[1]) / (2 * size) - slope) / slope

@@ -70,6 +70,24 @@ def saved_bytes(pipe, calls) -> int:
     return size
 
 
+def test_a_decoding_with_gradients_holds_what_autograd_keeps(case):
+    cfg, pipe, meta = case
+    _run(meta, cfg, 2)
+    planned = meta.decoding_bytes(2)
+    latents = torch.zeros(1, *meta.decodings[0].args[0].shape[1:]).requires_grad_()
+    weights = {p.untyped_storage().data_ptr() for p in [*pipe.vae.parameters(), *pipe.vae.buffers()]}
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pictures = pipe.vae.decode(latents)[0]
+    assert pictures.requires_grad and 0.8 < planned / sum(held.values()) < 1.5, (planned, sum(held.values()))
+
+
 def test_activations_are_what_autograd_keeps(case):
     cfg, pipe, meta = case
     calls = _run(meta, cfg, 2)

@@ -300,6 +300,7 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
         share = resolve_dtype(cfg.generator.dtype, on).itemsize / dtype.itemsize
         weights += sum(int(share * weight_bytes_of(m)) for n, m in meta.modules.items() if n not in DENOISERS)
     forward_only = max((meta.peaks[name] for name in meta.peaks if name in DENOISERS), default=0)
+    pictures = _pictures_with_gradients(cfg, meta, micro) if needs.reward_gradient else {}
     parameters = list(_add_adapters(meta, cfg).values())
     encodings = 0
     if trains_text:  # held from the first micro-batch of a call's takes to the last
@@ -317,8 +318,9 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
         "EMA": size if cfg.optimizer.ema_decay > 0 else 0,
         "activations": replicas * (activations + (forward_only if needs.reference_every else 0)),
         "text encoders' activations": encodings,
+        **pictures,
     }
-    device |= _retained(on, device["activations"])
+    device |= _retained(on, device["activations"] + pictures.get("decoder's activations", 0))
     memory = RoleMemory(
         processes=1,
         on=on,
@@ -328,6 +330,19 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
     # Copies of weights, moments and EMA, made when weights are published and checkpoints saved.
     memory.host["weights going out, checkpoint"] = size * (4 if cfg.optimizer.ema_decay > 0 else 3)
     return memory, size
+
+
+def _pictures_with_gradients(cfg: Config, meta: MetaPipeline, takes: int) -> dict[str, int]:
+    """What a learner holds that decodes `takes` takes and scores them with gradients, part -> bytes. Takes are decoded
+    one by one; what a scorer's own layers hold is not known here."""
+    generator, replicas = cfg.generator, cfg.learner.replicas
+    frames = takes * generator.num_frames * generator.height * generator.width * 3
+    return {
+        "VAE": weight_bytes_of(meta.modules["vae"]) if "vae" in meta.modules else 0,
+        "rewards' weights found here": sum(_scorer_weights(cfg.rewards[name].args) for name in cfg.gradient_rewards),
+        "decoder's activations": replicas * meta.decoding_bytes(takes),
+        "pictures with gradients": replicas * 4 * 4 * frames,  # decoded, shifted, clamped, and their gradient
+    }
 
 
 def training_bytes(meta: MetaPipeline, calls: list[Call], cfg: Config) -> int:

@@ -66,7 +66,7 @@ class AllocatedBytes(TorchDispatchMode):
 
 @dataclass(slots=True)
 class Call:
-    """One denoiser call: its inputs, as the pipeline gave them, before sampler step `step` was taken."""
+    """One call of a network: its inputs, as the pipeline gave them, before sampler step `step` was taken."""
 
     module: str
     args: tuple[Any, ...]
@@ -81,7 +81,7 @@ class MetaPipeline:
     """The pipeline of a checkpoint, with networks that hold no data.
 
     `peaks`: component -> most bytes live in one of its calls. `calls`: the denoisers' calls of the last run;
-    `encodings`: those of the text encoders.
+    `encodings`: those of the text encoders; `decodings`: of the VAE's decoder.
     """
 
     def __init__(self, cfg: GeneratorConfig, dtype: torch.dtype) -> None:
@@ -91,6 +91,7 @@ class MetaPipeline:
         self.peaks: dict[str, int] = defaultdict(int)
         self.calls: list[Call] = []
         self.encodings: list[Call] = []
+        self.decodings: list[Call] = []
         self.steps = 0
         self._inside = False
         self.sample: torch.Tensor | None = None  # what the scheduler was given last
@@ -101,12 +102,13 @@ class MetaPipeline:
         for name, module in self.modules.items():
             for method in ("forward", "encode", "decode", "get_image_features", "get_text_features"):
                 if callable(getattr(module, method, None)):
-                    setattr(module, method, self._stub(name, module, getattr(module, method)))
+                    setattr(module, method, self._stub(name, module, method))
 
     def reset(self) -> None:
         """Forgets the calls of an earlier run."""
         self.calls.clear()
         self.encodings.clear()
+        self.decodings.clear()
         self.steps, self.sample = 0, None
 
     def _watch(self, scheduler: Any) -> None:
@@ -158,7 +160,9 @@ class MetaPipeline:
         finally:
             torch.set_default_dtype(before)
 
-    def _stub(self, name: str, module: torch.nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _stub(self, name: str, module: torch.nn.Module, called: str) -> Callable[..., Any]:
+        method = getattr(module, called)
+
         def stub(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return method(*args, **kwargs)
@@ -170,6 +174,8 @@ class MetaPipeline:
             finally:
                 self._inside = False
             self.peaks[name] = max(self.peaks[name], live.peak)
+            if name == "vae" and called == "decode":
+                self.decodings.append(Call(name, args, kwargs, self.steps))
             if name in DENOISERS or name.startswith("text_encoder"):
                 calls = self.calls if name in DENOISERS else self.encodings
                 calls.append(Call(name, args, kwargs, self.steps))
@@ -206,6 +212,27 @@ class MetaPipeline:
                 torch.stack([t.float().square().mean() for t in tensors]).sum().backward()
         finally:
             self._inside = False
+
+    def decoding_bytes(self, takes: int) -> int:
+        """Peak bytes of decoding one of the `takes` takes of the last run with gradients to its latents."""
+        if not self.decodings:
+            return 0
+        call = self.decodings[0]
+        latents, *rest = call.args if call.args else [call.kwargs["z"]]
+        kwargs = {name: value for name, value in call.kwargs.items() if name != "z"}
+        self._inside = True
+        try:
+            with self.mode, AllocatedBytes() as live:
+                vae = self.modules["vae"]
+                live.ignore(iter(vae.state_dict(keep_vars=True).values()))
+                entries = max(1, latents.shape[0] // takes)  # more than one where frames are decoded one by one
+                given = self._fake(latents[:entries]).requires_grad_()
+                out = vae.decode(given, *self._fake(rest), **self._fake(kwargs))  # type: ignore[operator]
+                first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+                first.float().square().mean().backward()
+        finally:
+            self._inside = False
+        return live.peak
 
 
 def _from_config(kind: type[torch.nn.Module], folder: Path) -> torch.nn.Module:
