@@ -41,6 +41,7 @@ from pipeline.rl.group_plan import scoring_seed, train_work
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.objectives.awm import AdvantageWeightedMatching
 from pipeline.rl.signals import signal_of
+from pipeline.rl.sources import source_of
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class PlainLoop:
     def checked_objective(self, cfg: Config) -> Any:
         """Raises ValueError for a recipe that is not the one above."""
         objective = objective_of(cfg)
-        full = cfg.trainable.kind == "full"
+        full = cfg.trainable.kind == "full" and source_of(cfg).data_clips(cfg) is None
         if not isinstance(objective, AdvantageWeightedMatching) or not full or cfg.generator.guidance_scale != 1.0:
-            raise ValueError("the plain loop knows objective awm on full weights without guidance only")
+            raise ValueError("the plain loop knows objective awm on full weights without guidance or clips only")
         return objective
 
     def train_step(self) -> dict[str, float]:

@@ -35,8 +35,9 @@ from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rewards.runner import build_reward
 from pipeline.rl.evaluation import summarise_scores
-from pipeline.rl.group_plan import eval_works, scoring_seed, train_work
+from pipeline.rl.group_plan import eval_works, scoring_seed
 from pipeline.rl.signals import signal_of
+from pipeline.rl.sources import source_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/samples.jsonl"
@@ -76,7 +77,8 @@ class Loop:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.policy = Policy.load(cfg, "cpu", 1)
-        prompts = load_prompts(cfg.prompts.train)
+        self.source = source_of(cfg)
+        prompts = list(self.source.rows(cfg))
         self.policy.probe(prompts)
         self.policy.add_adapters()
         self.learner = Learner(cfg, "cpu")
@@ -101,7 +103,7 @@ class Loop:
         self.policy.load_weights(self.versions[0])
         kept, prompts, scores = [], [], []
         while len(kept) < self.cfg.step.groups:
-            work = train_work(self.cfg, self.group, number, self.cursor.next(), grid=self.policy.grid)
+            work = self.source.work(self.cfg, self.group, number, self.cursor.next(), self.policy.grid)
             self.group += 1
             media, trajectory, _ = self.policy.rollout(work)
             group_scores = self._scores(media, work, scoring_seed(self.cfg, work.group))

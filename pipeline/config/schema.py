@@ -43,7 +43,9 @@ class RunConfig(Section):
 class PromptsConfig(Section):
     """The prompt sets."""
 
-    train: Path = Field(description="Training prompts: .txt (one per line), .jsonl or .parquet.")
+    train: Path = Field(
+        description="Training prompts: .txt (one per line), .jsonl, .parquet or a folder of captioned clips."
+    )
     heldout: Path | None = Field(None, description="Evaluation prompts, never trained on.")
 
 

@@ -25,7 +25,7 @@ from pipeline.core.videos import read_video
 VIEW_PIXELS = 240  # smaller clips are enlarged by a whole factor to about this size
 MAX_DECODED_BYTES = 4 * 2**30  # of one clip; or a quarter of the free memory, if that is less
 _SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-_TAG = "rushes-view:"
+VIEW_TAG = "rushes-view:"
 
 
 def view_scale(height: int, width: int) -> int:
@@ -69,7 +69,7 @@ def encode_mp4(frames: np.ndarray, fps: float, scale: int | None = None) -> byte
         big = np.pad(big, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)), mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        container.metadata["comment"] = _TAG + json.dumps({"scale": scale, "height": height, "width": width})
+        container.metadata["comment"] = VIEW_TAG + json.dumps({"scale": scale, "height": height, "width": width})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = big.shape[1], big.shape[2], "yuv420p"
         stream.options = {"crf": "15", "preset": "medium"}
@@ -151,10 +151,10 @@ def _decoded_limit() -> int:
 
 def _undo_view(frames: np.ndarray, comment: str) -> np.ndarray:
     """Averages the block that `encode_mp4` made of each pixel. [F, H*s, W*s, 3] -> [F, H, W, 3]."""
-    if not comment.startswith(_TAG):
+    if not comment.startswith(VIEW_TAG):
         return frames
     try:
-        view = json.loads(comment[len(_TAG) :])
+        view = json.loads(comment[len(VIEW_TAG) :])
         scale, height, width = int(view["scale"]), int(view["height"]), int(view["width"])
     except (ValueError, KeyError, TypeError):
         return frames  # a comment by another program

@@ -69,6 +69,12 @@ def read_frames(path: Path, kind: MediaKind, animation_limit: Callable[[], int])
         return frames, 1000.0 * count / milliseconds
 
 
+def picture_size(path: Path, kind: MediaKind) -> tuple[int, int, int]:
+    """(frames, height, width) as stored, from the file's head. Raises `InputError`."""
+    with _opened(path, kind) as image:
+        return getattr(image, "n_frames", 1), image.height, image.width
+
+
 @contextlib.contextmanager
 def _opened(path: Path, kind: MediaKind) -> Iterator[PilImage]:
     """The file opened by PIL; what goes wrong with it in the block becomes an `InputError`."""

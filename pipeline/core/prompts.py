@@ -1,9 +1,11 @@
-"""Prompt sets: .txt (one per line, verbatim; blank lines are skipped), .jsonl or .parquet, and the cursor over them.
+"""Prompt sets: .txt (one per line, verbatim; blank lines are skipped), .jsonl, .parquet or a folder of captioned clips,
+and the cursor over them.
 
 Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file, or an image of
-the `datasets` library), `metadata` (a mapping handed to the scorers, or JSON text of one; in parquet also a struct or a
-map). The rows of GenEval's own file are read as they are. Pictures that a row names lie in the file's own folder or
-below it. Everything wrong with a row is an `InputError` that names file and line (parquet: row, from 1).
+the `datasets` library), `clip` (path of a clip or picture that the prompt describes), `metadata` (a mapping handed to
+the scorers, or JSON text of one; in parquet also a struct or a map). The rows of GenEval's own file are read as they
+are. Files that a row names lie in the file's own folder or below it. Everything wrong with a row is an `InputError`
+that names file and line (parquet: row, from 1). Folders: `pipeline.core.captioned_clips`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 from pipeline.core.code_names import pipeline_names
 from pipeline.core.errors import CheckpointError, InputError, one_line
 from pipeline.core.files import did_you_mean
-from pipeline.core.named_files import named_files, picture_file
+from pipeline.core.named_files import named_file, named_files, picture_file
 from pipeline.core.parquet import columns_of, read_rows
 from pipeline.core.reading import (
     bad_text,
@@ -34,7 +36,7 @@ from pipeline.core.reading import (
 from pipeline.core.types import PromptItem
 
 MAX_CHARACTERS = 4000
-COLUMNS = ("prompt", "negative", "image", "metadata")
+COLUMNS = ("prompt", "negative", "image", "metadata", "clip")
 GENEVAL_KEYS = ("tag", "include", "exclude")
 _AGAIN = "copy the checkpoint again"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -60,19 +62,30 @@ def prompt_locations(path: Path) -> list[str]:
 
 
 def _checked_rows(path: Path) -> list[_Row]:
+    if path.is_dir():
+        return _folder_rows(path)
     if path.suffix not in SUFFIXES:
         raise InputError(
             f"{path}: prompts must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, found "
             f"{path.suffix or 'no suffix'!r}"
         )
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a prompts file")
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES] if path.parent.is_dir() else []
         raise InputError(f"{path}: no such prompts file{did_you_mean(path.name, siblings) or '; check the path'}")
     rows = list(_parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path))
     if not rows:
         raise InputError(f"{path}: holds no prompts; put one in each {'row' if path.suffix == '.parquet' else 'line'}")
+    return rows
+
+
+def _folder_rows(folder: Path) -> list[_Row]:
+    from pipeline.core.captioned_clips import captioned_files  # reads media
+
+    rows = [_Row(where, columns) for where, columns in captioned_files(folder)]
+    if not rows:
+        raise InputError(
+            f"{folder}: its takes have no files; keep them (tracking.save_takes_every), or give other clips"
+        )
     return rows
 
 
@@ -135,7 +148,7 @@ def _item(path: Path, row: _Row, index: int) -> PromptItem:
         _check_key(key, row.columns, place)
     if "prompt" not in row.columns:
         raise InputError(f"{place}: the key 'prompt' is missing")
-    text, negative, image, metadata = (row.columns.get(key) for key in COLUMNS)
+    text, negative, image, metadata, clip = (row.columns.get(key) for key in COLUMNS)
     if not isinstance(text, str):
         raise InputError(f"{place}: 'prompt' must be text, found {shown(text)}")
     if not text.strip():
@@ -153,8 +166,10 @@ def _item(path: Path, row: _Row, index: int) -> PromptItem:
             raise InputError(f"{place}: the {name} {problem}; remove it")
     if image is not None:
         image = str(picture_file(path, image, f"{place}: image"))
+    if clip is not None:
+        clip = str(named_file(path if path.is_dir() else path.parent, clip, f"{place}: clip"))
     metadata, files = named_files(read_metadata(metadata, place), path.parent, f"{place}: metadata")
-    return PromptItem(index=index, text=text, negative=negative, image=image, metadata=metadata, files=files)
+    return PromptItem(index=index, text=text, negative=negative, image=image, clip=clip, metadata=metadata, files=files)
 
 
 # -------------------------------------------------------------------------------------- what the text encoders read
@@ -259,18 +274,20 @@ def _default_sequence_length(folder: Path) -> int | None:
 
 
 def content_digest(prompts: Sequence[PromptItem]) -> str:
-    """Of texts and pictures, in order: equal for the same prompts under another path or in another format."""
+    """Of texts, pictures and clips, in order: equal for the same prompts under another path or in another format."""
     digest = hashlib.sha256()
-    pictures: dict[str | None, str] = {None: ""}
+    file_digests: dict[str | None, str] = {None: ""}
     for prompt in prompts:
-        if prompt.image not in pictures:
-            pictures[prompt.image] = _picture_digest(Path(str(prompt.image)))
-        digest.update(f"{prompt.text}\x00{prompt.negative or ''}\x00{pictures[prompt.image]}\n".encode())
+        for name in (prompt.image, prompt.clip):
+            if name not in file_digests:
+                file_digests[name] = _file_digest(Path(str(name)))
+        clip = f"\x00{file_digests[prompt.clip]}" if prompt.clip is not None else ""
+        digest.update(f"{prompt.text}\x00{prompt.negative or ''}\x00{file_digests[prompt.image]}{clip}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _picture_digest(path: Path) -> str:
-    """Of the size and the first MiB: a set may have thousands of pictures on a slow disk."""
+def _file_digest(path: Path) -> str:
+    """Of the size and the first MiB: a set may have thousands of files on a slow disk."""
     try:
         with open(path, "rb") as file:
             head = file.read(2**20)

@@ -20,6 +20,7 @@ class PromptItem:
     text: str
     negative: str | None = None
     image: str | None = None  # path of a conditioning image
+    clip: str | None = None  # path of a clip or picture that the text describes
     metadata: dict[str, Any] = field(default_factory=dict)  # for scorers; never names a file by itself
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # metadata key -> paths that it named, checked
 
@@ -44,8 +45,11 @@ class Begin:
     """Where takes are drawn from instead of from pure noise."""
 
     step: int  # sampler step to go on from, 1 or later; the ones before are not computed
-    states: Any  # tensors.PackedTensor [K, ...]: the samples x_t at that step, as a trajectory records them
+    # tensors.PackedTensor [K, ...]: the samples x_t at that step, as a trajectory records them. None: finished latents,
+    # which the worker encodes from the clip that each take's prompt names.
+    states: Any = None
     clean: bool = False  # `states` are finished latents, which each take's initial noise is added to
+    offset_noise: float = 0.0  # std of the further noise of a frame's whole channel, where noise is added
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

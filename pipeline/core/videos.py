@@ -36,9 +36,21 @@ class VideoFrames:
     comment: str  # of the file's metadata
 
 
+@dataclass(frozen=True, slots=True)
+class VideoHead:
+    """What a file's container says of its frames, before they are turned upright."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float  # 0: not stated
+    comment: str  # of the file's metadata
+
+
 def read_video(path: Path, kind: MediaKind, limit: int) -> VideoFrames:
     """Raises `InputError`, also when the frames would take more than `limit` bytes, before decoding them."""
-    shown, height, width, comment = _probe(path, kind)
+    head = probe_video(path, kind)
+    shown, height, width = head.frames, head.height, head.width
     size = shown * height * width * 3
     if size > limit:
         raise InputError(
@@ -48,7 +60,7 @@ def read_video(path: Path, kind: MediaKind, limit: int) -> VideoFrames:
     frames, fps = _decode(path, kind, shown)
     if not np.isfinite(fps) or fps <= 0:
         raise InputError(f"{path}: states no frame rate; write it again with one")
-    return VideoFrames(frames, fps, comment)
+    return VideoFrames(frames, fps, head.comment)
 
 
 @contextmanager
@@ -75,8 +87,8 @@ def _opened(path: Path, kind: MediaKind, **options: str) -> Iterator[tuple[Input
         raise InputError(f"{path}: is not a readable video ({reason}); {_AGAIN}") from None
 
 
-def _probe(path: Path, kind: MediaKind) -> tuple[int, int, int, str]:
-    """(frames that are shown, height, width, comment), from the packets without decoding them."""
+def probe_video(path: Path, kind: MediaKind) -> VideoHead:
+    """The frames that are shown, from the packets without decoding them. Raises `InputError`."""
     _refuse_cut(path, kind)
     size = path.stat().st_size
     with _opened(path, kind) as (container, stream):
@@ -90,7 +102,8 @@ def _probe(path: Path, kind: MediaKind) -> tuple[int, int, int, str]:
             shown += bool(packet.size) and not packet.is_discard  # an edit list hides the others
         announced = stream.frames
         context = stream.codec_context
-        result = shown, context.height, context.width, container.metadata.get("comment", "")
+        comment = container.metadata.get("comment", "")
+        head = VideoHead(shown, context.height, context.width, float(stream.average_rate or 0), comment)
     if announced > packets and kind.decoder == "mov":  # an edit list may also have left out the end
         with _opened(path, kind, ignore_editlist="1") as (container, stream):
             packets = sum(bool(packet.size) for packet in container.demux(stream))
@@ -98,7 +111,7 @@ def _probe(path: Path, kind: MediaKind) -> tuple[int, int, int, str]:
         raise InputError(f"{path}: holds no frames; write it again")
     if packets < announced:
         raise InputError(f"{path}: only {packets} of {announced} frames are there; the file is cut off, write it again")
-    return result
+    return head
 
 
 def _decode(path: Path, kind: MediaKind, shown: int) -> tuple[np.ndarray, float]:

@@ -51,10 +51,13 @@ class LatentMap:
             raise ValueError(
                 f"latents {list(latents.shape[1:])} do not decide the sample; {self.positions.shape} would"
             )
-        values = (latents.float() - self._tensor(self.shift, latents)) / self._tensor(self.scale, latents)
-        index = torch.from_numpy(self.positions).to(latents.device).flatten().long()
+        return self.arrange((latents.float() - self._tensor(self.shift, latents)) / self._tensor(self.scale, latents))
+
+    def arrange(self, values: torch.Tensor) -> torch.Tensor:
+        """Values in the order of latents [K, r, ...] -> the same values in that of samples [K, ...]."""
+        index = torch.from_numpy(self.positions).to(values.device).flatten().long()
         held = index >= 0
-        sample = values.new_zeros(latents.shape[0], int(np.prod(self.sample_shape)))
+        sample = values.new_zeros(values.shape[0], int(np.prod(self.sample_shape)))
         sample[:, index[held]] = values.flatten(1)[:, held]
         return sample.reshape(-1, *self.sample_shape)
 

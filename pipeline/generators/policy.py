@@ -32,12 +32,13 @@ from pipeline.core.types import (
 from pipeline.generators import adapters
 from pipeline.generators.call.conditions import condition_key
 from pipeline.generators.call.output import to_uint8
+from pipeline.generators.clip_encoder import ClipEncoder, begin_noise
 from pipeline.generators.condition_pass import ConditionPass
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.generators.load.prompt_cache import forget_prompts
 from pipeline.generators.noising import noised
-from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled, cpu_generator, fork_generators
+from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled, fork_generators
 from pipeline.generators.probe.probe import guidance_for, probe
 from pipeline.generators.probe.result import ProbeResult
 from pipeline.generators.record.packing import pack_recording
@@ -49,6 +50,7 @@ from pipeline.generators.spec import PolicySpec
 from pipeline.rl.group_plan import check_window
 from pipeline.rl.noise_grid import NoiseGrid
 from pipeline.rl.objectives import objective_of
+from pipeline.rl.sources import source_of
 
 
 class Rollout(NamedTuple):
@@ -73,6 +75,7 @@ class Policy:
         self.trained = trained_modules(pipeline.pipe, pipeline.cfg.trainable)
         self.version = 0
         self._unprobed_plan = CallPlan()
+        self._clips: ClipEncoder | None = None  # of a source that reads clips, once probed
         self._merged: adapters.MergedLora | None = None
         self._keep_mean = objective_of(pipeline.cfg).requirements.old_mean
 
@@ -99,6 +102,13 @@ class Policy:
         ):
             raise UnsupportedPolicyError(why_not)
         check_window(self.cfg, self.probed.grid)
+        source = source_of(self.cfg)
+        if self.probed.grid is not None:
+            source.check_grid(self.cfg, self.probed.grid)
+        if (data := source.data_clips(self.cfg)) is not None:
+            self._clips = ClipEncoder(getattr(self.pipe, "vae", None), self.spec, self.device, data)
+            if prompts and prompts[0].clip is not None:
+                self.probed.report["clip_error"] = self._clips.check(prompts[0].clip)
         return self.probed.report
 
     @property
@@ -213,16 +223,27 @@ class Policy:
         """Where the takes [start, stop) of a group begin, as samples x_t."""
         if work.begin is None:
             return None
-        step, states = work.begin.step, work.begin.states
-        rows = PackedTensor(states.data[start:stop], states.dtype)
-        if not work.begin.clean:
-            return Begin(step=step, states=rows)
-        x0 = unpack(rows)
-        level = self.condition_pass(work.sampling.num_steps).grid(work.sampling)[step].sigma
-        sources = [cpu_generator(seed) for seed in work.noise_seeds[start:stop]]
-        eps = torch.stack([torch.randn(x0.shape[1:], generator=source) for source in sources])
-        x = noised(self.spec.prediction, torch.tensor(level, dtype=torch.float64), x0, eps)
+        step, states, latents = work.begin.step, work.begin.states, self.spec.latents
+        if states is None:
+            if self._clips is None:
+                raise RuntimeError("the config's source reads no clips, which these takes begin from")
+            x0 = self._clips.encode([str(prompt.clip) for prompt in work.prompts[start:stop]])
+        else:
+            rows = PackedTensor(states.data[start:stop], states.dtype)
+            if not work.begin.clean:
+                return Begin(step=step, states=rows)
+            x0 = unpack(rows)
+        if work.begin.offset_noise > 0 and latents is None:
+            raise UnsupportedPolicyError(f"{self.name}: offset noise needs the VAE's latents: {self.spec.latents_note}")
+        eps = begin_noise(x0.shape[1:], work.noise_seeds[start:stop], latents, work.begin.offset_noise)
+        x = noised(self.spec.prediction, torch.tensor(self._level(work, step), dtype=torch.float64), x0, eps)
         return Begin(step=step, states=pack(x.to(x0.dtype)))
+
+    def _level(self, work: GroupWork, step: int) -> float:
+        """The noise level that a sampler step of a group begins at."""
+        if self.grid is not None and len(self.grid.levels) == work.sampling.num_steps:
+            return self.grid.levels[step].sigma
+        return self.condition_pass(work.sampling.num_steps).grid(work.sampling)[step].sigma
 
     def rollouts(self, works: Sequence[GroupWork]) -> list[Rollout]:
         """As `rollout`, for several groups that train; in one pipeline call where the pipeline and the groups allow it.
@@ -260,7 +281,10 @@ class Policy:
         """Whether one call can draw these groups, and its record can be split again."""
         if self.probed is None or self.spec.layouts is None or self.pipeline.text is not None:
             return False
-        if any(work.begin is not None for work in works):
+        begins = [work.begin for work in works]
+        if any(begin is not None and begin.states is not None for begin in begins) or begins.count(begins[0]) < len(
+            begins
+        ):
             return False
         conditions = {condition_key(prompt) for work in works for prompt in work.prompts}
         return self.plan.mode.batched and (not self.plan.mode.shared or len(conditions) == 1)

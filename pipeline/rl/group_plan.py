@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config.schema import Config, SamplerConfig
 from pipeline.core.errors import ConfigError
-from pipeline.core.types import GroupWork, PromptItem, SamplingSpec
+from pipeline.core.types import Begin, GroupWork, PromptItem, SamplingSpec
 from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT, NoiseGrid, no_noisy_step
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.signals import signal_of
@@ -57,6 +57,33 @@ def check_window(cfg: Config, grid: NoiseGrid | None) -> None:
         )
 
 
+def check_begin(cfg: Config, grid: NoiseGrid, key: str, noise: float) -> None:
+    """Raises `ConfigError` where takes that begin at the noise level `noise`, set by `key`, have no step to train."""
+    first, count = grid.step_at(noise), len(grid.levels)
+    if not 0 < first < count:
+        what = "none of it is left" if first == 0 else "no step is left to take"
+        raise ConfigError(
+            f"{key}: found {noise:g}, which is the {'first' if first == 0 else 'end'} of {count} levels "
+            f"({grid.describe()}): {what}; set it {'lower' if first == 0 else 'higher'}, or raise sampler.steps"
+        )
+    objective = objective_of(cfg)
+    if objective.requirements.unit == "tail":
+        earliest = min(min(trained_steps(cfg, 0, step)) for step in range(64))
+        if earliest < first:
+            raise ConfigError(
+                f"{key}: found {noise:g}, where takes begin at step {first} of {count}; objective {objective.name} "
+                f"trains steps from {earliest} on: raise {key}, or train a shorter tail"
+            )
+        return
+    window, end = cfg.sampler.window, default_end(cfg, grid)
+    start, stop = window.bounds(end)
+    if stop <= first or (window.kind != "all" and start < first):
+        raise ConfigError(
+            f"sampler.window.range: trains steps [{start}, {stop}), and takes begin at step {first} of {count} "
+            f"({key}: {noise:g}); set sampler.window.range=[{first},{max(end, first + 1)}], or raise {key}"
+        )
+
+
 def stochastic_steps(cfg: SamplerConfig, run_seed: int, step: int, end: int) -> tuple[int, ...]:
     """Sampler steps that draw noise in optimisation step `step`. `end`: `default_end`, where the config has no range.
 
@@ -84,13 +111,14 @@ def trained_subset(cfg: SamplerConfig, steps: Sequence[int], run_seed: int, grou
     return tuple(steps[i] for i in sorted(chosen))
 
 
-def trained_steps(cfg: Config, group: int, step: int, grid: NoiseGrid | None = None) -> tuple[int, ...]:
-    """The sampler steps that a group trains in optimisation step `step`, the same for all its takes."""
+def trained_steps(cfg: Config, group: int, step: int, grid: NoiseGrid | None = None, first: int = 0) -> tuple[int, ...]:
+    """The sampler steps that a group trains in optimisation step `step`, the same for all its takes. `first`: the one
+    that the takes begin at."""
     objective, seed = objective_of(cfg), cfg.run.seed
     if objective.requirements.unit == "tail":
         return tuple(objective.tail_steps(cfg.sampler.steps, _rng(seed, _TAIL, step), _rng(seed, _TAIL, step, group)))
     window = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
-    return trained_subset(cfg.sampler, window, seed, group)
+    return trained_subset(cfg.sampler, [index for index in window if index >= first], seed, group)
 
 
 def most_trained_steps(cfg: Config) -> int:
@@ -99,17 +127,27 @@ def most_trained_steps(cfg: Config) -> int:
 
 
 def train_work(
-    cfg: Config, group: int, step: int, prompt: PromptItem, attempt: int = 1, *, grid: NoiseGrid | None = None
+    cfg: Config,
+    group: int,
+    step: int,
+    prompt: PromptItem,
+    attempt: int = 1,
+    *,
+    grid: NoiseGrid | None = None,
+    begin: Begin | None = None,
 ) -> GroupWork:
-    """One prompt, K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline."""
+    """One prompt, K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline. `begin`: where
+    the takes begin; no step before it draws noise or trains."""
     seed = cfg.run.seed
     takes = cfg.step.takes
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
     shared = cfg.sampler.same_initial_noise
     initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
+    first = begin.step if begin is not None else 0
     noisy: tuple[int, ...] = ()  # without noise, the window still says which noise levels train
     if objective_of(cfg).requirements.draws_noise:
-        noisy = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
+        window = stochastic_steps(cfg.sampler, seed, step, default_end(cfg, grid))
+        noisy = tuple(index for index in window if index >= first)
     return GroupWork(
         group=group,
         attempt=attempt,
@@ -123,9 +161,10 @@ def train_work(
             noise_level=cfg.sampler.noise_level if noisy else 0.0,
             num_steps=cfg.sampler.steps,
             stochastic_steps=noisy,
-            trained_steps=trained_steps(cfg, group, step, grid),
+            trained_steps=trained_steps(cfg, group, step, grid, first),
             guidance_scale=cfg.generator.guidance_scale,
         ),
+        begin=begin,
         scoring_seed=scoring_seed(cfg, group),
     )
 

@@ -38,6 +38,14 @@ class NoiseGrid:
         ends = [self.sigma(levels.sigma_next) for levels in self.levels[:-1]]  # the last one's noise stays in any case
         return next((i for i, end in enumerate(ends) if end < LEAST_SIGMA_NEXT), len(ends))
 
+    def step_at(self, noise: float) -> int:
+        """The step that begins at a noise level in (0, 1). Flow: where sigma is nearest to it; diffusion: the one from
+        which on the share `noise` of all steps is left (InstructVideo, whose step d(tau D) is the (tau D)-th from the
+        end)."""
+        if self.prediction in FLOW:
+            return min(range(len(self.levels)), key=lambda step: abs(self.levels[step].sigma - noise))
+        return len(self.levels) - math.floor(noise * len(self.levels) + 0.5)
+
     def describe(self) -> str:
         """`1 -> 0.923 -> ... -> 0`."""
         sigmas = [self.sigma(levels.sigma) for levels in self.levels] + [self.sigma(self.levels[-1].sigma_next)]

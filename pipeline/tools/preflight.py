@@ -7,6 +7,7 @@ torch is imported only if the config uses a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipeline.rewards.routing import check_routing
 from pipeline.rewards.runner import check_reward, check_reward_name
 from pipeline.rl.recipe import check_recipe
 from pipeline.rl.samplers import check_sampler
+from pipeline.rl.sources import source_of
 from pipeline.runs.paths import check_name
 from pipeline.tools.preflight_generator import check_generator, check_quantize
 from pipeline.tools.preflight_machine import check_devices, check_disk, check_ray, check_trackers, check_writable
@@ -89,7 +91,7 @@ def check_samplers(cfg: Config) -> None:
 
 def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
     """Both sets parse and share no prompt."""
-    train = _under_key("prompts.train", lambda: _routed(cfg, cfg.prompts.train))
+    train = _under_key("prompts.train", lambda: _routed(cfg, source_of(cfg).rows(cfg), cfg.prompts.train))
     if cfg.prompts.heldout is None:
         if cfg.evaluation.every:
             raise ConfigError(
@@ -97,7 +99,7 @@ def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
             )
         return train, []
     heldout_file = cfg.prompts.heldout
-    heldout = _under_key("prompts.heldout", lambda: _routed(cfg, heldout_file))
+    heldout = _under_key("prompts.heldout", lambda: _routed(cfg, load_prompts(heldout_file), heldout_file))
     trained = {(p.text, p.negative, p.image): p.index for p in train}
     shared = [p for p in heldout if (p.text, p.negative, p.image) in trained]
     if shared:
@@ -110,11 +112,10 @@ def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
     return train, heldout
 
 
-def _routed(cfg: Config, path: Path) -> list[PromptItem]:
-    prompts = load_prompts(path)
+def _routed(cfg: Config, prompts: Sequence[PromptItem], path: Path) -> list[PromptItem]:
     if any(ROUTING_KEY in prompt.metadata for prompt in prompts):
         check_routing(prompts, list(cfg.rewards), prompt_locations(path), path)
-    return prompts
+    return list(prompts)
 
 
 def _under_key(key: str, load):

@@ -15,7 +15,7 @@ def _flow(steps: int, shift: float, sigmas: np.ndarray | None = None) -> NoiseGr
     return NoiseGrid("flow", levels_from(scheduler, "flow", 0))
 
 
-def _ddim(steps: int) -> NoiseGrid:
+def ddim(steps: int) -> NoiseGrid:
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
     scheduler.set_timesteps(steps)
     return NoiseGrid("epsilon", levels_from(scheduler, "epsilon", 0))
@@ -30,5 +30,5 @@ GRIDS = {
     "linspace": _flow(10, 1.0, np.linspace(1.0, 0.1, 10)),
     "flux": _flow(28, 3.0, np.linspace(1.0, 1 / 28, 28)),
     "wan": _flow(20, 5.0),
-    "sd1.5": _ddim(50),
+    "sd1.5": ddim(50),
 }

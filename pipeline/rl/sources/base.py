@@ -15,6 +15,7 @@ from pipeline.core.types import GroupWork, PromptItem
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.core.captioned_clips import DataClips
     from pipeline.rl.noise_grid import NoiseGrid
 
 register = SOURCES.register
@@ -30,6 +31,14 @@ class Source(Part, ABC):
     @abstractmethod
     def work(self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None) -> GroupWork:
         """The group's K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline."""
+
+    def data_clips(self, cfg: Config) -> DataClips | None:
+        """How the clips that its rows name are read and encoded; None: takes begin from noise alone."""
+        return None
+
+    def check_grid(self, cfg: Config, grid: NoiseGrid) -> None:
+        """Rules that concern the source and the probed pipeline's noise levels. Raises `ConfigError`."""
+        return None
 
     def check(self, cfg: Config) -> None:
         """Rules of consistency that concern the source. Raises `ConfigError` naming the key and the fix."""
