@@ -47,7 +47,7 @@ from pipeline.generators.record.shared_prefix import SharedPrefix, origins_by_st
 from pipeline.generators.replay.split_groups import joint_sampling, split_part
 from pipeline.generators.replay.text_inputs import to_call_inputs
 from pipeline.generators.spec import PolicySpec
-from pipeline.rl.group_plan import check_window
+from pipeline.rl.group_plan import check_window, ode_sampling
 from pipeline.rl.noise_grid import NoiseGrid
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.sources import source_of
@@ -218,6 +218,12 @@ class Policy:
             raise RuntimeError("probe() must run before conditions are recorded")
         self.probed = guidance_for(self.pipeline, self.probed, num_steps)
         return ConditionPass(self.pipeline, self.probed)
+
+    def noise_grid(self, num_steps: int) -> NoiseGrid:
+        """Noise levels of a grid of that many steps. Raises RuntimeError before `probe`."""
+        return NoiseGrid(
+            self.pipeline.prediction, self.condition_pass(num_steps).grid(ode_sampling(self.cfg, num_steps))
+        )
 
     def _begin(self, work: GroupWork, start: int, stop: int) -> Begin | None:
         """Where the takes [start, stop) of a group begin, as samples x_t."""

@@ -24,7 +24,7 @@ from pipeline.generators.record.attention import changed_processors, processors_
 from pipeline.generators.record.first_order import StepTimes, is_consistency, levels_from, step_times
 from pipeline.generators.record.outputs import first_tensor, has_one_tensor, replace_first
 from pipeline.generators.record.policy_step import check_first_step, infer_mask, policy_transition
-from pipeline.generators.record.recording import RawCall, RawStep, Recording, RecordOptions, clone_call
+from pipeline.generators.record.recording import RawCall, RawStep, ReachedStep, Recording, RecordOptions, clone_call
 from pipeline.rl.samplers import Transition, log_prob
 
 
@@ -140,6 +140,11 @@ class PipelineRecorder:
         if step == 0:
             recording.levels = levels_from(self.scheduler, self.prediction, position)
         if options.stop_early and step > max(options.keep_steps, default=-1):
+            recording.stopped = True
+            raise StopRecording
+        out = options.outputs.get(step, out)
+        if step == options.stop_at:
+            recording.reached = ReachedStep(x.detach().clone(), out.detach().clone())
             recording.stopped = True
             raise StopRecording
         last = position + 1 >= len(self.scheduler.timesteps)

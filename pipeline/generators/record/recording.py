@@ -79,6 +79,14 @@ class RawStep:
         return [call.first_output for call in self.calls]
 
 
+@dataclass(frozen=True, slots=True)
+class ReachedStep:
+    """Where a call was ended: a sampler step whose model output is known, and which has not been taken."""
+
+    sample: torch.Tensor  # [B, ...] x_t
+    output: torch.Tensor  # [B, ...], guided, with the sign of a sigma that falls
+
+
 @dataclass(slots=True)
 class Recording:
     """The record of one pipeline call."""
@@ -93,6 +101,7 @@ class Recording:
     final: torch.Tensor | None = None  # [B, ...], the last step's result
     chosen_share: float = 1.0  # smallest share of the latent values that the policy chose, over the steps
     stopped: bool = False  # ended early, so the pipeline returned nothing
+    reached: ReachedStep | None = None  # where RecordOptions.stop_at ended the call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +116,8 @@ class RecordOptions:
     stop_early: bool = False  # end the call once the kept steps are complete; with none kept, before the first step
     keep_graph: bool = False  # recorded inputs stay differentiable
     samples: Mapping[int, torch.Tensor] = field(default_factory=dict)  # step -> the sample it starts from instead
+    outputs: Mapping[int, torch.Tensor] = field(default_factory=dict)  # step -> model output of a `ReachedStep`
+    stop_at: int | None = None  # end the call at this step, before it is taken, with its model output
     check_first: bool = False  # compare the first step, without noise, with the scheduler's own
     # step -> take -> the source of its noise from this step on, in place of the one before
     forks: Mapping[int, Mapping[int, torch.Generator]] = field(default_factory=dict)

@@ -1,0 +1,181 @@
+"""The step primitive of all searches: particles of a pipeline are advanced from level to level, decoded and scored.
+
+A particle stops where the model has answered and the sampler has not stepped yet. Its x0 prediction there is what it
+will become, as seen from here; the answer is handed back when it goes on, so looking ahead costs no denoiser call. The
+pipeline's own loop does everything, so a search that never interferes gives the takes of a plain rollout, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import ConfigError, RewardError, UnsupportedPolicyError
+from pipeline.core.types import GroupWork, Media, PromptItem, RewardScores, SamplingSpec
+from pipeline.generators.call.output import to_uint8
+from pipeline.generators.latent_codec import LatentCodec, PipelineTail
+from pipeline.generators.noising import clean_prediction
+from pipeline.generators.policy import Policy
+from pipeline.generators.policy_pipeline import fork_generators
+from pipeline.generators.record.recording import RecordOptions
+from pipeline.rewards.runner import RewardRunner
+from pipeline.rl.group_plan import ode_sampling
+from pipeline.rl.noise_grid import no_noisy_step
+from pipeline.rl.samplers.base import NoiseLevels
+from pipeline.rl.signals.group_relative import weighted_rewards
+from pipeline.search.base import START, Particle, Search
+
+
+class Walk(Protocol):
+    """What searches run on. A particle's `owner` is the position of its prompt in what the searches are for."""
+
+    def advance(self, particles: Sequence[Particle], owners: Sequence[int], to: int) -> list[Particle]: ...
+
+    def score(self, particles: Sequence[Particle], owners: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(scores [n], what was scored: uint8 [F, H, W, 3] each)."""
+        ...
+
+
+class PolicyWalk:
+    """A `Walk` of a diffusers pipeline, for one search's sampler and some prompts."""
+
+    def __init__(
+        self, policy: Policy, sampling: SamplingSpec, rewards: Steering, prompts: Sequence[PromptItem], batch: int
+    ) -> None:
+        """`policy`: probed, where the search looks ahead. `batch`: most particles in a pipeline call."""
+        self.policy, self.sampling, self.rewards, self.prompts, self.batch = policy, sampling, rewards, prompts, batch
+        self.levels: tuple[NoiseLevels, ...] = ()  # of the sampler's steps, known from the first call on
+        self._codec: LatentCodec | None = None
+
+    @torch.no_grad()
+    def advance(self, particles: Sequence[Particle], owners: Sequence[int], to: int) -> list[Particle]:
+        """Particles of one level, at level `to`. Raises UnsupportedPolicyError."""
+        if len({particle.level for particle in particles}) > 1:
+            raise ValueError("particles of several levels cannot be advanced in one call")
+        advanced: list[Particle] = []
+        for start, stop in self._calls(owners, particles):
+            advanced += self._one_call(particles[start:stop], [self.prompts[i] for i in owners[start:stop]], to)
+        return advanced
+
+    def _calls(self, owners: Sequence[int], particles: Sequence[Particle]) -> Iterator[tuple[int, int]]:
+        for first in range(0, len(particles), self.batch):
+            rows = slice(first, first + self.batch)
+            work = GroupWork(
+                group=0,
+                attempt=1,
+                purpose="eval",
+                step=0,
+                prompts=tuple(self.prompts[i] for i in owners[rows]),
+                seeds=tuple(particle.lineage[0][1] for particle in particles[rows]),
+                sampling=self.sampling,
+            )
+            for start, stop in self.policy.calls(work):
+                yield first + start, first + stop
+
+    def _one_call(self, particles: Sequence[Particle], prompts: Sequence[PromptItem], to: int) -> list[Particle]:
+        level, device = particles[0].level, self.policy.device
+        options = RecordOptions(
+            forks=fork_generators([particle.lineage[1:] for particle in particles]),
+            stop_at=to if to < self.sampling.num_steps else None,
+        )
+        if level > START:
+            x = torch.stack([particle.x for particle in particles]).to(device)
+            output = torch.stack([particle.output for particle in particles]).to(device)
+            options = replace(options, samples={level: x} if level else {}, outputs={level: output})
+        seeds = [particle.lineage[0][1] for particle in particles]
+        pipeline, plan = self.policy.pipeline, self.policy.plan
+        values, recording = pipeline.sample(plan, prompts, seeds, None, self.sampling, options, max(level, START) + 1)
+        self.levels = recording.levels
+        if to == self.sampling.num_steps:
+            return [
+                replace(particle, level=to, x=None, output=None, frames=frames)
+                for particle, frames in zip(particles, to_uint8(values), strict=True)
+            ]
+        reached = recording.reached
+        if reached is None:
+            raise UnsupportedPolicyError(
+                f"{self.policy.name} took {recording.num_steps} steps, so level {to} was not reached"
+            )
+        states = zip(particles, reached.sample, reached.output, strict=True)
+        return [replace(particle, level=to, x=x, output=output) for particle, x, output in states]
+
+    def score(self, particles: Sequence[Particle], owners: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        prompts = [self.prompts[i] for i in owners]
+        frames: list[np.ndarray] = []
+        for particle, prompt in zip(particles, prompts, strict=True):
+            frames.append(self._ahead(particle, prompt) if particle.frames is None else particle.frames)
+        media = Media(frames=np.stack(frames), fps=self.policy.cfg.generator.fps)
+        if not self.rewards.relative:
+            return self.rewards.score(media, prompts), frames
+        scores = np.empty(len(frames))
+        for owner in dict.fromkeys(owners):  # takes of other searches must not change a take's score
+            rows = np.flatnonzero(np.asarray(owners) == owner)
+            mine = Media(frames=media.frames[rows], fps=media.fps)
+            scores[rows] = self.rewards.score(mine, [self.prompts[owner]] * len(rows))
+        return scores, frames
+
+    @torch.no_grad()
+    def _ahead(self, particle: Particle, prompt: PromptItem) -> np.ndarray:
+        """What the model predicts that a particle becomes, uint8 [F, H, W, 3]."""
+        if self._codec is None:
+            policy = self.policy
+            tail = PipelineTail(policy.pipeline, policy.plan)
+            self._codec = LatentCodec(getattr(policy.pipe, "vae", None), policy.spec, policy.device, tail)
+        spec, levels = self.policy.spec, self.levels[particle.level]
+        x, output = particle.x[None], particle.output[None]
+        x0 = clean_prediction(spec.prediction, levels, x, output, spec.consistency).to(x.dtype)
+        pictures = self._codec.decode(x0, prompts=[prompt], seeds=[particle.lineage[0][1]])
+        return to_uint8(pictures.permute(0, 1, 3, 4, 2).float().cpu().numpy())[0]
+
+
+class Steering:
+    """The rewards that steer a search: those of the config with a weight, summed as in training."""
+
+    def __init__(self, runners: Mapping[str, RewardRunner], weights: Mapping[str, float]) -> None:
+        """`weights`: of the rewards that steer. Raises `ConfigError` where there are none."""
+        self.weights = {name: weight for name, weight in weights.items() if weight != 0.0}
+        if not self.weights:
+            raise ConfigError("search: no reward has a weight, so nothing tells a good take; set rewards.<name>.weight")
+        self.runners = {name: runners[name] for name in self.weights}
+        self.relative = any(runner.scorer.relative for runner in self.runners.values())
+
+    def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
+        """The weighted sum of each take, float64 [n]. Raises `RewardError` where none applies to a prompt."""
+        scores = {name: runner.run(media, prompts, None).values for name, runner in self.runners.items()}
+        try:
+            return weighted_rewards(scores, self.weights).astype(np.float64)
+        except ValueError as error:
+            raise RewardError(f"search: {error}: {', '.join(self.weights)}") from error
+
+
+def score_all(
+    runners: Mapping[str, RewardRunner], media: Media, prompts: Sequence[PromptItem]
+) -> dict[str, RewardScores]:
+    """Every reward of a finished take, also those that do not steer."""
+    return {name: runner.run(media, prompts, None) for name, runner in runners.items()}
+
+
+def sampling_of(search: Search, policy: Policy, steps: int) -> SamplingSpec:
+    """The sampler of a search's takes. Raises `ConfigError` where it needs noise and no step can draw any,
+    UnsupportedPolicyError where the pipeline cannot stop between levels."""
+    sampling = ode_sampling(policy.cfg, steps)
+    if search.looks_ahead and policy.spec.resume_note:
+        raise UnsupportedPolicyError(
+            f"search {search.name}: {policy.name} cannot go on from a sample ({policy.spec.resume_note}); use best-of-n"
+        )
+    if not search.draws_noise:
+        return sampling
+    noise_level = getattr(search, "noise_level", None)
+    if noise_level is None:
+        noise_level = policy.cfg.sampler.noise_level
+    if noise_level == 0.0:
+        return sampling
+    grid = policy.noise_grid(steps)
+    if grid.noisy_steps == 0:
+        raise no_noisy_step(grid)
+    noisy = tuple(range(min(grid.noisy_steps, steps - 1)))
+    return replace(sampling, kind=policy.cfg.sampler.kind, noise_level=noise_level, stochastic_steps=noisy)
