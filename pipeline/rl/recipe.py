@@ -48,7 +48,7 @@ def _check_gradient_rewards(cfg: Config, objective: Objective) -> None:
                 f"rewards.{name}.weight: found {reward.weight:g}, but objective {objective.name} learns from rewards "
                 "with gradient: true alone; set weight 0 to watch it, or gradient"
             )
-        unused = {"normalize": "none", "clip": None, "score_repeats": 1} if reward.gradient else {}
+        unused = {"normalize": "none", "clip": None} if reward.gradient else {}
         for key, default in unused.items():
             if (found := getattr(reward, key)) != default:
                 raise ConfigError(

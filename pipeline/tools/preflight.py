@@ -18,6 +18,7 @@ from pipeline.core.secrets import MASK
 from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
 from pipeline.rewards.function import is_function_spec
+from pipeline.rewards.gradients import check_gradient
 from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
@@ -130,6 +131,8 @@ def check_rewards(cfg: Config) -> None:
     for name, reward in cfg.rewards.items():
         check_reward_name(name)
         check_reward(name, reward)
+        if reward.gradient:
+            check_gradient(name, reward)
         if not is_function_spec(reward.scorer) and cfg.prompts.heldout is not None:
             _check_relative(name, reward.scorer, cfg)
         for variable, value in reward.runtime_env.get("env_vars", {}).items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_rewards
 from rank_batches import batches
 from rank_worker import one_case, run_ranks
 
@@ -33,6 +34,13 @@ CASES = {
         "step": {"groups": 3},
         "learner": {"micro_batch": 8},  # two trained steps in one call, and one alone
     },
+    "reward_gradient": {  # VAE and reward are whole on each rank; shards are gathered again in the backward pass
+        "trainable": {"kind": "full"},
+        "objective": {"name": "reward_gradient", "tail": [1, 3], "kl_beta": 0.1, "anchor": 1.0},
+        "signal": {"name": "none"},
+        "step": {"groups": 3},
+        "learner": {"micro_batch": 3},
+    },
 }
 
 
@@ -48,8 +56,10 @@ def compared(tiny_sd3, tmp_path_factory):
     """Two steps by one process, two replicas (twice) and two ranks; then one rank resumes from two, and the reverse."""
     out = tmp_path_factory.mktemp("ranks")
     alone, by_replicas, together, further = {}, {}, [], {}
+    clip = {"scorer": "clip_score", "args": {"model": str(tiny_rewards.clip(out / "clip"))}, "gradient": True}
     for name, sections in CASES.items():
-        cfg = tiny.config(tiny_sd3, **COMMON, **sections)
+        rewards = {"clip": clip} if name == "reward_gradient" else {}
+        cfg = tiny.config(tiny_sd3, **COMMON, **sections, rewards=rewards)
         steps = batches(cfg, 3)
         plain = cfg.model_dump(mode="json")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scored_groups import group_batch
 
 from pipeline.core.types import GroupBatch, PromptItem
@@ -24,6 +26,6 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
             media, trajectory, _ = policy.rollout(work)
             brightness = media.frames.reshape(len(media.frames), -1).mean(1)
             advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
-            groups.append(group_batch(trajectory, advantages))
+            groups.append(replace(group_batch(trajectory, advantages), prompts=work.prompts))
         all_groups.append(groups)
     return all_groups
