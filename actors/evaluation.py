@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +17,12 @@ from actors.ray_options import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
 from pipeline.core.statistics import with_error
-from pipeline.core.types import GroupWork, Media, PolicyVersion, PromptItem
-from pipeline.rl.evaluation import summarise_scores
+from pipeline.core.types import GroupWork, Media, PolicyVersion, PromptItem, TakeMeasurements
+from pipeline.rewards import guards
+from pipeline.rl.evaluation import changes, summarise_scores
 from pipeline.rl.group_plan import SHOWN_PROMPTS, eval_works
 from pipeline.runs.snapshot import EvaluationProgress
+from pipeline.runs.verdict import judge, tolerances
 
 log = logging.getLogger("rushes.evaluation")
 
@@ -35,6 +37,32 @@ class Evaluator:
         self._version: PolicyVersion | None = None  # under evaluation; held here alone, so it is freed at the end
         self.media: Media | None = None  # the kept takes of the last evaluation, for trackers
         self._weights = self.cfg.reward_weights
+
+    @property
+    def shown_records(self) -> list[dict[str, Any]]:
+        """The records without what they hold of each prompt, for whoever watches the run."""
+        details = ("prompt_means", "prompts", "guards", "changes", "rewards")
+        return [{key: value for key, value in record.items() if key not in details} for record in self.records]
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluated step with the highest mean of `Config.best_by`, the first of equals; None: none is kept."""
+        name = self.cfg.best_by
+        judged = [record for record in self.records if name in record["rewards"]]
+        return max(judged, key=lambda record: record["rewards"][name]["mean"])["step"] if judged else None
+
+    @property
+    def ended(self) -> str:
+        """Why the run ends before run.steps, by its last evaluation; "": it does not."""
+        action, last = self.cfg.evaluation.on_suspect, self.records[-1] if self.records else {}
+        suspect = (last.get("verdict") or {}).get("kind") == "suspect"
+        return f"{last['verdict']['text']} (evaluation.on_suspect: {action})" if suspect and action != "warn" else ""
+
+    def exported_step(self, last: int) -> int:
+        """Of the policy that is exported after step `last`: the best one where asked for."""
+        rolled_back = self.ended and self.cfg.evaluation.on_suspect == "rollback"
+        best = self.best_step
+        return best if best is not None and (rolled_back or self.cfg.evaluation.keep_best is not None) else last
 
     @property
     def tag(self) -> Literal["train", "ema"]:
@@ -62,13 +90,17 @@ class Evaluator:
         shutil.rmtree(self.ctx.run.eval_takes(step), ignore_errors=True)
         try:
             await self._score_all(shown, step)
-            await self._keep(self._runs, shown, step)
-            record = {"step": step, "tag": version.tag, **self._summary(self._runs)}
+            measured, values = await self._measured(self._runs, step)
+            await self._keep(self._runs, shown, step, measured, values)
+            record = {"step": step, "tag": version.tag, **summary_record(self._runs, self._weights, values)}
         finally:
             self._runs, self._version = [], None
         self.records.append(record)
-        self.write()
         log.info("step %d: %s (%d prompts)", step, with_error(record["mean"], record["se"]), record["n"])
+        if (verdict := judge(self.records, self._weights, tolerances(self.cfg))) is not None:
+            record |= {"changes": changes(self.records[0], record).record(), "verdict": verdict.record()}
+            log.log(logging.WARNING if verdict.kind == "suspect" else logging.INFO, "step %d: %s", step, verdict.text)
+        self.write()
         return record
 
     async def _score_all(self, shown: set[int], step: int) -> None:
@@ -97,16 +129,49 @@ class Evaluator:
         assert self._version is not None  # while groups are drawn
         return self._version
 
-    async def _keep(self, runs: list[GroupRun], shown: set[int], step: int) -> None:
+    async def _measured(self, runs: list[GroupRun], step: int) -> tuple[TakeMeasurements, dict[str, np.ndarray]]:
+        """The descriptors of all takes, and every measurement [N] of them, also those that compare takes."""
+        found = [run.meta.measured for run in runs]
+        measured = guards.merged([each for each in found if each is not None])
+        prompts = np.array([prompt.index for run in runs for prompt in run.work.prompts])
+        start = None if step == 0 else await asyncio.to_thread(self._start_of, runs)
+        return measured, measured.values | guards.across(measured.descriptors, prompts, start)
+
+    def _start_of(self, runs: list[GroupRun]) -> np.ndarray | None:
+        """Descriptors of the same prompts and seeds before training; None where their table does not have them all."""
+        from pipeline.core.takes_table import TAKES_FILE, read_takes
+
+        folder = self.ctx.run.eval_takes(0)
+        if not (folder / TAKES_FILE).exists():
+            return None
+        rows = read_takes(folder)
+        kept = {(row["prompt_index"], row["seed"]): row.get("descriptor") for row in rows}
+        works = [run.work for run in runs]
+        takes = [(prompt.index, seed) for work in works for prompt, seed in zip(work.prompts, work.seeds, strict=True)]
+        found = [descriptor for take in takes if (descriptor := kept.get(take)) is not None]
+        return np.stack([np.frombuffer(each, np.uint8) for each in found]) if len(found) == len(takes) else None
+
+    async def _keep(
+        self,
+        runs: list[GroupRun],
+        shown: set[int],
+        step: int,
+        measured: TakeMeasurements,
+        values: Mapping[str, np.ndarray],
+    ) -> None:
         """A table row per take; media files of the shown prompts only."""
         from pipeline.core.takes_table import save_takes
 
-        kept_frames, fps = [], 1.0
+        kept_frames, fps, first = [], 1.0, 0
         for run in runs:
             keep = [prompt.index in shown for prompt in run.work.prompts]
             media = await self._shown(run) if any(keep) else None
             run.media = None
             keep = [media is not None and is_shown for is_shown in keep]
+            of_group = slice(first, first + run.work.takes)
+            first = of_group.stop
+            columns: dict[str, list[Any]] = {f"guard/{name}": each[of_group].tolist() for name, each in values.items()}
+            columns["descriptor"] = [each.tobytes() for each in measured.descriptors[of_group]]
             await asyncio.to_thread(
                 save_takes,
                 self.ctx.run.eval_takes(step),
@@ -118,6 +183,7 @@ class Evaluator:
                 step=step,
                 weights=self._weights,
                 keep=keep,
+                more_columns=columns,
             )
             if media is not None:
                 kept_frames.append(media.frames[np.flatnonzero(keep)])
@@ -134,11 +200,15 @@ class Evaluator:
             log.warning("takes of the report are gone: %s", describe(error), extra={"group": run.group})
             return None
 
-    def _summary(self, runs: list[GroupRun]) -> dict[str, Any]:
-        values = {name: np.concatenate([run.scores[name].values for run in runs]) for name in self._weights}
-        prompts = np.array([prompt.index for run in runs for prompt in run.work.prompts])
-        return summarise_scores(values, self._weights, prompts).record()
-
     def write(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         atomic_write(self.ctx.run.evals, lines.encode())
+
+
+def summary_record(
+    runs: Sequence[GroupRun], weights: Mapping[str, float], measured: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """The record of scored groups, but for its step and tag. `measured`: measurement -> [N], in the groups' order."""
+    values = {name: np.concatenate([run.scores[name].values for run in runs]) for name in weights}
+    prompts = np.array([prompt.index for run in runs for prompt in run.work.prompts])
+    return summarise_scores(values, weights, prompts, measured).record()

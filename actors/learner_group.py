@@ -175,13 +175,15 @@ class LearnerGroup:
         """See `LearnerActor.train_step`."""
         return await self._call("train step", "train_step", groups, first, last)
 
-    async def save(self, root: Path, controller: dict[str, Any], keep: int) -> str:
-        """Writes checkpoint `root/step-<version>` with the controller's state; returns its path."""
-        return await self._call("save", "save", str(root), controller, keep)
+    async def save(self, root: Path, controller: dict[str, Any], keep: int, best: int | None = None) -> str:
+        """Writes checkpoint `root/step-<version>` with the controller's state; returns its path. Keeps the newest
+        `keep`, and that of step `best`."""
+        return await self._call("save", "save", str(root), controller, keep, best)
 
-    async def export(self, out: Path) -> str:
-        """Writes the trained policy for plain diffusers; returns the path."""
-        return await self._call("export", "export", str(out))
+    async def export(self, out: Path, source: Path | None = None) -> str:
+        """Writes the trained policy for plain diffusers; returns the path. `source`: a checkpoint whose weights are
+        exported instead of the present ones."""
+        return await self._call("export", "export", str(out), str(source) if source is not None else None)
 
     async def policy_version(self, tag: PolicyTag) -> PolicyVersion:
         """The present weights. Their reference is owned by this process, so they outlive the learner."""

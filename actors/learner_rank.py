@@ -96,23 +96,30 @@ class LearnerActor(RoleActor):
             weights = self.learner.weights(tag)
         return {"number": self.learner.version, "checksum": weights.checksum}, weights
 
-    def save(self, root: str, controller: dict[str, Any], keep: int) -> str:
-        """Writes checkpoint `root/step-<version>`; returns its path. Raises `CheckpointError`."""
+    def save(self, root: str, controller: dict[str, Any], keep: int, best: int | None) -> str:
+        """Writes checkpoint `root/step-<version>`; returns its path. The newest `keep` stay, and that of step `best`.
+        Raises `CheckpointError`."""
         with self.doing("saving"):
             if controller["version"] != self.learner.version:
                 raise RuntimeError(f"learner is at {self.learner.version}, controller at {controller['version']}")
             tensors, meta = self.learner.state()
             if not self.learner.distributed.is_main:
                 return ""
-            folder = checkpoint.save(Path(root), self.learner.version, tensors, meta, controller, self.cfg, keep)
+            version = self.learner.version
+            folder = checkpoint.save(Path(root), version, tensors, meta, controller, self.cfg, keep, best)
         return str(folder)
 
-    def export(self, out: str) -> str:
-        """Writes the trained policy (its EMA, where kept) for plain diffusers; returns the path."""
+    def export(self, out: str, source: str | None) -> str:
+        """Writes the trained policy (its EMA, where kept) for plain diffusers; returns the path. `source`: the
+        checkpoint whose weights are exported instead of the present ones. Raises `CheckpointError`."""
         from pipeline.generators.export import export_full, export_lora
+        from pipeline.runs.trained_weights import read_weights
 
         with self.doing("exporting"):
-            weights = self.learner.weights(self.cfg.eval_weights_tag)
+            if source is None:
+                weights = self.learner.weights(self.cfg.eval_weights_tag)
+            else:
+                weights = read_weights(Path(source), self.cfg.trainable.kind)
             if self.learner.distributed.is_main:
                 write = export_lora if self.cfg.trainable.kind == "lora" else export_full
                 write(self.cfg, weights, Path(out))

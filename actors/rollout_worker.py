@@ -49,6 +49,8 @@ class RolloutWorker(RoleActor):
         holds them already. Returns (metas, media and trajectory of the first group, of the second, ...) as separate
         objects, which the caller owns. Raises `ChecksumMismatch` when the weights are not those that were published.
         """
+        from pipeline.rewards.guards import measure
+
         works: list[GroupWork]
         works, key = from_bytes(request)
         loaded_s = self._load(key, weights) if weights is not None and self.held != key else 0.0
@@ -73,6 +75,7 @@ class RolloutWorker(RoleActor):
                         trajectory_bytes=_bytes(trajectory),
                         media_bytes=media.frames.nbytes,
                         micro_batches=self._micro_batches(trajectory),
+                        measured=measure(media) if work.purpose == "eval" else None,
                     )
                 )
                 objects += [media, trajectory]

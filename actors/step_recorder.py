@@ -92,6 +92,13 @@ class Recorder:
         if record["se"] is not None:
             values["heldout/se"] = record["se"]
         values |= {f"heldout/{name}": entry["mean"] for name, entry in record["rewards"].items()}
+        values |= {f"guard/{name}": entry["mean"] for name, entry in record["guards"].items()}
+        if "verdict" in record:
+            values |= {f"verdict/{kind}": float(record["verdict"]["kind"] == kind) for kind in ("suspect", "improved")}
+            named = {"mean": record["changes"]["reward"], **record["changes"]["rewards"]}
+            for name, change in named.items():
+                values[f"change/{name}"] = change["mean"]
+                values |= {f"change/{name}/ci95": change["ci95"]} if change["ci95"] is not None else {}
         tried(lambda: self._gauges.set(values))
         self._write(self._tracker.log, record["step"], values)
         if media is not None:

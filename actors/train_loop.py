@@ -14,6 +14,7 @@ goes back to it: the training groups on their way are cancelled and admitted aga
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import time
@@ -30,6 +31,7 @@ from actors.learner_group import LearnerGroup, LearnerLost
 from actors.learner_rank import TrainStepResult
 from actors.ray_options import RunContext
 from actors.step_recorder import Recent, Recorder
+from actors.tasks import cancel
 from actors.worker_slot import WorkerSlot
 from pipeline.core.errors import RunFailed, RushesError
 from pipeline.core.prompts import load_prompts
@@ -96,7 +98,7 @@ class TrainLoop:
             steps=self.cfg.run.steps,
             records=recent.after(since),
             recorded=recent.count,
-            evals=self._evaluator.records,
+            evals=self._evaluator.shown_records,
             eval_progress=self._evaluator.progress,
             host=socket.gethostname(),
             activities={slot.name: slot.activity for slot in self._slots},
@@ -149,13 +151,17 @@ class TrainLoop:
             "retries": ledger.retries,
             "peaks": await self._peaks(),
             "checkpoint": None,
+            "ended": self._evaluator.ended,
         }
         if self._saved_step >= 0:
             result["checkpoint"] = str(checkpoint.folder_of(self.ctx.run.checkpoints, self._saved_step))
         if status == "finished":
             self._phase = "exporting"
             await self._end_workers()  # their memory is free for the export
-            result["export"] = await self._with_learner_recovery(lambda: self._learner.export(self.ctx.run.export))
+            result["exported_step"] = step = self._evaluator.exported_step(self._version)
+            source = None if step == self._version else checkpoint.folder_of(self.ctx.run.checkpoints, step)
+            export = functools.partial(self._learner.export, self.ctx.run.export, source)
+            result["export"] = await self._with_learner_recovery(export)
         if self._recorder is not None:
             result["missing"] = await self._recorder.close()
         return result
@@ -167,14 +173,14 @@ class TrainLoop:
         return {info["name"]: info["peak_rss"] for info in infos if isinstance(info, dict)}
 
     async def _end_workers(self) -> None:
-        await _cancel(self._building)
-        await _cancel(self._dispatching)
+        await cancel(self._building)
+        await cancel(self._dispatching)
         self._building = self._dispatching = None
 
     async def end_background(self) -> None:
         """Ends all background tasks; nothing is left to do."""
         await self._end_workers()
-        await _cancel(self._watching)
+        await cancel(self._watching)
 
     async def close(self) -> None:
         """Ends the learner and finishes writing metrics."""
@@ -195,7 +201,7 @@ class TrainLoop:
             every = self.cfg.checkpoint.every
             if every and self._version and self._version % every == 0:
                 await self.save_if_new()
-            if self._version >= self.cfg.run.steps:
+            if self._version >= self.cfg.run.steps or self._evaluator.ended:
                 break
             await self._train_step()
         await self.save_if_new()
@@ -213,6 +219,8 @@ class TrainLoop:
             await self.rescue()  # the workers failed, the learner is sound
             raise
         self._record.evaluation(record, self._evaluator.media)
+        if self._evaluator.best_step == self._version:
+            await self.save_if_new()
 
     @property
     def _record(self) -> Recorder:
@@ -288,7 +296,8 @@ class TrainLoop:
             "training": self._builder.state(),
             "evals": self._evaluator.records,
         }
-        folder = await self._learner.save(self.ctx.run.checkpoints, controller, self.cfg.checkpoint.keep)
+        best = self._evaluator.best_step
+        folder = await self._learner.save(self.ctx.run.checkpoints, controller, self.cfg.checkpoint.keep, best)
         self._saved_step = self._version
         log.info("saved %s", folder)
 
@@ -342,7 +351,7 @@ class TrainLoop:
                 f"faults.max_restarts: {allowed}); continue with --resume"
             ) from error
         self._phase = "restarting the learner"
-        await _cancel(self._building)
+        await cancel(self._building)
         self._learner.kill()
         folder = await asyncio.to_thread(checkpoint.latest, self.ctx.run.checkpoints, writing=True)
         saved = checkpoint.read_state(folder)["controller"] if folder is not None else None
@@ -387,11 +396,4 @@ class TrainLoop:
             raise Stopped
         finally:
             stop.cancel()
-            await _cancel(task)
-
-
-async def _cancel(task: asyncio.Future | None) -> None:
-    """Cancels a task and waits for its end; a failure of its own has already ended the run."""
-    if task is not None and not task.done():
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+            await cancel(task)

@@ -29,10 +29,11 @@ import numpy as np
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.core.prompts import PromptCursor, load_prompts
-from pipeline.core.statistics import Estimate, estimate_of_means, prompt_means
+from pipeline.core.statistics import Estimate, estimate_of_means
 from pipeline.core.types import GroupBatch, GroupWork, Media, WeightSet
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
+from pipeline.rewards import guards
 from pipeline.rewards.runner import build_reward
 from pipeline.rl.evaluation import summarise_scores
 from pipeline.rl.group_plan import eval_works, scoring_seed
@@ -87,6 +88,8 @@ class Loop:
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
         self.signal = signal_of(cfg).begin(cfg.rewards)
         self.group = 0
+        self.start: np.ndarray | None = None  # descriptors of the first evaluation's takes
+        self.takes_of_prompt: dict[int, np.ndarray] = {}  # of the last evaluation, uint8 [F, H, W, 3]: a take of each
         self.versions: deque[WeightSet] = deque(maxlen=cfg.step.max_staleness + 1)  # the oldest one draws
 
     def _scores(self, media: Media, work: GroupWork, seed: int | None) -> dict[str, Any]:
@@ -119,19 +122,31 @@ class Loop:
             if t
         ]
 
-    def evaluate(self) -> dict[str, Any]:
-        """Mean held-out reward, and each reward's mean by prompt, with the run's own prompts, seeds and sampler."""
+    def record(self) -> dict[str, Any]:
+        """A line of evals.jsonl, but for step and tag: rewards and guards with the run's own prompts, seeds and
+        sampler. The first call is the one that distances are measured from."""
         self.policy.load_weights(self.learner.weights(self.cfg.eval_weights_tag))
-        values_of = defaultdict(list)
+        scores: dict[str, list[np.ndarray]] = defaultdict(list)
+        measured = []
         works = eval_works(self.cfg, self.heldout, 0)
         for work in works:
-            for name, scores in self._scores(self.policy.rollout(work)[0], work, None).items():
-                values_of[name].append(scores.values)
+            media = self.policy.rollout(work)[0]
+            self.takes_of_prompt |= {prompt.index: media.frames[k] for k, prompt in enumerate(work.prompts)}
+            measured.append(guards.measure(media))
+            for name, each in self._scores(media, work, None).items():
+                scores[name].append(each.values)
         prompts = np.array([prompt.index for work in works for prompt in work.prompts])
-        scores = {name: np.concatenate(values) for name, values in values_of.items()}
-        reward = summarise_scores(scores, self.cfg.reward_weights, prompts).reward
-        by_prompt = {name: prompt_means(values, prompts).round(4).tolist() for name, values in scores.items()}
-        return {"mean": reward.mean, "se": reward.se, "n": reward.n, "rewards": by_prompt}
+        takes = guards.merged(measured)
+        self.start = takes.descriptors if self.start is None else self.start
+        values = takes.values | guards.across(takes.descriptors, prompts, self.start)
+        joined = {name: np.concatenate(each) for name, each in scores.items()}
+        return summarise_scores(joined, self.cfg.reward_weights, prompts, values).record()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Mean held-out reward, and each reward's mean by prompt."""
+        record = self.record()
+        by_prompt = {name: np.round(each["prompt_means"], 4).tolist() for name, each in record["rewards"].items()}
+        return {"mean": record["mean"], "se": record["se"], "n": record["n"], "rewards": by_prompt}
 
 
 def measure(generator: str, arm: str, seed: int, steps: int, every: int) -> dict[str, Any]:

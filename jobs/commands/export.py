@@ -34,7 +34,7 @@ def export(
       rushes export runs/try
       rushes export runs/try --step 50 --format full --out my-generator
     """
-    from jobs.common.load_trained import find_trained, read_weights
+    from jobs.common.load_trained import find_trained
     from pipeline.generators.export_folder import check_replaceable
     from pipeline.tools import preflight
 
@@ -60,8 +60,9 @@ def export(
 
     with console.status("loading"):
         from pipeline.generators.export import export_full, export_lora
+        from pipeline.runs.trained_weights import read_weights
 
-        weights = read_weights(trained, ema)
+        weights = read_weights(trained.path, cfg.trainable.kind, ema)
         (export_lora if format_ == "lora" else export_full)(cfg, weights, folder)
     say(console, f"step {trained.step} exported to {folder}; in plain diffusers:")
     base = cfg.generator.pretrained if format_ == "lora" else folder

@@ -10,10 +10,10 @@ import numpy as np
 
 from jobs.common.load_trained import Trained, load_policy
 from pipeline.config.schema import Config
-from pipeline.core.statistics import estimate, win_rate, with_error
+from pipeline.core.statistics import Estimate, win_rate, with_error
 from pipeline.core.takes_table import save_takes
 from pipeline.rewards.runner import RewardRunner
-from pipeline.rl.evaluation import summarise_scores
+from pipeline.rl.evaluation import changes, summarise_scores
 from pipeline.rl.signals.group_relative import weighted_rewards
 
 if TYPE_CHECKING:
@@ -62,17 +62,23 @@ def summarise(
     results: dict[str, dict[str, np.ndarray]], weights: dict[str, float], prompts: np.ndarray
 ) -> list[dict[str, Any]]:
     """One row per checkpoint from its scores (as of `sample_and_score`): the weighted reward and each reward (None: it
-    applies to no take); against the first row, the paired difference and the win rate. `prompts`: index of each take's
-    prompt [N]."""
+    applies to no take); against the first row, the paired differences and the win rate. `prompts`: index of each
+    take's prompt [N]."""
     rewards = {label: weighted_rewards(scores, weights).astype(np.float64) for label, scores in results.items()}
     first = next(iter(rewards.values()))
+    summaries = {label: summarise_scores(scores, weights, prompts) for label, scores in results.items()}
     rows = []
-    for number, (label, scores) in enumerate(results.items()):
-        summary = summarise_scores(scores, weights, prompts)
-        row: dict[str, Any] = {"checkpoint": label, "reward": asdict(summary.reward)}
-        row["rewards"] = {name: asdict(summary.rewards[name]) if name in summary.rewards else None for name in weights}
+    for number, label in enumerate(results):
+        summary = summaries[label]
+        row: dict[str, Any] = {"checkpoint": label, "reward": asdict(summary.reward.estimate)}
+        row["rewards"] = {
+            name: asdict(summary.rewards[name].estimate) if name in summary.rewards else None for name in weights
+        }
         if number:
-            row["difference"] = asdict(estimate(rewards[label] - first, prompts))
+            change = changes(next(iter(summaries.values())).record(), summary.record())
+            assert change.reward is not None  # the same prompts in each row
+            row["difference"] = asdict(change.reward)
+            row["differences"] = {name: asdict(each) for name, each in change.rewards.items()}
             row["win_rate"] = asdict(win_rate(rewards[label], first, prompts))
         rows.append(row)
     return rows
@@ -81,7 +87,10 @@ def summarise(
 def print_table(rows: list[dict], rewards: list[str], console: Console, prompts: int, takes: int) -> None:
     from rich.table import Table
 
-    text = f"{prompts} prompts, {takes} takes, the same seeds in each row; ± is the standard error over prompts"
+    text = (
+        f"{prompts} prompts, {takes} takes, the same seeds in each row; ± is the standard error over prompts, of "
+        "differences the paired one; = means no change beyond the 95 % interval"
+    )
     console.print(text, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("checkpoint", overflow="fold")
@@ -93,18 +102,28 @@ def print_table(rows: list[dict], rewards: list[str], console: Console, prompts:
         table.add_column("win rate", justify="right")
     for row in rows:
         cells = [row["checkpoint"], _text(row["reward"])]
-        cells += [_text(row["rewards"][name]) if row["rewards"][name] else "–" for name in rewards] * (len(rewards) > 1)
+        cells += [_of_reward(row, name) for name in rewards] * (len(rewards) > 1)
         if len(rows) > 1:
-            cells += [
-                _text(row["difference"], "+") if "difference" in row else "",
-                _percent(row.get("win_rate")),
-            ]
+            cells += [_difference(row["difference"]) if "difference" in row else "", _percent(row.get("win_rate"))]
         table.add_row(*cells)
     console.print(table)
 
 
 def _text(value: dict[str, Any], sign: str = "") -> str:
     return with_error(value["mean"], value["se"], sign=sign)
+
+
+def _of_reward(row: dict[str, Any], name: str) -> str:
+    value, change = row["rewards"][name], row.get("differences", {}).get(name)
+    if not value:
+        return "–"
+    return _text(value) + (f" ({_difference(change)})" if change else "")
+
+
+def _difference(value: dict[str, Any]) -> str:
+    """`+0.1500 ± 0.0200`, with `=` in front where that is no measurable change."""
+    same = Estimate(**value).direction() == "same"
+    return f"{'= ' if same else ''}{_text(value, '+')}"
 
 
 def _percent(value: dict[str, Any] | None) -> str:

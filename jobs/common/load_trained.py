@@ -22,7 +22,6 @@ from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_fold
 from pipeline.runs.remote_sync import local_run
 
 if TYPE_CHECKING:
-    from pipeline.core.types import WeightSet
     from pipeline.generators.policy import Policy
 
 
@@ -103,23 +102,10 @@ def _checkpoint_of(run: Path, step: int | None) -> Path:
     return steps[step]
 
 
-def read_weights(trained: Trained, ema: bool = True) -> WeightSet:
-    """The weights of a checkpoint; the EMA where asked for and kept."""
-    from pipeline.generators import adapters
-    from pipeline.runs import checkpoint
-
-    tensors, _ = checkpoint.load(trained.path)
-    has_ema = any(name.startswith("ema/") for name in tensors)
-    prefix = "ema/" if ema and has_ema else "weights/"
-    chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if not chosen:
-        raise CheckpointError(f"checkpoint {trained.path}: holds no trained weights; use another one")
-    return adapters.to_weight_set(trained.run_config.trainable.kind, chosen)
-
-
 def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Policy:
     """The generator of `cfg`, with the trained weights in place. Raises `RushesError` kinds."""
     from pipeline.generators.policy import Policy
+    from pipeline.runs.trained_weights import read_weights
 
     update: dict[str, Any] = {}
     if trained and trained.kind == "full":
@@ -140,7 +126,7 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
     policy = Policy.load(cfg, cfg.rollout.device, cfg.rollout.threads)
     if trained and trained.kind == "checkpoint":
         policy.add_adapters()
-        policy.load_weights(read_weights(trained, ema))
+        policy.load_weights(read_weights(trained.path, trained.run_config.trainable.kind, ema))
     if trained and trained.kind == "lora":
         from pipeline.generators.export import load_lora
 

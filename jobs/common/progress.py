@@ -64,7 +64,8 @@ def step_line(record: dict[str, float], records: list[dict[str, float]], steps: 
 
 def eval_line(record: dict[str, Any]) -> str:
     reward = with_error(record["mean"], record["se"])
-    return f"held-out reward at step {record['step']}: {reward} ({record['n']} prompts)"
+    verdict = f"; {record['verdict']['text']}" if record.get("verdict") else ""
+    return f"held-out reward at step {record['step']}: {reward} ({record['n']} prompts){verdict}"
 
 
 HEALTH = {  # metric -> what it is called in one line; those that a run does not have are left out

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, fi
 from pipeline.config.parts import Part, chosen_from
 from pipeline.config.resources import HalfCpu, WorkerCount, WorkerRange
 from pipeline.config.sections.base import Count, DecayRate, Natural, NonNegative, Positive, Section
+from pipeline.config.sections.evaluation import EvaluationConfig
 from pipeline.config.sections.generator import GeneratorConfig, TrainableConfig
 from pipeline.config.sections.rewards import RewardConfig
 from pipeline.config.sections.sampler import SamplerConfig
@@ -172,16 +173,6 @@ class FaultsConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
-    """Evaluation on held-out prompts, always on the same seeds."""
-
-    every: Natural = Field(0, description="Evaluate every N steps as well as before and after (0: only those).")
-    prompts: Natural = Field(64, description="Held-out prompts evaluated (0: all).")
-    takes_per_prompt: Count = Field(1, description="Takes per held-out prompt, on fixed seeds.")
-    steps: Count = Field(20, description="ODE sampler steps.")
-    batch: Count = Field(16, description="Takes per denoiser call in evaluation.")
-
-
 class CheckpointConfig(Section):
     """When checkpoints are saved and deleted."""
 
@@ -275,6 +266,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_is_known(self) -> Config:
+        best, golds = self.evaluation.keep_best, self.gold_rewards
+        if best is not None and best not in self.rewards:
+            raise ValueError(
+                f"evaluation.keep_best: there is no reward {best!r}; name one of: {', '.join(self.rewards)}"
+            )
+        if self.evaluation.on_suspect == "rollback" and self.best_by is None:
+            found = f"found {', '.join(golds)}" if golds else "there is none"
+            raise ValueError(
+                f"evaluation.on_suspect: rollback exports the best checkpoint by one reward of weight 0 ({found}); "
+                "add one, or name a reward: evaluation.keep_best=NAME"
+            )
+        if self.best_by is not None and self.prompts.heldout is None:
+            key = "keep_best" if best is not None else "on_suspect"
+            raise ValueError(f"evaluation.{key}: there is no prompts.heldout to evaluate on; set it")
+        return self
+
+    @model_validator(mode="after")
     def _quantised_weights_stay(self) -> Config:
         quantize, full = self.generator.quantize, self.trainable.kind == "full"
         if quantize != "none" and (full or self.rollout.merge_lora):
@@ -323,6 +332,19 @@ class Config(Section):
     def served_rewards(self) -> tuple[str, ...]:
         """Names of the rewards that have servers."""
         return self.server_rewards("train" if self.prompts.heldout is None else "eval")
+
+    @property
+    def gold_rewards(self) -> list[str]:
+        """Rewards that judge and are never trained on: those of weight 0."""
+        return [name for name, reward in self.rewards.items() if reward.weight == 0]
+
+    @property
+    def best_by(self) -> str | None:
+        """The reward by which the best checkpoint is kept and may be exported; None: only the last ones are kept."""
+        evaluation, golds = self.evaluation, self.gold_rewards
+        if evaluation.keep_best is None and evaluation.on_suspect == "rollback" and len(golds) == 1:
+            return golds[0]
+        return evaluation.keep_best
 
     @property
     def eval_weights_tag(self) -> Literal["train", "ema"]:

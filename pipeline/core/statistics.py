@@ -6,10 +6,15 @@ is computed over the prompts' means.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+Direction = Literal["up", "down", "same", "unknown"]
+"""Of a difference: beyond its error, within it (no change can be measured), or without an error (a single prompt)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +27,29 @@ class Estimate:
     ci95: float | None
     n: int  # prompts
 
+    def direction(self, level: float = 0.95) -> Direction:
+        """Of a difference: whether its confidence interval leaves 0 out, and on which side it lies."""
+        if self.se is None:
+            return "unknown"
+        if abs(self.mean) <= t_quantile(self.n - 1, level) * self.se:
+            return "same"
+        return "up" if self.mean > 0 else "down"
 
-def t_quantile(degrees_of_freedom: int) -> float:
-    """97.5 % quantile of Student's t distribution."""
+
+@functools.lru_cache(maxsize=1024)
+def t_quantile(degrees_of_freedom: int, level: float = 0.95) -> float:
+    """Quantile of Student's t distribution that a two-sided interval of this level ends at."""
     from scipy.stats import t
 
-    return float(t.ppf(0.975, degrees_of_freedom))
+    return float(t.ppf((1 + level) / 2, degrees_of_freedom))
 
 
 def prompt_means(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """`values` [N] of takes and their prompts' indices [N] -> float64 [P], the mean of each prompt, by index."""
+    """`values` [N] of takes and their prompts' indices [N] -> float64 [P], the mean of each prompt, by index; NaN for
+    a prompt with nothing but NaN."""
     values = np.asarray(values, np.float64)
-    return np.array([values[prompts == prompt].mean() for prompt in np.unique(prompts)])
+    of_prompts = [values[(prompts == prompt) & ~np.isnan(values)] for prompt in np.unique(prompts)]
+    return np.array([chosen.mean() if len(chosen) else np.nan for chosen in of_prompts])
 
 
 def estimate(values: np.ndarray, prompts: np.ndarray) -> Estimate:

@@ -3,7 +3,8 @@
 Columns: prompt, prompt_index, seed, version, step, take, path (null where no file was written). Of takes that were
 scored also reward (the weighted sum; null where no reward applies), and for each reward `reward/<name>` (null where it
 does not apply) and, of a segmental one, `segments/<name>` (values of the S segments), `segment_weights/<name>` [S] and
-`segment_frames/<name>` [S, n].
+`segment_frames/<name>` [S, n]. Of held-out takes also `guard/<name>` for each measurement of `pipeline.rewards.guards`,
+and `descriptor`, the bytes that takes are compared by.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ def save_takes(
     step: int | None = None,
     weights: Mapping[str, float] | None = None,
     keep: Sequence[bool] | None = None,
+    more_columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Path | None]:
     """Appends one row per take to the folder's table and writes the media. Returns the media paths.
 
     `weights` (default: all 1) make the `reward` column; `step` defaults to `version`; `keep[k]` False (or media None)
-    leaves that take's media out.
+    leaves that take's media out. `more_columns`: a value for each take (a NaN becomes null).
     """
     import pyarrow
     import pyarrow.parquet
@@ -70,6 +72,9 @@ def save_takes(
                 "take": take,
                 "path": file.name if file else None,
                 **_score_columns(scores, weights or {}, k),
+                **{
+                    name: None if values[k] != values[k] else values[k] for name, values in (more_columns or {}).items()
+                },
             }
         )
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -115,6 +120,7 @@ class TakeRecord(Record):
     reward: FiniteFloat | None = None
     take: Whole = 0
     path: str | None = None
+    descriptor: bytes | None = None
 
 
 def _check_take(row: dict[str, Any], where: str) -> None:
@@ -124,7 +130,7 @@ def _check_take(row: dict[str, Any], where: str) -> None:
         kind, slash, name = column.partition("/")
         if not slash or value is None:
             continue
-        if kind == "reward" and not _is_number(value):
+        if kind in ("reward", "guard") and not _is_number(value):
             raise InputError(f"{where}: {column}: found {shown(value)}, expected a number; {FIX}")
         if kind == "segments":
             if not _are_segments(value, row.get(f"segment_weights/{name}"), row.get(f"segment_frames/{name}")):

@@ -199,6 +199,14 @@ class RewardScores:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TakeMeasurements:
+    """Of held-out takes, small: what `pipeline.rewards.guards` measures without a model."""
+
+    values: dict[str, np.ndarray]  # measurement -> float32 [K]
+    descriptors: np.ndarray  # uint8 [K, D], colours of a coarse grid of cells, to tell takes apart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutMeta:
     """rollout -> controller, small."""
 
@@ -211,6 +219,7 @@ class RolloutMeta:
     media_bytes: int
     # Only where the learner has several ranks, each of which then reads the trajectories that it replays.
     micro_batches: tuple[MicroBatchSpec, ...] | None = None
+    measured: TakeMeasurements | None = None  # of takes of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

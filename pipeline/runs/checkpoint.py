@@ -9,8 +9,7 @@
 Under a `run.dir` that is a URL, a checkpoint counts as saved once it is in the store too (`pipeline.runs.remote_sync`).
 
 A folder without a manifest was interrupted while being written or deleted, and is skipped. One whose files do not match
-its manifest is corrupt: a resume takes the store's copy of it or the newest good one before, and says so. No pickle
-anywhere.
+its manifest is corrupt: a resume takes the store's copy of it or the newest good one before, and says so. No pickle.
 """
 
 from __future__ import annotations
@@ -134,8 +133,9 @@ def save(
     controller: Mapping[str, Any],
     cfg: Config,
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Writes `root/step-<step>` completely or not at all, then deletes all but the newest `keep`.
+    """Writes `root/step-<step>` completely or not at all, then deletes all but the newest `keep` and that of `best`.
 
     `learner` and `controller` must be JSON-able. Raises `CheckpointError` (disk full, no permission) with the
     previous checkpoint untouched.
@@ -171,7 +171,7 @@ def save(
         last = next((p for p in complete(root) if p != final), None)
         kept = f"the previous checkpoint {last} is intact" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"cannot write checkpoint {describe_os_error(cause, final)} ({kept})") from error
-    _prune(root, keep)
+    _prune(root, keep, best)
     remote_sync.push_checkpoint(final, complete(root))
     return final
 
@@ -206,10 +206,11 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _prune(root: Path, keep: int) -> None:
+def _prune(root: Path, keep: int, best: int | None) -> None:
     for folder in complete(root)[keep:]:
         try:
-            _remove(folder)
+            if step_of(folder) != best:
+                _remove(folder)
         except OSError as error:
             log.warning("old checkpoint not deleted: %s", describe_os_error(error, folder))
 

@@ -21,7 +21,33 @@ class EstimateRecord(Record):
 
     mean: FiniteFloat
     se: FiniteFloat | None = None
+    ci95: FiniteFloat | None = None
     n: Whole = 0
+    prompt_means: list[FiniteFloat | None] | None = None
+
+
+class ChangesRecord(Record):
+    """`pipeline.rl.evaluation.Changes`."""
+
+    reward: EstimateRecord | None = None
+    rewards: dict[str, EstimateRecord] = {}
+    guards: dict[str, EstimateRecord] = {}
+
+
+class SuspectRecord(Record):
+    name: str
+    kind: str
+    before: FiniteFloat
+    after: FiniteFloat
+    since: Whole = 0
+
+
+class VerdictRecord(Record):
+    """`pipeline.runs.verdict.Verdict`."""
+
+    kind: str
+    text: str
+    suspects: list[SuspectRecord] = []
 
 
 class EvaluationRecord(EstimateRecord):
@@ -30,7 +56,10 @@ class EvaluationRecord(EstimateRecord):
     step: Whole
     tag: str = ""
     rewards: dict[str, EstimateRecord] | None = None
-    prompt_means: list[FiniteFloat] | None = None
+    prompts: list[Whole] | None = None  # indices of the prompts of all prompt_means
+    guards: dict[str, EstimateRecord] | None = None
+    changes: ChangesRecord | None = None  # against the first evaluation, paired
+    verdict: VerdictRecord | None = None
 
 
 class Position(Record):
@@ -64,10 +93,10 @@ class TrainingRecord(StepRecord):
 class BeforeAfter(Record):
     before: EstimateRecord | None = None
     after: EstimateRecord | None = None
+    difference: EstimateRecord | None = None
 
 
 class HeldoutRecord(BeforeAfter):
-    difference: EstimateRecord | None = None
     rewards: dict[str, BeforeAfter] | None = None
 
 
@@ -76,6 +105,9 @@ class SummaryRecord(Record):
 
     status: str = ""
     heldout: HeldoutRecord | None = None
+    verdict: VerdictRecord | None = None
+    ended: str = ""  # before run.steps: when and why
+    exported_step: Whole | None = None
     takes: Whole | None = None
     groups: dict[str, Whole] | None = None
     wall_s: FiniteFloat | None = None

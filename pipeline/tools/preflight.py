@@ -13,12 +13,14 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.files import did_you_mean
 from pipeline.core.prompts import load_prompts, prompt_locations
 from pipeline.core.secrets import MASK
 from pipeline.core.storage import check_store, url_of
 from pipeline.core.types import PromptItem
 from pipeline.rewards.function import is_function_spec
 from pipeline.rewards.gradients import check_gradient
+from pipeline.rewards.guards import GUARDS
 from pipeline.rewards.registry import scorer_class
 from pipeline.rewards.routing import KEY as ROUTING_KEY
 from pipeline.rewards.routing import check_routing
@@ -55,6 +57,7 @@ def check_all(cfg: Config, run_dir: Path | None = None, dry: bool = False) -> Pr
     check_recipe(cfg)
     check_samplers(cfg)
     train, heldout = check_prompts(cfg)
+    check_guards(cfg)
     components = check_generator(cfg, train, heldout)
     check_quantize(cfg)
     check_rewards(cfg)
@@ -111,6 +114,21 @@ def check_prompts(cfg: Config) -> tuple[list[PromptItem], list[PromptItem]]:
             f"({cfg.prompts.train}, {other}; {len(shared)} such prompts); remove it from one of the two files"
         )
     return train, heldout
+
+
+def check_guards(cfg: Config) -> None:
+    """The guards whose tolerance is set exist, and a factor is above 1."""
+    for name, tolerance in cfg.evaluation.guards.items():
+        if name not in GUARDS:
+            raise ConfigError(
+                f"evaluation.guards: there is no guard {name!r}{did_you_mean(name, GUARDS)}; there are "
+                f"{', '.join(GUARDS)}"
+            )
+        if tolerance is not None and GUARDS[name].kind == "factor" and tolerance <= 1:
+            raise ConfigError(
+                f"evaluation.guards.{name}: found {tolerance:g}; expected a factor above 1 (2: from half to twice the "
+                "value before training), or null to switch it off"
+            )
 
 
 def _routed(cfg: Config, prompts: Sequence[PromptItem], path: Path) -> list[PromptItem]:

@@ -9,12 +9,12 @@ import pytest
 from made_up_run import make_run
 from rich.console import Console
 
-from actors.evaluation import Evaluator
+from actors.evaluation import summary_record
 from jobs.common.evaluation_table import print_table, summarise
 from jobs.common.progress import eval_line
 from pipeline.core.statistics import estimate, t_quantile, win_rate, wins, with_error
 from pipeline.core.types import RewardScores
-from pipeline.rl.evaluation import paired_difference, summarise_scores
+from pipeline.rl.evaluation import changes, paired_difference, summarise_scores
 from pipeline.tools.report.report import build_report
 
 PROMPTS = np.array([3, 3, 0, 0, 7, 7])
@@ -58,6 +58,48 @@ def test_differences_between_evaluations_are_paired_over_prompts():
     assert paired_difference({}, after) is None and paired_difference({"prompt_means": [0.1]}, after) is None
 
 
+def test_each_reward_is_paired_over_the_prompts_it_applies_to():
+    prompts = np.array([4, 4, 9, 9, 2, 2])
+    before = {"a": np.array([0.0, 2, 5, 5, 1, 1]), "b": np.array([1.0, 1, np.nan, np.nan, 3, 3])}
+    after = {"a": np.array([1.0, 3, 6, 6, 2, 2]), "b": np.array([3.0, 3, np.nan, np.nan, 3, 3])}
+    weights = {"a": 1.0, "b": 0.5}
+    first, last = (summarise_scores(scores, weights, prompts).record() for scores in (before, after))
+    found = changes(first, last)
+    assert first["prompts"] == [2, 4, 9] and first["rewards"]["b"]["prompt_means"] == [3.0, 1.0, None]
+    assert (found.rewards["a"].mean, found.rewards["a"].se, found.rewards["a"].n) == (1.0, 0.0, 3)
+    assert (found.rewards["b"].mean, found.rewards["b"].se, found.rewards["b"].n) == (1.0, 1.0, 2)
+    shifted = {**last, "prompts": [4, 9, 11]}  # another choice of prompts: paired where both have them
+    assert changes(first, shifted).rewards["a"].n == 2
+
+
+def test_a_change_within_its_interval_is_no_change():
+    changed = np.array([0.1, -0.05, 0.12, -0.02])
+    assert estimate(changed, np.arange(4)).direction() == "same"
+    assert estimate(changed + 0.3, np.arange(4)).direction() == "up"
+    assert estimate(changed - 0.3, np.arange(4)).direction() == "down"
+    assert estimate(changed + 0.3, np.zeros(4)).direction() == "unknown"
+
+
+def test_intervals_cover_the_true_change():
+    """2,000 simulated runs: 12 prompts of different difficulty, 4 takes each, which share how much their prompt gains.
+    Counting takes as independent, as error bands of takes do, covers far less than 95 %."""
+    rng = np.random.default_rng(0)
+    prompts, gain, runs = np.repeat(np.arange(12), 4), 0.1, 2000
+    covered = by_takes = 0
+    for _ in range(runs):
+        difficulty, gains = rng.normal(0, 0.3, 12), rng.normal(gain, 0.15, 12)
+        before = difficulty[prompts] + rng.normal(0, 0.1, 48)
+        after = (difficulty + gains)[prompts] + rng.normal(0, 0.1, 48)
+        found = paired_difference(
+            *(summarise_scores({"x": each}, {"x": 1.0}, prompts).record() for each in (before, after))
+        )
+        covered += abs(found.mean - gain) <= found.ci95
+        takes = estimate(after - before, np.arange(48))
+        by_takes += abs(takes.mean - gain) <= takes.ci95
+    assert 0.93 <= covered / runs <= 0.97
+    assert by_takes / runs < 0.85
+
+
 def test_train_evaluate_and_report_print_the_same_error(tmp_path):
     """The same takes: by the evaluation of a run in its log line, by `rushes evaluate`, and in the report."""
     weights = {"scene": 1.0}
@@ -69,7 +111,7 @@ def test_train_evaluate_and_report_print_the_same_error(tmp_path):
         )
         for group in groups
     ]
-    record = {"step": 0, "tag": "train", **Evaluator._summary(SimpleNamespace(_weights=weights), jobs)}
+    record = {"step": 0, "tag": "train", **summary_record(jobs, weights)}
     expected = with_error(np.mean([0.3, 0.2, 0.8]), np.std([0.3, 0.2, 0.8], ddof=1) / 3**0.5)
     assert eval_line(record) == f"held-out reward at step 0: {expected} (3 prompts)"
 
@@ -82,4 +124,4 @@ def test_train_evaluate_and_report_print_the_same_error(tmp_path):
     (folder / "evals.jsonl").write_text(json.dumps(record) + "\n")
     html = re.sub(r"<[^>]*>", "", build_report(folder).read_text())
     assert f"{record['mean']:.3f} ± {record['se']:.3f}" in html and "over 3 prompts" in html
-    assert summarise_scores({"scene": TAKES}, weights, PROMPTS).reward.se == pytest.approx(record["se"])
+    assert summarise_scores({"scene": TAKES}, weights, PROMPTS).reward.estimate.se == pytest.approx(record["se"])

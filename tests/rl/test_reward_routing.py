@@ -80,7 +80,7 @@ def test_a_reward_is_not_shown_takes_it_does_not_apply_to():
 def test_evaluations_average_a_reward_over_the_takes_it_applies_to():
     from types import SimpleNamespace
 
-    from actors.evaluation import Evaluator
+    from actors.evaluation import summary_record
     from jobs.common.evaluation_table import summarise
 
     def works(*prompts):
@@ -90,7 +90,7 @@ def test_evaluations_average_a_reward_over_the_takes_it_applies_to():
         SimpleNamespace(scores=scored(a=[1, 3], b=None, c=None), work=works(0, 1)),
         SimpleNamespace(scores=scored(a=[np.nan, 5], b=[2, 4], c=None), work=works(2, 3)),
     ]
-    record = Evaluator._summary(SimpleNamespace(_weights={"a": 1.0, "b": 10.0, "c": 1.0}), jobs)
+    record = summary_record(jobs, {"a": 1.0, "b": 10.0, "c": 1.0})
     assert record["mean"] == (1 + 3 + 20 + 45) / 4 and record["n"] == 4
     b = record["rewards"]["b"]
     assert record["rewards"]["a"]["mean"] == 3 and (b["mean"], b["se"], b["n"]) == (3.0, 1.0, 2)
