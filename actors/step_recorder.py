@@ -94,7 +94,8 @@ class Recorder:
         values |= {f"heldout/{name}": entry["mean"] for name, entry in record["rewards"].items()}
         values |= {f"guard/{name}": entry["mean"] for name, entry in record["guards"].items()}
         if "verdict" in record:
-            values |= {f"verdict/{kind}": float(record["verdict"]["kind"] == kind) for kind in ("suspect", "improved")}
+            kind = record["verdict"]["kind"]
+            values |= {"verdict/suspect": float(kind == "suspect"), "verdict/improved": float(kind == "improved")}
             named = {"mean": record["changes"]["reward"], **record["changes"]["rewards"]}
             for name, change in named.items():
                 values[f"change/{name}"] = change["mean"]

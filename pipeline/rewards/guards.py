@@ -31,7 +31,7 @@ _DUPLICATE = 0.02  # rms difference of descriptors (0..1) below which two takes 
 class Guard:
     """How far a measurement's mean over held-out prompts may move from where it was before training.
 
-    `factor`: between start / tolerance and start x tolerance. `offset`: between start - tolerance and start + tolerance.
+    `factor`: between start / tolerance and start x tolerance. `offset`: the tolerance below or above the start.
     `limit`: at most the tolerance, whatever it was. A move in a direction that is not watched, or smaller than `least`,
     is never suspect.
     """

@@ -9,7 +9,7 @@ from pipeline.runs.verdict import judge, tolerances
 
 PROMPTS = np.arange(40)
 WEIGHTS = {"proxy": 1.0, "gold": 0.0}
-ALLOWED = {"brightness": 1.3, "distance": 1.0, "duplicates": 0.1}
+ALLOWED = {"brightness": 0.12, "distance": 1.0, "duplicates": 0.1}
 
 
 def record(step, proxy=0.5, gold=0.5, spread=0.02, seed=None, prompts=PROMPTS, **guards):

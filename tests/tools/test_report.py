@@ -33,7 +33,8 @@ def test_finished_video_run_shows_everything(finished):
     assert "0.550" in html and "0.830" in html and "+0.280" in html and "11.2 standard errors" in html
     assert html.count("<video ") == 12 and html.count('src="data:video/mp4;base64,') == 12
     assert html.count('alt="frame ') == 12 * 4 and "w 0.49" in html
-    assert html.count("<svg") == 1 + 2 + 9 + 2
+    assert html.count("<svg") == 1 + 2 + 6 + 2
+    assert "The same in every step, so without a curve: Share of clipped ratios: low 0.1, high 0.12; Spread" in html
     for part in (
         "a red circle moving right slowly, number 5",
         "480 admitted",
@@ -69,7 +70,7 @@ def test_how_rewards_are_combined_is_shown(tmp_path, finished):
     cells = ["scene", "1", "running", "-2 to 2.5", "3", "all", "80 %", "75 %"]
     assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) in html
     assert "<td>50 %</td>" in html and "no other of their group dominates" in html
-    assert html.count("<svg") == 1 + 2 + 9 + 2 + 5 and "not dominated in their group" in html
+    assert html.count("<svg") == 1 + 2 + 6 + 2 + 5 and "not dominated in their group" in html
 
 
 def test_images_are_shown_as_pictures(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ DIAGNOSTICS: list[tuple[str, list[str], dict[str, bool]]] = [
     ("Share of clipped ratios", ["clip/low", "clip/high"], {"zero": True}),
     ("KL to the reference", ["kl"], {"zero": True}),
     ("Groups with equal rewards", ["zero_std_ratio"], {"zero": True}),
+    ("Spread of the rewards of a step's takes", ["reward/std"], {"zero": True}),
     ("Gradient norm (before clipping)", ["grad_norm"], {"zero": True}),
     ("On-policy check: max |log-ratio|", ["ratio/max_abs_log"], {"log": True}),
     ("Stale takes: rms log-ratio", ["offpolicy/rms_log_ratio"], {"zero": True}),
@@ -33,15 +33,10 @@ def _series(metrics: list[dict], name: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _train_line(run: RunRecord, name: str, label: str, std: str | None = None) -> Line:
-    """`std`: the metric from which the standard error over the step's takes is computed."""
+def _train_line(run: RunRecord, name: str, label: str) -> Line:
+    """Without an error: a step's takes share their prompts, which are too few to estimate one."""
     x, y = _series(run.metrics, name)
-    error = None
-    if std and run.config:
-        takes = run.config.step.takes * run.config.step.groups
-        by_step = {row["step"]: row[std] / math.sqrt(takes) for row in run.metrics if finite(row.get(std))}
-        error = [by_step.get(step, 0.0) for step in x] if by_step else None
-    return Line(label=label, x=x, y=y, error=error)
+    return Line(label=label, x=x, y=y)
 
 
 def _heldout_line(run: RunRecord, pick: Callable[[dict[str, Any]], Any], label: str) -> Line:
@@ -52,7 +47,7 @@ def _heldout_line(run: RunRecord, pick: Callable[[dict[str, Any]], Any], label: 
         label=label,
         x=[step for step, _ in rows],
         y=[value["mean"] for _, value in rows],
-        error=[value.get("se") or 0.0 for _, value in rows],  # a bar of no length for a single prompt
+        error=[value.get("ci95") or 0.0 for _, value in rows],  # a bar of no length for a single prompt
         bars=True,
     )
 
@@ -60,12 +55,12 @@ def _heldout_line(run: RunRecord, pick: Callable[[dict[str, Any]], Any], label: 
 def reward_curve(run: RunRecord) -> Markup | None:
     """The weighted sum of rewards in training and on held-out prompts."""
     lines = [
-        _train_line(run, "reward/mean", "training prompts", "reward/std"),
+        _train_line(run, "reward/mean", "training prompts"),
         _heldout_line(run, lambda row: row, "held-out prompts (ODE, fixed seeds)"),
     ]
     if not any(len(line.x) for line in lines):
         return None
-    return plot("Reward (mean ± standard error)", lines, size=(9.0, 3.0))
+    return plot("Reward (held-out: mean and 95 % interval)", lines, size=(9.0, 3.0))
 
 
 def reward_plots(run: RunRecord) -> list[Markup]:
@@ -91,14 +86,37 @@ def _result_of(name: str, row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def diagnostics(run: RunRecord) -> list[Markup]:
-    plots = []
+    """A plot of each diagnostic that was measured and that varies; see `constants`."""
+    return [
+        plot(title, lines, size=(4.4, 2.2), **options)
+        for title, lines, options in _measured(run)
+        if not _is_constant(lines)
+    ]
+
+
+def constants(run: RunRecord) -> list[str]:
+    """`title: value` of diagnostics that were the same in every step: a flat curve is no proof of anything."""
+    found = []
+    for title, lines, _ in _measured(run):
+        if _is_constant(lines):
+            values = [f"{line.label} {line.y[0]:g}" if len(lines) > 1 else f"{line.y[0]:g}" for line in lines]
+            found.append(f"{title}: {', '.join(values)}")
+    return found
+
+
+def _measured(run: RunRecord) -> list[tuple[str, list[Line], dict[str, bool]]]:
+    found = []
     for title, names, options in DIAGNOSTICS:
-        lines = [
-            Line(label=name.split("/")[-1], x=x, y=y) for name in names for x, y in [_series(run.metrics, name)] if x
-        ]
+        series = [(name, *_series(run.metrics, name)) for name in names]
+        lines = [Line(label=name.split("/")[-1], x=x, y=y) for name, x, y in series if x]
         if lines:
-            plots.append(plot(title, lines, size=(4.4, 2.2), **options))
-    return plots
+            found.append((title, lines, options))
+    return found
+
+
+def _is_constant(lines: list[Line]) -> bool:
+    """Whether nothing changes over several steps."""
+    return all(len(line.x) > 2 and len(set(line.y)) == 1 for line in lines)
 
 
 def times(run: RunRecord) -> list[Markup]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.rl.evaluation import paired_difference
+from pipeline.rl.evaluation import changes
 from pipeline.rl.objectives import objective_of
 from pipeline.tools.report.plots import finite
 from pipeline.tools.report.record import RunRecord
+from pipeline.tools.report.trust import change_of
 
 
 def status(run: RunRecord) -> dict[str, str]:
@@ -67,37 +68,46 @@ def duration(seconds: float) -> str:
 
 def headline(run: RunRecord) -> dict[str, Any] | None:
     """Held-out before and after; None when there is no evaluation yet."""
-    before, after = run.heldout.get("before"), run.heldout.get("after")
+    before, after, difference = (run.heldout.get(key) for key in ("before", "after", "difference"))
     if before is None and run.evals:
         before = run.evals[0]
     if after is None and len(run.evals) > 1:
-        after = run.evals[-1]
+        after, difference = run.evals[-1], changes(run.evals[0], run.evals[-1]).reward
     if not before:
         return None
-    result: dict[str, Any] = {"before": before, "after": after, "delta": None}
-    if after:
-        paired = paired_difference(before, after)
-        error = paired.se if paired else (run.heldout.get("difference") or {}).get("se")
-        result["delta"] = after["mean"] - before["mean"]
-        result["error"] = error
-        result["in_se"] = result["delta"] / error if error else None
-    return result
+    error = difference.get("se") if isinstance(difference, dict) else difference.se if difference else None
+    change = change_of(before, after, difference)
+    in_se = change["mean"] / error if error and change["mean"] is not None else None
+    return {"before": before, "after": after, "change": change, "in_se": in_se}
 
 
 def rewards_table(run: RunRecord) -> list[dict[str, Any]]:
-    """Held-out mean of each reward, before and after."""
+    """Held-out mean of each reward, before and after, and its paired change."""
     rewards = run.heldout.get("rewards") or {}
     if not rewards and run.evals:
-        first, last = run.evals[0].get("rewards") or {}, run.evals[-1].get("rewards") or {}
-        if len(run.evals) == 1:
-            last = {}
-        rewards = {name: {"before": value, "after": last.get(name)} for name, value in first.items()}
-    rows = []
-    for name, pair in rewards.items():
-        before, after = pair.get("before"), pair.get("after")
-        delta = after["mean"] - before["mean"] if before and after else None
-        rows.append({"name": name, "before": before, "after": after, "delta": delta})
-    return rows
+        first, last = run.evals[0], run.evals[-1]
+        found = changes(first, last).rewards
+        after = (last.get("rewards") or {}) if len(run.evals) > 1 else {}
+        rewards = {
+            name: {"before": value, "after": after.get(name), "difference": found.get(name)}
+            for name, value in (first.get("rewards") or {}).items()
+        }
+    golds = run.config.gold_rewards if run.config else []
+    return [
+        {
+            "name": name,
+            "gold": name in golds,
+            "before": pair.get("before"),
+            "after": pair.get("after"),
+            "change": change_of(pair.get("before"), pair.get("after"), pair.get("difference")),
+        }
+        for name, pair in rewards.items()
+    ]
+
+
+def two_points(run: RunRecord) -> bool:
+    """Whether the held-out curve has no points between the first one and the last one, by the config."""
+    return run.config is not None and not run.config.evaluation.every and bool(run.evals)
 
 
 def _sampler(config: Config) -> str:

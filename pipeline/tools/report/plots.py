@@ -27,9 +27,15 @@ class Line:
 
 
 def plot(
-    title: str, lines: list[Line], *, size: tuple[float, float] = (4.4, 2.5), log: bool = False, zero: bool = False
+    title: str,
+    lines: list[Line],
+    *,
+    size: tuple[float, float] = (4.4, 2.5),
+    log: bool = False,
+    zero: bool = False,
+    marked: tuple[float, float] | None = None,
 ) -> Markup:
-    """Curves over the optimisation step. Curves without points are left out."""
+    """Curves over the optimisation step. Curves without points are left out. `marked`: a point with a star."""
     figure, axes = _axes(title, size)
     for number, line in enumerate(line for line in lines if len(line.x)):
         colour = COLOURS[number % len(COLOURS)]
@@ -53,6 +59,8 @@ def plot(
             low = [y - e for y, e in zip(line.y, line.error, strict=True)]
             high = [y + e for y, e in zip(line.y, line.error, strict=True)]
             axes.fill_between(line.x, low, high, color=colour, alpha=0.18, lw=0)
+    if marked is not None:
+        axes.plot(*marked, marker="*", ms=14, color=COLOURS[6], zorder=4)
     values = [y for line in lines for y in line.y]
     if log and values and min(values) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")

@@ -17,7 +17,7 @@ from pipeline.core.secrets import mask, mask_tree
 from pipeline.core.statistics import with_error
 from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.rl.signals import signal_of
-from pipeline.tools.report import curves, facts, rewards, takes
+from pipeline.tools.report import curves, facts, rewards, takes, trust
 from pipeline.tools.report.record import RunRecord, read_run
 
 TEMPLATE = Path(__file__).parent / "templates"
@@ -42,24 +42,33 @@ def build_report(run_dir: Path, summary: dict[str, Any] | None = None) -> Path:
 
 def _context(run: RunRecord) -> dict[str, Any]:
     """What the template shows, from the top of the page to its end."""
-    config = run.config
+    config, kept = run.config, takes.Takes(run)
     configured_seeds = {"run": config.run.seed, "evaluation": EVALUATION_SEED} if config else {}
     return {
         "name": run.folder.path.resolve().name,
         "made": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "status": facts.status(run),
         "facts": facts.facts(run),
+        "verdict": trust.verdict(run),
+        "showing": kept.showing(trust.columns_that_show(run)),
         "headline": facts.headline(run),
+        "two_points": facts.two_points(run),
         "rewards_table": facts.rewards_table(run),
+        "gold_plots": trust.gold_plots(run),
+        "guards_table": trust.guards_table(run),
+        "guard_plots": trust.guard_plots(run),
         "reward_curve": curves.reward_curve(run),
         "reward_plots": curves.reward_plots(run),
         "combining": rewards.combining_table(config, run.metrics),
         "combining_rule": signal_of(config).describe() if config else "",
         "combining_plots": rewards.combining_plots(config, run.metrics),
         "diagnostics": curves.diagnostics(run),
+        "constants": curves.constants(run),
         "times": curves.times(run),
-        "pairs": takes.pairs(run),
-        "problems": mask_tree(run.problems),
+        "pairs": kept.pairs(),
+        "gallery": kept.gallery(),
+        "training_takes": kept.training(),
+        "problems": mask_tree(list(dict.fromkeys(run.problems))),
         "config_text": mask(read_text(run.folder.config, MAX_YAML)) if config else None,
         "versions": run.summary.get("versions") or {},
         "seeds": run.summary.get("seeds") or configured_seeds,

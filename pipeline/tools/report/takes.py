@@ -1,10 +1,13 @@
-"""The report's takes: each held-out prompt before and after training, with the frames that frame rewards scored."""
+"""The report's takes: held-out prompts before and after training, those that show what is suspect, and galleries.
+
+Pictures are shown at their real size; small ones are enlarged by a whole factor, which their caption says.
+"""
 
 from __future__ import annotations
 
 import base64
 import re
-from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +16,170 @@ import numpy as np
 from pipeline.core.errors import InputError, RushesError
 from pipeline.core.media import encode_png, enlarge, read_media
 from pipeline.core.safe_paths import file_inside
-from pipeline.core.takes_table import read_takes
+from pipeline.core.takes_table import TAKES_FILE, read_takes
 from pipeline.rl.group_plan import SHOWN_PROMPTS
 from pipeline.tools.report.record import COPY_IT, RunRecord
 
 MAX_EMBEDDED = 40 * 2**20  # bytes of media inside the file; beyond it they are linked
 THUMBNAIL = 72  # pixels, longer side of a segment's frame
+SHOWING = 3  # takes that show what is suspect
+SMALLEST = 192  # pixels, longer side to which smaller pictures are enlarged
+TRAINING_STEPS, TRAINING_TAKES = 6, 12  # of the kept training takes: steps shown, and takes of each
 
 
-def eval_folders(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the kept evaluations, in order."""
+def step_folders(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the kept takes below `root`, in order."""
     folders = []
-    for folder in (run_dir / "eval").glob("step-*") if (run_dir / "eval").is_dir() else []:
+    for folder in root.glob("step-*") if root.is_dir() else []:
         match = re.fullmatch(r"step-(\d+)", folder.name)
-        if match and (folder / "takes.parquet").exists():
+        if match and (folder / TAKES_FILE).exists():
             folders.append((int(match.group(1)), folder))
     return sorted(folders)
 
 
-def pairs(run: RunRecord) -> list[dict[str, Any]]:
-    """Per prompt: the first kept evaluation beside the last one, same prompt and seed."""
-    run_dir, problems = run.folder.path, run.problems
-    folders = eval_folders(run_dir)
-    if not folders:
+@dataclass(frozen=True, slots=True)
+class _Take:
+    """A row of a table, and where it stands."""
+
+    step: int
+    folder: Path
+    row: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Pair:
+    """A prompt and seed in the first kept evaluation and in the last one."""
+
+    prompt: str
+    seed: int
+    before: _Take | None = None
+    after: _Take | None = None
+
+    def change(self, column: str) -> float | None:
+        """Of a column of the table; None where one of both has none."""
+        if self.before is None or self.after is None:
+            return None
+        before, after = self.before.row.get(column), self.after.row.get(column)
+        return None if before is None or after is None else after - before
+
+
+class Takes:
+    """The takes of a run, for one report: embeds media until `MAX_EMBEDDED` bytes are in it, then links them."""
+
+    def __init__(self, run: RunRecord) -> None:
+        self.run, self.path, self._left = run, run.folder.path, MAX_EMBEDDED
+        self._pairs = self._read_pairs()
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Per prompt: its first take in the first kept evaluation beside that in the last one."""
+        firsts = [pair for pair in self._pairs if all(take.row.get("take", 0) == 0 for take in self._both(pair))]
+        return [self._shown(pair) for pair in firsts[:SHOWN_PROMPTS]]
+
+    def showing(self, columns: list[tuple[str, float]]) -> list[dict[str, Any]]:
+        """The takes that changed most in the first of these columns (name, sign of the change) that takes have."""
+        for column, sign in columns:
+            changed = [(sign * change, pair) for pair in self._pairs if (change := pair.change(column)) is not None]
+            if changed:
+                changed.sort(key=lambda each: -each[0])
+                return [self._shown(pair) | {"column": column.partition("/")[2] or column, "values": self._values(
+                    pair, column)} for _, pair in changed[:SHOWING]]  # fmt: skip
         return []
-    ends = [folders[0]] if len(folders) == 1 else [folders[0], folders[-1]]
-    budget = [MAX_EMBEDDED]
-    cells: dict[tuple[int, int], dict[str, Any]] = defaultdict(lambda: {"before": None, "after": None})
-    for column, (step, folder) in zip(("before", "after"), ends, strict=False):
+
+    def gallery(self) -> list[dict[str, Any]]:
+        """All kept held-out takes, before and after, small."""
+        if len(self._pairs) <= SHOWN_PROMPTS:
+            return []
+        return [self._shown(pair, segments=False) for pair in self._pairs]
+
+    def training(self) -> list[dict[str, Any]]:
+        """Kept training takes by step: the last few steps that kept some."""
+        steps = []
+        for step, folder in step_folders(self.path / "takes")[-TRAINING_STEPS:]:
+            takes = [take for take in self._rows(step, folder) if take.row.get("path")]
+            takes.sort(key=lambda take: (take.row["prompt_index"], take.row.get("take", 0)))
+            cells = [self._cell(take, segments=False) for take in takes[:TRAINING_TAKES]]
+            steps.append({"step": step, "cells": cells, "more": len(takes) - len(cells)})
+        return steps
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def _read_pairs(self) -> list[_Pair]:
+        folders = step_folders(self.path / "eval")
+        ends = [folders[0]] if len(folders) == 1 else [*folders[:1], *folders[-1:]]
+        pairs: dict[tuple[int, int], _Pair] = {}
+        for side, (step, folder) in zip(("before", "after"), ends, strict=False):
+            for take in self._rows(step, folder):
+                row = take.row
+                if row.get("path"):
+                    pair = pairs.setdefault((row["prompt_index"], row["seed"]), _Pair(row["prompt"], row["seed"]))
+                    setattr(pair, side, take)
+        return [pairs[key] for key in sorted(pairs)]
+
+    def _rows(self, step: int, folder: Path) -> list[_Take]:
         try:
-            table = f"{folder.relative_to(run_dir)}/takes.parquet"
-            file_inside(run_dir, table, str(run_dir), COPY_IT)
-            rows = read_takes(folder)
+            table = f"{folder.relative_to(self.path)}/{TAKES_FILE}"
+            file_inside(self.path, table, str(self.path), COPY_IT)
+            return [_Take(step, folder, row) for row in read_takes(folder)]
+        except InputError as error:
+            self.run.problems.append(str(error))
+            return []
+
+    # ------------------------------------------------------------------------------------------- cells
+
+    @staticmethod
+    def _both(pair: _Pair) -> list[_Take]:
+        return [take for take in (pair.before, pair.after) if take is not None]
+
+    def _shown(self, pair: _Pair, segments: bool = True) -> dict[str, Any]:
+        shown: dict[str, Any] = {"prompt": pair.prompt, "seed": pair.seed}
+        shown["before"] = self._cell(pair.before, segments) if pair.before else None
+        shown["after"] = self._cell(pair.after, segments) if pair.after else None
+        if (change := pair.change("reward")) is not None:
+            shown["delta"] = change
+        return shown
+
+    @staticmethod
+    def _values(pair: _Pair, column: str) -> tuple[float, float]:
+        assert pair.before is not None and pair.after is not None  # it has a change
+        return pair.before.row[column], pair.after.row[column]
+
+    def _cell(self, take: _Take, segments: bool) -> dict[str, Any]:
+        row, problems = take.row, self.run.problems
+        try:
+            path = file_inside(take.folder, row["path"], f"{take.folder / TAKES_FILE}: path", COPY_IT)
         except InputError as error:
             problems.append(str(error))
-            continue
-        for row in rows:
-            if row.get("path") and row.get("take", 0) == 0:
-                key = (row["prompt_index"], row["seed"])
-                cells[key][column] = _cell(run_dir, folder, step, row, budget, problems)
-                cells[key]["prompt"], cells[key]["seed"] = row["prompt"], row["seed"]
-    shown = [cells[key] for key in sorted(cells)][:SHOWN_PROMPTS]
-    for pair in shown:
-        if all(pair.get(side) and pair[side]["reward"] is not None for side in ("before", "after")):
-            pair["delta"] = pair["after"]["reward"] - pair["before"]["reward"]
-    return shown
-
-
-def _cell(run_dir: Path, folder: Path, step: int, row: dict, budget: list[int], problems: list[str]) -> dict[str, Any]:
-    try:
-        path = file_inside(folder, row["path"], f"{folder / 'takes.parquet'}: path", COPY_IT)
-    except InputError as error:
-        problems.append(str(error))
-        path = None
-    cell: dict[str, Any] = {
-        "step": step,
-        "reward": row.get("reward"),
-        "scores": {key[7:]: value for key, value in row.items() if key.startswith("reward/") and value is not None},
-        "video": path is not None and path.suffix == ".mp4",
-        "src": None,
-        "segments": [],
-    }
-    if path is None:
+            path = None
+        scores = {key[7:]: value for key, value in row.items() if key.startswith("reward/") and value is not None}
+        cell: dict[str, Any] = {
+            "step": take.step,
+            "prompt": row["prompt"],
+            "reward": row.get("reward"),
+            "scores": scores,
+            "video": path is not None and path.suffix == ".mp4",
+            "src": None,
+            "segments": [],
+        }
+        if path is None:
+            return cell
+        try:
+            media = read_media(path)
+            data = path.read_bytes()
+        except (RushesError, OSError) as error:
+            problems.append(str(error))
+            return cell
+        cell["src"] = self._source(path, data, "video/mp4" if cell["video"] else "image/png")
+        height, width = media.frames.shape[2:4]
+        factor = max(1, SMALLEST // max(height, width))
+        cell |= {"width": width, "height": height, "factor": factor}
+        cell["segments"] = _segments(row, media.frames[0]) if segments else []
         return cell
-    try:
-        media = read_media(path)
-        data = path.read_bytes()
-    except (RushesError, OSError) as error:
-        problems.append(str(error))
-        return cell
-    if len(data) <= budget[0]:
-        budget[0] -= len(data)
-        kind = "video/mp4" if cell["video"] else "image/png"
-        cell["src"] = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    else:
-        cell["src"] = path.relative_to(run_dir.absolute()).as_posix()
-    cell["segments"] = _segments(row, media.frames[0])
-    return cell
+
+    def _source(self, path: Path, data: bytes, kind: str) -> str:
+        if len(data) > self._left:
+            return path.relative_to(self.path.absolute()).as_posix()
+        self._left -= len(data)
+        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _segments(row: dict, frames: np.ndarray) -> list[dict[str, Any]]:
