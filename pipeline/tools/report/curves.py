@@ -88,7 +88,7 @@ def _result_of(name: str, row: dict[str, Any]) -> dict[str, Any] | None:
 def diagnostics(run: RunRecord) -> list[Markup]:
     """A plot of each diagnostic that was measured and that varies; see `constants`."""
     return [
-        plot(title, lines, size=(4.4, 2.2), **options)
+        plot(title, lines, size=(4.4, 2.2), log=options.get("log", False), zero=options.get("zero", False))
         for title, lines, options in _measured(run)
         if not _is_constant(lines)
     ]
