@@ -9,6 +9,8 @@ On videos such a function is applied to single frames, segment by segment. What 
     def redness(frames, prompt, metadata): ...       # a third parameter gets the prompt's metadata
     redness.reads = "video"                          # the whole clip at once; a parameter `fps` gets its frame rate
     redness.batched = True                           # frames [K, F, H, W, 3], lists of K prompts (and metadata) -> [K]
+    redness.takes = "pixels"                         # torch float32 [F, 3, H, W] from 0 to 1 -> a tensor of one number
+                                                     # (batched: [K]), so that its gradient can be trained on
 
 Further parameters are options, set by `rewards.<name>.args`. An `async def` is awaited, all takes of a call together.
 What a reward is given is its own: it may write into the frames. A reward that cannot score must raise: the group is
@@ -26,7 +28,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +37,9 @@ from pipeline.core.files import did_you_mean
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer
 from pipeline.rewards.user_code import import_file
+
+if TYPE_CHECKING:
+    import torch
 
 _EXTRAS = ("metadata", "fps")
 
@@ -126,6 +131,7 @@ class FunctionScorer(Scorer):
     """Wraps the user's function; see the module's docstring for what it may look like."""
 
     reads = "frame"
+    gradient_note = 'the function takes 8-bit frames; compute with torch and set its attribute takes = "pixels"'
 
     def __init__(self, spec: str, options: dict[str, Any]) -> None:
         self.function = load_function(spec)
@@ -133,6 +139,11 @@ class FunctionScorer(Scorer):
         self.batched = bool(getattr(self.function, "batched", False))
         if self.reads not in ("frame", "video"):
             raise ConfigError(f"{spec}: reads = {self.reads!r}; expected 'frame' or 'video'")
+        self.takes = getattr(self.function, "takes", "frames")
+        if self.takes not in ("frames", "pixels"):
+            raise ConfigError(f"{spec}: takes = {self.takes!r}; expected 'frames' or 'pixels'")
+        if self.takes == "pixels":
+            self.gradient_note = ""
         try:
             parameters = inspect.signature(self.function).parameters
         except ValueError:  # some functions written in C
@@ -152,10 +163,18 @@ class FunctionScorer(Scorer):
         missing = [n for n in free if parameters[n].default is inspect.Parameter.empty and n not in options]
         if missing:
             raise ConfigError(f"{spec}: the option {missing[0]!r} has no default; set it under args")
+        if self.takes == "pixels" and "fps" in names + keywords:
+            raise ConfigError(f"{spec}: a function that takes pixels is not given fps; take the parameter out")
         self.extras = [extra for extra in _EXTRAS if extra in names + keywords]
         self.options = dict(options)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray | dict[str, np.ndarray]:
+        if self.takes == "pixels":
+            import torch
+
+            pixels = torch.from_numpy(np.array(media.frames)).permute(0, 1, 4, 2, 3).float() / 255
+            with torch.no_grad():
+                return self.score_pixels(pixels, prompts).cpu().numpy()
         if self.batched:
             metadata = [copy.deepcopy(prompt.metadata) for prompt in prompts]  # takes of one prompt share theirs
             texts = [prompt.text for prompt in prompts]
@@ -169,6 +188,24 @@ class FunctionScorer(Scorer):
             if np.ndim(value) != 0 or isinstance(value, str | bytes | dict) or value is None:
                 raise TypeError(f"the function returned {value!r:.60} instead of one number")
         return np.asarray([float(value) for value in results], dtype=np.float32)
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """Not a copy: a function that writes into its pixels writes into the caller's."""
+        import torch
+
+        metadata = [prompt.metadata for prompt in prompts]
+        with _no_exit():
+            if self.batched:
+                extra = copy.deepcopy(self._extra(metadata, 0.0))
+                return self.function(pixels, [prompt.text for prompt in prompts], **extra)
+            rows = [
+                self.function(clip, prompt.text, **copy.deepcopy(self._extra(row, 0.0)))
+                for clip, prompt, row in zip(pixels, prompts, metadata, strict=True)
+            ]
+        for row in rows:
+            if not isinstance(row, torch.Tensor) or row.numel() != 1:
+                raise TypeError(f"the function returned {row!r:.60} instead of a tensor of one number")
+        return torch.stack([row.reshape(()) for row in rows])
 
     def _extra(self, metadata: Any, fps: float) -> dict[str, Any]:
         available = {"metadata": metadata, "fps": fps}

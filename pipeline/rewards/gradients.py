@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config.sections.rewards import RewardConfig, SegmentsConfig
-from pipeline.core.errors import ConfigError, RewardError
+from pipeline.core.errors import ConfigError, RewardError, one_line
 from pipeline.core.types import PromptItem
 from pipeline.rewards.base import Scorer
-from pipeline.rewards.function import FunctionScorer, is_function_spec
-from pipeline.rewards.registry import scorer_class
+from pipeline.rewards.registry import gradient_note
 from pipeline.rewards.routing import applies
 from pipeline.rewards.segments import combine_tensors, pick_frames
 
@@ -39,13 +38,6 @@ def check_gradient(name: str, cfg: RewardConfig) -> None:
     note = gradient_note(cfg.scorer, cfg.args)
     if note:
         raise ConfigError(f"rewards.{name}.gradient: {cfg.scorer} has no gradient: {note}")
-
-
-def gradient_note(scorer: str, args: dict) -> str:
-    """ "" if `scorer` with these options has gradients; else why not, and what to use instead. Raises `ConfigError`."""
-    if is_function_spec(scorer):
-        return FunctionScorer(scorer, args).gradient_note
-    return scorer_class(scorer).why_no_gradient(args)
 
 
 def frames_looked_at(scorer: Scorer, segments: SegmentsConfig, frames: int, seed: int | None, fps: float) -> np.ndarray:
@@ -128,6 +120,10 @@ def _checked(name: str, scorer: Scorer, pixels: torch.Tensor, prompts: Sequence[
         scores = scorer.score_pixels(pixels, prompts)
     except RewardError as error:
         raise type(error)(f"reward {name}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {name}: raised {type(error).__name__}: {one_line(error, 600)}") from error
     if not isinstance(scores, torch.Tensor) or scores.shape != (len(pixels),):
         shape = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise RewardError(

@@ -95,6 +95,13 @@ def check_options(scorer: str, args: dict[str, Any], key: str = "args") -> None:
     cls.check_args(args)
 
 
+def gradient_note(scorer: str, args: dict[str, Any]) -> str:
+    """ "" if `scorer` with these options has gradients; else why not, and what to use instead. Loads no model."""
+    if is_function_spec(scorer):
+        return FunctionScorer(scorer, args).gradient_note
+    return scorer_class(scorer).why_no_gradient(args)
+
+
 def create_scorer(scorer: str, args: dict[str, Any]) -> Scorer:
     """Checks the options and loads the model. Raises `ConfigError`, or whatever `RushesError` the model raises."""
     if is_function_spec(scorer):

@@ -8,14 +8,17 @@ import pytest
 import tiny_rewards as tiny
 import torch
 from PIL import Image
+from pixel_gradients import check_slope, gap_to_server
 from reward_math import centred, cosine, letterboxed, normalised, pil, run, whole_clip
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel
 
+from pipeline.config.schema import RewardConfig
 from pipeline.core.devices import resolve_device
 from pipeline.core.errors import ConfigError, InputError, RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD, Preprocess, place, preprocess
+from pipeline.rewards.runner import build_reward
 from pipeline.rewards.scorers.image_reward import transformers_name
 
 TEXTS = ("a red cat", "Eine Tür, 猫 und кот!", "", "a red cat")
@@ -323,3 +326,23 @@ def test_device():
     assert resolve_device("auto").type in ("cpu", "cuda") and resolve_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="device: found 'gpu'"):
         resolve_device("gpu")
+
+
+# ------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("scorer", ["pickscore", "hpsv2", "aesthetic", "image_reward"])
+def test_scores_with_gradients_are_the_servers(scorer, clip, image_reward, tmp_path):
+    """To float32 at the model's own size. Elsewhere the rounding of 8 bits, to which such random weights are sensitive,
+    is all that differs; other fits of the picture would differ by far more."""
+    args = {
+        "aesthetic": {"model": str(clip), "head": str(aesthetic_head(tmp_path)[0])},
+        "image_reward": {"model": str(image_reward[0])},
+    }.get(scorer, {"model": str(clip)})
+    runner = build_reward("r", RewardConfig(scorer=scorer, args={**args, "batch": 2}))
+    prompts = tiny.items("a red cat", "a blue mat", "the cat")
+    scores = runner.run(tiny.pictures(3), prompts, None).values
+    spread = np.ptp(scores)
+    assert gap_to_server(runner, tiny.pictures(3, 32, 32), prompts) < 1e-4 * max(1, np.abs(scores).max())
+    assert gap_to_server(runner, tiny.pictures(3), prompts) < 0.04 * spread
+    check_slope(runner, tiny.pictures(3, 40, 32), prompts, eps=0.005)

@@ -7,11 +7,14 @@ import pytest
 import tiny_rewards as tiny
 import torch
 from PIL import Image
+from pixel_gradients import check_slope, gap_to_server
 from reward_math import run
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError
+from pipeline.rewards.runner import build_reward
 
 DIM, HEADS, HEAD, LAYERS = 24, 3, 8, 2
 CONDITION = "light, color, hands"
@@ -179,3 +182,12 @@ def test_weights_of_other_models_and_broken_ones_are_refused(model, tmp_path):
         save_file({k: v for k, v in tensors.items() if keep(k)}, tmp_path / f"{name}.safetensors")
         with pytest.raises(InputError, match=message):
             score((folder, tmp_path / f"{name}.safetensors"), media, items)
+
+
+def test_scores_with_gradients_are_the_servers(model):
+    folder, weights = model
+    args = {"condition": CONDITION, "threshold": THRESHOLD, "weights": str(weights), "model": str(folder), "batch": 2}
+    runner = build_reward("r", RewardConfig(scorer="mps", args=args))
+    prompts = tiny.items("a red cat", "a blue mat", "the cat")
+    assert gap_to_server(runner, tiny.pictures(3, 32, 32), prompts) < 1e-4
+    check_slope(runner, tiny.pictures(3, 40, 32), prompts, eps=0.005)

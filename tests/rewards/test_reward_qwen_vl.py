@@ -8,16 +8,19 @@ import pytest
 import tiny_qwen as tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from pixel_gradients import as_pixels, check_slope, gap_to_server
 from reward_math import pil, run
 from safetensors.torch import load_file, save_file
 from tiny_rewards import items, pictures, spread
 from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import InputError, RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.models.qwen_vl import resized_shape
+from pipeline.rewards.runner import build_reward
 from pipeline.rewards.scorers import hpsv3, video_align
 
 TEXTS = ("a red cat", "Eine Tür, 猫 {prompt}", "")
@@ -260,3 +263,38 @@ def test_video_align_frame_choice_follows_the_frame_rate():
     assert video_align.sampled_frames(3, 8.0) == [0, 2] and video_align.sampled_frames(2, 30.0) == [0, 1]
     with pytest.raises(RewardError, match="clips of 2 frames or more, got 1"):
         video_align.sampled_frames(1, 8.0)
+
+
+# ------------------------------------------------------------------------------------------ gradients
+
+
+def runner(scorer, folder, weights, batch):
+    args = {"weights": str(folder / weights), "model": str(folder), "dtype": "float32", "batch": batch}
+    return build_reward("r", RewardConfig(scorer=scorer, args=args))
+
+
+def test_hpsv3_with_gradients_is_the_servers(hps, monkeypatch):
+    monkeypatch.setattr(hpsv3, "QUESTION", "{text_prompt} " + hpsv3.TOKEN)  # short, for speed
+    reward, prompts = runner("hpsv3", hps[0], "hpsv3.safetensors", batch=1), items("a red cat", "a dog")
+    assert gap_to_server(reward, pictures(2, 448, 448), prompts) < 1e-4  # not resized
+    spread = np.ptp(reward.run(pictures(2, 45, 72), prompts, None).values)
+    assert gap_to_server(reward, pictures(2, 45, 72), prompts) < 0.02 * spread  # resized to 8 bits on the server
+    check_slope(reward, pictures(2, 45, 72), prompts, eps=0.01)
+
+
+def test_video_align_with_gradients_is_the_servers_on_its_own_frames(video_reward, monkeypatch):
+    monkeypatch.setattr(video_align, "QUESTION", "{text_prompt} " + " ".join(video_align.TOKENS))  # short, for speed
+    reward, prompts = runner("video_align", video_reward[0], "video.safetensors", batch=1), items("a red cat", "a dog")
+    media = clips(2, frames=7)
+    spread = np.ptp(reward.run(media, prompts, None).values)
+    assert gap_to_server(reward, media, prompts) < 0.02 * spread  # rounded to 8 bits on the server
+    assert gap_to_server(reward, clips(1, frames=7, height=280, width=392), prompts[:1]) < 1e-4  # not resized
+    looked_at = reward.looks_at(7, None, fps=8.0)
+    assert looked_at.tolist() == [0, 2, 4, 6]
+    pixels = as_pixels(media)
+    score = reward.gradient(pixels, prompts, None, fps=8.0)
+    score.sum().backward()
+    assert (pixels.grad.abs().amax(dim=(0, 2, 3, 4)) > 0).nonzero()[:, 0].tolist() == looked_at.tolist()
+    only = pixels.detach()[:, looked_at].requires_grad_()
+    torch.testing.assert_close(reward.gradient(only, prompts, None, fps=8.0, clip_frames=7), score)
+    check_slope(reward, media, prompts, eps=0.03)

@@ -5,11 +5,14 @@ import pytest
 import tiny_rewards as tiny
 import torch
 from PIL import Image
+from pixel_gradients import check_slope, gap_to_server
 from reward_math import centred, cosine, normalised, pil, run, whole_clip
 from transformers import ViTModel
 
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import RewardError
 from pipeline.core.types import PromptItem
+from pipeline.rewards.runner import build_reward
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +73,16 @@ def test_missing_or_broken_references_are_reward_errors(clip, reference, extra, 
     extra = {key: str(reference / value) for key, value in extra.items()}
     with pytest.raises(RewardError, match=message):
         run("clip_i", tiny.pictures(1), tiny.items("a", **extra), model=str(clip))
+
+
+@pytest.mark.parametrize(("scorer", "gap"), [("clip_i", 1e-5), ("subject", 1e-5), ("dino", 5e-3)])
+def test_scores_with_gradients_are_the_servers(scorer, gap, clip, reference, tmp_path):
+    """DINO's pictures are always resized, by PIL to 8 bits on the server."""
+    model = tiny.dino(tmp_path) if scorer == "dino" else clip
+    runner = build_reward("r", RewardConfig(scorer=scorer, args={"model": str(model), "batch": 2}))
+    paths = tuple(str(reference / f"{i}.png") for i in range(2))
+    prompts = tiny.items("a cat", "a mat", "the cat", files={"reference": paths})
+    media = tiny.pictures(3, 32, 32)
+    assert gap_to_server(runner, media, prompts) < gap
+    assert np.ptp(runner.run(media, prompts, None).values) > 20 * gap
+    check_slope(runner, media, prompts, eps=0.005)

@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import RewardError
-from pipeline.core.types import Media, PromptItem
+from pipeline.core.types import PromptItem
 from pipeline.rewards.models.checkpointing import in_batches
 from pipeline.rewards.models.clip_layout import from_open_clip, is_open_clip
-from pipeline.rewards.models.images import Preprocess, preprocess, preprocess_pixels
+from pipeline.rewards.models.images import Frames, Preprocess, preprocess
 from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
@@ -70,34 +70,24 @@ class ClipEmbedder:
         self.width = config.projection_dim
         self.preprocess = Preprocess(size=config.vision_config.image_size, fit=fit, odd=odd)
 
-    def images(self, frames: np.ndarray) -> torch.Tensor:
-        """uint8 [N, H, W, 3] -> unit vectors float32 [N, D]."""
-        import torch
+    def images(self, frames: Frames) -> torch.Tensor:
+        """N pictures -> unit vectors float32 [N, D], with gradients where the frames have them."""
 
-        with torch.inference_mode():
-            parts = batches(len(frames), self.batch)
-            return torch.cat([self.embed_pixels(self.pixels(frames[part])) for part in parts])
+        def embed(part: Frames) -> torch.Tensor:
+            return self.embed_pixels(preprocess(part, self.preprocess))
 
-    def pixels(self, frames: np.ndarray) -> torch.Tensor:
-        return preprocess(frames, self.preprocess).to(self.device)
-
-    def images_of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float [N, 3, H, W] from 0 to 1 -> unit vectors float32 [N, D], with gradients."""
-
-        def embed(part: torch.Tensor) -> torch.Tensor:
-            return self.embed_pixels(preprocess_pixels(part, self.preprocess))
-
-        return in_batches(embed, pixels.to(self.device), self.batch)
+        return in_batches(embed, frames, self.batch)
 
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Preprocessed [N, 3, S, S] -> unit vectors float32 [N, D]."""
         import torch
 
+        pixels = pixels.to(self.device, self.dtype)
         if hasattr(self.model, "get_image_features"):
-            out = self.model.get_image_features(pixel_values=pixels.to(self.dtype))
+            out = self.model.get_image_features(pixel_values=pixels)
             out = out if isinstance(out, torch.Tensor) else out.pooler_output
         else:
-            out = self.model(pixel_values=pixels.to(self.dtype)).image_embeds
+            out = self.model(pixel_values=pixels).image_embeds
         return torch.nn.functional.normalize(out.float(), dim=-1)
 
     def texts(self, texts: Sequence[str]) -> tuple[torch.Tensor, np.ndarray]:
@@ -126,13 +116,7 @@ class ClipEmbedder:
         out = out if isinstance(out, torch.Tensor) else out.pooler_output
         return torch.nn.functional.normalize(out.float(), dim=-1)
 
-    def cosine(self, media: Media, prompts: Sequence[PromptItem]) -> tuple[np.ndarray, np.ndarray]:
-        """(cosine of picture and prompt [K], prompt tokens cut off [K]) for media with F = 1."""
-        images = self.images(media.frames[:, 0])
+    def cosine(self, frames: Frames, prompts: Sequence[PromptItem]) -> tuple[torch.Tensor, np.ndarray]:
+        """(cosine of picture and prompt [N], prompt tokens cut off [N]), with gradients where the frames have them."""
         texts, cut = self.texts([p.text for p in prompts])
-        return (images * texts).sum(dim=-1).cpu().numpy(), cut
-
-    def cosine_of_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
-        """The cosine [N] of pixels float [N, 1, 3, H, W] from 0 to 1 and their prompts, with gradients."""
-        texts, _ = self.texts([p.text for p in prompts])
-        return (self.images_of_pixels(pixels[:, 0]) * texts).sum(dim=-1)
+        return (self.images(frames) * texts).sum(dim=-1), cut

@@ -1,14 +1,15 @@
-"""Preprocessing of the CLIP-like reward models: resize by PIL's bicubic filter, crop or pad to a square, normalise.
+"""Preprocessing of the CLIP-like reward models: resize by the bicubic filter, crop or pad to a square, normalise.
 
-As in the official code of every model here, 8 bits are kept until after the resize. Pixels with gradients are resized
-by torch's antialiased bicubic filter, which is the same one without rounding to 8 bits: pixels differ by about 1 / 255
-at most, and not at all where nothing is resized.
+Frames of 8 bits are resized by PIL and keep 8 bits until after the resize, as in the official code of every model here.
+Pixels with gradients are resized by torch's antialiased bicubic filter, which is the same one without the rounding: the
+two differ by about 1 / 255 at most, and not at all where nothing is resized.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from pipeline.core.errors import RewardError
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+Frames: TypeAlias = "np.ndarray | torch.Tensor"
+"""Pictures: uint8 [N, H, W, 3], or float [N, 3, H, W] from 0 to 1 with gradients."""
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,38 +56,42 @@ def place(height: int, width: int, p: Preprocess) -> tuple[int, int, int, int]:
     return new_h, new_w, half(new_h - p.size), half(new_w - p.size)
 
 
-def preprocess(frames: np.ndarray, p: Preprocess) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> normalised float32 [N, 3, S, S]. Raises `RewardError` for values that are no pixels."""
+def preprocess(frames: Frames, p: Preprocess) -> torch.Tensor:
+    """Frames -> normalised float32 [N, 3, S, S]. Raises `RewardError` for values that are no pixels."""
     import torch
 
-    pixels = torch.from_numpy(_resized(frames, p)).permute(0, 3, 1, 2).float() / 255.0
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (p.mean, p.std))
-    return (pixels - mean) / std
+    if isinstance(frames, torch.Tensor):
+        pixels = _resized_pixels(frames.float(), p)
+    else:
+        pixels = torch.from_numpy(_resized(frames, p)).permute(0, 3, 1, 2).float() / 255.0
+    return normalise(pixels, p.mean, p.std)
 
 
-def preprocess_pixels(pixels: torch.Tensor, p: Preprocess) -> torch.Tensor:
-    """float [N, 3, H, W] from 0 to 1 -> normalised float32 [N, 3, S, S], differentiable."""
+def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(pixels [N, 3, H, W] - mean) / std of each channel."""
+    means, stds = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    return (pixels - means) / stds
+
+
+def _resized_pixels(pixels: torch.Tensor, p: Preprocess) -> torch.Tensor:
+    """[N, 3, H, W] -> [N, 3, S, S], differentiable."""
     import torch
 
     new_h, new_w, top, left = place(pixels.shape[2], pixels.shape[3], p)
-    pixels = resize_pixels(pixels.float(), new_h, new_w)
+    pixels = resize_pixels(pixels, new_h, new_w)
     if p.fit == "crop":
-        pixels = pixels[:, :, top : top + p.size, left : left + p.size]
-    else:
-        bars = (-left, p.size - new_w + left, -top, p.size - new_h + top)
-        pixels = torch.nn.functional.pad(pixels, bars)
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (p.mean, p.std))
-    return (pixels - mean) / std
+        return pixels[:, :, top : top + p.size, left : left + p.size]
+    return torch.nn.functional.pad(pixels, (-left, p.size - new_w + left, -top, p.size - new_h + top))
 
 
-def resize_pixels(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """float [N, 3, H, W] from 0 to 1, resized by the bicubic filter with antialiasing: first its rows, then its
+def resize_pixels(pixels: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
+    """float [N, 3, H, W] from 0 to 1, resized with antialiasing (`mode` bicubic or bilinear): first its rows, then its
     columns, overshoots cut off after each, as PIL does it."""
     import torch
 
     for size in ((pixels.shape[2], width), (height, width)):
         if pixels.shape[2:] != size:
-            pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+            pixels = torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=True).clamp(0.0, 1.0)
     return pixels
 
 

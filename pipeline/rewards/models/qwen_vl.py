@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError, RewardError
-from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
+from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD, normalise
 from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
@@ -65,10 +65,7 @@ def vision_input(pixels: torch.Tensor, clip: bool) -> VisionInput:
     A patch is 2 frames x 14 x 14 pixels in the order channel, time, row, column; patches come frame pair by frame pair,
     in blocks of 2 x 2 that the model merges into one token.
     """
-    import torch
-
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    x = (pixels.float() / 255 - mean) / std
+    x = normalise(pixels.float() / 255, CLIP_MEAN, CLIP_STD)
     if not clip:
         x = x.expand(2, -1, -1, -1)
     t, h, w = x.shape[0] // 2, x.shape[2] // 14, x.shape[3] // 14
@@ -107,11 +104,23 @@ class QwenVlReader:
         self.model = pretrained(Qwen2VLModel, model, self.device, self.dtype, config=config, state_dict=backbone)
 
     def read(self, items: Sequence[VisionInput], questions: Sequence[str]) -> torch.Tensor:
-        """Last hidden states float32 [N, reward tokens, D] of N pictures or clips, each with its question."""
-        import torch
+        """Last hidden states float32 [N, reward tokens, D] of N pictures or clips, each with its question.
 
-        with torch.inference_mode():
-            return torch.cat([self._read(items[part], questions[part]) for part in batches(len(items), self.batch)])
+        With gradients where the patches have them; more than one batch is then computed again in the backward pass.
+        """
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        again = len(items) > self.batch and torch.is_grad_enabled() and items[0].patches.requires_grad
+        rows = []
+        for part in batches(len(items), self.batch):
+            arguments = items[part], questions[part]
+            rows.append(
+                checkpoint(self._read, *arguments, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else self._read(*arguments)
+            )
+        return torch.cat(rows)
 
     def check_text(self, text: str) -> str:
         """The prompt, which may not contain the model's special tokens. Raises `RewardError`."""

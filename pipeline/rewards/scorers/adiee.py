@@ -55,6 +55,7 @@ class Adiee(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = "it reads an answer that is generated token by token; use clip_score or hpsv3 on the wanted result"
 
     def __init__(self, model: str, device: str = "auto", dtype: str = "bfloat16", batch: int = 4) -> None:
         """`model`: the published checkpoint's folder or hub id (weights, tokenizer, processor)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,11 @@ from pipeline.core.errors import InputError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
+from pipeline.rewards.models.images import Frames
 from pipeline.rewards.models.pretrained import read_safetensors, weight_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register("aesthetic")
@@ -20,6 +25,7 @@ class Aesthetic(Scorer):
 
     reads = "frame"
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -38,10 +44,16 @@ class Aesthetic(Scorer):
         self._linear = torch.nn.functional.linear
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
-        x = self.clip.images(media.frames[:, 0])
+        return self._rating(media.frames[:, 0]).cpu().numpy()
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self._rating(pixels[:, 0])
+
+    def _rating(self, frames: Frames) -> torch.Tensor:
+        x = self.clip.images(frames)
         for weight, bias in self.layers:
             x = self._linear(x, weight, bias)
-        return x[:, 0].cpu().numpy()
+        return x[:, 0]
 
 
 def linear_chain(tensors: dict, source: str, width: int) -> list[tuple]:

@@ -39,8 +39,8 @@ class ClipScore(Scorer):
         self.clip = ClipEmbedder(model, long_prompts=long_prompts, device=device, dtype=dtype, batch=batch)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        cosine, cut = self.clip.cosine(media, prompts)
-        return {"score": cosine * self.scale, "cut_tokens": cut}
+        cosine, cut = self.clip.cosine(media.frames[:, 0], prompts)
+        return {"score": cosine.cpu().numpy() * self.scale, "cut_tokens": cut}
 
     def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
-        return self.clip.cosine_of_pixels(pixels, prompts) * self.scale
+        return self.clip.cosine(pixels[:, 0], prompts)[0] * self.scale

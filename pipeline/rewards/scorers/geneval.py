@@ -31,6 +31,7 @@ class Geneval(Scorer):
 
     reads = "frame"
     tested_with = "random weights"
+    gradient_note = "it counts the boxes of a detector; use hpsv3 or image_reward"
 
     def __init__(
         self,

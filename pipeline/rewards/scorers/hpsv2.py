@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register("hpsv2")
@@ -23,6 +27,7 @@ class Hpsv2(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -52,5 +57,8 @@ class Hpsv2(Scorer):
         )
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        cosine, cut = self.clip.cosine(media, prompts)
-        return {"score": cosine, "cut_tokens": cut}
+        cosine, cut = self.clip.cosine(media.frames[:, 0], prompts)
+        return {"score": cosine.cpu().numpy(), "cut_tokens": cut}
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self.clip.cosine(pixels[:, 0], prompts)[0]

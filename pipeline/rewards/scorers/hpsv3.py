@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.core.errors import InputError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
+from pipeline.rewards.models.images import resize_pixels
 from pipeline.rewards.models.qwen_vl import QwenVlReader, VisionInput, resized_shape, vision_input
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Hpsv3(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -84,10 +86,18 @@ class Hpsv3(Scorer):
             )
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        questions = [QUESTION.replace("{text_prompt}", self.reader.check_text(p.text)) for p in prompts]
-        hidden = self.reader.read([_vision_input(frame) for frame in media.frames[:, 0]], questions)[:, 0]
-        out = self._head(hidden).cpu().numpy()
+        out = self._read([_vision_input(frame) for frame in media.frames[:, 0]], prompts).cpu().numpy()
         return {"score": out[:, 0], "sigma": np.exp(out[:, 1])}
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        size = resized_shape(pixels.shape[3], pixels.shape[4], PIXELS, PIXELS)
+        resized = 255 * resize_pixels(pixels[:, 0], *size)
+        return self._read([vision_input(picture, clip=False) for picture in resized.split(1)], prompts)[:, 0]
+
+    def _read(self, pictures: Sequence[VisionInput], prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """[N, 2]: mean and log of sigma."""
+        questions = [QUESTION.replace("{text_prompt}", self.reader.check_text(p.text)) for p in prompts]
+        return self._head(self.reader.read(pictures, questions)[:, 0])
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, 2]: mean and log of sigma."""

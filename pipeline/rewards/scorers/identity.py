@@ -27,6 +27,10 @@ class Identity(Scorer):
 
     reads = "frame"
     tested_with = "random weights"
+    gradient_note = (
+        "its face embedder is an ONNX file; use clip_i or dino, or an embedder in torch as your own function "
+        "that takes pixels"
+    )
 
     def __init__(
         self,

@@ -18,8 +18,9 @@ from pipeline.core.errors import InputError
 from pipeline.core.reading import read_json_object
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.models.images import Preprocess, preprocess
-from pipeline.rewards.models.pretrained import batches, check_batch, read_safetensors, tokenizer, weight_file
+from pipeline.rewards.models.checkpointing import in_batches
+from pipeline.rewards.models.images import Frames, Preprocess, preprocess
+from pipeline.rewards.models.pretrained import check_batch, read_safetensors, tokenizer, weight_file
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,7 @@ class ImageReward(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(self, model: str, tokenizer_of: str | None = None, device: str = "auto", batch: int = 16) -> None:
         """`model`: folder with the weights as one safetensors file and BERT's tokenizer (or `tokenizer_of`)."""
@@ -87,31 +89,32 @@ class ImageReward(Scorer):
         self.preprocess = Preprocess(size=self.model["vision_model"].config.image_size, odd="round")
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        import torch
-
-        frames, texts = media.frames[:, 0], [p.text for p in prompts]
-        with torch.inference_mode():
-            scores = torch.cat(
-                [self._preference(preprocess(frames[part], self.preprocess), texts[part])
-                 for part in batches(len(frames), self.batch)]
-            )  # fmt: skip
+        texts = [p.text for p in prompts]
+        scores = self._preference(media.frames[:, 0], texts)
         lengths = {text: len(self.tokenizer(text, verbose=False).input_ids) for text in set(texts)}
         cut = np.asarray([max(0, lengths[t] - TOKENS) for t in texts], dtype=np.float32)
         return {"score": scores.cpu().numpy(), "cut_tokens": cut}
 
-    def _preference(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Preprocessed [N, 3, S, S] and N prompts -> [N]."""
-        inputs = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).to(self.device)
-        seen = self.model["vision_model"](pixel_values=pixels.to(self.device)).last_hidden_state
-        read = self.model["text_encoder"](
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=inputs.attention_mask.dtype),
-        ).last_hidden_state[:, 0]
-        return (self.model["mlp"]["layers"](read.float())[:, 0] - MEAN) / STD
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self._preference(pixels[:, 0], [p.text for p in prompts])
+
+    def _preference(self, frames: Frames, texts: list[str]) -> torch.Tensor:
+        """[N], with gradients where the frames have them."""
+        options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+        inputs = self.tokenizer(texts, **options).to(self.device)
+
+        def read(part: Frames, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            pixels = preprocess(part, self.preprocess).to(self.device)
+            seen = self.model["vision_model"](pixel_values=pixels).last_hidden_state
+            state = self.model["text_encoder"](
+                input_ids=ids,
+                attention_mask=mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=mask.dtype),
+            ).last_hidden_state[:, 0]
+            return (self.model["mlp"]["layers"](state.float())[:, 0] - MEAN) / STD
+
+        return in_batches(read, frames, self.batch, inputs.input_ids, inputs.attention_mask)
 
 
 def build(folder: Path) -> Any:

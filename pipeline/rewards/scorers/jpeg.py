@@ -24,6 +24,7 @@ def jpeg_kilobytes(frame: np.ndarray, quality: int) -> float:
 
 class _JpegSize(Scorer):
     reads = "frame"
+    gradient_note = "a file's size has no slope; use your own function that takes pixels, such as one of |dx| + |dy|"
     sign: float
 
     def __init__(self, quality: int = 95, scale: float = 1.0) -> None:

@@ -21,6 +21,7 @@ from pipeline.rewards.models.pretrained import check_number
 
 class _ClipScorer(Scorer):
     reads = "video"
+    gradient_note = "it solves for the optical flow; use video_align with aspect: motion"
     needs_clip = True
     least = 2  # frames
 

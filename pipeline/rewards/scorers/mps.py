@@ -19,9 +19,9 @@ from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.errors import InputError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
-from pipeline.rewards.models.images import Preprocess, preprocess
+from pipeline.rewards.models.checkpointing import in_batches
+from pipeline.rewards.models.images import Frames, Preprocess, preprocess
 from pipeline.rewards.models.pretrained import (
-    batches,
     check_batch,
     check_number,
     pretrained,
@@ -50,6 +50,7 @@ class Mps(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -83,31 +84,36 @@ class Mps(Scorer):
         self.tokenizer = tokenizer(model)
         self.context = config.text_config.max_position_embeddings
         self.preprocess = Preprocess(size=config.vision_config.image_size)
-        import torch
-
-        with torch.inference_mode():
-            self.condition, _ = self._read(condition)
-            self.logit_scale = float(self.clip.logit_scale.float().exp())
+        self.condition, _ = self._read(condition)
+        self.logit_scale = float(self.clip.logit_scale.float().exp())
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        texts = [prompt.text for prompt in prompts]
+        scores = self._preference(media.frames[:, 0], texts).cpu().numpy()
+        lengths = {text: len(self.tokenizer(text, verbose=False).input_ids) for text in set(texts)}
+        cut = np.asarray([max(0, lengths[text] - self.context) for text in texts], dtype=np.float32)
+        return {"score": scores, "cut_tokens": cut}
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self._preference(pixels[:, 0], [prompt.text for prompt in prompts])
+
+    def _preference(self, frames: Frames, texts: list[str]) -> torch.Tensor:
+        """[N], with gradients where the frames have them."""
         import torch
 
-        texts = [prompt.text for prompt in prompts]
-        with torch.inference_mode():
-            read = {text: self._prompt(text) for text in dict.fromkeys(texts)}
-            pixels = preprocess(media.frames[:, 0], self.preprocess).to(self.device)
-            rows = []
-            for part in batches(len(texts), self.batch):
-                seen = self.clip.vision_model(pixel_values=pixels[part].to(self.dtype)).last_hidden_state
-                seen = self.clip.visual_projection(seen).float()  # all tokens, without CLIP's last layer norm
-                words, ends, masks = (torch.cat([read[text][i] for text in texts[part]]) for i in range(3))
-                for cross_weights, self_weights in self.layers:
-                    seen = seen + _cross_attention(seen, words, masks, cross_weights)
-                    seen = seen + _self_attention(seen, self_weights)
-                rows.append(torch.nn.functional.cosine_similarity(seen[:, 0], ends, dim=-1))
-        lengths = {text: len(self.tokenizer(text, verbose=False).input_ids) for text in read}
-        cut = np.asarray([max(0, lengths[text] - self.context) for text in texts], dtype=np.float32)
-        return {"score": torch.cat(rows).cpu().numpy() * (self.logit_scale / self.scale), "cut_tokens": cut}
+        read = {text: self._prompt(text) for text in dict.fromkeys(texts)}
+        rows = [torch.cat([read[text][i] for text in texts]) for i in range(3)]
+
+        def compare(part: Frames, words: torch.Tensor, ends: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+            pixels = preprocess(part, self.preprocess).to(self.device, self.dtype)
+            seen = self.clip.vision_model(pixel_values=pixels).last_hidden_state
+            seen = self.clip.visual_projection(seen).float()  # all tokens, without CLIP's last layer norm
+            for cross_weights, self_weights in self.layers:
+                seen = seen + _cross_attention(seen, words, masks, cross_weights)
+                seen = seen + _self_attention(seen, self_weights)
+            return torch.nn.functional.cosine_similarity(seen[:, 0], ends, dim=-1)
+
+        return in_batches(compare, frames, self.batch, *rows) * (self.logit_scale / self.scale)
 
     def _read(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens [1, T, D], end of text [1, D]) float32. The padding is read too, as MPS was trained."""

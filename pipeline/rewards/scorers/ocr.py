@@ -56,6 +56,10 @@ class Ocr(Scorer):
 
     reads = "frame"
     tested_with = "published weights"
+    gradient_note = (
+        "its text recogniser is an ONNX file; use hpsv3, or a recogniser in torch as your own function that "
+        "takes pixels"
+    )
 
     def __init__(self, confidence: float = 0.5, threads: int = 1) -> None:
         """`confidence`: readings below it are left out. `threads`: of the OCR models."""

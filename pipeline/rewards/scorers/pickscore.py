@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.clip import ClipEmbedder
 from pipeline.rewards.models.pretrained import check_number
+
+if TYPE_CHECKING:
+    import torch
 
 
 @register("pickscore")
@@ -19,6 +23,7 @@ class PickScore(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -38,5 +43,8 @@ class PickScore(Scorer):
         self.logit_scale = float(self.clip.model.logit_scale.float().exp())
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        cosine, cut = self.clip.cosine(media, prompts)
-        return {"score": cosine * (self.logit_scale / self.scale), "cut_tokens": cut}
+        cosine, cut = self.clip.cosine(media.frames[:, 0], prompts)
+        return {"score": cosine.cpu().numpy() * (self.logit_scale / self.scale), "cut_tokens": cut}
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self.clip.cosine(pixels[:, 0], prompts)[0] * (self.logit_scale / self.scale)

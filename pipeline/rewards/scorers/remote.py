@@ -36,6 +36,7 @@ class HttpScorer(Scorer):
 
     reads: Literal["frame", "video"] = "video"  # each as it is set up
     tested_with = "a stand-in server"
+    gradient_note = "gradients do not cross HTTP; use the scorer itself, or your own function that takes pixels"
 
     def __init__(
         self,

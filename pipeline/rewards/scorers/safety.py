@@ -19,6 +19,7 @@ class Safety(Scorer):
 
     reads = "frame"
     tested_with = "published weights"
+    gradient_note = "its classifier is an ONNX file; use another reward and keep this one for evaluation"
 
     def __init__(self, jpeg: bool = True, threads: int = 1, batch: int = 8) -> None:
         """`jpeg`: re-encode as the classifier's training pictures were (the official preprocessing)."""

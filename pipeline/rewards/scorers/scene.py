@@ -279,6 +279,7 @@ class SceneScorer(Scorer):
     """Does one frame show what the caption says?  Mean credit over the attributes it names."""
 
     reads = "frame"
+    gradient_note = "it reads shapes by rules; use clip_score with a CLIP of the shapes, and this one for evaluation"
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         """Scores and parts float32 [K] of ``media.frames`` uint8 [K, 1, H, W, 3]."""
@@ -293,6 +294,7 @@ class MotionScorer(Scorer):
 
     reads = "video"
     needs_clip = True
+    gradient_note = "it reads shapes by rules; use clip_score with a CLIP of the shapes, and this one for evaluation"
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
         """Scores and parts float32 [K] of ``media.frames`` uint8 [K, F, H, W, 3]."""

@@ -15,9 +15,10 @@ import numpy as np
 from pipeline.core.devices import named_dtype, resolve_device
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
+from pipeline.rewards.models.checkpointing import in_batches
 from pipeline.rewards.models.clip import ClipEmbedder
-from pipeline.rewards.models.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, preprocess
-from pipeline.rewards.models.pretrained import batches, check_batch, check_number, pretrained
+from pipeline.rewards.models.images import IMAGENET_MEAN, IMAGENET_STD, Frames, Preprocess, preprocess
+from pipeline.rewards.models.pretrained import check_batch, check_number, pretrained
 from pipeline.rewards.models.prompt_pictures import read_picture, references
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ _CACHED = 256  # reference embeddings kept
 class ReferenceSimilarity:
     """Mean cosine of each picture with its prompt's references; embeddings of references are cached."""
 
-    def __init__(self, embed: Callable[[np.ndarray], torch.Tensor]) -> None:
+    def __init__(self, embed: Callable[[Frames], torch.Tensor]) -> None:
         self.embed = embed
         self.cache: dict[str, torch.Tensor] = {}  # by path
 
-    def __call__(self, frames: np.ndarray, prompts: Sequence[PromptItem]) -> np.ndarray:
+    def __call__(self, frames: Frames, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """Mean cosines [N], with gradients where the frames have them."""
         import torch
 
         images = self.embed(frames)
@@ -41,7 +43,7 @@ class ReferenceSimilarity:
         for image, prompt in zip(images, prompts, strict=True):
             targets = torch.stack([self._reference(path) for path in references(prompt)])
             rows.append((targets @ image).mean())
-        return torch.stack(rows).cpu().numpy()
+        return torch.stack(rows)
 
     def _reference(self, path: str) -> torch.Tensor:
         if path not in self.cache:
@@ -66,17 +68,16 @@ class DinoEmbedder:
             size=size, resize=round(size * 256 / 224), odd="round", mean=IMAGENET_MEAN, std=IMAGENET_STD
         )
 
-    def images(self, frames: np.ndarray) -> torch.Tensor:
-        """uint8 [N, H, W, 3] -> unit vectors float32 [N, D]."""
+    def images(self, frames: Frames) -> torch.Tensor:
+        """N pictures -> unit vectors float32 [N, D], with gradients where the frames have them."""
         import torch
 
-        rows = []
-        with torch.inference_mode():
-            for part in batches(len(frames), self.batch):
-                pixels = preprocess(frames[part], self.preprocess).to(self.device, self.dtype)
-                out = self.model(pixel_values=pixels, **self.options).last_hidden_state[:, 0]
-                rows.append(torch.nn.functional.normalize(out.float(), dim=-1))
-        return torch.cat(rows)
+        def embed(part: Frames) -> torch.Tensor:
+            pixels = preprocess(part, self.preprocess).to(self.device, self.dtype)
+            out = self.model(pixel_values=pixels, **self.options).last_hidden_state[:, 0]
+            return torch.nn.functional.normalize(out.float(), dim=-1)
+
+        return in_batches(embed, frames, self.batch)
 
 
 @register("clip_i")
@@ -85,6 +86,7 @@ class ClipI(Scorer):
 
     reads = "frame"
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -97,7 +99,10 @@ class ClipI(Scorer):
         self.similarity = ReferenceSimilarity(clip.images)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
-        return self.similarity(media.frames[:, 0], prompts)
+        return self.similarity(media.frames[:, 0], prompts).cpu().numpy()
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self.similarity(pixels[:, 0], prompts)
 
 
 @register("dino")
@@ -106,6 +111,7 @@ class Dino(Scorer):
 
     reads = "frame"
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self, model: str = "facebook/dino-vits16", device: str = "auto", dtype: str = "float32", batch: int = 32
@@ -113,7 +119,10 @@ class Dino(Scorer):
         self.similarity = ReferenceSimilarity(DinoEmbedder(model, device, dtype, batch).images)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
-        return self.similarity(media.frames[:, 0], prompts)
+        return self.similarity(media.frames[:, 0], prompts).cpu().numpy()
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self.similarity(pixels[:, 0], prompts)
 
 
 @register("subject")
@@ -123,6 +132,7 @@ class Subject(Scorer):
     reads = "frame"
     needs_prompt = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -141,8 +151,19 @@ class Subject(Scorer):
         self.similarity = ReferenceSimilarity(self.clip.images)
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
-        subject = self.similarity(media.frames[:, 0], prompts)
-        text, cut = self.clip.cosine(media, prompts)
-        a, b = np.maximum(subject, self.floor), np.maximum(text, self.floor)
-        score = 1.0 / (self.balance / a + (1.0 - self.balance) / b)
-        return {"score": score, "subject": subject, "text": text, "cut_tokens": cut}
+        subject, text, cut = self._cosines(media.frames[:, 0], prompts)
+        score = self._harmonic(subject, text)
+        numbers = {"score": score, "subject": subject, "text": text}
+        return {**{key: value.cpu().numpy() for key, value in numbers.items()}, "cut_tokens": cut}
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        subject, text, _ = self._cosines(pixels[:, 0], prompts)
+        return self._harmonic(subject, text)
+
+    def _cosines(self, frames: Frames, prompts: Sequence[PromptItem]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        text, cut = self.clip.cosine(frames, prompts)
+        return self.similarity(frames, prompts), text, cut
+
+    def _harmonic(self, subject: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        a, b = subject.clamp(min=self.floor), text.clamp(min=self.floor)
+        return 1.0 / (self.balance / a + (1.0 - self.balance) / b)

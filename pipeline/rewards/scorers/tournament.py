@@ -46,6 +46,7 @@ class Tournament(Scorer):
 
     reads = "video"  # a judge sees whole takes: single frames of different moments must not meet
     relative = True  # a take's score depends on the takes beside it
+    gradient_note = "it is the share of matches won, which has no slope; use pickscore or hpsv3"
 
     def __init__(self, judge: str, opponents: int = 0, batch: int = 16, args: dict[str, Any] | None = None) -> None:
         """`judge`: file.py:function, or a scorer that compares; `args`: its options. `opponents`: of each take, the

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_choice
 from pipeline.rewards.models.qwen_vl import QwenVlReader, VisionInput, resized_shape, vision_input
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 ASPECTS = ("visual", "motion", "text")  # in the order of the tokens
@@ -101,6 +105,7 @@ class VideoAlign(Scorer):
     needs_prompt = True
     needs_clip = True
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -130,13 +135,28 @@ class VideoAlign(Scorer):
         check_choice("aspect", args.get("aspect", "overall"), ("overall", *ASPECTS))
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> dict[str, np.ndarray]:
+        import torch
+
         picks = sampled_frames(media.frames.shape[1], media.fps)
+        clips = [torch.from_numpy(frames[picks]).permute(0, 3, 1, 2).float() for frames in media.frames]
+        z = self._read([_vision_input(clip, whole_levels=True) for clip in clips], prompts)
+        parts = {name: values.cpu().numpy() for name, values in zip(ASPECTS, z.T, strict=True)}
+        return {"score": self._reward(z).cpu().numpy(), **parts}
+
+    def looks_at(self, frames: int, fps: float) -> Sequence[int]:
+        return sampled_frames(frames, fps)
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self._reward(self._read([_vision_input(255 * clip, whole_levels=False) for clip in pixels], prompts))
+
+    def _read(self, clips: Sequence[VisionInput], prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """z-scores [N, 3] in the order of ASPECTS."""
         questions = [QUESTION.replace("{text_prompt}", self.reader.check_text(p.text)) for p in prompts]
-        hidden = self.reader.read([_vision_input(frames[picks]) for frames in media.frames], questions)
-        raw = (hidden @ self.reader.head["rm_head.weight"].T)[..., 0].cpu().numpy()
-        z = (raw - self.mean) / self.std
-        parts = dict(zip(ASPECTS, z.T, strict=True))
-        return {"score": z.sum(axis=1) if self.aspect == "overall" else parts[self.aspect], **parts}
+        raw = (self.reader.read(clips, questions) @ self.reader.head["rm_head.weight"].T)[..., 0]
+        return (raw - raw.new_tensor(self.mean)) / raw.new_tensor(self.std)
+
+    def _reward(self, z: torch.Tensor) -> torch.Tensor:
+        return z.sum(dim=1) if self.aspect == "overall" else z[:, ASPECTS.index(self.aspect)]
 
 
 def published_config(weights: Path) -> dict[str, dict[str, float]]:
@@ -163,17 +183,18 @@ def sampled_frames(total: int, fps: float) -> list[int]:
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
-def _vision_input(frames: np.ndarray) -> VisionInput:
-    """Of uint8 [F, H, W, 3], each frame resized to at most 256 x 28 x 28 pixels.
+def _vision_input(pixels: torch.Tensor, whole_levels: bool) -> VisionInput:
+    """Of frames float [F, 3, H, W] from 0 to 255, each resized to at most 256 x 28 x 28 pixels.
 
-    As torchvision resizes tensors: bicubic with antialiasing in float, then rounded to 8 bits.
+    As torchvision resizes tensors: bicubic with antialiasing in float, then rounded to 8 bits (`whole_levels`), which
+    gradients do without.
     """
     import torch
 
-    pixels = torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float()
-    size = resized_shape(frames.shape[1], frames.shape[2], MIN_PIXELS, MAX_PIXELS)
-    if size != tuple(frames.shape[1:3]):
+    size = resized_shape(pixels.shape[2], pixels.shape[3], MIN_PIXELS, MAX_PIXELS)
+    if size != tuple(pixels.shape[2:]):
         pixels = torch.nn.functional.interpolate(
             pixels, size, mode="bicubic", antialias=True, align_corners=False
-        ).clamp(0, 255).round()  # fmt: skip
+        ).clamp(0, 255)  # fmt: skip
+        pixels = pixels.round() if whole_levels else pixels
     return vision_input(pixels, clip=True)

@@ -33,6 +33,7 @@ class VlmJudge(Scorer):
 
     reads = "video"
     tested_with = "random weights"
+    gradient_note = "a judge answers in words; use hpsv3, or video_align for clips"
     pairs = False  # whether two takes may be shown at once, whatever the rubric
 
     def __init__(

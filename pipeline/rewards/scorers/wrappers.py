@@ -4,7 +4,7 @@ after the segments have been combined."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,10 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.pretrained import check_number
-from pipeline.rewards.registry import check_options, create_scorer
+from pipeline.rewards.registry import check_options, create_scorer, gradient_note
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Wrapper(Scorer):
@@ -43,6 +46,8 @@ class Binary(_Wrapper):
 
     Many groups end up all 0 or all 1 and teach nothing: a threshold near the policy's median score wastes least.
     """
+
+    gradient_note = "a threshold has no slope; use scaled"
 
     def __init__(self, scorer: str, threshold: float, args: dict[str, Any] | None = None) -> None:
         """`scorer` and `args`: the scorer to threshold and its options."""
@@ -75,6 +80,20 @@ class Scaled(_Wrapper):
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ConfigError(f"low: found {self.low:g}, which is not below high = {self.high:g}")
         super().__init__(scorer, args)
+
+    @classmethod
+    def why_no_gradient(cls, args: dict) -> str:
+        return gradient_note(args["scorer"], args.get("args") or {})
+
+    def looks_at(self, frames: int, fps: float) -> Sequence[int]:
+        return self.inner.looks_at(frames, fps)
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        return self.inner.score_pixels(pixels, prompts)
+
+    def finish_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        scaled = (self.inner.finish_tensor(values) - self.shift) / self.scale
+        return scaled if self.low is None and self.high is None else scaled.clamp(self.low, self.high)
 
     def finish(self, values: np.ndarray) -> np.ndarray:
         scaled = (self.inner.finish(values) - self.shift) / self.scale
