@@ -1,4 +1,4 @@
-"""`rushes export`: a checkpoint of a run as a PEFT LoRA or a whole folder that plain diffusers loads."""
+"""`rushes export`: a checkpoint of a run as a LoRA in several key styles, or as a whole folder, with a model card."""
 
 from __future__ import annotations
 
@@ -22,21 +22,30 @@ def export(
     step: Annotated[
         int | None, typer.Option("--step", min=0, help="Checkpoint of this step; default: the newest.")
     ] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="lora or full; default: what was trained.")] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="lora, kohya, comfyui or full; default: lora, or full if that was trained."),
+    ] = None,
     ema: Ema = True,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint in a format that plain diffusers loads.
+    """Write a checkpoint in a format that diffusers and others load, with a model card.
+
+    lora: for diffusers and PEFT. kohya, comfyui: one LoRA file in the key style that kohya's scripts, A1111 and Forge,
+    or ComfyUI read. full: a whole diffusers folder.
 
     \b
     Examples:
       rushes export runs/try
+      rushes export runs/try --format comfyui
       rushes export runs/try --step 50 --format full --out my-generator
     """
     from jobs.common.load_trained import find_trained
-    from pipeline.generators.export_folder import check_replaceable
+    from pipeline.generators.checkpoint_files import STYLES
+    from pipeline.generators.export_folder import check_replaceable, copy_line, load_lines
     from pipeline.tools import preflight
+    from pipeline.tools.model_card import write_card
 
     console = make_console()
     trained = find_trained(run, step)
@@ -44,10 +53,13 @@ def export(
         raise InputError(f"{run}: is an export already; give the run's folder")
     cfg = trained.run_config
     format_ = format_ or cfg.trainable.kind
-    if format_ not in ("lora", "full"):
-        raise ConfigError(f"--format: found {show(format_)}; expected lora or full")
-    if format_ == "lora" and cfg.trainable.kind == "full":
-        raise ConfigError("--format lora: this run trained all weights, there is no LoRA; use --format full")
+    formats = ("lora", *STYLES, "full")
+    if format_ not in formats:
+        raise ConfigError(
+            f"--format: found {show(format_)}; expected {', '.join(formats[:-1])} or full; diffusers and PEFT read lora"
+        )
+    if format_ != "full" and cfg.trainable.kind == "full":
+        raise ConfigError(f"--format {format_}: this run trained all weights, there is no LoRA; use --format full")
     folder = out or trained.path.parent.parent / "exports" / f"step-{trained.step:06d}-{format_}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file; choose another folder")
@@ -59,15 +71,21 @@ def export(
     preflight.check_generator(cfg, [], [])
 
     with console.status("loading"):
-        from pipeline.generators.export import export_full, export_lora
+        from pipeline.generators import export as exports
         from pipeline.runs.trained_weights import read_weights
 
         weights = read_weights(trained.path, cfg.trainable.kind, ema)
-        (export_lora if format_ == "lora" else export_full)(cfg, weights, folder)
-    say(console, f"step {trained.step} exported to {folder}; in plain diffusers:")
+        if format_ in STYLES:
+            exports.export_styled(cfg, weights, folder, format_)
+        else:
+            (exports.export_lora if format_ == "lora" else exports.export_full)(cfg, weights, folder)
+        write_card(trained.path.parent.parent, folder, cfg, trained.step or 0)
+    say(console, f"step {trained.step} exported to {folder}; {folder / 'README.md'} is its model card")
+    if format_ in STYLES:
+        say(console, copy_line(folder))
+        return
+    say(console, "in plain diffusers:")
     base = cfg.generator.pretrained if format_ == "lora" else folder
     say(console, f'    pipe = DiffusionPipeline.from_pretrained("{base}")')
-    if format_ == "lora" and any(path.is_dir() for path in folder.iterdir()):
-        say(console, f"    {folder / 'README.md'} says how each component is loaded")
-    elif format_ == "lora":
-        say(console, f'    pipe.load_lora_weights("{folder}")')
+    for line in load_lines(folder, str(folder)):
+        say(console, f"    {line}")

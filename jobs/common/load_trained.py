@@ -18,7 +18,7 @@ from pipeline.config.load import load_run_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, InputError, one_line
 from pipeline.core.files import nearest
-from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_lora, lora_files
+from pipeline.generators.checkpoint_files import LORA_FILE, check_diffusers_folder, check_lora, lora_files, styled_files
 from pipeline.runs.remote_sync import local_run
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ def find_trained(path: Path, step: int | None = None) -> Trained:
     if (path / "model_index.json").exists():
         check_diffusers_folder(path)
         return Trained(label=str(path), kind="full", path=path)
+    if styled := styled_files(path):
+        raise InputError(
+            f"{styled[0]}: is in the key style of other programs; export it in the format lora to sample or evaluate it"
+        )
     if (path / checkpoint.STATE).exists() or (path / checkpoint.MANIFEST).exists():
         run = path.parent.parent
     elif (path / "config.yaml").exists():

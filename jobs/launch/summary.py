@@ -23,6 +23,7 @@ from pipeline.core.storage import display_path
 from pipeline.rl.evaluation import changes
 from pipeline.rl.group_plan import EVALUATION_SEED
 from pipeline.runs.paths import RunDir
+from pipeline.runs.remote_sync import push_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +44,7 @@ def _versions() -> dict[str, str]:
 
 def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, console: Console) -> None:
     """The report, and then summary.json, which says that the run has finished. The last line shown is the verdict."""
+    from pipeline.tools.model_card import write_card
     from pipeline.tools.report.report import build_report
 
     evals = result["evals"]
@@ -80,6 +82,14 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     except Exception as error:  # the run itself is complete, and the report can be made again
         log.warning("the report failed", exc_info=error)
         missing.append(f"report: {type(error).__name__}: {one_line(error)}; make it with: rushes report {run.name}")
+    export = Path(result["export"])
+    try:
+        if export.is_dir():  # else it lies on the learner's machine and in the store
+            card = write_card(run.path, export, cfg, result.get("exported_step", result["step"]))
+            push_files([card, *export.glob("card/*")], run.path)
+    except Exception as error:  # as above
+        log.warning("the model card failed", exc_info=error)
+        missing.append(f"model card: {type(error).__name__}: {one_line(error)}; make it with: rushes export {run.name}")
     # Last: whoever finds a finished run finds its report. With the report's own time.
     atomic_write(run.summary, json.dumps(summary(), indent=2).encode())
     if heldout is not None:

@@ -17,6 +17,7 @@ from pipeline.core.safe_paths import check_regular
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # their component names in diffusers
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights
+STYLES = ("kohya", "comfyui")  # key styles of a LoRA that other programs read
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's, for a component that diffusers has no LoRA loader for
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -139,6 +140,11 @@ def lora_files(folder: Path) -> list[Path]:
     if (folder / "README.md").exists():  # a run's folder contains an export, but is none
         paths += [part / name for part in sorted(folder.iterdir()) for name in (LORA_FILE, ADAPTER_FILE)]
     return [path for path in paths if path.is_file()]
+
+
+def styled_files(folder: Path) -> list[Path]:
+    """The files of an exported LoRA in another key style: `kohya.safetensors`, `kohya_transformer_2.safetensors` …"""
+    return [path for style in STYLES for path in sorted(folder.glob(f"{style}*.safetensors")) if path.is_file()]
 
 
 def check_lora(files: list[Path]) -> None:

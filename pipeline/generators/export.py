@@ -1,4 +1,4 @@
-"""Exports what was trained in the formats that plain diffusers loads: a PEFT adapter or a whole pipeline folder."""
+"""Exports what was trained in the formats that others load: a LoRA in several key styles or a whole folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import WeightSet
 from pipeline.generators import adapters
-from pipeline.generators.checkpoint_files import ADAPTER_FILE, LORA_FILE, check_lora, lora_files
-from pipeline.generators.load.pipeline import load_pipeline, trained_modules
+from pipeline.generators.checkpoint_files import ADAPTER_FILE, DENOISERS, LORA_FILE, check_lora, lora_files
+from pipeline.generators.export_folder import load_lines
+from pipeline.generators.key_styles import Layers, check_known, styled, styled_text_encoder
+from pipeline.generators.load.pipeline import load_pipeline, model_index, trained_modules
 
 
 def _load_trained(cfg: Config, weights: WeightSet) -> DiffusionPipeline:
@@ -65,18 +67,15 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
     if weights.kind != "lora":
         raise ConfigError("export: this run trained full weights; use --format full")
     pipe = _load_trained(cfg, weights)
-    scale = cfg.trainable.alpha / cfg.trainable.rank
     save = getattr(type(pipe), "save_lora_weights", None)
     parameters = inspect.signature(save).parameters if save is not None else {}
     pipeline_layers: dict[str, dict[str, torch.Tensor]] = {}
-    lines: list[str] = []
     others: list[str] = []
     scratch = _scratch_folder(out)
     for name, module in trained_modules(pipe, cfg.trainable).items():
         if not hasattr(module, "peft_config"):
             continue  # it contains none of trainable.targets
-        state = get_peft_model_state_dict(module, adapter_name=adapters.ADAPTER)
-        state = {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
+        state = _lora_state(cfg, module)
         has_loader = hasattr(module, "load_lora_adapter")
         if f"{name}_lora_layers" in parameters and (has_loader or name.startswith("text_encoder")):
             pipeline_layers[name] = state
@@ -85,19 +84,18 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         folder.mkdir(parents=True)
         if has_loader:
             save_file(state, folder / LORA_FILE)
-            lines.append(f'pipe.{name}.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
             continue
         _save_for_peft(cfg, module, state, folder)
-        lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{name}").merge_and_unload()')
     if save is not None and pipeline_layers:
         layers = {f"{name}_lora_layers": state for name, state in pipeline_layers.items()}
         save(save_directory=scratch, safe_serialization=True, **layers)
-        lines.insert(0, 'pipe.load_lora_weights(".")')
         for name, state in pipeline_layers.items():
             folder = scratch if len(pipeline_layers) == 1 else scratch / "peft" / name
             _save_for_peft(cfg, getattr(pipe, name), state, folder)
             shown = folder.relative_to(scratch).as_posix()
             others.append(f'PeftModel.from_pretrained(pipe.{name}, "{shown}")')
+    (scratch / "README.md").touch()  # in a folder with one, folders of components are looked for
+    lines = load_lines(scratch)
     (scratch / "README.md").write_text(
         f"LoRA for {cfg.generator.pretrained} ({type(pipe).__name__}), made by Rushes.\n\n"
         + ("    from peft import PeftModel\n" if any("PeftModel" in line for line in [*lines, *others]) else "")
@@ -107,6 +105,67 @@ def export_lora(cfg: Config, weights: WeightSet, out: Path) -> Path:
         + "".join(f"    {line}\n" for line in others)
     )
     return _finish(scratch, out)
+
+
+def export_styled(cfg: Config, weights: WeightSet, out: Path, style: str) -> Path:
+    """Writes the LoRA in the key style of other programs (`key_styles`): `<style>.safetensors` with the denoiser and
+    the text encoders, and `<style>_<component>.safetensors` for a further denoiser. Returns `out`.
+
+    Raises ConfigError for full weights, and for a model without published names.
+    """
+    if weights.kind != "lora":
+        raise ConfigError(f"--format {style}: this run trained full weights, there is no LoRA; use --format full")
+    for name, entry in model_index(cfg.generator).items():
+        if name in DENOISERS and isinstance(entry, list | tuple) and isinstance(entry[1], str):
+            check_known(style, entry[1])  # before anything is loaded
+    pipe = _load_trained(cfg, weights)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    denoisers = [name for name in DENOISERS if pipe.components.get(name) is not None]
+    for name, module in trained_modules(pipe, cfg.trainable).items():
+        layers = _lora_layers(cfg, module)
+        if name in DENOISERS:
+            stem = style if name == denoisers[0] else f"{style}_{name}"
+            rows = {key: layer.out_features for key, layer in module.named_modules() if hasattr(layer, "out_features")}
+            tensors = styled(style, type(module).__name__, dict(pipe.components[name].config), rows, layers)
+        else:
+            stem = style
+            tensors = styled_text_encoder(_text_encoder_number(style, pipe, name), layers)
+        files.setdefault(stem, {}).update(tensors)
+    scratch = _scratch_folder(out)
+    scratch.mkdir()
+    rank = str(cfg.trainable.rank)
+    about = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "format": "pt"}
+    for stem, tensors in files.items():
+        save_file(tensors, scratch / f"{stem}.safetensors", metadata=about if style == "kohya" else {"format": "pt"})
+    return _finish(scratch, out)
+
+
+def _text_encoder_number(style: str, pipe: DiffusionPipeline, name: str) -> int:
+    """The number of lora_te<number>: CLIP encoders count from 1, T5 is 3, and 0 is the only encoder of a pipeline."""
+    kind = type(pipe.components[name]).__name__
+    if kind == "T5EncoderModel":
+        return 3
+    if not kind.startswith("CLIPTextModel"):
+        raise ConfigError(f"--format {style}: has no published names for a text encoder {kind}; use --format lora")
+    if not any(pipe.components.get(f"text_encoder_{number}") for number in (2, 3)):
+        return 0
+    return 2 if name == "text_encoder_2" else 1
+
+
+def _lora_state(cfg: Config, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`<layer>.lora_A.weight` and `.lora_B.weight`, alpha / rank folded into lora_B."""
+    scale = cfg.trainable.alpha / cfg.trainable.rank
+    state = get_peft_model_state_dict(module, adapter_name=adapters.ADAPTER)
+    return {k: (v * scale if "lora_B" in k else v).contiguous() for k, v in state.items()}
+
+
+def _lora_layers(cfg: Config, module: torch.nn.Module) -> Layers:
+    """Layer -> A [rank, in], B [out, rank]; {} for a module without any of trainable.targets."""
+    if not hasattr(module, "peft_config"):
+        return {}
+    state = _lora_state(cfg, module)
+    names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+    return {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in names}
 
 
 def _save_for_peft(cfg: Config, module: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:

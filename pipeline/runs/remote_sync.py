@@ -142,9 +142,14 @@ def _local(folder: Path, name: str) -> Path:
 
 def push_tree(folder: Path, run: Path) -> None:
     """Uploads all files below `folder`, such as an export. Raises `RushesError`."""
+    push_files(sorted(path for path in folder.rglob("*") if path.is_file()), run)
+
+
+def push_files(paths: Iterable[Path], run: Path) -> None:
+    """Uploads files of the run's folder. Raises `RushesError`."""
     store = store_of(run)
     if store is not None:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in paths:
             store.upload(path, path.relative_to(run).as_posix())
 
 

@@ -1,11 +1,13 @@
 """generate, evaluate and export on a real (tiny) pipeline: checkpoint, LoRA export and full export are one model."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from jobs import cli
 from pipeline.config.load import to_yaml
@@ -110,6 +112,29 @@ def test_checkpoint_lora_export_and_full_export_are_one_model(lora, capsys):
         max_sequence_length=8, generator=[torch.Generator().manual_seed(rows[0]["seed"])],
     ).images[0]  # fmt: skip
     assert np.abs(np.rint(picture * 255) - from_run[0, 0, 0]).max() <= 1
+
+
+def test_the_model_cards_code_runs_as_pasted(lora, capsys, tmp_path, monkeypatch):
+    cfg, run, _ = lora
+    folder = tmp_path / "out"
+    assert "is its model card" in ok(capsys, "export", run, "-o", folder)
+    card = (folder / "README.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    monkeypatch.chdir(folder)
+    exec(code, {})
+    assert Image.open("take.png").size == (16, 16)
+    monkeypatch.chdir(tmp_path)
+    assert cfg.generator.pretrained in code and "library_name: diffusers" in card and "- lora" in card
+
+
+def test_export_in_a_key_style(lora, capsys, tmp_path):
+    _, run, _ = lora
+    folder = tmp_path / "out"
+    assert "copy kohya.safetensors to" in ok(capsys, "export", run, "--format", "kohya", "-o", folder)
+    assert {path.name for path in folder.iterdir()} == {"kohya.safetensors", "README.md"}
+    assert "Copy kohya.safetensors to ComfyUI" in (folder / "README.md").read_text()
+    assert cli.main(["export", str(run), "--format", "peft"]) == 2
+    assert "expected lora, kohya, comfyui or full; diffusers and PEFT read lora" in capsys.readouterr().err
 
 
 def test_export_refuses_to_overwrite(lora, capsys):
