@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jobs import cli
 from pipeline.config.load import load_config
 from pipeline.core import cluster_address
+from pipeline.core.media import encode_mp4
 from pipeline.core.prompts import load_prompts
 from pipeline.rewards.scorers.ocr import target_text
 from pipeline.tools import preflight_machine
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 ASKED_FOR = (
     "sd1.5 sdxl sd3.5-medium sd3.5-medium-ocr sd1.5-safety flux.1-dev qwen-image wan-1.3b wan-14b wan2.2-a14b "
-    "hunyuanvideo skyreels-i2v ltx ltx-i2v quickstart quickstart-image"
+    "hunyuanvideo skyreels-i2v ltx ltx-i2v quickstart quickstart-image instructvideo"
 ).split()
 
 
@@ -34,13 +36,24 @@ def test_the_recipes_asked_for_are_there():
     assert {f"{name}.yaml" for name in ASKED_FOR} <= set(RECIPES)
 
 
+def captioned_clips(folder: Path, frames: int) -> Path:
+    folder = folder / "clips"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(encode_mp4(np.zeros((frames, 48, 80, 3), np.uint8), 8.0))
+    (folder / "a.txt").write_text("a dog runs")
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_dry_runs(name, capsys, tmp_path):
-    status = cli.main(["train", f"configs/{name}", "--dry-run", f"run.dir={tmp_path}"])
+    cfg = load_config(Path("configs") / name, [])
+    given = [f"run.dir={tmp_path}"]
+    if not cfg.prompts.train.exists():  # data that the user brings
+        given.append(f"prompts.train={captioned_clips(tmp_path, cfg.generator.num_frames)}")
+    status = cli.main(["train", f"configs/{name}", "--dry-run", *given])
     out, err = capsys.readouterr()
     assert status == 0, err
     assert "all checks passed; no model was loaded" in out and "not checked" in out
-    cfg = load_config(Path("configs") / name, [])
     local = Path(cfg.generator.pretrained).is_dir()
     assert ("is no folder here" in out) != local
     wanted = cfg.learner.resources.get("GPU", 0) + cfg.rollout.resources.get("GPU", 0) * cfg.rollout.workers.max

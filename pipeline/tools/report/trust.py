@@ -24,9 +24,7 @@ def verdict(run: RunRecord) -> dict[str, Any] | None:
     if found is None or found["kind"] not in TITLES:
         return None
     title = TITLES[found["kind"]]
-    detail = found["text"].removeprefix(f"{title}: ").removeprefix(title).strip()
-    if detail.startswith("("):
-        detail = detail[1:-1]
+    detail = found["text"].removeprefix(title).strip(": ()")
     earlier = [row["step"] for row in judged[:-1] if row["verdict"]["kind"] == "suspect"]
     return {
         "kind": found["kind"],
