@@ -5,8 +5,10 @@ import pytest
 import tiny_rewards as tiny
 import torch
 from PIL import Image
+from pixel_gradients import as_pixels, check_slope, gap_to_server
 from reward_math import normalised, pil, run
 from transformers import (
+    CLIPImageProcessorPil,
     GLPNConfig,
     GLPNForDepthEstimation,
     SegformerConfig,
@@ -15,9 +17,13 @@ from transformers import (
 from transformers.models.glpn.image_processing_pil_glpn import GLPNImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
+from pipeline.config.schema import RewardConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media
 from pipeline.rewards.models.canny import canny
+from pipeline.rewards.models.pixel_processor import PixelProcessor
+from pipeline.rewards.models.soft_maps import depth_agreement, edge_probability, soft_f1, soft_mean_iou
+from pipeline.rewards.runner import build_reward
 from pipeline.rewards.scorers.condition import f1, mean_iou, normalised_rmse
 
 
@@ -80,11 +86,24 @@ TINY = {
 }  # fmt: skip
 
 
-def test_segmentation_matches_the_model_run_by_hand(tmp_path):
+def segmenter(folder):
     torch.manual_seed(0)
     model = tiny.spread(SegformerForSemanticSegmentation(SegformerConfig(num_labels=5, **TINY)), 0)
-    model.save_pretrained(tmp_path)
-    SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return model
+
+
+def depth_model(folder):
+    torch.manual_seed(0)
+    model = tiny.spread(GLPNForDepthEstimation(GLPNConfig(**TINY)), 1)
+    model.save_pretrained(folder)
+    GLPNImageProcessorPil(size_divisor=32).save_pretrained(folder)
+    return model
+
+
+def test_segmentation_matches_the_model_run_by_hand(tmp_path):
+    model = segmenter(tmp_path)
     media, paths, expected = tiny.pictures(2, 40, 60), [], []
     for i, picture in enumerate(pil(media)):
         square = picture.resize((32, 32), Image.Resampling.BILINEAR)
@@ -102,10 +121,7 @@ def test_segmentation_matches_the_model_run_by_hand(tmp_path):
 
 
 def test_depth_matches_the_model_run_by_hand(tmp_path):
-    torch.manual_seed(0)
-    model = tiny.spread(GLPNForDepthEstimation(GLPNConfig(**TINY)), 1)
-    model.save_pretrained(tmp_path)
-    GLPNImageProcessorPil(size_divisor=32).save_pretrained(tmp_path)
+    model = depth_model(tmp_path)
     media = tiny.pictures(1, 64, 96)
     with torch.no_grad():
         x = torch.from_numpy(media.frames[:, 0]).permute(0, 3, 1, 2) / 255
@@ -133,3 +149,77 @@ def test_failures(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             run("condition", media, tiny.items("a"), **args)
+
+
+# ------------------------------------------------------------------------------------------- gradients
+
+
+def reward(**args):
+    return build_reward("r", RewardConfig(scorer="condition", args=args))
+
+
+def climbed(runner, media, prompts, steps, rate):
+    """The server's scores of the pictures before and after some steps along the gradient."""
+    pixels = as_pixels(media)
+    optimiser = torch.optim.Adam([pixels], rate)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        (-runner.gradient(pixels.clamp(0, 1), prompts, None).sum()).backward()
+        optimiser.step()
+    frames = (pixels.detach().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+    return runner.run(media, prompts, None).values, runner.run(Media(frames=frames, fps=1), prompts, None).values
+
+
+def test_soft_comparisons_are_the_hard_ones_where_all_is_certain():
+    a, b = torch.tensor([[1.0, 1, 0, 0]]), torch.tensor([[True, False, True, False]])
+    assert soft_f1(a, b) == 0.5 and soft_f1(a, a > 0) == 1 and soft_f1(0 * a, b & False) == 1
+    assert soft_f1(a / 2, a > 0) == pytest.approx(2 / 3)
+    given = torch.tensor([[0, 0, 1, 1, 255]])
+    predicted = torch.tensor([[0, 1, 1, 1, 0]])
+    certain = 100.0 * torch.nn.functional.one_hot(predicted, 3).permute(2, 0, 1)
+    assert float(soft_mean_iou(certain, given, 255)) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert float(soft_mean_iou(0 * certain, given, 255)) == pytest.approx((2 / 3) / (4 / 3 + 2 - 2 / 3))
+    depth = torch.tensor([[1.0, 2.0, 3.0]])
+    assert float(depth_agreement(depth, -depth)) == pytest.approx(1 - (2 / 3) ** 0.5)
+    assert float(depth_agreement(depth, 0 * depth)) == pytest.approx(1 - (1.25 / 3) ** 0.5)
+    flat, step = torch.full((1, 3, 5, 8), 0.5), torch.zeros(1, 3, 5, 8)
+    step[..., 4:] = 150 / 4 / 255  # |dx| = 150 beside the step
+    assert edge_probability(flat, 100, 200).max() < 0.06
+    assert edge_probability(step, 100, 200)[0, 2, 3:5].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_edges_with_gradients_are_the_servers_and_climbing_them_draws_the_edges(tmp_path):
+    path = save(tmp_path, "edges.png", canny(shapes(0), 100, 200) * 255)
+    media, prompts = Media(frames=shapes(1)[None, None], fps=1), tiny.items("a", image=path)
+    assert gap_to_server(reward(kind="edges"), media, prompts) < 1e-6
+    before, after = climbed(reward(kind="edges"), media, prompts, steps=40, rate=0.03)
+    assert (after > before + 0.3).all()
+
+
+def test_depth_with_gradients_is_the_servers(tmp_path):
+    depth_model(tmp_path)
+    path = save(tmp_path, "depth.png", np.tile(np.linspace(0, 255, 96), (64, 1)))
+    runner, prompts = reward(kind="depth", model=str(tmp_path), batch=1), tiny.items("a", "a", image=path)
+    assert gap_to_server(runner, tiny.pictures(2, 64, 96), prompts) < 1e-5
+    check_slope(runner, tiny.pictures(2, 64, 96), prompts, eps=0.005)
+
+
+def test_segmentation_with_gradients_is_the_servers_and_climbing_it_pays(tmp_path):
+    segmenter(tmp_path)
+    given = np.zeros((32, 32))
+    given[:, 16:], given[:4] = 3, 255
+    path = save(tmp_path, "classes.png", given)
+    runner, prompts = reward(kind="segmentation", model=str(tmp_path)), tiny.items("a", "a", image=path)
+    media = tiny.pictures(2, 32, 32)
+    assert gap_to_server(runner, media, prompts) < 1e-6
+    before, after = climbed(runner, media, prompts, steps=40, rate=0.02)
+    assert (after > before + 0.2).all()
+
+
+def test_a_processor_that_does_more_than_resize_is_refused(tmp_path):
+    pixels = as_pixels(tiny.pictures(1, 40, 60))[:, 0]
+    plain = SegformerImageProcessorPil(size={"height": 32, "width": 32})
+    assert PixelProcessor(plain)(pixels).shape == (1, 3, 32, 32)
+    cropping = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 24, "width": 24})
+    with pytest.raises(RewardError, match="CLIPImageProcessorPil does more than resize and normalise"):
+        PixelProcessor(cropping)(pixels)

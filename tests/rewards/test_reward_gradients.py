@@ -1,17 +1,22 @@
 """Scores with gradients: they agree with the server's, their gradients with finite differences."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_rewards as tiny
 import torch
+from doc_examples import ROOT
 from pixel_gradients import as_pixels, check_slope, finite_difference, gap_to_server
 
 from pipeline.config.sections.rewards import RewardConfig, SegmentsConfig
 from pipeline.core.errors import ConfigError, RewardError
 from pipeline.core.types import Media
+from pipeline.rewards.base import Scorer
 from pipeline.rewards.gradients import check_gradient
 from pipeline.rewards.models.checkpointing import in_batches
 from pipeline.rewards.models.images import Preprocess, preprocess
+from pipeline.rewards.registry import scorer_class, scorer_names
 from pipeline.rewards.runner import build_reward
 
 PROMPTS = tiny.items("a red cat", "a blue mat", "a cat on the mat")
@@ -175,3 +180,97 @@ def test_a_reward_without_gradients_is_refused_before_any_model_is_loaded():
     ):
         with pytest.raises(ConfigError, match=message):
             check_gradient("r", RewardConfig(**options))
+
+
+OWN = """
+def redness(pixels, prompt, gain=1.0):
+    red, green, blue = pixels.mean(dim=(0, 2, 3))
+    return gain * (red - (green + blue) / 2)
+redness.takes = "pixels"
+
+def joined(pixels, prompts, metadata):
+    return pixels.mean(dim=(1, 2, 3, 4)) * len(metadata)
+joined.takes, joined.batched, joined.reads = "pixels", True, "video"
+
+def number(pixels, prompt):
+    return 1.0
+number.takes = "pixels"
+
+def timed(pixels, prompt, fps):
+    return pixels.mean()
+timed.takes = "pixels"
+
+def plain(frames, prompt):
+    return frames.mean()
+"""
+
+
+def own(folder, name, **options):
+    (folder / "mine.py").write_text(OWN)
+    return RewardConfig(scorer=f"{folder / 'mine.py'}:{name}", **options)
+
+
+def test_own_functions_of_pixels(tmp_path):
+    media, config = clips(4, 8, 8), own(tmp_path, "redness", args={"gain": 3.0})
+    check_gradient("red", config)
+    runner = build_reward("red", config)
+    assert gap_to_server(runner, media, PROMPTS) < 1e-6
+    check_slope(runner, media, PROMPTS)
+    joined = build_reward("all", own(tmp_path, "joined"))
+    assert gap_to_server(joined, media, PROMPTS) < 1e-6 and joined.looks_at(4, 0).tolist() == [0, 1, 2, 3]
+    check_slope(joined, media, PROMPTS)
+
+    with pytest.raises(ConfigError, match="rewards.p.gradient: .*plain has no gradient: the function takes 8-bit"):
+        check_gradient("p", own(tmp_path, "plain"))
+    with pytest.raises(ConfigError, match="a function that takes pixels is not given fps"):
+        check_gradient("t", own(tmp_path, "timed"))
+    number = build_reward("n", own(tmp_path, "number"))
+    for call in (lambda: number.run(media, PROMPTS, 0), lambda: number.gradient(as_pixels(media), PROMPTS, 0)):
+        with pytest.raises(RewardError, match="reward n: .*instead of a tensor of one number"):
+            call()
+
+
+def test_wrapped_rewards(clip):
+    scaled = {"scorer": "clip_score", "args": {"model": clip}, "shift": 0.1, "scale": 0.5, "high": 0.2}
+    runner = build_reward("r", RewardConfig(scorer="scaled", args=scaled))
+    media = tiny.pictures(3, 32, 32)
+    values = runner.run(media, PROMPTS, None).values
+    assert gap_to_server(runner, media, PROMPTS) < 1e-5 and (values == np.float32(0.2)).sum() == 1
+    pixels = as_pixels(media)
+    runner.gradient(pixels, PROMPTS, None).sum().backward()
+    touched = pixels.grad.flatten(1).abs().amax(dim=1) > 0
+    assert touched.tolist() == (values < 0.2).tolist()  # no slope beyond the bound
+
+    check_gradient("r", RewardConfig(scorer="scaled", args=scaled))
+    for args, message in (
+        ({"scorer": "scaled", "args": {**scaled, "scorer": "ocr", "args": {}}}, "text recogniser is an ONNX file"),
+        ({"scorer": "binary", "args": {"scorer": "clip_score", "threshold": 0.2}}, "use scaled"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_gradient("r", RewardConfig(**args))
+
+
+def table_rows(text):
+    """(names, cells by column) of every row of the tables that have a column `gradient`."""
+    columns = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if "gradient" in cells:
+            columns = cells
+        elif columns and len(cells) == len(columns) and set(cells[0]) != {"-"}:
+            yield re.findall(r"`([^`]+)`", cells[0]), dict(zip(columns, cells, strict=True))
+        elif not cells:
+            columns = []
+
+
+def test_the_docs_say_which_scorers_have_gradients():
+    said = {}
+    for names, cells in table_rows((ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")):
+        said |= dict.fromkeys(names, cells["gradient"])
+    assert said.pop("file.py:function") == '`takes = "pixels"`' and said.pop("scaled") == "as wrapped"
+    notes = {name: scorer_class(name).gradient_note for name in scorer_names() if name != "scaled"}
+    assert said == {name: "no" if note else "yes" for name, note in notes.items()}
+    for name, note in notes.items():
+        cls = scorer_class(name)
+        assert (cls.score_pixels is Scorer.score_pixels) == bool(note) or name == "binary", name
+        assert not note or ("use " in note and "\n" not in note), name

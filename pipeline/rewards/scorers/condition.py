@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from pipeline.core.pictures import open_picture
 from pipeline.core.types import Media, PromptItem
 from pipeline.rewards.base import Scorer, register
 from pipeline.rewards.models.canny import canny
+from pipeline.rewards.models.checkpointing import in_batches
+from pipeline.rewards.models.pixel_processor import PixelProcessor
 from pipeline.rewards.models.pretrained import (
     batches,
     check_batch,
@@ -25,6 +28,16 @@ from pipeline.rewards.models.pretrained import (
     pretrained,
 )
 from pipeline.rewards.models.prompt_pictures import picture_paths
+from pipeline.rewards.models.soft_maps import (
+    depth_agreement,
+    edge_probability,
+    soft_f1,
+    soft_mean_iou,
+    with_slope_of,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORED = 255  # class number of pixels that do not count
 
@@ -79,6 +92,7 @@ class Condition(Scorer):
 
     reads = "frame"
     tested_with = "random weights"
+    gradient_note = ""
 
     def __init__(
         self,
@@ -102,6 +116,7 @@ class Condition(Scorer):
             cls = AutoModelForDepthEstimation if kind == "depth" else AutoModelForSemanticSegmentation
             self.device = resolve_device(device)
             self.model, self.processor = pretrained(cls, model, self.device, torch.float32), image_processor(model)
+            self.prepare = PixelProcessor(self.processor)
         compare: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
             "edges": lambda extracted, given: f1(extracted, given > 127),
             "depth": lambda extracted, given: 1.0 - normalised_rmse(extracted, given),
@@ -111,22 +126,61 @@ class Condition(Scorer):
 
     def score(self, media: Media, prompts: Sequence[PromptItem]) -> np.ndarray:
         frames = media.frames[:, 0]
-        size = (frames.shape[1], frames.shape[2])
-        given = [condition_picture(prompt, size, self.kind == "segmentation") for prompt in prompts]
+        given = self._given(prompts, (frames.shape[1], frames.shape[2]))
         if self.kind == "edges":
             extracted = [canny(frame, self.low, self.high) for frame in frames]
         else:
             extracted = [row for part in batches(len(frames), self.batch) for row in self.extract(frames[part])]
         return np.asarray([self.compare(a, b) for a, b in zip(extracted, given, strict=True)], dtype=np.float32)
 
-    def extract(self, frames: np.ndarray) -> list[np.ndarray]:
-        """uint8 [N, H, W, 3] -> per picture depth float [H, W] or class numbers int [H, W]."""
+    def score_pixels(self, pixels: torch.Tensor, prompts: Sequence[PromptItem]) -> torch.Tensor:
+        """Decisions have no slope, so the gradient of edges and segmentation is that of F1 and IoU of probabilities;
+        which pixels are edges at all (the ridges and the given ones) is a constant to it. The score is the server's."""
         import torch
 
-        inputs = self.processor(images=list(frames), return_tensors="pt").to(self.device)
-        with torch.inference_mode():
-            outputs = self.model(**inputs)
-        maps = outputs.predicted_depth[:, None] if self.kind == "depth" else outputs.logits
-        size = tuple(frames.shape[1:3])
-        maps = torch.nn.functional.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+        pixels = pixels[:, 0]
+        given = self._given(prompts, (pixels.shape[2], pixels.shape[3]))
+        extracted = (
+            edge_probability(pixels, self.low, self.high)
+            if self.kind == "edges"
+            else in_batches(lambda part: self._maps(self.prepare(part), part.shape[2:]), pixels, self.batch)
+        )
+        compare = {"edges": self._edges, "depth": self._depth, "segmentation": self._segments}[self.kind]
+        return torch.stack([compare(*row) for row in zip(extracted, given, pixels, strict=True)])
+
+    def _edges(self, probability: torch.Tensor, given: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        wanted = given > 127
+        frame = (255 * pixels.detach()).round().byte().permute(1, 2, 0).cpu().numpy()
+        found = canny(frame, self.low, self.high)
+        counts = torch.from_numpy(found | wanted).to(probability.device)
+        soft = soft_f1(probability * counts, torch.from_numpy(wanted).to(probability.device))
+        return with_slope_of(soft, soft.new_tensor(self.compare(found, given)))
+
+    def _depth(self, maps: torch.Tensor, given: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+        return depth_agreement(maps[0], maps.new_tensor(given))
+
+    def _segments(self, logits: torch.Tensor, given: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        value = self.compare(logits.detach().argmax(dim=0).cpu().numpy(), given)  # refuses a map without a class
+        soft = soft_mean_iou(logits, torch.from_numpy(given.astype(np.int64)).to(logits.device), IGNORED)
+        return with_slope_of(soft, soft.new_tensor(value))
+
+    def _given(self, prompts: Sequence[PromptItem], size: tuple[int, int]) -> list[np.ndarray]:
+        return [condition_picture(prompt, size, self.kind == "segmentation") for prompt in prompts]
+
+    def extract(self, frames: np.ndarray) -> list[np.ndarray]:
+        """uint8 [N, H, W, 3] -> per picture depth float [H, W] or class numbers int [H, W]."""
+        inputs = self.processor(images=list(frames), return_tensors="pt")
+        maps = self._maps(inputs["pixel_values"], frames.shape[1:3])
         return list((maps[:, 0] if self.kind == "depth" else maps.argmax(dim=1)).cpu().numpy())
+
+    def _maps(self, inputs: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        """The model's input -> depth [N, 1, H, W] or logits [N, C, H, W] of pictures of `size`."""
+        import torch
+
+        outputs = self.model(pixel_values=inputs.to(self.device))
+        maps = outputs.predicted_depth[:, None] if self.kind == "depth" else outputs.logits
+        return torch.nn.functional.interpolate(maps.float(), tuple(size), mode="bilinear", align_corners=False)
