@@ -19,10 +19,8 @@ from pipeline.core.statistics import Estimate, with_error
 from pipeline.rewards.guards import GUARDS
 from pipeline.rl.evaluation import Changes, changes
 
-LEAST = (
-    0.1  # fall of a reward that counts, in standard deviations of its prompts' means: with many prompts, every trifle
-)
-# is beyond its error
+# Fall of a reward that counts, in standard deviations of its prompts' means: of many prompts, every trifle is clear.
+LEAST = 0.1
 LEVEL = 0.99  # of the interval that a suspect change must leave; divided among the evaluations a gold is compared with
 
 
