@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from actors.group_run import GroupFailed, GroupRun, GroupRunner, GroupState
-from actors.ray_errors import describe, first_error, is_lost
+from actors.heldout_takes import HeldoutTakes
+from actors.ray_errors import first_error
 from actors.ray_options import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
@@ -86,12 +86,13 @@ class Evaluator:
         shown = {prompt.index for prompt in self._prompts[:SHOWN_PROMPTS]}
         self._version = version
         self._runs = [GroupRun(work) for work in eval_works(self.cfg, self._prompts, step)]
-        # Takes are appended, and a run that was stopped here may have left some.
-        shutil.rmtree(self.ctx.run.eval_takes(step), ignore_errors=True)
+        ends = step == 0 or step >= self.cfg.run.steps
+        takes = HeldoutTakes(self.ctx.run.eval_takes(step), self._runs, shown, keeps_all=ends)
         try:
-            await self._score_all(shown, step)
+            await self._score_all(takes, step)
             measured, values = await self._measured(self._runs, step)
-            await self._keep(self._runs, shown, step, measured, values)
+            await takes.write_table(self._runs, measured, values, self._weights, step)
+            self.media = takes.shown_media
             record = {"step": step, "tag": version.tag, **summary_record(self._runs, self._weights, values)}
         finally:
             self._runs, self._version = [], None
@@ -103,13 +104,14 @@ class Evaluator:
         self.write()
         return record
 
-    async def _score_all(self, shown: set[int], step: int) -> None:
+    async def _score_all(self, takes: HeldoutTakes, step: int) -> None:
         """Every group must succeed: a mean over what is left would not be comparable. Raises `RunFailed`."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for run in self._runs:
                     await self._runner.room()
-                    tasks.create_task(self._score(run, shown))
+                    await takes.room()
+                    tasks.create_task(self._score(run, takes))
                     await asyncio.sleep(0)  # it is waiting for a worker before there is room for the next one
         except BaseExceptionGroup as failures:
             failure = first_error(failures)
@@ -119,11 +121,10 @@ class Evaluator:
                 f"the evaluation at step {step} failed after {failure.attempts} attempts in {failure.reason}"
             ) from None
 
-    async def _score(self, run: GroupRun, shown: set[int]) -> None:
+    async def _score(self, run: GroupRun, takes: HeldoutTakes) -> None:
         await self._runner.run_group(run, self._policy)
         run.trajectory = None
-        if not any(prompt.index in shown for prompt in run.work.prompts):
-            run.media = None
+        await takes.add(run)
 
     def _policy(self, _works: Sequence[GroupWork]) -> PolicyVersion:
         assert self._version is not None  # while groups are drawn
@@ -150,55 +151,6 @@ class Evaluator:
         takes = [(prompt.index, seed) for work in works for prompt, seed in zip(work.prompts, work.seeds, strict=True)]
         found = [descriptor for take in takes if (descriptor := kept.get(take)) is not None]
         return np.stack([np.frombuffer(each, np.uint8) for each in found]) if len(found) == len(takes) else None
-
-    async def _keep(
-        self,
-        runs: list[GroupRun],
-        shown: set[int],
-        step: int,
-        measured: TakeMeasurements,
-        values: Mapping[str, np.ndarray],
-    ) -> None:
-        """A table row per take; media files of the shown prompts only."""
-        from pipeline.core.takes_table import save_takes
-
-        kept_frames, fps, first = [], 1.0, 0
-        for run in runs:
-            keep = [prompt.index in shown for prompt in run.work.prompts]
-            media = await self._shown(run) if any(keep) else None
-            run.media = None
-            keep = [media is not None and is_shown for is_shown in keep]
-            of_group = slice(first, first + run.work.takes)
-            first = of_group.stop
-            columns: dict[str, list[Any]] = {f"guard/{name}": each[of_group].tolist() for name, each in values.items()}
-            columns["descriptor"] = [each.tobytes() for each in measured.descriptors[of_group]]
-            await asyncio.to_thread(
-                save_takes,
-                self.ctx.run.eval_takes(step),
-                media,
-                run.work.prompts,
-                run.work.seeds,
-                run.meta.version,
-                run.scores,
-                step=step,
-                weights=self._weights,
-                keep=keep,
-                more_columns=columns,
-            )
-            if media is not None:
-                kept_frames.append(media.frames[np.flatnonzero(keep)])
-                fps = media.fps
-        self.media = Media(frames=np.concatenate(kept_frames), fps=fps) if kept_frames else None
-
-    async def _shown(self, run: GroupRun) -> Media | None:
-        """The takes of a group, or None if a node died with them: they are for the report only, and already scored."""
-        try:
-            return None if run.media is None else await run.media
-        except Exception as error:
-            if not is_lost(error):
-                raise
-            log.warning("takes of the report are gone: %s", describe(error), extra={"group": run.group})
-            return None
 
     def write(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)

@@ -88,6 +88,7 @@ class Loop:
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []
         self.signal = signal_of(cfg).begin(cfg.rewards)
         self.group = 0
+        self.guard_s = 0.0  # CPU seconds that guards took so far
         self.start: np.ndarray | None = None  # descriptors of the first evaluation's takes
         self.takes_of_prompt: dict[int, np.ndarray] = {}  # of the last evaluation, uint8 [F, H, W, 3]: a take of each
         self.versions: deque[WeightSet] = deque(maxlen=cfg.step.max_staleness + 1)  # the oldest one draws
@@ -132,13 +133,17 @@ class Loop:
         for work in works:
             media = self.policy.rollout(work)[0]
             self.takes_of_prompt |= {prompt.index: media.frames[k] for k, prompt in enumerate(work.prompts)}
+            began = time.process_time()
             measured.append(guards.measure(media))
+            self.guard_s += time.process_time() - began
             for name, each in self._scores(media, work, None).items():
                 scores[name].append(each.values)
         prompts = np.array([prompt.index for work in works for prompt in work.prompts])
         takes = guards.merged(measured)
         self.start = takes.descriptors if self.start is None else self.start
+        began = time.process_time()
         values = takes.values | guards.across(takes.descriptors, prompts, self.start)
+        self.guard_s += time.process_time() - began
         joined = {name: np.concatenate(each) for name, each in scores.items()}
         return summarise_scores(joined, self.cfg.reward_weights, prompts, values).record()
 

@@ -31,7 +31,8 @@ def evaluate(
 ) -> None:
     """Compare checkpoints on the same prompts and seeds.
 
-    Prints mean rewards with their standard error, paired differences and win rates. Prompts are the independent units.
+    Prints mean rewards with their standard error, paired differences, win rates and the verdict on each checkpoint
+    against the first row. Prompts are the independent units.
 
     \b
     Examples:
@@ -51,6 +52,7 @@ def evaluate(
     from pipeline.rewards.routing import check_routing
     from pipeline.rewards.runner import build_reward
     from pipeline.rl.group_plan import eval_works
+    from pipeline.runs.verdict import tolerances
     from pipeline.tools import preflight
 
     cfg, console = load_config(config, overrides or []), make_console()
@@ -62,6 +64,7 @@ def evaluate(
     items = load_prompts(path)
     preflight.check_devices(cfg)
     preflight.check_rewards(cfg)
+    preflight.check_guards(cfg)
     preflight.check_generator(cfg, [], [])
     check_routing(items, list(cfg.rewards), prompt_locations(path), path)
     check_prompt_lengths(items, cfg.generator.pretrained, cfg.generator.call_kwargs, path)
@@ -72,11 +75,12 @@ def evaluate(
     runners = {name: build_reward(name, reward, cfg.faults.call_timeout_s) for name, reward in cfg.rewards.items()}
     works = eval_works(cfg, items, step=0)
     prompt_of_take = np.array([prompt.index for work in works for prompt in work.prompts])
-    results = {}
+    results, measured = {}, {}
     for number, (label, source) in enumerate(zip(labels_of(sources), sources, strict=True)):
         folder = out / f"{number:02d}-takes" if out is not None else None
-        results[label] = sample_and_score(cfg, source, label, works, runners, ema, folder, console)
-    rows = summarise(results, cfg.reward_weights, prompt_of_take)
+        scored = sample_and_score(cfg, source, label, works, runners, ema, folder, console)
+        results[label], measured[label] = scored
+    rows = summarise(results, cfg.reward_weights, prompt_of_take, measured, tolerances(cfg))
     print_table(rows, list(runners), console, len(np.unique(prompt_of_take)), len(prompt_of_take))
     if out is not None:
         atomic_write(out / "results.json", json.dumps(rows, indent=1).encode())

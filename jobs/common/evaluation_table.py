@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,12 @@ from jobs.common.load_trained import Trained, load_policy
 from pipeline.config.schema import Config
 from pipeline.core.statistics import Estimate, win_rate, with_error
 from pipeline.core.takes_table import save_takes
+from pipeline.core.types import TakeMeasurements
+from pipeline.rewards import guards
 from pipeline.rewards.runner import RewardRunner
 from pipeline.rl.evaluation import changes, summarise_scores
 from pipeline.rl.signals.group_relative import weighted_rewards
+from pipeline.runs.verdict import judge
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,34 +43,44 @@ def sample_and_score(
     ema: bool,
     folder: Path | None,
     console: Console,
-) -> dict[str, np.ndarray]:
-    """Scores [N] of all takes per reward, in the order of `works`; NaN: the reward does not apply to the take's prompt.
-    `folder`: where the takes are written, or None."""
+) -> tuple[dict[str, np.ndarray], TakeMeasurements]:
+    """Scores [N] of all takes per reward, in the order of `works` (NaN: the reward does not apply to the take's
+    prompt), and what guards measure of them. `folder`: where the takes are written, or None."""
     from rich.progress import track
 
     weights = cfg.reward_weights
     policy = load_policy(cfg, source, ema)
     scores: dict[str, list[np.ndarray]] = {name: [] for name in runners}
+    measured = []
     for work in track(works, description=f"sampling {label}", console=console, disable=not console.is_terminal):
         media, _, _ = policy.rollout(work)
+        measured.append(guards.measure(media))
         scored = {name: runner.run(media, work.prompts, None) for name, runner in runners.items()}
         for name, score in scored.items():
             scores[name].append(score.values)
         if folder is not None:
             version = source.step or 0 if source else 0
             save_takes(folder, media, work.prompts, work.seeds, version, scored, weights=weights)
-    return {name: np.concatenate(parts) for name, parts in scores.items()}
+    return {name: np.concatenate(parts) for name, parts in scores.items()}, guards.merged(measured)
 
 
 def summarise(
-    results: dict[str, dict[str, np.ndarray]], weights: dict[str, float], prompts: np.ndarray
+    results: dict[str, dict[str, np.ndarray]],
+    weights: dict[str, float],
+    prompts: np.ndarray,
+    measured: dict[str, TakeMeasurements] | None = None,
+    allowed: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per checkpoint from its scores (as of `sample_and_score`): the weighted reward and each reward (None: it
-    applies to no take); against the first row, the paired differences and the win rate. `prompts`: index of each
-    take's prompt [N]."""
+    applies to no take); against the first row, the paired differences, the win rate and the verdict. `prompts`: index
+    of each take's prompt [N]; `measured`, `allowed`: what guards measure, by checkpoint, and their tolerances."""
     rewards = {label: weighted_rewards(scores, weights).astype(np.float64) for label, scores in results.items()}
     first = next(iter(rewards.values()))
-    summaries = {label: summarise_scores(scores, weights, prompts) for label, scores in results.items()}
+    looks = _guards_of(measured or {}, prompts)
+    summaries = {
+        label: summarise_scores(scores, weights, prompts, looks.get(label)) for label, scores in results.items()
+    }
+    start = next(iter(summaries.values())).record()
     rows = []
     for number, label in enumerate(results):
         summary = summaries[label]
@@ -75,13 +89,26 @@ def summarise(
             name: asdict(summary.rewards[name].estimate) if name in summary.rewards else None for name in weights
         }
         if number:
-            change = changes(next(iter(summaries.values())).record(), summary.record())
-            assert change.reward is not None  # the same prompts in each row
+            record = {"step": number, **summary.record()}
+            change = changes(start, record)
+            verdict = judge([{"step": 0, **start}, record], weights, allowed or {})
+            assert change.reward is not None and verdict is not None  # the same prompts in each row
             row["difference"] = asdict(change.reward)
             row["differences"] = {name: asdict(each) for name, each in change.rewards.items()}
+            row["verdict"] = verdict.record()
             row["win_rate"] = asdict(win_rate(rewards[label], first, prompts))
         rows.append(row)
     return rows
+
+
+def _guards_of(measured: dict[str, TakeMeasurements], prompts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Checkpoint -> measurement -> [N]; distances are those from the first checkpoint's takes."""
+    first = next(iter(measured.values()), None)
+    return {
+        label: each.values
+        | guards.across(each.descriptors, prompts, None if first is None or each is first else first.descriptors)
+        for label, each in measured.items()
+    }
 
 
 def print_table(rows: list[dict], rewards: list[str], console: Console, prompts: int, takes: int) -> None:
@@ -107,6 +134,10 @@ def print_table(rows: list[dict], rewards: list[str], console: Console, prompts:
             cells += [_difference(row["difference"]) if "difference" in row else "", _percent(row.get("win_rate"))]
         table.add_row(*cells)
     console.print(table)
+    for row in rows:
+        if "verdict" in row:
+            line = f"{row['checkpoint']}: {row['verdict']['text']}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _text(value: dict[str, Any], sign: str = "") -> str:

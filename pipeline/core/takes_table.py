@@ -39,11 +39,13 @@ def save_takes(
     weights: Mapping[str, float] | None = None,
     keep: Sequence[bool] | None = None,
     more_columns: Mapping[str, Sequence[Any]] | None = None,
+    files: Sequence[Path | None] | None = None,
 ) -> list[Path | None]:
     """Appends one row per take to the folder's table and writes the media. Returns the media paths.
 
     `weights` (default: all 1) make the `reward` column; `step` defaults to `version`; `keep[k]` False (or media None)
     leaves that take's media out. `more_columns`: a value for each take (a NaN becomes null).
+    `files`: the media are written already, by `write_takes`.
     """
     import pyarrow
     import pyarrow.parquet
@@ -54,14 +56,10 @@ def save_takes(
     next_take: dict[int, int] = {}  # by prompt index
     for row in rows:
         next_take[row["prompt_index"]] = max(next_take.get(row["prompt_index"], 0), row["take"] + 1)
-    files: list[Path | None] = []
-    for k, prompt in enumerate(prompts):
-        take = next_take.get(prompt.index, 0)
-        next_take[prompt.index] = take + 1
-        file = None
-        if media is not None and (keep is None or keep[k]):
-            file = write_media(folder / f"prompt-{prompt.index:05d}-take-{take:02d}", media, k)
-        files.append(file)
+    takes = number_takes(prompts, next_take)
+    if files is None:
+        files = write_takes(folder, media, prompts, takes, keep)
+    for k, (prompt, take, file) in enumerate(zip(prompts, takes, files, strict=True)):
         rows.append(
             {
                 "prompt": prompt.text,
@@ -81,7 +79,32 @@ def save_takes(
     buffer = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({c: [row.get(c) for row in rows] for c in columns}), buffer)
     atomic_write(table, buffer.getvalue().to_pybytes())
-    return files
+    return list(files)
+
+
+def number_takes(prompts: Sequence[PromptItem], next_take: dict[int, int]) -> list[int]:
+    """The number of each take among its prompt's, counted on from `next_take` (by prompt index), which is updated."""
+    numbers = []
+    for prompt in prompts:
+        numbers.append(next_take.get(prompt.index, 0))
+        next_take[prompt.index] = numbers[-1] + 1
+    return numbers
+
+
+def write_takes(
+    folder: Path,
+    media: Media | None,
+    prompts: Sequence[PromptItem],
+    takes: Sequence[int],
+    keep: Sequence[bool] | None = None,
+) -> list[Path | None]:
+    """Writes the media of takes, by prompt and number. Returns their paths; None for those that are not kept."""
+    chosen = [media is not None and (keep is None or keep[k]) for k in range(len(prompts))]
+    stems = [f"prompt-{prompt.index:05d}-take-{take:02d}" for prompt, take in zip(prompts, takes, strict=True)]
+    return [
+        write_media(Path(folder) / stem, media, k) if media is not None and chosen[k] else None
+        for k, stem in enumerate(stems)
+    ]
 
 
 def _score_columns(scores: Mapping[str, RewardScores], weights: Mapping[str, float], k: int) -> dict[str, Any]:

@@ -56,12 +56,12 @@ class Guard:
 
 GUARDS: dict[str, Guard] = {
     "brightness": Guard(about="Mean luma, 0 to 1.", kind="offset", tolerance=0.12),
-    "contrast": Guard(about="Standard deviation of a picture's luma.", kind="factor", tolerance=1.5, least=0.03),
-    "saturation": Guard(about="Mean of max(R, G, B) - min(R, G, B), 0 to 1.", kind="factor", tolerance=1.5, least=0.05),
+    "contrast": Guard(about="Standard deviation of a picture's luma.", kind="factor", tolerance=2.0, least=0.03),
+    "saturation": Guard(about="Mean of max(R, G, B) - min(R, G, B), 0 to 1.", kind="factor", tolerance=2.0, least=0.05),
     "clipping": Guard(
         about="Share of values that are black or full (up to 2, from 253).", kind="offset", tolerance=0.15, falls=False
     ),
-    "sharpness": Guard(about="Standard deviation of the luma's Laplacian.", kind="factor", tolerance=1.6, least=0.01),
+    "sharpness": Guard(about="Standard deviation of the luma's Laplacian.", kind="factor", tolerance=2.0, least=0.01),
     "noise": Guard(
         about="Standard deviation of the noise after Immerkaer (1996).", kind="factor", tolerance=2.0, falls=False,
         least=0.01,

@@ -19,7 +19,7 @@ from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT, NoiseGrid, no_noisy_step
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.signals import signal_of
 
-SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation, and shown before and after
+SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation; at the first and the last, all are
 _MAX_CHUNKS = 8  # per step: each is a call of the learner, and the last one's overhead is not overlapped
 _TAKES, _NOISE, _WINDOW, _SUBSET, _SCORING, _TAIL = 1, 2, 3, 4, 5, 6  # separate random streams of one group
 

@@ -13,7 +13,7 @@ from actors.evaluation import summary_record
 from jobs.common.evaluation_table import print_table, summarise
 from jobs.common.progress import eval_line
 from pipeline.core.statistics import estimate, t_quantile, win_rate, wins, with_error
-from pipeline.core.types import RewardScores
+from pipeline.core.types import RewardScores, TakeMeasurements
 from pipeline.rl.evaluation import changes, paired_difference, summarise_scores
 from pipeline.tools.report.report import build_report
 
@@ -49,6 +49,24 @@ def test_evaluation_rows_are_paired():
     assert "difference" not in first and second["win_rate"]["mean"] == 1.0
     assert second["difference"]["mean"] == pytest.approx(0.1)
     assert second["difference"]["ci95"] < 1e-6 < first["reward"]["ci95"]
+
+
+def test_evaluation_rows_have_a_verdict_against_the_first():
+    prompts, rng = np.arange(30), np.random.default_rng(0)
+    base = rng.normal(size=30).astype(np.float32)
+    scores = {label: {"x": base + np.float32(gain)} for label, gain in (("a", 0), ("b", 0.5), ("c", 0.5))}
+    colours = rng.integers(0, 256, (30, 192), dtype=np.uint8)
+    copies = np.broadcast_to(colours[:1], colours.shape)
+    measured = {
+        label: TakeMeasurements(values={"brightness": np.full(30, 0.5, np.float32)}, descriptors=descriptors)
+        for label, descriptors in (("a", colours), ("b", colours), ("c", copies))
+    }
+    first, better, hacked = summarise(scores, {"x": 1.0}, prompts, measured, {"duplicates": 0.1, "brightness": 0.1})
+    assert "verdict" not in first and better["verdict"]["kind"] == "improved"
+    assert hacked["verdict"]["text"] == "suspect: duplicates (0 → 1)"
+    with (console := Console(width=120)).capture() as printed:
+        print_table([first, better, hacked], ["x"], console, 30, 30)
+    assert "c: suspect: duplicates (0 → 1)" in printed.get()
 
 
 def test_differences_between_evaluations_are_paired_over_prompts():

@@ -24,7 +24,9 @@ def verdict(run: RunRecord) -> dict[str, Any] | None:
     if found is None or found["kind"] not in TITLES:
         return None
     title = TITLES[found["kind"]]
-    detail = found["text"].removeprefix(title).strip(": ()")
+    detail = found["text"].removeprefix(f"{title}: ").removeprefix(title).strip()
+    if detail.startswith("("):
+        detail = detail[1:-1]
     earlier = [row["step"] for row in judged[:-1] if row["verdict"]["kind"] == "suspect"]
     return {
         "kind": found["kind"],
