@@ -1,1 +1,1 @@
-"""Makes the two generators that ship with the repository."""
+"""Makes the models that ship with the repository."""

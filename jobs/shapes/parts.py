@@ -155,6 +155,10 @@ class ImageParts(nn.Module):
         """Raw latents -> the normalised latents of the transformer."""
         return (raw - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
     def velocity(self, noisy: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         """Predicted noise - clean at noise levels sigma float [B] for captions as token ids [B, 12]."""
         outputs = [clip(ids, output_hidden_states=True) for clip in self.encoders[:2]]
@@ -243,11 +247,19 @@ class VideoParts(nn.Module):
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Raw latents -> the normalised latents of the transformer."""
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
+        mean, std = self._statistics()
         return (raw - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        mean, std = self._statistics()
+        return latents * std + mean
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of raw latents, float [1, 16, 1, 1, 1] each."""
+        config = self.vae.config
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return mean, std
 
     def velocity(self, noisy: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         """Predicted noise - clean at noise levels sigma float [B] for captions as token ids [B, 12]."""
