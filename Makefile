@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where there is no GPU, hold torch to a version that has a CPU build.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: help setup setup-vllm quickstart quickstart-image bench test test-fast test-vllm chaos fuzz lint format typecheck generators docs clean
+.PHONY: help setup setup-vllm quickstart quickstart-image bench test test-fast test-vllm chaos fuzz lint format typecheck generators shapes-clip docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -61,6 +61,9 @@ format: setup ## rewrite files in the project's style
 generators: setup ## make the two shipped generators again (about 45 minutes each)
 	$(BIN)/python -m jobs.shapes.make image
 	$(BIN)/python -m jobs.shapes.make video
+
+shapes-clip: setup ## make the CLIP of the shapes again (about 10 minutes of one core)
+	$(BIN)/python -m jobs.shapes.clip
 
 docs: setup ## regenerate docs/config.md from the schema
 	$(BIN)/rushes config --docs > docs/config.md

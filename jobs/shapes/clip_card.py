@@ -27,8 +27,8 @@ from pipeline.rewards.models.clip import ClipEmbedder
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
 from pipeline.rewards.scorers.scene import check_image
 
-TAKES = {"image": 4, "video": 5}  # of each held-out prompt
-ASCENT_STEPS, ASCENT_RATE = 50, 0.01
+TAKES = {"image": 5, "video": 5}  # of each held-out prompt
+ASCENT_TAKES, ASCENT_STEPS, ASCENT_RATE = 100, 50, 0.01
 
 
 def credit(frame: np.ndarray, prompt: str) -> float:
@@ -120,7 +120,7 @@ def evaluate(folder: Path, models: Path) -> dict[str, float]:
             pairs = pairs_of(prompts, true)
             result |= {f"{name} pairs": len(pairs), f"{name} agrees": _share(score[a] > score[b] for a, b in pairs)}
             result[f"{name} correlation"] = float(np.corrcoef(score, true)[0, 1])
-        wrong = np.flatnonzero(credits[:, -1] < 1)[:200]
+        wrong = np.flatnonzero(credits[:, -1] < 1)[:ASCENT_TAKES]
         chosen = [prompts[i] for i in wrong]
         frames, before, after = ascend(clip, takes[wrong, -1], chosen)
         result |= {
