@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.learning.samples import ROOT, Loop
 from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.core.files import atomic_write
 from pipeline.core.statistics import estimate_of_means, with_error
 
@@ -54,8 +55,16 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         "takes": loop.group * cfg.step.takes,
         "wall_s": round(seconds, 1),
         "rewards": {reward: {"before": before[reward], "after": after[reward]} for reward in before},
-        "weights": cfg.reward_weights,
+        "weights": judging_weights(cfg),
     }
+
+
+def judging_weights(cfg: Config) -> dict[str, float]:
+    """Weight of each reward in what a method is judged by: the rewards that its takes were compared by; where it learns
+    through a reward's gradient, those that it only watched."""
+    if not cfg.gradient_rewards:
+        return cfg.reward_weights
+    return {name: float(not reward.gradient) for name, reward in cfg.rewards.items()}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
