@@ -1,4 +1,4 @@
-"""`rushes generate`: takes of a prompt or a prompts file as png or mp4, with the deterministic ODE sampler."""
+"""`rushes generate`: takes of a prompt or a prompts file as png or mp4, plain ones or the best that a search finds."""
 
 from __future__ import annotations
 
@@ -33,22 +33,36 @@ def generate(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Sampler steps; default: evaluation.steps.")
     ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option("--search", help="Search for better takes: best-of-n, fk, dts, dts-star, … or a YAML file."),
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option("--passes", help="What a searched take may cost, in plain takes; default: 8.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the takes that an interrupted search has not written.")
+    ] = False,
     ema: Ema = True,
     debug: Debug = False,
 ) -> None:
     """Sample images or videos from prompts.
 
-    Uses the deterministic ODE sampler: the same prompt, seed and take give the same file.
+    Uses the deterministic ODE sampler: the same prompt, seed and take give the same file. With --search, the rewards of
+    the config steer, and every take costs --passes times as much.
 
     \b
     Examples:
       rushes generate configs/quickstart.yaml --prompt "a red circle moving left slowly" --takes 4
       rushes generate configs/quickstart.yaml --prompts my_prompts.txt --checkpoint runs/try --out after
       rushes generate configs/quickstart.yaml -p "two blue squares" -c runs/try/export generator.guidance_scale=3
+      rushes generate configs/quickstart-image.yaml -p "two blue squares" --search fk --passes 16
     """
     from rich.progress import track
 
     from jobs.common.load_trained import find_trained, load_policy
+    from jobs.common.search_generate import check_search_folder, generate_by_search
+    from jobs.common.searching import TakeSearcher, read_search_option, rewards_of, takes_wanted
     from pipeline.config.load import load_config
     from pipeline.core.prompts import check_prompt_lengths, load_prompts
     from pipeline.core.takes_table import save_takes
@@ -59,20 +73,28 @@ def generate(
     if bool(prompt) == (prompts is not None):
         raise ConfigError('generate: give either --prompt "some text" (may be repeated) or --prompts FILE')
     items = load_prompts(prompts) if prompts else [_prompt_item(i, text) for i, text in enumerate(prompt or [])]
-    if (out / "takes.parquet").exists():
+    if search is None and (passes is not None or resume):
+        raise ConfigError(f"generate: {'--resume' if resume else '--passes'} belongs to a search; add --search NAME")
+    if search is None and (out / "takes.parquet").exists():
         raise ConfigError(f"--out {out}: already holds takes; choose another folder")
+    chosen = read_search_option(cfg, search, passes) if search else None
     preflight.check_devices(cfg)
     preflight.check_generator(cfg, [], [])
     check_prompt_lengths(items, cfg.generator.pretrained, cfg.generator.call_kwargs, prompts)
     preflight.check_writable(out, "--out")
     trained = find_trained(checkpoint) if checkpoint else None
+    there = check_search_folder(out, chosen, resume) if chosen else set()
+    num_steps, version = steps or cfg.evaluation.steps, trained.step or 0 if trained else 0
 
     with console.status("loading the generator"):
         policy = load_policy(cfg, trained, ema)
-    update = {"prompts": 0, "takes_per_prompt": takes, "steps": steps or cfg.evaluation.steps}
+    if chosen:
+        searcher = TakeSearcher(policy, chosen, rewards_of(cfg), num_steps, items)
+        wanted = [w for w in takes_wanted(cfg, items, takes, seed) if (w.prompt.index, w.seed) not in there]
+        return generate_by_search(cfg, searcher, wanted, out, version, console)
+    update = {"prompts": 0, "takes_per_prompt": takes, "steps": num_steps}
     evaluation = cfg.evaluation.model_copy(update=update)
     works = eval_works(cfg.model_copy(update={"evaluation": evaluation}), items, step=0, seed=seed)
-    version = trained.step or 0 if trained else 0
     for work in track(works, description="generating", console=console, disable=not console.is_terminal):
         media, _, _ = policy.rollout(work)
         save_takes(out, media, work.prompts, work.seeds, version, {})

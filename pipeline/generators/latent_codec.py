@@ -76,9 +76,10 @@ class LatentCodec:
         frames: Sequence[int] | np.ndarray | None = None,
         prompts: Sequence[PromptItem] | None = None,
         seeds: Sequence[int] | None = None,
+        together: bool = False,
     ) -> torch.Tensor:
         """Samples x0 [K, ...] -> pictures, float32 [K, F, 3, H, W] in 0..1; with gradients, each take's decoding is
-        computed again in the backward pass.
+        computed again in the backward pass. `together`: all takes in one call of the VAE, without gradients.
 
         `frames`: positions of those that are wanted; a VAE that decodes frame by frame decodes no others. `prompts`,
         `seeds`: of the takes, which the pipeline's tail needs. Raises UnsupportedPolicyError where neither can decode.
@@ -93,7 +94,10 @@ class LatentCodec:
         latents = latent_map.latents(x0)  # [K, r, ...]
         if latent_map.per_frame and frames is not None:
             latents, frames = latents[:, list(frames)], None
-        pictures = torch.stack([self._decode_take(take.to(self.vae.dtype)) for take in latents])
+        if together:
+            pictures = self._vae_pictures(latents.flatten(0, 1).to(self.vae.dtype), len(latents))
+        else:
+            pictures = torch.stack([self._decode_take(take.to(self.vae.dtype)) for take in latents])
         return pictures if frames is None else pictures[:, list(frames)]
 
     def _decode_take(self, latents: torch.Tensor) -> torch.Tensor:
@@ -101,14 +105,14 @@ class LatentCodec:
         if torch.is_grad_enabled() and latents.requires_grad:
             taken = checkpoint(self._vae_pictures, latents, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(taken, torch.Tensor)
-            return taken
-        return self._vae_pictures(latents)
+            return taken[0]
+        return self._vae_pictures(latents)[0]
 
-    def _vae_pictures(self, latents: torch.Tensor) -> torch.Tensor:
+    def _vae_pictures(self, latents: torch.Tensor, takes: int = 1) -> torch.Tensor:
         latent_map = self.spec.latents
         assert latent_map is not None
         output = self.vae.decode(latents, **{**latent_map.arguments, "return_dict": False})[0]
-        return to_pictures(output, 1)[0]
+        return to_pictures(output, takes)
 
     def _by_tail(
         self, tail: PipelineTail, x0: torch.Tensor, prompts: Sequence[PromptItem], seeds: Sequence[int]

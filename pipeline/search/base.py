@@ -13,7 +13,7 @@ further call. At level `steps` it is finished. At level -1 only its seed is draw
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -145,6 +145,11 @@ class Search(Part, ABC):
         8, description="What a take may cost: denoiser calls, as a multiple of those of one plain take."
     )
 
+    @property
+    def particles(self) -> int:
+        """How many particles of a take are advanced at once, at most."""
+        return self.passes
+
     @abstractmethod
     def search(self, task: Task) -> Searching:
         """Searches for one take; see the module docstring."""
@@ -153,8 +158,8 @@ class Search(Part, ABC):
         """Rules that concern the sampler's steps. Raises `ConfigError` naming the option and the fix."""
         if self.draws_noise and not task.noisy:
             raise ConfigError(
-                f"search {self.name}: no sampler step draws noise, so particles that are equal stay equal; set "
-                "noise_level above 0, or use best-of-n, which draws initial noise alone"
+                f"search {self.name}: none of the {task.steps} sampler steps can draw noise, as they end too close to "
+                "noise level 0, so equal particles stay equal; use more steps, or best-of-n"
             )
 
     def levels(self, at: Sequence[int] | None, task: Task, first: int) -> list[int]:
@@ -171,6 +176,14 @@ class Search(Part, ABC):
                 f"{task.steps} sampler steps" + (", the last that draws noise" if self.draws_noise else "")
             )
         return list(at)
+
+
+def steering_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """Of the rewards that steer. Raises `ConfigError` where there are none."""
+    steering = {name: weight for name, weight in weights.items() if weight != 0.0}
+    if not steering:
+        raise ConfigError("search: no reward has a weight, so nothing tells a good take; set rewards.<name>.weight")
+    return steering
 
 
 SEARCHES: Registry[type[Search]] = Registry("search", "pipeline.search.methods")

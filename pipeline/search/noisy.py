@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config.sections.base import Natural, NonNegative
+from pipeline.config.sections.base import Natural, NonNegative, Positive
 from pipeline.search.base import Search
 
 
@@ -15,7 +15,7 @@ class NoisySearch(Search):
 
     draws_noise: ClassVar[bool] = True
 
-    noise_level: NonNegative | None = Field(
+    noise_level: Positive | None = Field(
         None, description="Noise of the stochastic sampler; null: sampler.noise_level."
     )
     at: list[Natural] | None = Field(

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.core.errors import ConfigError, RewardError, UnsupportedPolicyError
+from pipeline.core.errors import RewardError, UnsupportedPolicyError
 from pipeline.core.types import GroupWork, Media, PromptItem, RewardScores, SamplingSpec
 from pipeline.generators.call.output import to_uint8
 from pipeline.generators.latent_codec import LatentCodec, PipelineTail
@@ -24,10 +24,10 @@ from pipeline.generators.policy_pipeline import fork_generators
 from pipeline.generators.record.recording import RecordOptions
 from pipeline.rewards.runner import RewardRunner
 from pipeline.rl.group_plan import ode_sampling
-from pipeline.rl.noise_grid import no_noisy_step
 from pipeline.rl.samplers.base import NoiseLevels
 from pipeline.rl.signals.group_relative import weighted_rewards
-from pipeline.search.base import START, Particle, Search
+from pipeline.search.base import START, Particle, Search, steering_weights
+from pipeline.search.noisy import NoisySearch
 
 
 class Walk(Protocol):
@@ -105,9 +105,13 @@ class PolicyWalk:
 
     def score(self, particles: Sequence[Particle], owners: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         prompts = [self.prompts[i] for i in owners]
-        frames: list[np.ndarray] = []
-        for particle, prompt in zip(particles, prompts, strict=True):
-            frames.append(self._ahead(particle, prompt) if particle.frames is None else particle.frames)
+        ahead = [row for row, particle in enumerate(particles) if particle.frames is None]
+        seen: dict[int, np.ndarray] = {}
+        for first in range(0, len(ahead), self.batch):
+            rows = ahead[first : first + self.batch]
+            predicted = self._ahead([particles[row] for row in rows], [prompts[row] for row in rows])
+            seen.update(zip(rows, predicted, strict=True))
+        frames = [seen[row] if row in seen else _finished(particle) for row, particle in enumerate(particles)]
         media = Media(frames=np.stack(frames), fps=self.policy.cfg.generator.fps)
         if not self.rewards.relative:
             return self.rewards.score(media, prompts), frames
@@ -119,27 +123,35 @@ class PolicyWalk:
         return scores, frames
 
     @torch.no_grad()
-    def _ahead(self, particle: Particle, prompt: PromptItem) -> np.ndarray:
-        """What the model predicts that a particle becomes, uint8 [F, H, W, 3]."""
+    def _ahead(self, particles: Sequence[Particle], prompts: Sequence[PromptItem]) -> np.ndarray:
+        """What the model predicts that particles become, uint8 [n, F, H, W, 3]."""
         if self._codec is None:
             policy = self.policy
             tail = PipelineTail(policy.pipeline, policy.plan)
             self._codec = LatentCodec(getattr(policy.pipe, "vae", None), policy.spec, policy.device, tail)
-        spec, levels = self.policy.spec, self.levels[particle.level]
-        x, output = particle.x[None], particle.output[None]
-        x0 = clean_prediction(spec.prediction, levels, x, output, spec.consistency).to(x.dtype)
-        pictures = self._codec.decode(x0, prompts=[prompt], seeds=[particle.lineage[0][1]])
-        return to_uint8(pictures.permute(0, 1, 3, 4, 2).float().cpu().numpy())[0]
+        spec = self.policy.spec
+        clean = []
+        for particle in particles:
+            x, levels = particle.x[None], self.levels[particle.level]
+            clean.append(
+                clean_prediction(spec.prediction, levels, x, particle.output[None], spec.consistency).to(x.dtype)
+            )
+        seeds = [particle.lineage[0][1] for particle in particles]
+        pictures = self._codec.decode(torch.cat(clean), prompts=prompts, seeds=seeds, together=True)
+        return to_uint8(pictures.permute(0, 1, 3, 4, 2).float().cpu().numpy())
+
+
+def _finished(particle: Particle) -> np.ndarray:
+    assert particle.frames is not None  # else it is looked ahead from
+    return particle.frames
 
 
 class Steering:
     """The rewards that steer a search: those of the config with a weight, summed as in training."""
 
     def __init__(self, runners: Mapping[str, RewardRunner], weights: Mapping[str, float]) -> None:
-        """`weights`: of the rewards that steer. Raises `ConfigError` where there are none."""
-        self.weights = {name: weight for name, weight in weights.items() if weight != 0.0}
-        if not self.weights:
-            raise ConfigError("search: no reward has a weight, so nothing tells a good take; set rewards.<name>.weight")
+        """Raises `ConfigError` where no reward has a weight."""
+        self.weights = steering_weights(weights)
         self.runners = {name: runners[name] for name in self.weights}
         self.relative = any(runner.scorer.relative for runner in self.runners.values())
 
@@ -160,22 +172,14 @@ def score_all(
 
 
 def sampling_of(search: Search, policy: Policy, steps: int) -> SamplingSpec:
-    """The sampler of a search's takes. Raises `ConfigError` where it needs noise and no step can draw any,
-    UnsupportedPolicyError where the pipeline cannot stop between levels."""
+    """The sampler of a search's takes. Raises UnsupportedPolicyError where the pipeline cannot stop between levels."""
     sampling = ode_sampling(policy.cfg, steps)
     if search.looks_ahead and policy.spec.resume_note:
         raise UnsupportedPolicyError(
             f"search {search.name}: {policy.name} cannot go on from a sample ({policy.spec.resume_note}); use best-of-n"
         )
-    if not search.draws_noise:
+    if not isinstance(search, NoisySearch):
         return sampling
-    noise_level = getattr(search, "noise_level", None)
-    if noise_level is None:
-        noise_level = policy.cfg.sampler.noise_level
-    if noise_level == 0.0:
-        return sampling
-    grid = policy.noise_grid(steps)
-    if grid.noisy_steps == 0:
-        raise no_noisy_step(grid)
-    noisy = tuple(range(min(grid.noisy_steps, steps - 1)))
+    noise_level = search.noise_level or policy.cfg.sampler.noise_level
+    noisy = tuple(range(min(policy.noise_grid(steps).noisy_steps, steps - 1)))
     return replace(sampling, kind=policy.cfg.sampler.kind, noise_level=noise_level, stochastic_steps=noisy)

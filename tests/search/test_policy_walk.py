@@ -144,9 +144,9 @@ def test_what_cannot_be_searched_is_refused(policy, monkeypatch):
     with pytest.raises(ConfigError, match="no reward has a weight"):
         Steering(runners, {"r": 0.0})
     fk = SEARCHES.get("fk")
-    assert sampling_of(fk(noise_level=0.0), policy, STEPS).stochastic_steps == ()
-    with pytest.raises(ConfigError, match="none but the last ends at a noise level"):
-        sampling_of(fk(), policy, 1)
+    noisy = sampling_of(fk(), policy, 1).stochastic_steps
+    with pytest.raises(ConfigError, match="none of the 1 sampler steps can draw noise"):
+        fk().check(Task(steps=1, noisy=noisy, seed=0))
     noted = replace(policy.probed, spec=replace(policy.spec, resume_note="it keeps state"))
     monkeypatch.setattr(policy, "probed", noted)
     with pytest.raises(Exception, match=r"search fk: .* cannot go on from a sample .it keeps state.; use best-of-n"):

@@ -144,8 +144,8 @@ def test_the_same_seed_finds_the_same_take(name):
 @pytest.mark.parametrize(
     ("name", "options", "noisy", "message"),
     [
-        ("fk", {}, (), "no sampler step draws noise"),
-        ("dts", {}, (), "no sampler step draws noise"),
+        ("fk", {}, (), "sampler steps can draw noise"),
+        ("dts", {}, (), "sampler steps can draw noise"),
         ("fk", {"at": [1, 4]}, (0, 1, 2), r"at: found \[1, 4\]; expected rising levels from 1 to 2"),
         ("dts", {"at": [2, 1]}, (0, 1, 2), "rising levels from 0 to 2"),
         ("fk", {}, (0,), "only step 0 draws noise"),

@@ -33,6 +33,10 @@ class TreeSampling(NoisySearch):
     )
     children: Count | None = Field(None, description="Most children of a node; null: as many as its visits allow.")
 
+    @property
+    def particles(self) -> int:
+        return 1
+
     def check(self, task: Task) -> None:
         super().check(task)
         self.levels(self.at, task, first=0)
