@@ -25,6 +25,14 @@ def evaluate(
     ] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Prompts file; default: prompts.heldout.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results.json and the takes.")] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option("--search", help="Compare searches: a name or a YAML file; may be repeated."),
+    ] = None,
+    passes: Annotated[
+        list[int] | None,
+        typer.Option("--passes", help="Budget of the searches, in plain takes; may be repeated. Default: their own."),
+    ] = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Also evaluate the generator before training.")] = True,
     ema: Ema = True,
     debug: Debug = False,
@@ -32,25 +40,35 @@ def evaluate(
     """Compare checkpoints on the same prompts and seeds.
 
     Prints mean rewards with their standard error, paired differences, win rates and the verdict on each checkpoint
-    against the first row. Prompts are the independent units.
+    against the first row. Prompts are the independent units. With --search, prints and plots score against denoiser
+    calls of each search instead.
 
     \b
     Examples:
       rushes evaluate configs/quickstart.yaml --checkpoint runs/try
       rushes evaluate configs/quickstart.yaml -c runs/a -c runs/b/export evaluation.takes_per_prompt=4
       rushes evaluate configs/quickstart.yaml -c runs/try/checkpoints/step-000050 --prompts mine.txt --out eval
+      rushes evaluate configs/quickstart-image.yaml --search best-of-n --search fk --passes 2 --passes 8 --out curves
     """
     import json
 
     import numpy as np
 
     from jobs.common.evaluation_table import labels_of, print_table, sample_and_score, summarise
-    from jobs.common.load_trained import Trained, find_trained
+    from jobs.common.load_trained import Trained, find_trained, load_policy
+    from jobs.common.search_curves import (
+        Point,
+        labels_of_searches,
+        plot_points,
+        print_points,
+        run_points,
+        summarise_points,
+    )
+    from jobs.common.searching import read_search_option, rewards_of, takes_wanted
     from pipeline.config.load import load_config
     from pipeline.core.files import atomic_write
     from pipeline.core.prompts import check_prompt_lengths, load_prompts, prompt_locations
     from pipeline.rewards.routing import check_routing
-    from pipeline.rewards.runner import build_reward
     from pipeline.rl.group_plan import eval_works
     from pipeline.runs.verdict import tolerances
     from pipeline.tools import preflight
@@ -59,6 +77,9 @@ def evaluate(
     path = prompts or cfg.prompts.heldout
     if path is None:
         raise ConfigError("evaluate: the config has no prompts.heldout; set it or give --prompts FILE")
+    if passes and not search:
+        raise ConfigError("evaluate: --passes belongs to a search; add --search NAME")
+    chosen = {text: [read_search_option(cfg, text, p) for p in passes or [None]] for text in search or []}
     if not checkpoint and not base:
         raise ConfigError("evaluate: nothing to evaluate; give --checkpoint or leave --no-base out")
     items = load_prompts(path)
@@ -72,7 +93,22 @@ def evaluate(
         preflight.check_writable(out, "--out")
     sources: list[Trained | None] = ([None] if base else []) + [find_trained(c) for c in checkpoint or []]
 
-    runners = {name: build_reward(name, reward, cfg.faults.call_timeout_s) for name, reward in cfg.rewards.items()}
+    runners = rewards_of(cfg)
+    if chosen:
+        labels = labels_of_searches([budgets[0] for budgets in chosen.values()], list(chosen))
+        searches = dict(zip(labels, chosen.values(), strict=True))
+        points: list[Point] = []
+        for label, source in zip(labels_of(sources), sources, strict=True):
+            points += run_points(cfg, load_policy(cfg, source, ema), label, searches, runners, items, console)
+        shown = items[: cfg.evaluation.prompts or len(items)]
+        units = np.array([w.prompt.index for w in takes_wanted(cfg, shown, cfg.evaluation.takes_per_prompt, 0)])
+        rows = summarise_points(points, cfg.reward_weights, units)
+        print_points(rows, list(runners), console, len(np.unique(units)), len(units))
+        if out is not None:
+            atomic_write(out / "search.png", plot_points(rows, list(runners), f"{config.name}: searches"))
+            atomic_write(out / "results.json", json.dumps(rows, indent=1).encode())
+            say(console, f"written to {out / 'results.json'} and {out / 'search.png'}")
+        return
     works = eval_works(cfg, items, step=0)
     prompt_of_take = np.array([prompt.index for work in works for prompt in work.prompts])
     results, measured = {}, {}
