@@ -65,8 +65,9 @@ generators: setup ## make the two shipped generators again (about 45 minutes eac
 shapes-clip: setup ## make the CLIP of the shapes again (about 10 minutes of one core)
 	$(BIN)/python -m jobs.shapes.clip
 
-docs: setup ## regenerate docs/config.md from the schema
+docs: setup ## regenerate docs/config.md and configs/schema.json
 	$(BIN)/rushes config --docs > docs/config.md
+	$(BIN)/rushes config --schema > configs/schema.json
 
 clean: ## remove the virtual environment and caches (not runs/)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
