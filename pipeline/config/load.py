@@ -1,8 +1,8 @@
 """Reads a config: YAML file, `key=value` overrides, validation.
 
 Relative paths are taken from the working directory; one that is not there but lies next to the config file is
-taken from there. A reward file (`scorer: my_rewards.py:score`) becomes absolute, because reward servers may run
-in another working directory.
+taken from there, and else from what ships with Rushes (`configs/…`, `models/…`). A reward file
+(`scorer: my_rewards.py:score`) becomes absolute, because reward servers may run in another working directory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import did_you_mean
 from pipeline.core.reading import MAX_YAML, parse_yaml, read_text, shown, yaml_keys
 from pipeline.core.secrets import credentials_in_urls, mask_tree, register_tree, texts_of
+from pipeline.core.shipped import shipped_file
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, merges and validates a config. Raises `ConfigError` with one line."""
     path = Path(path)
+    if not path.exists():
+        path = shipped_file(path) or path
     file = _parse_file(path)
     overridden = apply_overrides(file.data, overrides)
     return validate(file.data, Source(str(path), file.lines, frozenset(overridden)), base=path.parent)
@@ -161,9 +164,9 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _resolve_paths(config: Config, base: Path) -> Config:
     def beside(path: Path | None) -> Path | None:
-        if path is None or path.is_absolute() or path.exists() or not (base / path).exists():
+        if path is None or path.is_absolute() or path.exists():
             return path
-        return (base / path).resolve()
+        return (base / path).resolve() if (base / path).exists() else shipped_file(path) or path
 
     prompts = config.prompts.model_copy(
         update={"train": beside(config.prompts.train), "heldout": beside(config.prompts.heldout)}
