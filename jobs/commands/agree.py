@@ -28,9 +28,10 @@ def agree(
     """Compare rewards with people's judgements of pairs.
 
     PAIRS.parquet has a row per pair: path_a and path_b (files, relative to it) or bytes_a and bytes_b (png, jpg, webp,
-    mp4), label (a, b or tie), and prompt (for edits also image, their source). For each reward: how often it prefers
-    what people prefer, with a 95 % interval; the same with ties; and how well the size of its differences tells how
-    sure it is. Run the same command again to resume after an interruption or to retry errors.
+    mp4), label (a, b or tie), and prompt (for edits also image, their source); `rushes label` writes such a table. For
+    each reward: how often it prefers what people prefer, with a 95 % interval; the same with ties; and how well the
+    size of its differences tells how sure it is. Where the table names raters: how consistent they are.
+    Run the same command again to resume after an interruption or to retry errors.
 
     \b
     Examples:
@@ -42,10 +43,11 @@ def agree(
     import tempfile
 
     from jobs.common.agreement import errors_of, print_report, summarise
-    from jobs.common.judged_pairs import check_columns, read_pairs
+    from jobs.common.judged_pairs import read_pairs
     from jobs.common.reward_configs import build_reward_configs, refuse_duplicates
     from jobs.common.score_files import read_scores, score_items
     from pipeline.core.files import atomic_write
+    from pipeline.core.labelled_pairs import check_columns
     from pipeline.rewards.patience import PATIENCE_S
     from pipeline.rewards.runner import build_reward
     from pipeline.tools import preflight

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.common.judged_pairs import LABELS, Pair
+from jobs.common.judged_pairs import Pair
 from jobs.common.preference_statistics import accuracy_with_ties, calibration, clustered_variance, hits, proportion
+from jobs.common.rater_statistics import print_raters, share_text, summarise_raters
 from jobs.common.score_files import Rows
+from pipeline.core.labelled_pairs import LABELS
 from pipeline.core.statistics import t_quantile
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ def _difference(pair: Pair, rows: Rows, name: str) -> float:
 
 
 def summarise(pairs: list[Pair], rows: Rows, names: list[str]) -> dict[str, Any]:
-    """JSON-able: counts, and per reward its agreement, best first."""
+    """JSON-able: counts, per reward its agreement, best first, and how consistent the raters are, where the pairs name
+    them. A pair that a rater was shown again counts once, with the first answer."""
+    answers = [pair.answer for pair in pairs if pair.answer is not None]
+    pairs = [pair for pair in pairs if pair.answer is None or pair.answer.repeat_of is None]
     label = np.array([pair.label for pair in pairs])
     prompts = np.array(
         [pair.a.prompt or f"\x00{pair.row}" for pair in pairs]
@@ -45,6 +50,7 @@ def summarise(pairs: list[Pair], rows: Rows, names: list[str]) -> dict[str, Any]
         "prompts": len(np.unique(prompts)),
         "labels": {key: int((label == value).sum()) for key, value in LABELS.items()},
         "rewards": [{"reward": name, **agreement[name]} for name in order],
+        "raters": summarise_raters(answers) if answers else None,
     }
 
 
@@ -101,19 +107,14 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         gap, fit = row["against_best"], row["calibration"]
         table.add_row(
             row["reward"],
-            _share(row["accuracy"]),
+            share_text(row["accuracy"]),
             f"{100 * gap['mean']:+.1f} ± {100 * gap['ci95']:.1f}" if gap else "",
-            _share(row["with_ties"]),
+            share_text(row["with_ties"]),
             f"{fit['log_loss']:.3f}" if fit else "–",
             f"{fit['error']:.3f}" if fit else "–",
             str(row["failed"]),
         )
     console.print(table)
     console.print("agreement: 50 % is chance. log loss: 0.693 is knowing nothing.", highlight=False, soft_wrap=True)
-
-
-def _share(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return "–"
-    interval = "" if value["low"] is None else f" ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
-    return f"{100 * value['mean']:.1f} %{interval}"
+    if report["raters"] is not None:
+        print_raters(report["raters"], console)

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from jobs.common.http_server import LOCAL, allowed_hosts, listen, refused_host, until_stopped
 from jobs.common.memory_budget import GrowingReservation, MemoryBudget, NoRoom, TooLarge
 from jobs.common.score_request import decode_takes, decoding_size, parsing_size
 from jobs.common.scoring_loop import NotScoring, ScorerBroken, ScoringLoop, Work
@@ -53,7 +52,6 @@ MEMORY_S = 30.0  # seconds that a request waits for memory, at each step
 ANSWER_S = 30.0  # seconds for a client to take its answer
 SHUTDOWN_S = 30.0
 log = logging.getLogger("rushes.server")
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class RewardService:
@@ -123,12 +121,8 @@ class RewardService:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Host, token, size, content type."""
-        host = _without_port(request.headers.get("Host", ""))
-        if self.hosts is not None and host not in self.hosts and not _is_loopback(host):
-            # DNS rebinding: a web page whose name was pointed at this machine once it was loaded
-            return _error(
-                421, f"found the host {host[:80]!r} in the request; use localhost, or start with --allow-host"
-            )
+        if problem := refused_host(request, self.hosts):
+            return _error(421, problem)
         if request.path != "/health" and not self._allowed(request):
             return _error(
                 401, "wrong or missing token; send it as: Authorization: Bearer …", "WWW-Authenticate: Bearer"
@@ -231,20 +225,6 @@ class RewardService:
         return web.Response(text=answer.model_dump_json(), content_type="application/json")
 
 
-def _without_port(host: str) -> str:
-    """The name in a Host header: `[::1]:80` -> `::1`."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower().rstrip(".")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _answer(outcomes: Sequence[RewardScores], places: Sequence[Sequence[int]]) -> ScoreAnswer:
     count = sum(len(indices) for indices in places)
     scores = [0.0] * count
@@ -289,8 +269,7 @@ def serve(
     if token_env and not token:
         raise ConfigError(f"--token-env: the environment variable {token_env} is not set; set it to the token")
     register(token or "")
-    # Other machines know this one by names that it cannot know: there the token keeps strangers out.
-    hosts = [*LOCAL, *(name.lower() for name in allow_hosts)] if host in LOCAL or allow_hosts else None
+    hosts = allowed_hosts(host, allow_hosts)
     runner = build_reward(name, cfg)
     service = RewardService(runner, token, int(max_mb * 2**20), int(memory_gb * 2**30), stuck_s, hosts)
     if host not in LOCAL and token is None:
@@ -316,26 +295,14 @@ async def _serve(service: RewardService, host: str, port: int, console: Console)
     )
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise InputError(
-                f"--host {host} --port {port}: cannot be listened on ({error.strerror or error}); choose another, "
-                "or --port 0 for a free one"
-            ) from None
-        shown = f"[{host}]" if ":" in host else host
+        url = await listen(runner, host, port)
         console.print(
-            f"{service.runner.name} is served at http://{shown}:{runner.addresses[0][1]}/score (Ctrl-C ends it)",
+            f"{service.runner.name} is served at {url}/score (Ctrl-C ends it)",
             soft_wrap=True,
             highlight=False,
             markup=False,
         )
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, stop.set)
-        await stop.wait()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.remove_signal_handler(number)  # a second signal ends the process at once
+        await until_stopped()
         console.print(f"finishing the pending requests (at most {SHUTDOWN_S:.0f} s)", highlight=False)
         return service.scoring.problem
     finally:

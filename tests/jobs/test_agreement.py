@@ -219,6 +219,26 @@ def test_pairs_of_bytes_and_of_datasets_images(capsys, place):
     assert all(name.startswith("sha256:") for name in names)
 
 
+def test_raters_are_summarised_and_a_repeated_pair_counts_once(capsys, place):
+    for level in (10, 200):
+        (place / f"{level}.png").write_bytes(png(level))
+    table = {
+        "path_a": ["10.png", "200.png", "10.png"],
+        "path_b": ["200.png", "10.png", "200.png"],
+        "label": ["b", "b", "b"],  # the second time the darker one
+        "rater": ["ada", "ada", "bob"],
+        "id": ["1", "2", "3"],
+        "repeat_of": [None, "1", None],
+    }
+    pq.write_table(pa.table(table), place / "pairs.parquet")
+    status, text, err = agree(capsys, "pairs.parquet", "-r", "own.py:bright")
+    assert status == 0, err
+    report = json.loads((place / "agreement/agreement.json").read_text())
+    assert report["pairs"] == 2 and report["rewards"][0]["accuracy"]["mean"] == 1.0
+    assert report["raters"]["raters"][0]["consistency"]["mean"] == 0.0 and report["raters"]["agreement"]["mean"] == 1.0
+    assert "raters agree with each other: 100.0 % on 1 shared pairs" in " ".join(text.split())
+
+
 def test_what_cannot_be_scored_is_left_out_and_said(capsys, place):
     table = {
         "bytes_a": [png(20), b"not a picture", png(200), png(90)],
