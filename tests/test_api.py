@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +71,23 @@ def test_what_ships_is_found_from_anywhere(tmp_path, monkeypatch):
 def test_every_name_is_documented():
     for name in rushes.__all__:
         assert inspect.getdoc(getattr(rushes, name)), name
+
+
+def test_the_wheel_carries_what_ships(tmp_path):
+    """Without the packing, which takes the time."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for name in ("configs", "models"):
+        here = {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*") if path.is_file()}
+        there = {
+            path.relative_to(tmp_path / "pipeline/shipped").as_posix()
+            for path in tmp_path.rglob(f"shipped/{name}/**/*")
+        }
+        assert here <= there and len(here) > 10
+    packed = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    for package in ("pipeline", "actors", "jobs"):
+        files = {
+            p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".yaml", ".j2")
+        }
+        assert files <= packed, files - packed
+    assert "rushes.py" in packed

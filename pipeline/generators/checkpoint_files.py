@@ -68,6 +68,7 @@ def check_diffusers_folder(folder: Path, own_class: bool = True) -> dict[str, st
     `own_class`: it is loaded as the pipeline class that it names.
     """
     if not folder.is_dir():
+        _refuse_single_file(folder)
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise InputError(
             f"{folder}: {what}; generator.pretrained must be a diffusers folder (with "
@@ -90,6 +91,36 @@ def check_diffusers_folder(folder: Path, own_class: bool = True) -> dict[str, st
     return components
 
 
+def _refuse_single_file(path: Path) -> None:
+    """Says what to do with a checkpoint in one file. Raises `InputError` for the known kinds."""
+    if path.suffix == ".gguf":
+        raise InputError(
+            f"{path}: GGUF weights are quantised, and neither trained nor a base whose LoRA others could use; give the "
+            "original checkpoint as a diffusers folder or hub id (generator.quantize: int8 saves memory under a LoRA)"
+        )
+    if path.suffix in _PICKLES:
+        raise InputError(
+            f"{path}: weights in pickle files are refused, because loading them runs code; get them as safetensors"
+        )
+    if path.suffix == ".safetensors":
+        raise InputError(
+            f"{path}: is a checkpoint in one file, or a LoRA; make a diffusers folder of it once (docs/exports.md, "
+            "Starting from other files)"
+        )
+
+
+def _refuse_quantised(config: dict[str, Any], file: Path) -> None:
+    """Raises `InputError` for weights that were saved quantised: gradients do not reach them, and a LoRA on them is
+    none for the published model."""
+    method = config.get("quantization_config")
+    if method:
+        kind = method.get("quant_method") if isinstance(method, dict) else method
+        raise InputError(
+            f"{file}: quantization_config says that the weights are quantised ({kind!r:.40}); give the original "
+            "checkpoint (generator.quantize: int8 saves memory under a LoRA)"
+        )
+
+
 def _check_component(folder: Path, cls: str) -> None:
     if not folder.is_dir():
         raise InputError(
@@ -104,7 +135,9 @@ def _check_component(folder: Path, cls: str) -> None:
         if not any(folder.glob("*.json")):
             raise InputError(f"{folder}: holds no processor settings; copy the checkpoint again")
     else:
-        check_kernels(read_json(folder / "config.json"), folder / "config.json")
+        config = read_json(folder / "config.json")
+        check_kernels(config, folder / "config.json")
+        _refuse_quantised(config, folder / "config.json")
         _check_weights(folder)
 
 

@@ -140,10 +140,11 @@ def _summary(cfg: Config, record: RunRecord, step: int) -> str:
     base = cfg.generator.pretrained
     name = f"[{base}](https://huggingface.co/{base})" if not is_local(base) else f"`{Path(base).name}`"
     takes = f", {record.summary['takes']:,} takes" if record.summary.get("takes") else ""
+    per_step = f"{cfg.step.groups} × {cfg.step.takes} takes a step{takes}"
     return (
-        f"{name} after {step} steps of reinforcement learning with Rushes ({cfg.trainable.description}; objective "
-        f"{cfg.objective.name}; {cfg.step.groups} × {cfg.step.takes} takes a step{takes}). The licence of the base "
-        "model applies.\n"
+        f"{name} after {step} step{'s' if step != 1 else ''} of reinforcement learning with Rushes "
+        f"({cfg.trainable.description}; objective {cfg.objective.name}; {per_step}). The licence of the base model "
+        "applies.\n"
     )
 
 
@@ -256,7 +257,7 @@ def _takes(ends: _Ends | None, media: Path) -> str:
     keys: dict[int, tuple[int, int]] = {}
     for key in sorted(before.keys() & after.keys()):
         keys.setdefault(key[0], key)  # one take a prompt
-    lines = [f"## Takes\n\n| prompt | before | after {ends.steps[1]} steps |", "|---|---|---|"]
+    lines = [f"## Takes\n\n| prompt | before | step {ends.steps[1]} |", "|---|---|---|"]
     for key in list(keys.values())[:SHOWN]:
         cells = []
         for side, rows, folder in zip(("before", "after"), (before, after), ends.folders, strict=True):

@@ -55,7 +55,7 @@ def test_front_matter_and_results(run, exported):
 
 def test_an_earlier_step_shows_that_steps_numbers(run, exported):
     text = write_card(run, exported, config_of(run), 20).read_text()
-    assert "after 20 steps of" in text and "| prompt | before | after 20 steps |" in text
+    assert "after 20 steps of" in text and "| prompt | before | step 20 |" in text
 
 
 def test_without_evaluations_there_is_no_table(tmp_path, exported):
