@@ -82,10 +82,10 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     except Exception as error:  # the run itself is complete, and the report can be made again
         log.warning("the report failed", exc_info=error)
         missing.append(f"report: {type(error).__name__}: {one_line(error)}; make it with: rushes report {run.name}")
-    export = Path(result["export"])
+    export, exported = Path(result["export"]), result.get("exported_step")
     try:
         if export.is_dir():  # else it lies on the learner's machine and in the store
-            card = write_card(run.path, export, cfg, result.get("exported_step", result["step"]))
+            card = write_card(run.path, export, cfg, result["step"] if exported is None else exported, summary())
             push_files([card, *export.glob("card/*")], run.path)
     except Exception as error:  # as above
         log.warning("the model card failed", exc_info=error)
@@ -94,7 +94,6 @@ def summarise(cfg: Config, run: RunDir, result: dict[str, Any], peak: int, conso
     atomic_write(run.summary, json.dumps(summary(), indent=2).encode())
     if heldout is not None:
         say(console, heldout_line(heldout))
-    exported = result.get("exported_step")
     other = f" (step {exported}, the best by {cfg.best_by})" if exported not in (None, result["step"]) else ""
     say(console, f"export  {display_path(Path(result['export']))}{other}")
     for line in missing:

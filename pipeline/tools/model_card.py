@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ SHOWN = 4  # prompts with takes before and after
 _CONDITIONED = re.compile(r"ImageToVideo|ImageToImage|Img2Img|Edit|Kontext|Pix2Pix|Inpaint|I2V|VideoToVideo")
 
 
-def write_card(run: Path, folder: Path, cfg: Config, step: int) -> Path:
+def write_card(run: Path, folder: Path, cfg: Config, step: int, summary: dict[str, Any] | None = None) -> Path:
     """Writes `folder/README.md` with its pictures in `folder/card/`, and returns its path.
 
-    `run`: the run's folder; a part whose file is missing there is left out. Raises InputError for broken files.
+    `run`: the run's folder; a part whose file is missing there is left out. `summary`: instead of summary.json, of a
+    run that is about to write it. Raises InputError for broken files.
     """
     record = read_run(run)
+    if summary is not None:
+        record = replace(record, summary=summary)
     media = folder / "card"
     shutil.rmtree(media, ignore_errors=True)
     media.mkdir()
