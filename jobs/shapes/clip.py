@@ -13,6 +13,7 @@ import copy
 import math
 import shutil
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,26 @@ from pipeline.rewards.models import scene_world
 from pipeline.rewards.models.images import CLIP_MEAN, CLIP_STD
 
 PATCH = 8
+CAPTION_INDEX = {text: i for i, text in enumerate(CAPTIONS)}
 FAMILIES, FAMILY = 12, 8  # captions of a step: so many scenes, each with its variants of one or two attributes
 BOTCH = 0.25  # how likely each property of an object in half of the drawn pictures is off
 REDRAWN, REDRAWN_CLIPS = 2000, 100  # pictures and clips (of 9 frames) that the shipped generators draw again
 SHARPNESS = 10.0  # of the targets: a caption that is true to 0.75 weighs exp(-2.5) times what a true one does
 PATCH_WEIGHT = 5.0  # of the auxiliary loss that names the object at each patch; its head is thrown away
-STEPS, LEARNING_RATE = 900, 2e-3
-CAPTION_INDEX = {text: i for i, text in enumerate(CAPTIONS)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training, from its peak learning rate down to almost 0."""
+
+    steps: int
+    lr: float
+    kinds: tuple[float, ...]  # how often a family is of each kind of DRAWS
+    redrawn: float | None  # share of pictures by a generator, where a scene has some; None: as they come
+
+
+STAGES = (Stage(900, 2e-3, (0.25, 0.25, 0.2, 0.3), None), Stage(1000, 1.5e-3, (0.2, 0.2, 0.15, 0.45), 0.4))
+_STEPS = [stage.steps for stage in STAGES]
 
 
 def build_model() -> CLIPModel:
@@ -74,15 +88,16 @@ def make_pictures(models: Path, seed: int) -> Pictures:
 class Sampler:
     """Draws the captions and pictures of a step."""
 
-    def __init__(self, pictures: Pictures, rng: np.random.Generator) -> None:
-        self.pictures, self.rng = pictures, rng
+    def __init__(self, pictures: Pictures, stage: Stage, rng: np.random.Generator) -> None:
+        self.pictures, self.stage, self.rng = pictures, stage, rng
         self.rows = [np.flatnonzero(pictures.scenes == i) for i in range(len(SCENES))]
+        self.redrawn = [rows[pictures.redrawn[rows]] for rows in self.rows]
         self.kinds = {kind: [i for i, s in enumerate(SCENES) if kind_of(s) == kind] for kind in DRAWS}
 
     def family(self) -> list[int]:
         """A scene, others with one attribute changed, and two with two changed or naming things the other way round."""
         rng = self.rng
-        kind = str(rng.choice(list(DRAWS), p=(0.25, 0.25, 0.2, 0.3)))
+        kind = str(rng.choice(list(DRAWS), p=self.stage.kinds))
         scene = SCENES[int(rng.choice(self.kinds[kind]))]
         names = scene_world.stated_attributes(scene)
         chosen = [scene]
@@ -99,8 +114,15 @@ class Sampler:
     def step(self) -> tuple[list[str], Pictures, Tensor]:
         """Captions [T], pictures [B], and how far each caption is true of each picture [B, T]."""
         scenes = np.unique([i for _ in range(FAMILIES) for i in self.family()])
-        shown = self.pictures.take(np.array([self.rng.choice(self.rows[i]) for i in scenes]))
+        shown = self.pictures.take(np.array([self._row(i) for i in scenes]))
         return [self._worded(i) for i in scenes], shown, torch.from_numpy(caption_credits(shown, scenes))
+
+    def _row(self, scene: int) -> int:
+        """A picture of the scene."""
+        rows, share = self.redrawn[scene], self.stage.redrawn
+        if share is None or not len(rows) or self.rng.random() >= share:
+            rows = self.rows[scene]
+        return int(self.rng.choice(rows))
 
     def _worded(self, index: int) -> str:
         """The caption; of a single object often that of a clip, whose motion no frame shows."""
@@ -157,20 +179,18 @@ def contrastive_loss(logits: Tensor, credits: Tensor) -> Tensor:
     return 0.5 * (captions + pictures)
 
 
-def fit(
-    model: CLIPModel, pictures: Pictures, steps: int, lr: float, seed: int, snapshot=lambda step, model: None
-) -> CLIPModel:
-    """Trains `model`; returns a copy with averaged weights."""
-    sampler, tokenizer = Sampler(pictures, np.random.default_rng([seed, 1])), build_tokenizer()
+def fit(model: CLIPModel, pictures: Pictures, stage: Stage, seed: int, number: int) -> CLIPModel:
+    """Trains `model` in stage `number`, from 0; returns a copy with averaged weights."""
+    sampler, tokenizer = Sampler(pictures, stage, np.random.default_rng([seed, 1 + number])), build_tokenizer()
     patches = nn.Linear(model.config.vision_config.hidden_size, pictures.colours.shape[-1] + pictures.shapes.shape[-1])
     average = copy.deepcopy(model).eval().requires_grad_(False)
     weights = [*model.parameters(), *patches.parameters()]
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps, warmup=100))
-    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(weights, lr=stage.lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(stage.steps, warmup=100))
+    generator = torch.Generator().manual_seed(seed + number)
     running = np.zeros(2)
     model.train()
-    for step in range(steps):
+    for step in range(stage.steps):
         texts, shown, credits = sampler.step()
         pixels = torch.from_numpy(shown.pixels).permute(0, 3, 1, 2).float() / 255
         inputs = tokenizer(texts, padding=True, return_tensors="pt")
@@ -196,8 +216,7 @@ def fit(
             torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
         values = np.array([float(contrast), float(local)])
         running = values if step == 0 else 0.95 * running + 0.05 * values
-        snapshot(step, average)
-        if step % 50 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == stage.steps - 1:
             log(f"step {step} contrast {running[0]:.4f} patches {running[1]:.4f} scale {model.logit_scale.exp():.1f}")
     return average
 
@@ -219,7 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/shapes-clip"), help="folder to write")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where the two generators lie")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, nargs=len(STAGES), help="of each stage", metavar="N")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -230,8 +249,18 @@ def main() -> None:
     pictures = make_pictures(options.models, options.seed)
     log(f"made {len(pictures)} pictures in {time.time() - started:.0f} s")
     torch.manual_seed(options.seed)
-    model = fit(build_model(), pictures, options.steps, LEARNING_RATE, options.seed)
-    notes = {"pictures": len(pictures), "steps": options.steps, "seed": options.seed, "threads": options.threads}
+    model = build_model()
+    stages = [replace(stage, steps=steps) for stage, steps in zip(STAGES, options.steps or _STEPS, strict=True)]
+    for number, stage in enumerate(stages):
+        if number:
+            torch.manual_seed(options.seed + number)
+        model = fit(model.requires_grad_(True), pictures, stage, options.seed, number)
+    notes = {
+        "pictures": len(pictures),
+        "steps": sum(stage.steps for stage in stages),
+        "seed": options.seed,
+        "threads": options.threads,
+    }
     notes |= {"seconds": round(time.time() - started), "cpu seconds": round(time.process_time() - cpu)}
     partial = options.out.with_name(options.out.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)

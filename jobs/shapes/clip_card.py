@@ -167,8 +167,9 @@ How far a caption is true of a picture follows from what was drawn: the mean ove
 
 ## Training
 
-{steps} steps of about {batch} captions and pictures, in families: a scene, others that differ in one attribute, and two
-that differ in two or name the same things the other way round. The loss is CLIP's, in both directions, with
+{steps} steps in two stages (the second with more relations and more pictures by the generators), each of about {batch}
+captions and pictures in families: a scene, others that differ in one attribute, and two that differ in two or name the
+same things the other way round. The loss is CLIP's, in both directions, with
 softmax(10 x truth) as targets, because wrong captions are wrong by degrees; beside it every patch names the object that
 covers it (a linear head that is thrown away). AdamW, bfloat16 autocast, averaged weights, seed {seed}, {threads}
 thread, {seconds} s on a machine shared with other work ({cpu} s of CPU).

@@ -7,7 +7,7 @@ share of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 
 import numpy as np
@@ -35,23 +35,19 @@ class Pictures:
     shapes: np.ndarray  # float32 [P, SLOTS, 4], share of each shape
     places: np.ndarray  # float32 [P, SLOTS, 4]: x, y, radius and area in pixels
     scenes: np.ndarray  # int64 [P], the scene of SCENES that was to be drawn
+    redrawn: np.ndarray  # bool [P], whether a generator made the pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def take(self, rows: np.ndarray) -> Pictures:
         """The given rows."""
-        return self.redrawn(self.pixels[rows], rows)
-
-    def redrawn(self, pixels: np.ndarray, rows: np.ndarray) -> Pictures:
-        """Other pixels with the labels of the given rows."""
-        return Pictures(pixels, self.colours[rows], self.shapes[rows], self.places[rows], self.scenes[rows])
+        return Pictures(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def joined(parts: list[Pictures]) -> Pictures:
     """All pictures of several sets, in order."""
-    names = ("pixels", "colours", "shapes", "places", "scenes")
-    return Pictures(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return Pictures(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Pictures)))
 
 
 def kind_of(scene: Scene) -> str:
@@ -178,7 +174,7 @@ def draw_pictures(scenes: list[int], rng: np.random.Generator, botch: float) -> 
                 colours[row, slot], shapes[row, slot], places[row, slot] = item.colours, item.shapes, item.place
                 slot += 1
         pixels[row] = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
-    return Pictures(pixels, colours, shapes, places, np.asarray(scenes))
+    return Pictures(pixels, colours, shapes, places, np.asarray(scenes), np.zeros(count, bool))
 
 
 # -------------------------------------------------------------------------------------------------- captions

@@ -6,6 +6,7 @@ level. Only scenes and captions of the generators' training side are used.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def redrawn_images(models: Path, count: int, rng: np.random.Generator, generator
         drawn = draw_pictures(scenes, rng, botch=0.0)
         level = LEVELS[start // BATCH % len(LEVELS)]
         pixels = redraw(parts, drawn.pixels, [CAPTIONS[i] for i in scenes], level, generator)
-        sets.append(drawn.redrawn(pixels, np.arange(len(drawn))))
+        sets.append(replace(drawn, pixels=pixels, redrawn=np.ones(len(drawn), bool)))
     return joined(sets)
 
 
@@ -72,7 +73,8 @@ def redrawn_frames(models: Path, clips: int, rng: np.random.Generator, generator
         at_rest = [SCENES.index(scene_world.Scene(scene.colour, scene.shape)) for scene in scenes]
         labels = draw_pictures(list(np.repeat(at_rest, scene_world.FRAMES)), rng, botch=0.0)
         labels.places[:, 0] = [_place(frame) for clip in drawn for frame in clip]
-        sets.append(labels.redrawn(pixels.reshape(-1, *pixels.shape[2:]), np.arange(len(labels))))
+        frames = pixels.reshape(-1, *pixels.shape[2:])
+        sets.append(replace(labels, pixels=frames, redrawn=np.ones(len(labels), bool)))
     return joined(sets)
 
 

@@ -85,7 +85,7 @@ def test_the_loss_is_least_where_logits_are_the_truth():
 
 def test_a_step_shows_captions_beside_neighbours():
     pictures = draw_pictures(list(range(len(SCENES))), np.random.default_rng(1), botch=0.0)
-    texts, shown, credits = clip.Sampler(pictures, np.random.default_rng(2)).step()
+    texts, shown, credits = clip.Sampler(pictures, clip.STAGES[-1], np.random.default_rng(2)).step()
     assert credits.shape == (len(shown), len(texts)) and credits.diagonal().min() == 1.0
     assert ((credits > 0.6) & (credits < 1)).any(dim=1).float().mean() > 0.9  # nearly right captions for every picture
     targets = clip.patch_targets(shown)
