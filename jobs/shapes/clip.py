@@ -214,7 +214,7 @@ def fit(model: CLIPModel, pictures: Pictures, stage: Stage, seed: int, number: i
         decay = min(0.995, (step + 1) / (step + 20))
         with torch.no_grad():
             torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
-        values = np.array([float(contrast), float(local)])
+        values = np.array([contrast.item(), local.item()])
         running = values if step == 0 else 0.95 * running + 0.05 * values
         if step % 50 == 0 or step == stage.steps - 1:
             log(f"step {step} contrast {running[0]:.4f} patches {running[1]:.4f} scale {model.logit_scale.exp():.1f}")

@@ -148,7 +148,7 @@ downloaded:
 
 ```yaml
 rewards:
-  clip: {{scorer: clip_score, args: {{model: models/shapes-clip}}}}
+  clip: {{scorer: clip_score, gradient: true, args: {{model: models/shapes-clip}}}}
 ```
 
 ## Data
