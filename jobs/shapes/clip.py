@@ -2,8 +2,9 @@
 
     python -m jobs.shapes.clip                  # -> models/shapes-clip, about 20 minutes on one core
 
-It learns from drawn pictures (`clip_pictures.py`) and from what the shipped generators make of them, against captions
-and pictures that differ in one attribute. Deterministic for a seed, a thread count and a torch version.
+It learns from drawn pictures (`clip_pictures.py`) and from what the shipped generators make of them (`clip_takes.py`),
+against captions and pictures that differ in one attribute. Deterministic for a seed, a thread count and a torch
+version.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from jobs.shapes.clip_card import evaluate, write_card
 from jobs.shapes.clip_pictures import CAPTIONS, DRAWS, SCENES, Pictures, caption_credits, draw_pictures, joined, kind_of
-from jobs.shapes.clip_takes import redrawn_frames, redrawn_images
+from jobs.shapes.clip_takes import MILD, STRONG, as_seen, redrawn_frames, redrawn_images
 from jobs.shapes.make import cosine, log
 from jobs.shapes.parts import BOS, EOS, PAD, SPECIALS, TEXT_LENGTH, build_tokenizer
 from pipeline.generators.export_folder import check_replaceable
@@ -47,9 +48,10 @@ class Stage:
     lr: float
     kinds: tuple[float, ...]  # how often a family is of each kind of DRAWS
     redrawn: float | None  # share of pictures by a generator, where a scene has some; None: as they come
+    takes: int  # pictures by a generator beside those, of as many of a step's scenes
 
 
-STAGES = (Stage(900, 2e-3, (0.25, 0.25, 0.2, 0.3), None), Stage(1000, 1.5e-3, (0.2, 0.2, 0.15, 0.45), 0.4))
+STAGES = (Stage(900, 2e-3, (0.25, 0.25, 0.2, 0.3), None, 0), Stage(1300, 1.5e-3, (0.2, 0.2, 0.15, 0.45), 0.5, 40))
 _STEPS = [stage.steps for stage in STAGES]
 
 
@@ -76,13 +78,27 @@ def build_model() -> CLIPModel:
 # ----------------------------------------------------------------------------------------------------- data
 
 
-def make_pictures(models: Path, seed: int) -> Pictures:
+def drawn_pictures(models: Path, seed: int) -> Pictures:
     """Drawn pictures, half of them clean and half botched, and those that the generators in `models` make of some."""
     rng, generator = np.random.default_rng([seed, 0]), torch.Generator().manual_seed(seed)
     scenes = [i for i, scene in enumerate(SCENES) for _ in range(DRAWS[kind_of(scene)])]
     drawn = [draw_pictures(scenes[part::2], rng, botch) for part, botch in enumerate((0.0, BOTCH))]
-    taken = [redrawn_images(models, REDRAWN, rng, generator), redrawn_frames(models, REDRAWN_CLIPS, rng, generator)]
-    return joined(drawn + taken)
+    return joined([*drawn, *_redrawn(models, MILD, rng, generator)])
+
+
+def checked_pictures(models: Path, drawn: Pictures, seed: int) -> Pictures:
+    """The same and takes of the generators, these and what they have redrawn labelled by what the checker sees."""
+    torch.manual_seed(seed + 9)
+    takes = _redrawn(models, STRONG, np.random.default_rng([seed, 9]), torch.Generator().manual_seed(seed + 9))
+    mild = drawn.take(np.flatnonzero(drawn.redrawn))
+    return joined([drawn.take(np.flatnonzero(~drawn.redrawn)), *(as_seen(each) for each in (mild, *takes))])
+
+
+def _redrawn(
+    models: Path, levels: tuple[float, ...], rng: np.random.Generator, generator: torch.Generator
+) -> list[Pictures]:
+    images = redrawn_images(models, REDRAWN, levels, rng, generator)
+    return [images, redrawn_frames(models, REDRAWN_CLIPS, levels, rng, generator)]
 
 
 class Sampler:
@@ -114,7 +130,11 @@ class Sampler:
     def step(self) -> tuple[list[str], Pictures, Tensor]:
         """Captions [T], pictures [B], and how far each caption is true of each picture [B, T]."""
         scenes = np.unique([i for _ in range(FAMILIES) for i in self.family()])
-        shown = self.pictures.take(np.array([self._row(i) for i in scenes]))
+        rows = [self._row(i) for i in scenes]
+        if self.stage.takes:
+            known = [i for i in scenes if len(self.redrawn[i])]
+            rows += [int(self.rng.choice(self.redrawn[self.rng.choice(known)])) for _ in range(self.stage.takes)]
+        shown = self.pictures.take(np.array(rows))
         return [self._worded(i) for i in scenes], shown, torch.from_numpy(caption_credits(shown, scenes))
 
     def _row(self, scene: int) -> int:
@@ -246,17 +266,19 @@ def main() -> None:
         check_replaceable(options.out, "--out", [])
     started, cpu = time.time(), time.process_time()
     torch.manual_seed(options.seed)
-    pictures = make_pictures(options.models, options.seed)
+    pictures = drawn_pictures(options.models, options.seed)
     log(f"made {len(pictures)} pictures in {time.time() - started:.0f} s")
     torch.manual_seed(options.seed)
     model = build_model()
     stages = [replace(stage, steps=steps) for stage, steps in zip(STAGES, options.steps or _STEPS, strict=True)]
     for number, stage in enumerate(stages):
         if number:
+            pictures = checked_pictures(options.models, pictures, options.seed)
             torch.manual_seed(options.seed + number)
         model = fit(model.requires_grad_(True), pictures, stage, options.seed, number)
     notes = {
         "pictures": len(pictures),
+        "takes": STAGES[-1].takes,
         "steps": sum(stage.steps for stage in stages),
         "seed": options.seed,
         "threads": options.threads,

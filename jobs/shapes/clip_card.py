@@ -159,17 +159,21 @@ rewards:
   two-toned, faded. All combinations of colour and shape occur, also those that the generators never saw.
 * What the two shipped generators make of drawn scenes and clips: encoded, noised to levels from 0 (the autoencoder
   alone) to 0.75, denoised in five steps under the scene's caption, decoded. Only scenes and captions of the training
-  side; their labels stay those of the scene.
+  side.
 * Noise, blur, exposure and tint at random in every step.
 
-How far a caption is true of a picture follows from what was drawn: the mean over the attributes that it states.
-**Neither the scene checker nor a take with its score was used in training**, so the checker stays a judge of its own.
+How far a caption is true of a picture follows from the objects in it: the mean over the attributes that it states. In
+the first stage these are the objects that were drawn. In the second stage the generators' pictures, and further ones
+noised to 0.75 and 1 (takes of training captions), are labelled by **the objects that the scene checker sees**. So the
+checker judges what it has taught here, on pictures and captions that were not in training. The first stage alone,
+which never met the checker, reaches an accuracy of 0.81 on pictures and 0.84 on frames; as many steps more of the same
+kind do not raise that.
 
 ## Training
 
-{steps} steps in two stages (the second with more relations and more pictures by the generators), each of about {batch}
-captions and pictures in families: a scene, others that differ in one attribute, and two that differ in two or name the
-same things the other way round. The loss is CLIP's, in both directions, with
+{steps} steps in two stages, each of about {batch} captions and pictures in families: a scene, others that differ in one
+attribute, and two that differ in two or name the same things the other way round; in the second stage with more
+relations and {takes} further pictures by the generators. The loss is CLIP's, in both directions, with
 softmax(10 x truth) as targets, because wrong captions are wrong by degrees; beside it every patch names the object that
 covers it (a linear head that is thrown away). AdamW, bfloat16 autocast, averaged weights, seed {seed}, {threads}
 thread, {seconds} s on a machine shared with other work ({cpu} s of CPU).

@@ -1,7 +1,8 @@
 """Drawn pictures and frames of clips as the shipped generators make them: noised, denoised by the generator, decoded.
 
 The labels stay those of the scene drawn, though a generator changes some of it, the more so the higher the noise
-level. Only scenes and captions of the generators' training side are used.
+level: at level 1 they are takes of the caption. `as_seen` labels them by what the scene checker sees instead. Only
+scenes and captions of the generators' training side are used.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from jobs.shapes.clip_pictures import CAPTIONS, SCENES, Pictures, draw_pictures, joined
+from jobs.shapes.clip_pictures import CAPTIONS, SCENES, SLOTS, Pictures, draw_pictures, joined
 from jobs.shapes.make import to_pixels
 from jobs.shapes.parts import RECIPES, TEXT_LENGTH, ImageParts, VideoParts
 from pipeline.rewards.models import scene_world
+from pipeline.rewards.scorers.scene import find_in_frames
 
 STEPS = 5  # denoising steps from any noise level
-LEVELS = (0.0, 0.3, 0.45, 0.6, 0.75)  # before the schedule's shift; 0: the autoencoder alone
+MILD = (0.0, 0.3, 0.45, 0.6, 0.75)  # noise levels before the schedule's shift; 0: the autoencoder alone
+STRONG = (0.75, 1.0)
 BATCH = 20
 
 
@@ -50,25 +53,29 @@ def redraw(
     return ((pixels + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
 
 
-def redrawn_images(models: Path, count: int, rng: np.random.Generator, generator: torch.Generator) -> Pictures:
-    """`count` pictures, by the image generator."""
+def redrawn_images(
+    models: Path, count: int, levels: tuple[float, ...], rng: np.random.Generator, generator: torch.Generator
+) -> Pictures:
+    """`count` pictures, by the image generator; the levels take turns."""
     parts, sets = load_parts("image", models), []
     for start in range(0, count, BATCH):
         scenes = [SCENES.index(scene_world.sample_scene(rng)) for _ in range(min(BATCH, count - start))]
         drawn = draw_pictures(scenes, rng, botch=0.0)
-        level = LEVELS[start // BATCH % len(LEVELS)]
+        level = levels[start // BATCH % len(levels)]
         pixels = redraw(parts, drawn.pixels, [CAPTIONS[i] for i in scenes], level, generator)
         sets.append(replace(drawn, pixels=pixels, redrawn=np.ones(len(drawn), bool)))
     return joined(sets)
 
 
-def redrawn_frames(models: Path, clips: int, rng: np.random.Generator, generator: torch.Generator) -> Pictures:
-    """All frames of so many clips, by the video generator."""
+def redrawn_frames(
+    models: Path, clips: int, levels: tuple[float, ...], rng: np.random.Generator, generator: torch.Generator
+) -> Pictures:
+    """All frames of so many clips, by the video generator; the levels take turns."""
     parts, sets = load_parts("video", models), []
     for start in range(0, clips, BATCH):
         scenes = [scene_world.sample_scene(rng, video=True) for _ in range(min(BATCH, clips - start))]
         drawn = np.stack([scene_world.draw_video(scene, rng) for scene in scenes])
-        level = LEVELS[start // BATCH % len(LEVELS)]
+        level = levels[start // BATCH % len(levels)]
         pixels = redraw(parts, drawn, [scene_world.caption(scene) for scene in scenes], level, generator)
         at_rest = [SCENES.index(scene_world.Scene(scene.colour, scene.shape)) for scene in scenes]
         labels = draw_pictures(list(np.repeat(at_rest, scene_world.FRAMES)), rng, botch=0.0)
@@ -76,6 +83,20 @@ def redrawn_frames(models: Path, clips: int, rng: np.random.Generator, generator
         frames = pixels.reshape(-1, *pixels.shape[2:])
         sets.append(replace(labels, pixels=frames, redrawn=np.ones(len(labels), bool)))
     return joined(sets)
+
+
+def as_seen(pictures: Pictures) -> Pictures:
+    """The same pictures, labelled by the objects that the scene checker sees in them."""
+    colours, shapes, places = (np.zeros_like(a) for a in (pictures.colours, pictures.shapes, pictures.places))
+    for row, objects in enumerate(find_in_frames(pictures.pixels)):
+        for slot, item in enumerate(objects[:SLOTS]):
+            if item.colour is not None:
+                colours[row, slot, list(scene_world.PALETTE).index(item.colour)] = 1.0
+            if item.shape is not None:
+                shapes[row, slot, scene_world.SHAPES.index(item.shape)] = 1.0
+            size = scene_world.SIZE
+            places[row, slot] = item.x * size, item.y * size, (item.area / np.pi) ** 0.5, item.area
+    return replace(pictures, colours=colours, shapes=shapes, places=places)
 
 
 def _place(frame: np.ndarray) -> tuple[float, float, float, float]:

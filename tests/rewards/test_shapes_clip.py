@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,9 @@ def test_the_loss_is_least_where_logits_are_the_truth():
 
 def test_a_step_shows_captions_beside_neighbours():
     pictures = draw_pictures(list(range(len(SCENES))), np.random.default_rng(1), botch=0.0)
+    pictures = replace(pictures, redrawn=np.arange(len(pictures)) % 3 == 0)
     texts, shown, credits = clip.Sampler(pictures, clip.STAGES[-1], np.random.default_rng(2)).step()
+    assert len(shown) == len(texts) + clip.STAGES[-1].takes and shown.redrawn[len(texts) :].all()
     assert credits.shape == (len(shown), len(texts)) and credits.diagonal().min() == 1.0
     assert ((credits > 0.6) & (credits < 1)).any(dim=1).float().mean() > 0.9  # nearly right captions for every picture
     targets = clip.patch_targets(shown)
@@ -102,3 +105,14 @@ def test_redrawing_at_level_zero_is_the_autoencoder_alone():
     assert again.dtype == np.uint8 and np.abs(again.astype(int) - drawn).mean() < 6
     noised = redraw(parts, drawn, [CAPTIONS[30], CAPTIONS[500]], 0.6, torch.Generator().manual_seed(0))
     assert np.abs(noised.astype(int) - drawn).mean() > np.abs(again.astype(int) - drawn).mean()
+
+
+def test_what_the_checker_sees_becomes_a_label_with_its_scores():
+    from jobs.shapes.clip_takes import as_seen
+
+    rng = np.random.default_rng(8)
+    scenes = [int(rng.integers(len(SCENES))) for _ in range(20)] + [int(rng.integers(168)) for _ in range(20)]
+    pictures = as_seen(draw_pictures(scenes, rng, botch=0.4))
+    captions = np.unique([*scenes, *rng.integers(len(SCENES), size=20)])
+    checked = [[np.mean(list(check_image(p, CAPTIONS[i]).values())) for i in captions] for p in pictures.pixels]
+    assert np.abs(caption_credits(pictures, captions) - checked).max() < 1e-6
