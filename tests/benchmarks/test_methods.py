@@ -16,7 +16,8 @@ from pipeline.config.load import load_config
 def test_a_recipe_names_its_paper_and_is_short(name, monkeypatch):
     monkeypatch.chdir(methods.ROOT)
     path = methods.RECIPES / f"{name}.yaml"
-    head = path.read_text().splitlines()[:3]
+    first, *head = path.read_text().splitlines()[:4]
+    assert first.startswith("# yaml-language-server:")
     assert all(line.startswith("#") for line in head) and f"rushes train configs/methods/{name}.yaml" in head[2]
     assert re.search(r"arXiv \d{4}\.\d{5}", " ".join(head))
     cfg = load_config(path)
