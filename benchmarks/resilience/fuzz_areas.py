@@ -193,6 +193,7 @@ def command_lines(work: Path, rng: random.Random) -> Iterator[Case]:
         "report": [],
         "score": ["-r", "jpeg_compressibility"],
         "agree": ["-r", "jpeg_compressibility"],
+        "label": ["--export"],
         "serve-reward": [],
         "size": ["c.yaml"],
         "stop": [],
