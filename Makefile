@@ -62,7 +62,7 @@ generators: setup ## make the two shipped generators again (about 45 minutes eac
 	$(BIN)/python -m jobs.shapes.make image
 	$(BIN)/python -m jobs.shapes.make video
 
-shapes-clip: setup ## make the CLIP of the shapes again (about 10 minutes of one core)
+shapes-clip: setup ## make the CLIP of the shapes again (about 20 minutes of one core)
 	$(BIN)/python -m jobs.shapes.clip
 
 docs: setup ## regenerate docs/config.md and configs/schema.json

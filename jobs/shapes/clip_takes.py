@@ -103,5 +103,5 @@ def _place(frame: np.ndarray) -> tuple[float, float, float, float]:
     """Centre, radius and area of the one object on a drawn frame uint8 [48, 48, 3]."""
     rows, columns = np.nonzero(abs(frame.astype(int) - frame[0, 0]).max(-1) > 40)
     sides = np.ptp(columns) + 1, np.ptp(rows) + 1
-    middle = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
-    return (*(float(value) for value in middle), float(max(sides)) / 2, float(len(rows)))
+    x, y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
+    return float(x), float(y), float(max(sides)) / 2, float(len(rows))
