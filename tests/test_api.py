@@ -87,7 +87,9 @@ def test_the_wheel_carries_what_ships(tmp_path):
     packed = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     for package in ("pipeline", "actors", "jobs"):
         files = {
-            p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".yaml", ".j2")
+            p.relative_to(ROOT).as_posix()
+            for p in (ROOT / package).rglob("*")
+            if p.suffix in (".py", ".yaml", ".j2", ".html")
         }
         assert files <= packed, files - packed
     assert "rushes.py" in packed

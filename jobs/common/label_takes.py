@@ -118,13 +118,13 @@ def draw_pairs(takes: Sequence[Take], count: int, first: Iterable[TakePair] = ()
 
 
 def _pairs_of(takes: list[Take]) -> Iterator[TakePair]:
-    """All pairs of one prompt. Each round holds every take twice (once, where it is half of a full circle)."""
+    """All pairs of one prompt, those of a half circle twice. Each round holds every take twice."""
     drawing = random.Random(takes[0].prompt)
     takes = list(takes)
     drawing.shuffle(takes)
     count = len(takes)
     for offset in range(1, count // 2 + 1):
-        for index in range(count // 2 if 2 * offset == count else count):
+        for index in range(count):
             pair = [takes[index], takes[(index + offset) % count]]
             drawing.shuffle(pair)
             yield TakePair(*pair)
