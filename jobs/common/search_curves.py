@@ -82,8 +82,8 @@ def summarise_points(points: list[Point], weights: dict[str, float], prompts: np
     for point in points:
         summary = summarise_scores(point.scores, weights, prompts)
         row: dict[str, Any] = {"checkpoint": point.checkpoint, "search": point.search, "passes": point.passes}
-        row["reward"] = asdict(summary.reward)
-        row["rewards"] = {name: asdict(value) for name, value in summary.rewards.items()}
+        row["reward"] = asdict(summary.reward.estimate)
+        row["rewards"] = {name: asdict(value.estimate) for name, value in summary.rewards.items()}
         if point.search != PLAIN:
             difference = weighted_rewards(point.scores, weights).astype(np.float64) - plain[point.checkpoint]
             row["difference"] = asdict(estimate(difference, prompts))
