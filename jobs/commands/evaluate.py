@@ -79,7 +79,8 @@ def evaluate(
         raise ConfigError("evaluate: the config has no prompts.heldout; set it or give --prompts FILE")
     if passes and not search:
         raise ConfigError("evaluate: --passes belongs to a search; add --search NAME")
-    chosen = {text: [read_search_option(cfg, text, p) for p in passes or [None]] for text in search or []}
+    budgets: list[int | None] = [*passes] if passes else [None]  # None: the search's own
+    chosen = {text: [read_search_option(cfg, text, budget) for budget in budgets] for text in search or []}
     if not checkpoint and not base:
         raise ConfigError("evaluate: nothing to evaluate; give --checkpoint or leave --no-base out")
     items = load_prompts(path)
@@ -95,7 +96,7 @@ def evaluate(
 
     runners = rewards_of(cfg)
     if chosen:
-        labels = labels_of_searches([budgets[0] for budgets in chosen.values()], list(chosen))
+        labels = labels_of_searches([some[0] for some in chosen.values()], list(chosen))
         searches = dict(zip(labels, chosen.values(), strict=True))
         points: list[Point] = []
         for label, source in zip(labels_of(sources), sources, strict=True):

@@ -58,7 +58,8 @@ def run_points(
     prompts = items[: cfg.evaluation.prompts or len(items)]
     wanted = takes_wanted(cfg, prompts, cfg.evaluation.takes_per_prompt, EVALUATION_SEED)
     points = []
-    for label, budgets in {PLAIN: [BestOfN(passes=1)], **searches}.items():
+    plain: dict[str, list[Search]] = {PLAIN: [BestOfN(passes=1)]}
+    for label, budgets in {**plain, **searches}.items():
         for search in budgets:
             searcher = TakeSearcher(policy, search, runners, cfg.evaluation.steps, items)
             scores: dict[str, list[np.ndarray]] = {name: [] for name in runners}

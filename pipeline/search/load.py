@@ -40,8 +40,10 @@ def load_search(text: str, passes: int | None = None) -> Search:
         raise ConfigError(f"--search {path}: no such file{did_you_mean(path.name, siblings) or '; check the path'}")
     data, node = parse_yaml(read_text(path, MAX_YAML, ConfigError), str(path), ConfigError)
     if not isinstance(data, dict) or "name" not in data:
-        kind = "no name" if isinstance(data, dict) else f"a {type_name(data)}"
-        raise ConfigError(f"{path}: holds {kind}; write name: with one of {', '.join(SEARCHES.all())}, and its options")
+        holds = "no name" if isinstance(data, dict) else f"a {type_name(data)}"
+        raise ConfigError(
+            f"{path}: holds {holds}; write name: with one of {', '.join(SEARCHES.all())}, and its options"
+        )
     lines = yaml_keys(node, str(path), ConfigError)
     options = {key: value for key, value in data.items() if key != "name"}
     try:

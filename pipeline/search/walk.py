@@ -117,9 +117,9 @@ class PolicyWalk:
             return self.rewards.score(media, prompts), frames
         scores = np.empty(len(frames))
         for owner in dict.fromkeys(owners):  # takes of other searches must not change a take's score
-            rows = np.flatnonzero(np.asarray(owners) == owner)
-            mine = Media(frames=media.frames[rows], fps=media.fps)
-            scores[rows] = self.rewards.score(mine, [self.prompts[owner]] * len(rows))
+            shown = np.flatnonzero(np.asarray(owners) == owner)
+            mine = Media(frames=media.frames[shown], fps=media.fps)
+            scores[shown] = self.rewards.score(mine, [self.prompts[owner]] * len(shown))
         return scores, frames
 
     @torch.no_grad()
