@@ -3,7 +3,8 @@
 Each evaluation is compared with the one before training, on the same prompts and seeds. Suspect is what has changed
 clearly (`LEVEL`, `LEAST`; paired over prompts) and for the worse: a reward that fell, a gold reward (weight 0: judged,
 never trained on) that fell from the start or from its peak, a guard that left its tolerance. Without a suspect, the
-weighted reward decides: beyond its 95 % interval it has improved, else nothing can be said to have changed.
+weighted reward decides: beyond its 95 % interval it has improved, or the run is worse than its start; else nothing can
+be said to have changed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ LEAST = 0.1
 LEVEL = 0.99  # of the interval that a suspect change must leave; divided among the evaluations a gold is compared with
 
 
+Kind = Literal["improved", "worse", "same", "suspect"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suspect:
     """What has changed for the worse."""
@@ -41,9 +45,9 @@ class Suspect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """`kind`: improved; same (no measurable change); suspect."""
+    """`kind`: improved; worse; same (no measurable change); suspect."""
 
-    kind: Literal["improved", "same", "suspect"]
+    kind: Kind
     suspects: tuple[Suspect, ...]
     reward: Estimate | None  # change of the weighted reward
 
@@ -53,8 +57,8 @@ class Verdict:
         gain = f"held-out reward {with_error(self.reward.mean, self.reward.ci95, sign='+')}" if self.reward else ""
         if self.kind == "suspect":
             return f"suspect: {', '.join(str(suspect) for suspect in self.suspects)}"
-        if self.kind == "improved":
-            return f"improved ({gain}, 95 % interval)"
+        if self.kind in ("improved", "worse"):
+            return f"{self.kind} ({gain}, 95 % interval)"
         if self.reward is None or self.reward.ci95 is None:
             return "no measurable change (a single prompt has no error)"
         return f"no measurable change ({gain}, 95 % interval)"
@@ -83,9 +87,9 @@ def judge(
         *_fallen_gold(records, weights),
         *_moved_guards(first, last, change, allowed),
     ]
-    improved = change.reward is not None and change.reward.direction() == "up"
-    kind: Literal["improved", "same", "suspect"] = "suspect" if suspects else "improved" if improved else "same"
-    return Verdict(kind=kind, suspects=tuple(suspects), reward=change.reward)
+    direction = None if change.reward is None else change.reward.direction()
+    kind: Kind = "improved" if direction == "up" else "worse" if direction == "down" else "same"
+    return Verdict(kind="suspect" if suspects else kind, suspects=tuple(suspects), reward=change.reward)
 
 
 def _fallen_rewards(

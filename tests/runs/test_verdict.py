@@ -35,6 +35,8 @@ def test_improved_and_no_measurable_change():
     assert better.kind == "improved" and better.text.startswith("improved (held-out reward +0.14")
     same = verdict(record(0), record(10, proxy=0.501))
     assert same.kind == "same" and same.text.startswith("no measurable change (held-out reward -0.00")
+    worse = verdict(record(0), record(10, proxy=0.488))  # between the 95 % interval and what makes it suspect
+    assert worse.kind == "worse" and worse.text.startswith("worse (held-out reward -0.01")
     alone = verdict(record(0, prompts=PROMPTS[:1]), record(10, proxy=0.9, prompts=PROMPTS[:1]))
     assert alone.kind == "same" and "single prompt" in alone.text
 

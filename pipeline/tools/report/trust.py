@@ -14,7 +14,7 @@ from pipeline.runs.verdict import tolerances
 from pipeline.tools.report.plots import Line, plot
 from pipeline.tools.report.record import RunRecord
 
-TITLES = {"improved": "improved", "same": "no measurable change", "suspect": "suspect"}
+TITLES = {"improved": "improved", "worse": "worse", "same": "no measurable change", "suspect": "suspect"}
 
 
 def verdict(run: RunRecord) -> dict[str, Any] | None:
