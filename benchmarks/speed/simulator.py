@@ -173,7 +173,7 @@ class Sleepers:
     def save(self, seat: str, root: str, *_: Any) -> str:
         return root
 
-    def export(self, seat: str, out: str) -> str:
+    def export(self, seat: str, out: str, source: str | None = None) -> str:
         return out
 
 

@@ -66,9 +66,17 @@ def inversion_gap(latent_map: LatentMap, x0: torch.Tensor) -> float:
     return float((again - latents)[:, held].abs().max()) / float(latents.abs().max())
 
 
-def slope_gap(value: Callable[[], torch.Tensor], parameters: Sequence[torch.nn.Parameter], move: float = 3e-4) -> float:
+def slope_gap(
+    value: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    moves: Sequence[float] = (3e-4, 3e-5, 3e-3, 3e-6, 3e-2),
+    enough: float = 0.01,
+) -> float:
     """How far a gradient is from finite differences, relative: of `value()`, a number, along the gradient itself and,
-    as strongly, a random direction. The weights end up as they were; `move`: how far `value` is moved, relative."""
+    as strongly, a random direction. The weights end up as they were.
+
+    `moves`: how far `value` is moved, relative, tried in this order until the gap is `enough`: where the weights hardly
+    matter, one size is beyond what is linear and another below what float32 resolves. A wrong gradient fits none."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     here = value()
@@ -81,13 +89,18 @@ def slope_gap(value: Callable[[], torch.Tensor], parameters: Sequence[torch.nn.P
     length, of_noise = (float(torch.stack([t.norm() for t in tensors]).norm()) for tensors in (gradients, noise))
     directions = [g / length + n / of_noise for g, n in zip(gradients, noise, strict=True)]
     slope = float(sum((g.double() * d.double()).sum() for g, d in zip(gradients, directions, strict=True)))
-    size = move * max(abs(float(here.detach())), 0.1) / slope
-    ends, before = [], [parameter.clone() for parameter in parameters]
+    before, gaps = [parameter.clone() for parameter in parameters], []
     with torch.no_grad():
-        for sign in (1, -1):
-            for parameter, start, direction in zip(parameters, before, directions, strict=True):
-                parameter.copy_(start + sign * size * direction)
-            ends.append(float(value()))
+        for move in moves:
+            size = move * max(abs(float(here.detach())), 0.1) / slope
+            ends = []
+            for sign in (1, -1):
+                for parameter, start, direction in zip(parameters, before, directions, strict=True):
+                    parameter.copy_(start + sign * size * direction)
+                ends.append(float(value()))
+            gaps.append(abs((ends[0] - ends[1]) / (2 * size) - slope) / slope)
+            if gaps[-1] <= enough:
+                break
         for parameter, start in zip(parameters, before, strict=True):
             parameter.copy_(start)
-    return abs((ends[0] - ends[1]) / (2 * size) - slope) / slope
+    return min(gaps)
