@@ -30,7 +30,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint in a format that diffusers and others load, with a model card.
+    """Write a checkpoint for other programs, with a card.
 
     lora: for diffusers and PEFT. kohya, comfyui: one LoRA file in the key style that kohya's scripts, A1111 and Forge,
     or ComfyUI read. full: a whole diffusers folder.

@@ -15,6 +15,7 @@ from pipeline.config.messages import Source
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, RushesError, one_line
 from pipeline.core.shipped import shipped_root
+from pipeline.rl.samplers import get_sampler
 
 ROOM = 0.85  # share of the card, or of the machine's memory, that the estimate may fill
 
@@ -124,7 +125,7 @@ prompts:
   train: {_quoted(str(wishes.prompts))}
 {heldout}sampler:
   kind: {sampler} # how rollouts draw noise (rushes inspect CHECKPOINT says which fit)
-  noise_level: {1.0 if sampler == "ddim" else 0.7}
+  noise_level: {get_sampler(sampler).default_noise}
   steps: 10
 rewards:
   main: {{scorer: {_quoted(wishes.reward)}, weight: 1.0{segments}}} # several are summed by weight; rushes score --list

@@ -18,6 +18,7 @@ from actors.ray_options import RunContext
 from actors.step_recorder import Recent
 from pipeline.core.errors import RunFailed
 from pipeline.core.types import Media, PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.rewards.guards import measure
 from pipeline.runs.snapshot import EvaluationProgress
 
 PROMPTS = [PromptItem(index=i, text=f"prompt {i}") for i in range(4)]
@@ -43,8 +44,9 @@ class Runner:
         if self.failing:
             raise GroupFailed("told to", 2)
         takes = len(run.work.prompts)
+        drawn = Media(frames=np.zeros((takes, 1, 16, 16, 3), np.uint8), fps=8.0)
         media = asyncio.get_running_loop().create_future()
-        media.set_result(Media(frames=np.zeros((takes, 1, 16, 16, 3), np.uint8), fps=8.0))
+        media.set_result(drawn)
         meta = RolloutMeta(
             group=run.group,
             attempt=1,
@@ -53,6 +55,7 @@ class Runner:
             seconds={},
             trajectory_bytes=0,
             media_bytes=0,
+            measured=measure(drawn),
         )
         run.drawn(meta, media, media)
         run.scores = {"r": RewardScores(values=np.arange(takes, dtype=np.float32))}
