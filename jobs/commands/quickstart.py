@@ -16,7 +16,7 @@ def quickstart(
     image: Annotated[bool, typer.Option("--image", help="Text-to-image instead of text-to-video.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train the small text-to-video generator that ships, from anywhere.
+    """Train the small generator that ships.
 
     The same as `rushes train configs/quickstart.yaml`; the run's folder is made in ./runs.
 
