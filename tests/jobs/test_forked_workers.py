@@ -39,6 +39,7 @@ def test_workers_are_forked_with_their_own_environment_and_end_with_the_run():
             about.append((actor, *ray.get(actor.about.remote(), timeout=120)))
         assert [(forked, mark) for _, _, forked, mark in about] == [(True, "one"), (True, "two"), (False, "three")]
         pids = [pid for _, pid, _, _ in about]
+        assert [os.getpgid(pid) for pid in pids[:2]] == pids[:2]  # Ray ends a worker's whole process group with it
         ray.kill(about[0][0])
         psutil.wait_procs([psutil.Process(pids[0])] if psutil.pid_exists(pids[0]) else [], timeout=30)
         assert not psutil.pid_exists(pids[0]) and psutil.pid_exists(pids[1])

@@ -113,6 +113,7 @@ def serve(address: str) -> None:
             for file in (connection.detach(), *files):
                 os.close(file)
             worker, connection, files = next_worker(listening)
+    os.setpgid(0, 0)  # when a worker ends, Ray ends all of its process group
     connection.detach()  # closed when this process ends
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, file in enumerate(files):
