@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import marked_block
 from benchmarks.learning import methods
 from benchmarks.learning.samples import ROOT
 from pipeline.core.files import atomic_write
@@ -105,8 +106,7 @@ def plot(done: list[dict[str, Any]]) -> None:
 def write_docs() -> None:
     done = runs()
     plot(done)
-    head, _, rest = DOCS.read_text("utf-8").partition(BEGIN)
-    atomic_write(DOCS, f"{head}{BEGIN}\n{table(done)}\n{END}{rest.partition(END)[2]}".encode())
+    marked_block.renew(DOCS, BEGIN, END, table(done))
 
 
 def main() -> int:

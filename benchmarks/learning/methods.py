@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import marked_block
 from benchmarks.learning.samples import ROOT, Loop
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
@@ -164,10 +165,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def write_docs() -> None:
     results = read()
     plot(results, PICTURE)
-    text = DOCS.read_text("utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    atomic_write(DOCS, f"{head}{BEGIN}\n{table(results)}\n{END}{tail}".encode())
+    marked_block.renew(DOCS, BEGIN, END, table(results))
 
 
 def main() -> int:

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import InputError
-from pipeline.core.files import atomic_write
+from benchmarks import marked_block
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin (rushes bench --tables) -->", "<!-- tables: end -->"
@@ -15,13 +14,7 @@ BEGIN, END = "<!-- tables: begin (rushes bench --tables) -->", "<!-- tables: end
 
 def renew(results: Path, docs: Path = DOCS) -> Path:
     """Writes the tables of `results` between the markers of `docs`. Raises InputError where they are missing."""
-    text = docs.read_text()
-    if BEGIN not in text or END not in text:
-        raise InputError(f"{docs}: the markers {BEGIN!r} and {END!r} are missing")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    rendered = "\n\n".join(render(json.loads(results.read_text())))
-    atomic_write(docs, f"{head}{BEGIN}\n{rendered}\n{END}{tail}".encode())
+    marked_block.renew(docs, BEGIN, END, "\n\n".join(render(json.loads(results.read_text()))))
     return docs
 
 

@@ -20,7 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from jobs.common.rater_statistics import RaterAnswer
 from pipeline.core.errors import InputError, RushesError
-from pipeline.core.files import describe_os_error
+from pipeline.core.files import describe_os_error, sync
 from pipeline.core.labelled_pairs import LABELS, LabelledPair
 from pipeline.core.reading import parse_json_object, read_bytes, shown
 
@@ -97,7 +97,7 @@ class AnswerFile:
             raise RushesError(f"cannot write {describe_os_error(error, path)}") from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _sync_folder(path.parent)
+            sync(path.parent)  # a new file's name is on the disk, too
             self.answers, self._size = read_answers(path)
             self.dropped = os.fstat(self._handle).st_size - self._size  # bytes of a line that a crash cut off
             os.ftruncate(self._handle, self._size)
@@ -125,15 +125,6 @@ class AnswerFile:
 
     def close(self) -> None:
         os.close(self._handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def labelled_pairs(answers: Sequence[Answer], origin: str) -> list[LabelledPair]:

@@ -54,6 +54,15 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise RushesError(f"cannot write {describe_os_error(error, path)}") from error
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The most similar of the choices, or None when none is similar."""
     matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.55)

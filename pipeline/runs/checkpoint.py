@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, InputError
-from pipeline.core.files import describe_os_error
+from pipeline.core.files import describe_os_error, sync
 from pipeline.core.prompts import content_digest, load_prompts
 from pipeline.core.reading import read_json_object, shown
 from pipeline.core.records import check_record
@@ -158,11 +158,11 @@ def save(
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            sync(path)
         if final.exists():  # the same step again (stopped right after a periodic save): replace it
             _remove(final)
         os.rename(partial, final)
-        _fsync(root)
+        sync(root)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause = _os_error(error)
@@ -190,14 +190,6 @@ def _os_error(error: Exception) -> OSError | None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with open(path, "rb") as handle:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

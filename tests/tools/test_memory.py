@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,10 +52,10 @@ def test_weights_are_exact(case):
     assert loaded == {name: weight_bytes_of(module) for name, module in meta.modules.items()}
 
 
-def saved_bytes(pipe, calls) -> int:
-    """What autograd keeps for the backward pass of these calls, weights left out; every storage once."""
-    module = pipe.transformer.requires_grad_(True)
-    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
+@contextlib.contextmanager
+def kept_for_backward(*modules: torch.nn.Module):
+    """What autograd keeps for the backward pass within the block, the modules' weights left out: tensors by storage."""
+    weights = {t.untyped_storage().data_ptr() for m in modules for t in (*m.parameters(), *m.buffers())}
     held: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,8 +64,19 @@ def saved_bytes(pipe, calls) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield held
+
+
+def storage_bytes(held: dict[int, torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def saved_bytes(pipe, calls) -> int:
+    """What autograd keeps for the backward pass of these calls, weights left out; every storage once."""
+    module = pipe.transformer.requires_grad_(True)
+    with kept_for_backward(module) as held:
         outs = [module(*call.args, **call.kwargs)[0] for call in calls]
-        size = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+        size = storage_bytes(held)
     del outs
     module.requires_grad_(False)
     return size
@@ -75,17 +87,10 @@ def test_a_decoding_with_gradients_holds_what_autograd_keeps(case):
     _run(meta, cfg, 2)
     planned = meta.decoding_bytes(2)
     latents = torch.zeros(1, *meta.decodings[0].args[0].shape[1:]).requires_grad_()
-    weights = {p.untyped_storage().data_ptr() for p in [*pipe.vae.parameters(), *pipe.vae.buffers()]}
-    held: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward(pipe.vae) as held:
         pictures = pipe.vae.decode(latents)[0]
-    assert pictures.requires_grad and 0.8 < planned / sum(held.values()) < 1.5, (planned, sum(held.values()))
+    measured = storage_bytes(held)
+    assert pictures.requires_grad and 0.8 < planned / measured < 1.5, (planned, measured)
 
 
 def test_activations_are_what_autograd_keeps(case):
@@ -127,20 +132,10 @@ def test_trained_text_encoders_are_what_autograd_keeps(tiny_sd3):
     policy.add_adapters()
     _, trajectory, _ = policy.rollout(train_work(cfg, 0, 0, PromptItem(index=0, text="a red circle")))
     replayer = Replayer(trajectory.parts[0], policy.spec, learner.modules, learner.device)
-    weights = {
-        t.untyped_storage().data_ptr() for m in learner.trained.values() for t in (*m.parameters(), *m.buffers())
-    }
-    held: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward(*learner.trained.values()) as held:
         live = learner.replicas[0].text.override_text(replayer, trajectory.sampling)
     parts = estimate_memory(cfg, NONE)["roles"]["learner"]["parts"]
-    planned, measured = parts["text encoders' activations"], sum(held.values())
+    planned, measured = parts["text encoders' activations"], storage_bytes(held)
     del live
     assert abs(planned / measured - 1) < 0.2, (planned, measured)
     modules = [m for m in learner.replicas[0].text.pipe.components.values() if isinstance(m, torch.nn.Module)]
