@@ -44,20 +44,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 _ray = contextlib.ExitStack()
+FORKED_WITH = [
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "pipeline.generators.export",
+    "pipeline.generators.policy",
+    "pipeline.learner.learner",
+    "pipeline.rewards.runner",
+]
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def cluster():
     """A local Ray of 8 CPUs and 200 MiB, for all tests of a process that only need one."""
     import tiny
-    from forked_workers import session_of_forked_workers
+
+    from jobs.cluster.forked_workers import fork_server
+    from jobs.cluster.ray_session import RaySession
 
     init = {"num_cpus": 8, "object_store_memory": 200 * 2**20}
     cfg = tiny.config(Path("unused"), ray={"address": "local", "init": init})
     with _ray, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_enable_metrics_collection", "1")  # a Ray without a dashboard would not
         patch.setenv("RAY_metrics_report_interval_ms", "2500")  # a test waits; forgotten after 12 intervals
-        yield _ray.enter_context(session_of_forked_workers(cfg, tmp_path_factory.mktemp("ray")))
+        # Threads do not matter to tiny tensors, so that all workers can be forked.
+        python = _ray.enter_context(fork_server(FORKED_WITH, {}, threads=None))
+        yield _ray.enter_context(RaySession(cfg, python=python))
 
 
 @pytest.hookimpl(tryfirst=True)

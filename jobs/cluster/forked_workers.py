@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ worker = [i for i, argument in enumerate(sys.argv) if argument.endswith("default
 plain = own.get("py_executable") in (None, {python!r}) and not own.get("command_prefix")
 server = socket.socket(socket.AF_UNIX)
 try:
-    if not (worker and plain and env.get("OMP_NUM_THREADS") == {threads!r} and "PYTHONPATH" not in env):
+    if not (worker and plain and {threads!r} in (None, env.get("OMP_NUM_THREADS")) and "PYTHONPATH" not in env):
         raise OSError
     server.connect({address!r})
 except OSError:
@@ -77,12 +77,19 @@ def forked_workers(cfg: Config) -> Iterator[Path | None]:
         yield None
         return
     env = actor_env(cfg.learner.threads or cores())  # glibc and OpenMP read it when the process starts
+    modules = [*_LIBRARIES, *(_COMPILER if cfg.generator.compile else ())]
+    with fork_server(modules, env, env["OMP_NUM_THREADS"]) as script:
+        yield script
+
+
+@contextlib.contextmanager
+def fork_server(modules: Sequence[str], env: Mapping[str, str], threads: str | None) -> Iterator[Path]:
+    """The interpreter for workers that are forked from a process with `modules` imported, and with the variables `env`.
+    `threads`: the OMP_NUM_THREADS of those that are; None: any."""
     with tempfile.TemporaryDirectory(prefix="rushes-", dir="/tmp") as folder:  # a socket's path has at most 107 bytes
         script, address = Path(folder) / "python", Path(folder) / "fork"
-        threads = env["OMP_NUM_THREADS"]
         script.write_text(_SCRIPT.format(python=sys.executable, address=str(address), threads=threads))
         script.chmod(0o755)
-        modules = [*_LIBRARIES, *(_COMPILER if cfg.generator.compile else ())]
         command = [sys.executable, "-m", "jobs.cluster.forked_workers", str(address), *modules]
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
