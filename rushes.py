@@ -102,7 +102,7 @@ def generate(
     from jobs.common.load_trained import find_trained, load_policy
     from pipeline.core.prompts import check_prompt_lengths
     from pipeline.core.types import PromptItem
-    from pipeline.rl.group_plan import eval_works
+    from pipeline.rl.group_plan import sample_works
     from pipeline.tools import preflight
 
     cfg = load_config(config, **sections)
@@ -111,10 +111,8 @@ def generate(
     preflight.check_generator(cfg, [], [])
     check_prompt_lengths(items, cfg.generator.pretrained, cfg.generator.call_kwargs, None)
     policy = load_policy(cfg, find_trained(Path(checkpoint)) if checkpoint else None)
-    update = {"prompts": 0, "takes_per_prompt": takes, "steps": steps or cfg.evaluation.steps}
-    evaluation = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=update)})
     made = []
-    for work in eval_works(evaluation, items, step=0, seed=seed):
+    for work in sample_works(cfg, items, takes, seed, steps):
         media, _, _ = policy.rollout(work)
         for prompt, take_seed, frames in zip(work.prompts, work.seeds, media.frames, strict=True):
             made.append(Take(prompt=prompt.text, seed=take_seed, frames=frames, fps=media.fps))

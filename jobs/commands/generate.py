@@ -66,7 +66,7 @@ def generate(
     from pipeline.config.load import load_config
     from pipeline.core.prompts import check_prompt_lengths, load_prompts
     from pipeline.core.takes_table import save_takes
-    from pipeline.rl.group_plan import eval_works
+    from pipeline.rl.group_plan import sample_works
     from pipeline.tools import preflight
 
     cfg, console = load_config(config, overrides or []), make_console()
@@ -92,9 +92,7 @@ def generate(
         searcher = TakeSearcher(policy, chosen, rewards_of(cfg), num_steps, items)
         wanted = [w for w in takes_wanted(cfg, items, takes, seed) if (w.prompt.index, w.seed) not in there]
         return generate_by_search(cfg, searcher, wanted, out, version, console)
-    update = {"prompts": 0, "takes_per_prompt": takes, "steps": num_steps}
-    evaluation = cfg.evaluation.model_copy(update=update)
-    works = eval_works(cfg.model_copy(update={"evaluation": evaluation}), items, step=0, seed=seed)
+    works = sample_works(cfg, items, takes, seed, num_steps)
     for work in track(works, description="generating", console=console, disable=not console.is_terminal):
         media, _, _ = policy.rollout(work)
         save_takes(out, media, work.prompts, work.seeds, version, {})

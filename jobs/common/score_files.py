@@ -17,10 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.core.errors import InputError, RewardError, RushesError
-from pipeline.core.files import atomic_write
 from pipeline.core.media import list_media, read_media
 from pipeline.core.named_files import FIX, named_files, picture_file
-from pipeline.core.parquet import columns_of, read_rows
+from pipeline.core.parquet import columns_of, read_rows, write_parquet
 from pipeline.core.prompts import MAX_CHARACTERS, read_metadata
 from pipeline.core.reading import bad_text, read_text, storable
 from pipeline.core.safe_paths import path_inside
@@ -257,15 +256,12 @@ def read_scores(out: Path) -> Rows:
 
 def write_scores(out: Path, rows: Rows) -> None:
     import pyarrow
-    import pyarrow.parquet
 
     schema = pyarrow.schema(
         [(name, pyarrow.string()) for name in ("path", "prompt", "reward")]
         + [("score", pyarrow.float64()), ("error", pyarrow.string())]
     )
-    buffer = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows.values()), schema=schema), buffer)
-    atomic_write(out, buffer.getvalue().to_pybytes())
+    write_parquet(out, pyarrow.Table.from_pylist(list(rows.values()), schema=schema))
 
 
 def print_scores(scored: list[dict[str, Any]], names: list[str], console: Console) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.config.schema import Config
 from pipeline.core.types import Media, PromptItem, RewardScores
 from pipeline.rewards.runner import RewardRunner, build_reward
-from pipeline.rl.group_plan import eval_works
+from pipeline.rl.group_plan import sample_works
 from pipeline.search.base import Found, Search, Task, steering_weights
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def rewards_of(cfg: Config) -> dict[str, RewardRunner]:
 
 def takes_wanted(cfg: Config, prompts: Sequence[PromptItem], takes: int, seed: int) -> list[Wanted]:
     """The takes that `rushes generate` would draw, in its order."""
-    evaluation = cfg.evaluation.model_copy(update={"prompts": 0, "takes_per_prompt": takes})
-    works = eval_works(cfg.model_copy(update={"evaluation": evaluation}), prompts, step=0, seed=seed)
+    works = sample_works(cfg, prompts, takes, seed)
     return [Wanted(*pair) for work in works for pair in zip(work.prompts, work.seeds, strict=True)]
 
 

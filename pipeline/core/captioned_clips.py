@@ -6,7 +6,6 @@ A folder of clips is a prompt set (`pipeline.core.prompts`). Each file's caption
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.core.errors import InputError
-from pipeline.core.media import VIEW_TAG, list_media, read_media
+from pipeline.core.media import list_media, read_media, view_of
 from pipeline.core.media_kinds import media_kind
 from pipeline.core.pictures import picture_size
 from pipeline.core.reading import read_text
@@ -63,7 +62,8 @@ class ClipFormat:
             return
         head = probe_video(path, kind)
         self._check_length(path, head.frames, head.fps or None)
-        height, width = _size_before_view(head.comment) or (head.height, head.width)
+        whole = view_of(head.comment) or head  # the size before it was enlarged for viewing
+        height, width = whole.height, whole.width
         self._check_size(path, {(height, width), (width, height)})
 
     def read(self, path: Path) -> np.ndarray:
@@ -129,14 +129,3 @@ class DataClips:
 
     form: ClipFormat
     largest_error: float  # grey levels, of a decoded encoding, on average
-
-
-def _size_before_view(comment: str) -> tuple[int, int] | None:
-    """The size that a clip had before `write_media` enlarged it for viewing."""
-    if not comment.startswith(VIEW_TAG):
-        return None
-    try:
-        view = json.loads(comment[len(VIEW_TAG) :])
-        return int(view["height"]), int(view["width"])
-    except (ValueError, KeyError, TypeError):
-        return None  # a comment by another program

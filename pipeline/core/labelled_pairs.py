@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import InputError
-from pipeline.core.files import atomic_write, did_you_mean
-from pipeline.core.parquet import columns_of, read_rows
+from pipeline.core.files import did_you_mean
+from pipeline.core.parquet import columns_of, read_rows, write_parquet
 from pipeline.core.reading import shown
 
 LABELS = {"a": 1, "b": -1, "tie": 0}
@@ -135,7 +135,6 @@ def _check_repeat(pair: LabelledPair, answers: dict[str, tuple[str | None, froze
 def write_labelled_pairs(path: Path, pairs: Sequence[LabelledPair]) -> None:
     """Writes pairs of paths as the table, atomically. Raises `RushesError`."""
     import pyarrow
-    import pyarrow.parquet
 
     words = {value: word for word, value in LABELS.items()}
     rows = [
@@ -146,6 +145,4 @@ def write_labelled_pairs(path: Path, pairs: Sequence[LabelledPair]) -> None:
     text, moment = pyarrow.string(), pyarrow.timestamp("ms", tz="UTC")
     names = ("path_a", "path_b", "prompt", "label", "time", *_TEXTS)
     schema = pyarrow.schema([(name, moment if name == "time" else text) for name in names])
-    buffer = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), buffer)
-    atomic_write(path, buffer.getvalue().to_pybytes())
+    write_parquet(path, pyarrow.Table.from_pylist(rows, schema=schema))

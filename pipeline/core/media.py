@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -25,7 +26,7 @@ from pipeline.core.videos import read_video
 VIEW_PIXELS = 240  # smaller clips are enlarged by a whole factor to about this size
 MAX_DECODED_BYTES = 4 * 2**30  # of one clip; or a quarter of the free memory, if that is less
 _SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-VIEW_TAG = "rushes-view:"
+_TAG = "rushes-view:"
 
 
 def view_scale(height: int, width: int) -> int:
@@ -38,6 +39,17 @@ def view_scale(height: int, width: int) -> int:
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
     """Nearest-neighbour enlargement of [..., H, W, 3] by a whole factor."""
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2) if scale > 1 else frames
+
+
+def shrink(frame: np.ndarray, pixels: int) -> np.ndarray:
+    """uint8 [H, W, 3] so that its longer side has `pixels` at most."""
+    from PIL import Image
+
+    scale = pixels / max(frame.shape[:2])
+    if scale >= 1.0:
+        return frame
+    size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -69,7 +81,7 @@ def encode_mp4(frames: np.ndarray, fps: float, scale: int | None = None) -> byte
         big = np.pad(big, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)), mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        container.metadata["comment"] = VIEW_TAG + json.dumps({"scale": scale, "height": height, "width": width})
+        container.metadata["comment"] = _TAG + json.dumps({"scale": scale, "height": height, "width": width})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = big.shape[1], big.shape[2], "yuv420p"
         stream.options = {"crf": "15", "preset": "medium"}
@@ -149,15 +161,31 @@ def _decoded_limit() -> int:
     return min(MAX_DECODED_BYTES, psutil.virtual_memory().available // 4)
 
 
+class View(NamedTuple):
+    """How a clip was enlarged for viewing."""
+
+    scale: int
+    height: int  # before
+    width: int
+
+
+def view_of(comment: str) -> View | None:
+    """What `encode_mp4` noted in a file's comment; None: another program wrote it."""
+    if not comment.startswith(_TAG):
+        return None
+    try:
+        view = json.loads(comment[len(_TAG) :])
+        return View(int(view["scale"]), int(view["height"]), int(view["width"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _undo_view(frames: np.ndarray, comment: str) -> np.ndarray:
     """Averages the block that `encode_mp4` made of each pixel. [F, H*s, W*s, 3] -> [F, H, W, 3]."""
-    if not comment.startswith(VIEW_TAG):
+    view = view_of(comment)
+    if view is None:
         return frames
-    try:
-        view = json.loads(comment[len(VIEW_TAG) :])
-        scale, height, width = int(view["scale"]), int(view["height"]), int(view["width"])
-    except (ValueError, KeyError, TypeError):
-        return frames  # a comment by another program
+    scale, height, width = view
     if scale < 1 or frames.shape[1] < height * scale or frames.shape[2] < width * scale:
         return frames  # resized since then
     blocks = frames[:, : height * scale, : width * scale]

@@ -1,4 +1,4 @@
-"""Reads parquet tables that others have written, a few rows at a time and within a budget of decoded bytes.
+"""Parquet tables: those of others are read a few rows at a time and within a budget of decoded bytes.
 
 A table of a kilobyte can hold gigabytes: equal values are stored once, and zeros compress a thousandfold. So the sizes
 that its footer states are compared with the budget before anything is decoded, and decoded rows are counted.
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import InputError, one_line
+from pipeline.core.files import atomic_write
 from pipeline.core.reading import parse_json, shown
 from pipeline.core.safe_paths import check_regular
 
 if TYPE_CHECKING:
+    import pyarrow
     import pyarrow.parquet
 
 MAX_DECODED = 4 * 2**30  # bytes of all rows that are read
@@ -50,6 +52,16 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
             f"{MAX_COLUMNS:,} are read, so split it"
         )
     return table
+
+
+def write_parquet(path: Path, table: pyarrow.Table) -> None:
+    """Completely or not at all. Raises `RushesError`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, buffer)
+    atomic_write(path, buffer.getvalue().to_pybytes())
 
 
 def columns_of(path: Path, expected: Collection[str] = ()) -> list[str]:

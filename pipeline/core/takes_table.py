@@ -17,9 +17,8 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from pipeline.core.errors import InputError
-from pipeline.core.files import atomic_write
 from pipeline.core.media import write_media
-from pipeline.core.parquet import read_rows
+from pipeline.core.parquet import read_rows, write_parquet
 from pipeline.core.reading import shown
 from pipeline.core.records import FIX, Record, Whole, check_record
 from pipeline.core.types import Media, PromptItem, RewardScores
@@ -48,7 +47,6 @@ def save_takes(
     `files`: the media are written already, by `write_takes`.
     """
     import pyarrow
-    import pyarrow.parquet
 
     folder = Path(folder)
     table = folder / TAKES_FILE
@@ -76,9 +74,7 @@ def save_takes(
             }
         )
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    buffer = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({c: [row.get(c) for row in rows] for c in columns}), buffer)
-    atomic_write(table, buffer.getvalue().to_pybytes())
+    write_parquet(table, pyarrow.table({c: [row.get(c) for row in rows] for c in columns}))
     return list(files)
 
 

@@ -239,3 +239,13 @@ def eval_works(cfg: Config, prompts: Sequence[PromptItem], step: int, seed: int 
         )
         for start in range(0, len(takes), size)
     ]
+
+
+def sample_works(
+    cfg: Config, prompts: Sequence[PromptItem], takes: int, seed: int, steps: int | None = None
+) -> list[GroupWork]:
+    """What `rushes generate` draws: all prompts x `takes` from `seed`, in ODE batches. `steps`: of the sampler; None:
+    `evaluation.steps`."""
+    update = {"prompts": 0, "takes_per_prompt": takes, "steps": steps or cfg.evaluation.steps}
+    evaluation = cfg.evaluation.model_copy(update=update)
+    return eval_works(cfg.model_copy(update={"evaluation": evaluation}), prompts, step=0, seed=seed)

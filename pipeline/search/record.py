@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.core.files import atomic_write
-from pipeline.core.media import encode_png
-from pipeline.core.parquet import read_rows
+from pipeline.core.media import encode_png, shrink
+from pipeline.core.parquet import read_rows, write_parquet
 from pipeline.core.types import PromptItem
 from pipeline.search.base import Found, Task
 
@@ -43,7 +40,7 @@ def trace_rows(task: Task, found: Found, prompt: PromptItem) -> list[dict[str, A
             "score": node.score,
             "calls": node.calls,
             "kept": number in kept,
-            "picture": _thumbnail(node.picture) if node.picture is not None else None,
+            "picture": encode_png(shrink(node.picture, THUMBNAIL)) if node.picture is not None else None,
         }
         for number, node in enumerate(task.trace.nodes)
     ]
@@ -52,32 +49,17 @@ def trace_rows(task: Task, found: Found, prompt: PromptItem) -> list[dict[str, A
 def append_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Adds the rows of searches to the folder's table; those of searches that it already has replace them."""
     import pyarrow
-    import pyarrow.parquet
 
-    path = Path(folder) / TABLE
     new = {(row["prompt_index"], row["take_seed"]) for row in rows}
     old = [row for row in read_search(folder) if (row["prompt_index"], row["take_seed"]) not in new]
     together = [*old, *rows]
     columns = {key: [row[key] for row in together] for key in rows[0]}
     columns["score"] = pyarrow.array(columns["score"], pyarrow.float64())
     columns["picture"] = pyarrow.array(columns["picture"], pyarrow.binary())
-    buffer = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    atomic_write(path, buffer.getvalue().to_pybytes())
+    write_parquet(Path(folder) / TABLE, pyarrow.table(columns))
 
 
 def read_search(folder: Path) -> list[dict[str, Any]]:
     """The rows of the folder's table; none where there is no table. Raises `InputError`."""
     path = Path(folder) / TABLE
     return list(read_rows(path)) if path.exists() else []
-
-
-def _thumbnail(frame: np.ndarray) -> bytes:
-    """PNG of uint8 [H, W, 3], at most THUMBNAIL pixels."""
-    from PIL import Image
-
-    scale = THUMBNAIL / max(frame.shape[:2])
-    if scale < 1.0:
-        size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
-        frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
-    return encode_png(frame)

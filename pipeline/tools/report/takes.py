@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import InputError, RushesError
-from pipeline.core.media import encode_png, enlarge, read_media
+from pipeline.core.media import encode_png, enlarge, read_media, shrink
 from pipeline.core.safe_paths import file_inside
 from pipeline.core.takes_table import TAKES_FILE, read_takes
 from pipeline.rl.group_plan import SHOWN_PROMPTS
@@ -207,12 +207,6 @@ def _segments(row: dict, frames: np.ndarray) -> list[dict[str, Any]]:
 def thumbnail(frame: np.ndarray) -> str:
     """PNG data URI of uint8 [H, W, 3], about THUMBNAIL pixels."""
     longer = max(frame.shape[:2])
-    if longer <= THUMBNAIL:
-        small = enlarge(frame, max(1, round(THUMBNAIL / longer)))
-    else:
-        from PIL import Image
-
-        scale = THUMBNAIL / longer
-        size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
-        small = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    whole = longer <= THUMBNAIL
+    small = enlarge(frame, max(1, round(THUMBNAIL / longer))) if whole else shrink(frame, THUMBNAIL)
     return f"data:image/png;base64,{base64.b64encode(encode_png(small)).decode()}"
