@@ -138,8 +138,12 @@ class ReplayedMicroBatch(MicroBatch):
         feedback, device = self._group.feedback, self._call.replayer.device
         if feedback.pairs is None or feedback.pair_weights is None:
             raise RuntimeError("the group's feedback has no pairs")
-        pairs = torch.from_numpy(np.array(feedback.pairs)).to(device)
-        return Pairs(pairs[:, 0], pairs[:, 1], torch.from_numpy(np.array(feedback.pair_weights)).to(device))
+        takes = self._call.replayer.plain.total
+        repeats = self._call.replayer.total // takes  # joined steps, each with all takes of the group
+        pairs = np.concatenate([feedback.pairs + step * takes for step in range(repeats)])
+        rows = torch.from_numpy(pairs).to(device)
+        weights = torch.from_numpy(np.tile(feedback.pair_weights, repeats)).to(device)
+        return Pairs(rows[:, 0], rows[:, 1], weights)
 
     @property
     def is_stale(self) -> bool:

@@ -148,8 +148,11 @@ def test_a_toy_learns_and_unlearns(name):
     assert ode_reward(train(-1.0)) < before - 0.2
 
 
+RECIPE = {"objective": {"name": "dpo"}, "signal": {"name": "pairs"}, "optimizer": {"lr": 1e-3}}
+
+
 def test_it_trains_a_pipeline(tiny_sd3):
-    cfg = tiny.config(tiny_sd3, objective={"name": "dpo"}, signal={"name": "pairs"}, optimizer={"lr": 1e-3})
+    cfg = tiny.config(tiny_sd3, **RECIPE)
     check_recipe(cfg)
     policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
     policy.probe()
@@ -160,7 +163,10 @@ def test_it_trains_a_pipeline(tiny_sd3):
     batch = [GroupBatch(trajectory=trajectory, feedback=feedback)]
     first = learner.train_step(batch)
     assert first["dpo_loss"] == first["loss"] == pytest.approx(math.log(2)) and first["onpolicy/max_abs_gap"] == 0.0
+    joined = Learner(tiny.config(tiny_sd3, **RECIPE, learner={"micro_batch": 8}), "cpu")
+    assert joined.train_step(batch)["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4), "two levels in a call"
     history = [learner.train_step(batch) for _ in range(3)]
+    assert joined.train_step(batch)["dpo/margin"] == pytest.approx(history[0]["dpo/margin"], rel=1e-3)
     assert history[-1]["dpo_loss"] < math.log(2) and history[-1]["dpo/accuracy"] == 1.0
     with pytest.raises(ConfigError, match="signal.name: advantages gives advantages, and objective dpo needs pairs"):
         check_recipe(tiny.config(tiny_sd3, objective={"name": "dpo"}))

@@ -33,6 +33,7 @@ class DPO(Objective):
             any_sample=True,
             whole_group=True,
             reference_every=1,
+            joins_levels=True,
             extra_replay_check=True,
         )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The compared takes of a group, as rows of its micro-batch."""
+    """The compared takes of a group, as rows of its micro-batch: at each of its joined steps."""
 
     better: torch.Tensor  # int64 [P]
     worse: torch.Tensor  # int64 [P]
