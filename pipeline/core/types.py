@@ -60,12 +60,13 @@ class GroupWork:
     attempt: int  # 1 for the first try
     purpose: Literal["train", "eval"]
     step: int  # the optimisation step that will consume the group (eval: the version evaluated)
-    prompts: tuple[PromptItem, ...]  # [K]; K times the same prompt when training
+    prompts: tuple[PromptItem, ...]  # [K]; K times the same prompt when training on takes that are compared
     seeds: tuple[int, ...]  # [K] one per take
     sampling: SamplingSpec
     initial: tuple[int, ...] = ()  # [K], seeds of the initial noise where these are not `seeds`
     forks: tuple[Lineage, ...] = ()  # [K], further seeds of a take's noise, each from a sampler step on; (): none
     begin: Begin | None = None  # None: from the pipeline's own start
+    drawn: bool = True  # False: the takes are the clips that their prompts name, encoded; only conditions are recorded
     scoring_seed: int | None = None  # of the rewards' frame picks, the same for all takes; None: centre picks
 
     @property

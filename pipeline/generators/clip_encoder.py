@@ -33,16 +33,18 @@ class ClipEncoder:
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._kept_bytes = 0
         if vae is None:
-            raise UnsupportedPolicyError(
-                f"{spec.pipeline} cannot begin takes from clips: it has no component called vae"
-            )
+            raise UnsupportedPolicyError(f"{spec.pipeline} cannot use clips of data: it has no component called vae")
         with self._codec() as codec:
             if why_not := codec.why_no_encode:
-                raise UnsupportedPolicyError(f"{spec.pipeline} cannot begin takes from clips: {why_not}")
+                raise UnsupportedPolicyError(f"{spec.pipeline} cannot use clips of data: {why_not}")
 
     def encode(self, paths: Sequence[str]) -> torch.Tensor:
         """Float32 [K, ...] on the CPU, the samples x0 of the clips. Raises InputError."""
         return torch.stack([self._encoded(Path(path)) for path in paths])
+
+    def read(self, paths: Sequence[str]) -> Media:
+        """The clips' own frames, as the generator would make them. Raises InputError."""
+        return Media(frames=np.stack([self.data.form.read(Path(path)) for path in paths]), fps=self.data.form.fps)
 
     def check(self, path: str) -> float:
         """Mean difference between a clip and its decoded encoding, in grey levels. Raises UnsupportedPolicyError where
@@ -70,9 +72,8 @@ class ClipEncoder:
         if digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest]
-        media = Media(frames=self.data.form.read(path)[None], fps=self.data.form.fps)
         with self._codec() as codec:
-            x0 = codec.encode(media)[0].cpu()
+            x0 = codec.encode(self.read([str(path)]))[0].cpu()
         self._kept[digest] = x0
         self._kept_bytes += x0.nbytes
         while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:

@@ -157,6 +157,8 @@ class Policy:
         Raises RushesError when the pipeline's output is not finite, RuntimeError when steps are to be trained before
         `probe`.
         """
+        if not work.drawn:
+            return self._given(work)
         started = time.perf_counter()
         frames: list[np.ndarray] = []
         parts: list[TrajectoryPart] = []
@@ -192,6 +194,20 @@ class Policy:
             )
         seconds["total"] = time.perf_counter() - started
         return Rollout(Media(frames=np.concatenate(frames), fps=self.cfg.generator.fps), trajectory, seconds)
+
+    def _given(self, work: GroupWork) -> Rollout:
+        """The clips that the prompts name, as a group's takes, with their conditions: nothing is denoised."""
+        started = time.perf_counter()
+        paths = [str(prompt.clip) for prompt in work.prompts]
+        media, clean = self._data().read(paths), pack(self._data().encode(paths))
+        trajectory = self.conditions(work, clean)
+        total = time.perf_counter() - started
+        return Rollout(media, trajectory, {"encode": total, "denoise": 0.0, "decode": 0.0, "total": total})
+
+    def _data(self) -> ClipEncoder:
+        if self._clips is None:
+            raise RuntimeError("the config's source reads no clips, which these takes begin from")
+        return self._clips
 
     def conditions(self, work: GroupWork, clean: PackedTensor | None = None) -> Trajectory:
         """The conditions of a group at `work.sampling.trained_steps`, which need no denoising.
@@ -231,9 +247,7 @@ class Policy:
             return None
         step, states, latents = work.begin.step, work.begin.states, self.spec.latents
         if states is None:
-            if self._clips is None:
-                raise RuntimeError("the config's source reads no clips, which these takes begin from")
-            x0 = self._clips.encode([str(prompt.clip) for prompt in work.prompts[start:stop]])
+            x0 = self._data().encode([str(prompt.clip) for prompt in work.prompts[start:stop]])
         else:
             rows = PackedTensor(states.data[start:stop], states.dtype)
             if not work.begin.clean:
@@ -286,6 +300,8 @@ class Policy:
     def _can_join(self, works: Sequence[GroupWork]) -> bool:
         """Whether one call can draw these groups, and its record can be split again."""
         if self.probed is None or self.spec.layouts is None or self.pipeline.text is not None:
+            return False
+        if not all(work.drawn for work in works):
             return False
         begins = [work.begin for work in works]
         if any(begin is not None and begin.states is not None for begin in begins) or begins.count(begins[0]) < len(

@@ -40,7 +40,10 @@ class ReplayCall:
 
     @property
     def checks_replay(self) -> bool:
-        """Whether it can stand for its trajectory part in the replay check: its first takes at its first step."""
+        """Whether it can stand for its trajectory part in the replay check: its first takes at its first step, which
+        were drawn."""
+        if not self.replayer.plain.part.drawn:
+            return False
         return self.joined_steps[0] is self.replayer.plain.part.steps[0] and self.takes.start == 0
 
     def levels(self) -> list[ReplayCall]:

@@ -135,9 +135,10 @@ def train_work(
     *,
     grid: NoiseGrid | None = None,
     begin: Begin | None = None,
+    drawn: bool = True,
 ) -> GroupWork:
     """One prompt, K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline. `begin`: where
-    the takes begin; no step before it draws noise or trains."""
+    the takes begin; no step before it draws noise or trains. `drawn`: see `GroupWork`."""
     seed = cfg.run.seed
     takes = cfg.step.takes
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
@@ -165,6 +166,7 @@ def train_work(
             guidance_scale=cfg.generator.guidance_scale,
         ),
         begin=begin,
+        drawn=drawn,
         scoring_seed=scoring_seed(cfg, group),
     )
 

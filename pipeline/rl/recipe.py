@@ -14,6 +14,11 @@ def check_recipe(cfg: Config) -> None:
     source, signal, objective = source_of(cfg), signal_of(cfg), objective_of(cfg)
     for part in (source, signal, objective):
         part.check(cfg)
+    if not source.draws and not objective.requirements.given_takes:
+        raise ConfigError(
+            f"objective.name: {objective.name} trains on what the policy drew, and source {source.name} gives finished "
+            "takes of data; use an objective on finished takes, such as awm"
+        )
     needed = objective.requirements.feedback
     if needed not in ("none", signal.gives):
         raise ConfigError(

@@ -97,6 +97,33 @@ def test_another_worker_and_a_shared_call_draw_the_same_takes(policy):
             assert np.abs(frames.astype(int) - expected).max() <= 1  # a batch of another size: equal up to rounding
 
 
+def test_with_noise_0_the_clips_themselves_are_the_takes(policy):
+    """Nothing is denoised: their encodings come with the conditions of their own captions."""
+    source = policy.cfg.source.model_copy(update={"noise": 0.0, "distinct": True})
+    work = source.work(policy.cfg, 3, 0, source.rows(policy.cfg)[1])
+    policy.rollout(work)  # stand-ins have seen every shape
+    calls: list[int] = []
+    block = next(m for m in policy.modules["transformer"].modules() if "Block" in type(m).__name__)
+    hook = block.register_forward_hook(lambda *_: calls.append(1))
+    rollout, other = policy.rollouts([work, replace(work, group=4)])
+    hook.remove()
+    assert not calls
+    paths = [prompt.clip for prompt in work.prompts]
+    assert len(set(paths)) == 3 and other.trajectory.group == 4
+    assert np.array_equal(rollout.media.frames, np.concatenate([read_media(path).frames for path in paths]))
+    chain = DenoisingChain(rollout.trajectory, policy.modules, CPU)
+    codec = LatentCodec(policy.pipe.vae, policy.spec, CPU)
+    x0 = torch.cat([codec.encode(read_media(path)) for path in paths])
+    assert torch.allclose(chain.clean(slice(None)), x0.float(), atol=1e-5)
+    drawn = policy.rollout(replace(work, drawn=True)).trajectory
+    expected = DenoisingChain(drawn, policy.modules, CPU)
+    assert [level.index for level in chain.levels] == [level.index for level in expected.levels] == [0, 1, 2]
+    x = chain.noised(1, x0, torch.ones_like(x0))
+    with torch.no_grad():
+        ours, theirs = chain.output(1, x, [2, 0, 1]), expected.output(1, x, [2, 0, 1])
+    assert float((ours - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())
+
+
 def test_a_clip_is_encoded_once_and_again_when_its_file_changes(policy, tmp_path):
     form = policy._clips.data.form
     write_clips(tmp_path, form.frames, form.height)

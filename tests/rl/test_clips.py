@@ -11,6 +11,7 @@ from noise_grids import GRIDS, ddim
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.media import encode_mp4
+from pipeline.rl.recipe import check_recipe
 from pipeline.rl.sources import source_of
 from pipeline.tools.preflight import check_prompts
 
@@ -128,3 +129,31 @@ def test_a_tail_that_reaches_beyond_the_beginning_is_refused(folder):
             ConfigError, match=f"source.noise: found 0.6, where takes begin at step 15 of 20; .*{message}"
         ):
             source_of(cfg).check_grid(cfg, GRIDS["wan"])
+
+
+def test_with_noise_0_the_clips_are_the_takes_and_each_may_be_another(folder):
+    awm = {"objective": {"name": "awm"}, "step": {"takes": 3}}
+    cfg = config(folder, {"noise": 0.0, "distinct": True}, signal={"name": "none"}, **awm)
+    source = source_of(cfg)
+    source.check(cfg)
+    rows = source.rows(cfg)
+    works = [source.work(cfg, group, 0, rows[1]) for group in range(8)]
+    for work in works:
+        assert not work.drawn and work.begin is None and work.sampling.trained_steps == (0, 1, 2)
+        assert work.prompts[0] == rows[1] and {prompt.index for prompt in work.prompts} == {0, 1, 2}
+    assert {work.prompts[1].index for work in works} == {0, 2}  # drawn for each group
+    assert works[3] == source.work(cfg, 3, 0, rows[1])
+    same = config(folder, {"noise": 0.0}, **awm)
+    assert {prompt.index for prompt in source_of(same).work(same, 0, 0, rows[2]).prompts} == {2}
+    with pytest.raises(ConfigError, match="step.takes: found 4, and .* has 3 clips; .* set step.takes lower"):
+        source.rows(config(folder, {"noise": 0.0, "distinct": True}, step={"takes": 4}))
+    compared = config(folder, {"noise": 0.0, "distinct": True}, signal={"name": "advantages"}, **awm)
+    with pytest.raises(ConfigError, match="source.distinct: signal advantages compares the takes of a prompt"):
+        source.check(compared)
+
+
+def test_an_objective_on_what_the_policy_drew_refuses_takes_of_data(folder):
+    cfg = config(folder, {"noise": 0.0}, objective={"name": "grpo"})
+    with pytest.raises(ConfigError, match="objective.name: grpo trains on what the policy drew, and source clips"):
+        check_recipe(cfg)
+    check_recipe(config(folder, {"noise": 0.0}, objective={"name": "awm"}))

@@ -40,6 +40,7 @@ class Requirements:
     moved_sample: bool = False  # of a tail: denoises samples other than the recorded ones, with gradients to them
     old_mean: bool = False  # the rollout keeps the means of its transitions
     any_sample: bool = False  # denoises samples that no rollout came by
+    given_takes: bool = False  # asks for nothing of a take but its finished latents: they may be data
     reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none
     old_policy: bool = False  # takes are drawn by, and compared with, a slow average of the policy: `old_decay`
     whole_group: bool = False  # all takes of a group are in one micro-batch

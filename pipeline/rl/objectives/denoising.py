@@ -37,6 +37,7 @@ class DenoisingObjective(WithReference):
             draws_noise=False,
             replay_metric="onpolicy/max_abs_gap",
             any_sample=True,
+            given_takes=True,
             reference_every=1 if self.uses_reference else self.reference_every,
             joins_levels=True,
             extra_replay_check=True,

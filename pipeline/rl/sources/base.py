@@ -32,6 +32,12 @@ class Source(Part, ABC):
     def work(self, cfg: Config, group: int, step: int, row: PromptItem, grid: NoiseGrid | None = None) -> GroupWork:
         """The group's K takes, to be consumed by optimisation step `step`. `grid`: of the probed pipeline."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether the policy draws the takes. False: they are data, which only an objective on finished takes can
+        train on."""
+        return True
+
     def data_clips(self, cfg: Config) -> DataClips | None:
         """How the clips that its rows name are read and encoded; None: takes begin from noise alone."""
         return None
