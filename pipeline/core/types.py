@@ -256,7 +256,8 @@ class Feedback:
 
     advantages: np.ndarray | None = None  # float32 [K], of every take
     pairs: np.ndarray | None = None  # int64 [P, 2]: the better take of a pair and the worse one
-    pair_weights: np.ndarray | None = None  # float32 [P], 1 on average
+    pair_weights: np.ndarray | None = None  # float32 [P], 1 on average over a step
+    pair_gaps: np.ndarray | None = None  # float32 [P]: the better take's reward minus the worse one's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

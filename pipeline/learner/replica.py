@@ -142,8 +142,12 @@ class ReplayedMicroBatch(MicroBatch):
         repeats = self._call.replayer.total // takes  # joined steps, each with all takes of the group
         pairs = np.concatenate([feedback.pairs + step * takes for step in range(repeats)])
         rows = torch.from_numpy(pairs).to(device)
-        weights = torch.from_numpy(np.tile(feedback.pair_weights, repeats)).to(device)
-        return Pairs(rows[:, 0], rows[:, 1], weights)
+
+        def tiled(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.tile(values, repeats)).to(device)
+
+        gaps = None if feedback.pair_gaps is None else tiled(feedback.pair_gaps)
+        return Pairs(rows[:, 0], rows[:, 1], tiled(feedback.pair_weights), gaps)
 
     @property
     def is_stale(self) -> bool:

@@ -20,6 +20,7 @@ from pipeline.core.types import Feedback, GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.learner.learner import Learner
 from pipeline.rl.group_plan import train_work
+from pipeline.rl.objectives import objective_of
 from pipeline.rl.objectives.micro_batch import Pairs
 from pipeline.rl.recipe import check_recipe
 from pipeline.rl.samplers import transition
@@ -90,6 +91,58 @@ def test_the_mean_over_takes_is_the_mean_over_pairs():
     expected = -(torch.tensor([0.5, 1.5]) * torch.nn.functional.logsigmoid(margins)).mean()
     assert float(loss.total.mean()) == pytest.approx(float(expected), rel=1e-5)
     assert float(loss.logs["dpo/accuracy"].mean()) == pytest.approx(float((margins > 0).float().mean()))
+
+
+def test_the_worse_take_is_raised_too_where_the_other_policy_denoises_the_better_one_better():
+    for moved_away in (False, True):
+        micro, shift = rows(pairs=pairs((0, 2)))
+        error = (micro.policy(None) - (micro.eps - micro.x0)).detach()
+        shift.data[0] = (0.1 if moved_away else -0.1) * error[0]
+        grads = {}
+        for flip in (False, True):
+            loss = objective("dpo", beta=2.0, flip=flip).loss(micro)
+            (grads[flip],) = torch.autograd.grad(loss.total.mean(), shift)
+        assert loss.logs["dpo/flipped"].mean() == float(moved_away)
+        if not moved_away:
+            assert torch.equal(grads[True], grads[False])
+            continue
+        change = (micro.policy(None) - (micro.eps - micro.x0)).pow(2).mean(1) - error.pow(2).mean(1)
+        expected = -torch.nn.functional.logsigmoid(-(change[0] + change[2]))
+        assert float(loss.total.mean()) == pytest.approx(float(expected), rel=1e-5)
+        assert (grads[True][2] * grads[False][2] < 0).all() and (grads[True][0] * grads[False][0] > 0).all()
+
+
+def test_better_takes_are_imitated_besides():
+    micro, shift = rows(pairs=pairs((0, 2)))
+    plain, both = (objective("dpo", beta=2.0, similarity=weight).loss(micro) for weight in (0.0, 0.3))
+    error = (micro.policy(None) - (micro.eps - micro.x0)).pow(2).mean(1)
+    assert float((both.total - plain.total).mean()) == pytest.approx(0.3 * float(error[0]), rel=1e-5)
+    assert objective("dpo", similarity=0.3).terms == {"dpo_loss": 1.0, "similarity": 0.3}
+    assert float(both.logs["similarity"].mean()) == pytest.approx(float(error[0]), rel=1e-5)
+
+
+def test_an_earlier_policy_is_compared_with_and_replaced_after_every_nth_step(tiny_sd3):
+    cfg = tiny.config(
+        tiny_sd3, objective={"name": "dpo", "old_every": 2}, signal={"name": "pairs"}, optimizer={"lr": 1e-3}
+    )
+    assert objective_of(cfg).requirements.rollout_policy == "old" and not objective_of(cfg).requirements.reference_every
+    policy, learner = Policy.load(cfg, "cpu", threads=1), Learner(cfg, "cpu")
+    policy.probe()
+    policy.add_adapters()
+    policy.load_weights(learner.weights("old"))
+    trajectory = policy.rollout(train_work(cfg, 0, 0, PromptItem(index=0, text="a red circle")))[1]
+    feedback = Feedback(pairs=np.array([[2, 0], [1, 3]]), pair_weights=np.ones(2, np.float32))
+    batch = [GroupBatch(trajectory=trajectory, feedback=feedback)]
+    start = learner.weights("old").checksum
+    losses = []
+    for kept in (True, False, True):
+        before = learner.weights("old").checksum
+        metrics = learner.train_step(batch)
+        assert (learner.weights("old").checksum == before) is kept
+        assert metrics["onpolicy/max_abs_gap"] == 0.0 or before != start
+        losses.append(metrics["dpo_loss"])
+    assert losses[0] == pytest.approx(math.log(2)) and losses[1] < math.log(2) - 1e-6
+    assert losses[2] == pytest.approx(math.log(2)), "the earlier policy is the trained one again"
 
 
 def test_pairs_of_a_group():

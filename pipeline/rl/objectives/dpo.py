@@ -1,17 +1,19 @@
-"""DPO: the better take of a pair shall be denoised better than the worse one, compared with the starting policy."""
+"""DPO: the better take of a pair shall be denoised better than the worse one, compared with another policy.
+
+    Diffusion-DPO (arXiv 2311.12908)      the starting policy
+    SePPO (arXiv 2410.05255)              old_every, flip: an earlier policy, which also draws the takes
+    RPO (arXiv 2407.12164)                similarity: the better takes are imitated besides
+
+What the pairs are and how much each counts is the signal's (RankDPO, GAPO: `signal.weigh`).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
-from pipeline.config.sections.base import Positive
+from pipeline.config.sections.base import Natural, NonNegative, Positive
 from pipeline.rl.objectives.base import Loss, Objective, Requirements, register
 from pipeline.rl.objectives.micro_batch import MicroBatch
-
-if TYPE_CHECKING:
-    import torch
 
 
 @register("dpo")
@@ -22,7 +24,20 @@ class DPO(Objective):
     starting policy. At the start the loss is log 2. Pairs may come from takes of any version.
     """
 
-    beta: Positive = Field(100.0, description="How strongly the starting policy holds: larger is closer to it.")
+    beta: Positive = Field(100.0, description="How strongly the policy compared with holds: larger is closer to it.")
+    old_every: Natural = Field(
+        0,
+        description="Compare with an earlier policy, which also draws the takes, and becomes the trained one after "
+        "every n-th step (SePPO); 0: with the policy that the run started from.",
+    )
+    flip: bool = Field(
+        False,
+        description="Where the policy compared with denoises the better take better than the trained one does, raise "
+        "the worse take too instead of lowering it (SePPO's anchor criterion).",
+    )
+    similarity: NonNegative = Field(
+        0.0, description="Weight of the better takes' own denoising error M_w beside the preference (RPO)."
+    )
 
     @property
     def requirements(self) -> Requirements:
@@ -32,18 +47,23 @@ class DPO(Objective):
             feedback="pairs",
             any_sample=True,
             whole_group=True,
-            reference_every=1,
+            reference_every=0 if self.old_every else 1,
+            old_policy=self.old_every > 0,
             joins_levels=True,
             extra_replay_check=True,
         )
 
+    def old_decay(self, step: int) -> float:
+        """A snapshot: replaced as a whole, or kept."""
+        return 0.0 if (step + 1) % self.old_every == 0 else 1.0
+
     @property
     def terms(self) -> dict[str, float]:
-        return {"dpo_loss": 1.0}
+        return {"dpo_loss": 1.0, **({"similarity": self.similarity} if self.similarity else {})}
 
     @property
     def logged(self) -> tuple[str, ...]:
-        return ("dpo_loss", "dpo/accuracy", "dpo/margin")
+        return (*self.terms, "dpo/accuracy", "dpo/margin", *(("dpo/flipped",) if self.flip else ()))
 
     def loss(self, micro: MicroBatch) -> Loss:
         from torch.nn.functional import logsigmoid
@@ -52,18 +72,23 @@ class DPO(Objective):
         x0 = micro.clean()
         sigma, noise = micro.fresh_noise()
         x, target = micro.noised(x0, sigma, noise), micro.target(x0, sigma, noise)
-        reference_error = (micro.reference_output(x).float() - target).pow(2).flatten(1).mean(1)
-        change = (micro.output(x).float() - target).pow(2).flatten(1).mean(1) - reference_error
-        margin = -self.beta / 2.0 * (change[pairs.better] - change[pairs.worse])
-        loss = -pairs.weights * logsigmoid(margin)
-
-        def per_take(values: torch.Tensor) -> torch.Tensor:
-            """Values [P] of pairs as values [b] of takes with the same mean: the learner averages over takes."""
-            rows = change.new_zeros(change.shape)
-            return rows.index_add(0, pairs.better, values * (len(rows) / max(1, len(values))))
-
-        detached = margin.detach()
-        logs = {"dpo_loss": loss.detach(), "dpo/accuracy": (detached > 0).float(), "dpo/margin": detached}
+        compared = micro.old_output(x) if self.old_every else micro.reference_output(x)
+        error = (micro.output(x).float() - target).pow(2).flatten(1).mean(1)
+        change = error - (compared.float() - target).pow(2).flatten(1).mean(1)
+        better, worse = change[pairs.better], change[pairs.worse]
+        flipped = (better.detach() > 0.0).float() if self.flip else better.new_zeros(better.shape)
+        margin = -self.beta / 2.0 * (better - (1.0 - 2.0 * flipped) * worse)
+        dpo_loss = -pairs.weights * logsigmoid(margin)
+        similarity = error[pairs.better]
+        logs = {
+            "dpo_loss": dpo_loss.detach(),
+            "similarity": similarity.detach(),
+            "dpo/accuracy": (better < worse).float(),
+            "dpo/margin": margin.detach(),
+            "dpo/flipped": flipped,
+        }
         return Loss(
-            per_take(loss), {name: per_take(value) for name, value in logs.items()}, replay_error=micro.replay_error()
+            pairs.per_take(dpo_loss + self.similarity * similarity, len(x0)),
+            {name: pairs.per_take(logs[name], len(x0)) for name in self.logged},
+            replay_error=micro.replay_error(),
         )

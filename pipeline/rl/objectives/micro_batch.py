@@ -19,6 +19,12 @@ class Pairs:
     better: torch.Tensor  # int64 [P]
     worse: torch.Tensor  # int64 [P]
     weights: torch.Tensor  # float32 [P]
+    gaps: torch.Tensor | None = None  # float32 [P], of the takes' rewards; None where only the order is known
+
+    def per_take(self, values: torch.Tensor, takes: int) -> torch.Tensor:
+        """Values [P] of the pairs as values [takes] with the same mean, which the learner takes over the takes."""
+        rows = values.new_zeros(takes)
+        return rows.index_add(0, self.better, values * (takes / max(1, len(values))))
 
 
 @dataclass(frozen=True, slots=True)
