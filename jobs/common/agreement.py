@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.common.judged_pairs import Pair
-from jobs.common.preference_statistics import accuracy_with_ties, calibration, clustered_variance, hits, proportion
 from jobs.common.rater_statistics import print_raters, share_text, summarise_raters
 from jobs.common.score_files import Rows
 from pipeline.core.labelled_pairs import LABELS
+from pipeline.core.preference_statistics import accuracy_with_ties, calibration, clustered_variance, hits, proportion
 from pipeline.core.statistics import t_quantile
 
 if TYPE_CHECKING:

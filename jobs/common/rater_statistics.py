@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jobs.common.preference_statistics import proportion
+from pipeline.core.preference_statistics import proportion
 
 if TYPE_CHECKING:
     from rich.console import Console

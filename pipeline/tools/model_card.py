@@ -210,7 +210,7 @@ def _results(cfg: Config, ends: _Ends | None) -> str:
         change = _pm_change(before, after, changed.reward)
         lines.append(f"| weighted sum | | {_pm(before)} | {_pm(after)} | {change} |")
     if verdict := after.get("verdict"):
-        lines.append(f"\nVerdict of the last evaluation: {_cell(verdict['text'])}.")
+        lines.append(f"\nVerdict of the last evaluation: {cell_text(verdict['text'])}.")
     return "\n".join(lines) + "\n"
 
 
@@ -271,11 +271,11 @@ def _takes(ends: _Ends | None, media: Path) -> str:
             path = f"card/{copy.name}"
             video = copy.suffix == ".mp4"
             cells.append(f'<video src="{path}" autoplay loop muted></video>' if video else f"![{side}]({path})")
-        lines.append(f"| {_cell(after[key]['prompt'])} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {cell_text(after[key]['prompt'])} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
-def _cell(text: str) -> str:
+def cell_text(text: str) -> str:
     """A text that is no markup in a table's cell."""
     escaped = re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -299,5 +299,5 @@ def _training(cfg: Config, record: RunRecord) -> str:
     versions = record.summary.get("versions") or {}
     if isinstance(versions, dict) and versions:
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+    table = "\n".join(f"| {name} | {cell_text(value)} |" for name, value in rows)
     return f"## Training\n\n| | |\n|---|---|\n{table}\n"

@@ -14,7 +14,8 @@ from PIL import Image
 
 from jobs import cli
 from jobs.common.agreement import compared, one_reward
-from jobs.common.preference_statistics import (
+from pipeline.core.media import encode_mp4
+from pipeline.core.preference_statistics import (
     accuracy_with_ties,
     calibration,
     fit_slope,
@@ -23,7 +24,6 @@ from jobs.common.preference_statistics import (
     hits_with_ties,
     proportion,
 )
-from pipeline.core.media import encode_mp4
 
 
 def made_pairs(rng, n=4000, slope=2.0, ties=0.0, per_prompt=4):

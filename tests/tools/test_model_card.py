@@ -65,9 +65,9 @@ def test_without_evaluations_there_is_no_table(tmp_path, exported):
 
 
 def test_prompts_are_text_in_tables_and_code(run, exported):
-    from pipeline.tools.model_card import _cell
+    from pipeline.tools.model_card import cell_text
 
-    assert _cell("a | b\n<script>[x](y)") == r"a \| b &lt;script&gt;\[x\]\(y\)"
+    assert cell_text("a | b\n<script>[x](y)") == r"a \| b &lt;script&gt;\[x\]\(y\)"
     code = usage(exported, config_of(run), 'a "red" \n```circle')
     compile(code, "card", "exec")
     assert "\n```" not in code

@@ -143,6 +143,13 @@ def calibration(difference: np.ndarray, label: np.ndarray, prompts: np.ndarray) 
         test = folds == fold
         train = ~test if (~test).any() else test
         chance[test] = _sigmoid(fit_slope(difference[train], label[train]) * difference[test])
+    log_loss, error, bins = reliability(chance, label)
+    return Calibration(slope=fit_slope(difference, label), log_loss=log_loss, error=error, bins=bins)
+
+
+def reliability(chance: np.ndarray, label: np.ndarray) -> tuple[float, float, list[dict[str, float]]]:
+    """Of probabilities `chance` [N] that a is better, and decided pairs (label +-1): what `Calibration` holds as
+    log_loss, error and bins."""
     right = np.clip(np.where(label > 0, chance, 1 - chance), 1e-12, 1.0)
     confidence = np.maximum(chance, 1 - chance)
     hit = np.where(chance == 0.5, 0.5, ((chance > 0.5) == (label > 0)).astype(np.float64))
@@ -153,6 +160,4 @@ def calibration(difference: np.ndarray, label: np.ndarray, prompts: np.ndarray) 
         if n
     ]
     error = sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / len(label)
-    return Calibration(
-        slope=fit_slope(difference, label), log_loss=float(-np.log(right).mean()), error=float(error), bins=bins
-    )
+    return float(-np.log(right).mean()), float(error), bins

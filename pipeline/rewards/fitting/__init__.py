@@ -1,0 +1,1 @@
+"""Rewards fitted to labelled pairs."""
