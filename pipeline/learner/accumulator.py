@@ -51,8 +51,8 @@ class RowLayout:
         return UpdateStatistics(means, spreads, replay_error=max(float(row[0]) for row in rows))
 
 
-def count_pairs(groups: Sequence[GroupBatch], unit: Literal["step", "tail"] = "step") -> int:
-    """What a loss is averaged over: (take, trained step) pairs, or takes where the unit is a tail."""
+def count_pairs(groups: Sequence[GroupBatch], unit: Literal["step", "trajectory", "tail"] = "step") -> int:
+    """What a loss is averaged over: (take, trained step) pairs, or takes where the unit is all their steps."""
     return sum(
         sum(spec.takes for spec in group.micro_batches)
         if group.micro_batches is not None

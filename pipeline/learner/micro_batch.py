@@ -1,5 +1,5 @@
 """The learner's unit of work: takes of one group, at one trained step or at several joined ones in one denoiser call,
-or over all trained steps one after another (a tail).
+or over all trained steps one after another (a trajectory, a tail).
 
 Its inputs are exactly the recorded ones. The learner's ranks divide a step's micro-batches by their specs, so that
 none has to read a trajectory of which it replays nothing.
@@ -57,6 +57,10 @@ class ReplayCall:
             if (rows := self._rows_of(number)) is not None
         ]
 
+    def at_every_step(self) -> list[ReplayCall]:
+        """A call for the same takes at each trained step of the part."""
+        return [replace(self, step=step) for step in range(len(self.replayer.part.steps))]
+
     def of_takes(self, takes: slice) -> ReplayCall:
         return replace(self, takes=takes)
 
@@ -94,7 +98,8 @@ class ReplayCall:
 
 
 def replay_calls(cfg: Config, replayer: Replayer) -> list[ReplayCall]:
-    """Those of a trajectory part, in order; each is a micro-batch. A tail's stands for all steps by its first one."""
+    """Those of a trajectory part, in order; each is a micro-batch. A trajectory's or a tail's stands for all steps by
+    its first one."""
     size = cfg.learner.micro_batch or replayer.total
     steps = range(len(replayer.part.steps)) if objective_of(cfg).requirements.unit == "step" else (0,)
     joinable = objective_of(cfg).requirements.joins_levels and cfg.trainable.modules == "denoiser"
@@ -114,12 +119,12 @@ def micro_batch_specs(cfg: Config, trajectory: Trajectory) -> tuple[MicroBatchSp
     for number, part in enumerate(trajectory.parts):
         replayer = Replayer(part, trajectory.spec, {}, torch.device("cpu"))
         for position, micro in enumerate(replay_calls(cfg, replayer)):
-            steps = part.steps if needs.unit == "tail" else (micro.recorded,)
+            steps = (micro.recorded,) if needs.unit == "step" else part.steps
             modules = [call.module for step in steps for call in step.calls]
             if needs.old_policy:
                 modules.append(OLD)
             if nth := needs.reference_every:
-                passes = len(steps) if needs.unit == "tail" else len(micro.takes_at_every(nth, trajectory.group))
+                passes = len(micro.takes_at_every(nth, trajectory.group)) if needs.unit == "step" else len(steps)
                 modules += [REFERENCE] * passes
             specs.append(
                 MicroBatchSpec(

@@ -155,10 +155,11 @@ class ReplayedMicroBatch(MicroBatch):
 
     def levels(self) -> list[tuple[slice, MicroBatch]]:
         start, levels = 0, list[tuple[slice, MicroBatch]]()
-        for call in self._call.levels():
+        whole = self._replica.objective.requirements.unit == "trajectory"
+        for call in self._call.at_every_step() if whole else self._call.levels():
             rows = slice(start, start + call.takes.stop - call.takes.start)
             levels.append((rows, ReplayedMicroBatch(self._replica, self._group, call, self._check_replay)))
-            start = rows.stop
+            start = 0 if whole else rows.stop
         return levels
 
     def drawn(self) -> Drawn:
@@ -270,7 +271,7 @@ def check_fit(objective: Objective, replayer: Replayer, parts: int) -> None:
     if objective.requirements.whole_group and parts > 1:
         raise UnsupportedPolicyError(
             f"objective.name: {objective.name} compares all takes of a group in one call, and {replayer.spec.pipeline} "
-            f"draws them in {parts}; use awm"
+            f"draws them in {parts}; use {'grpo' if objective.requirements.draws_noise else 'awm'}"
         )
     needs = objective.requirements
     if needs.reward_gradient and (why := replayer.spec.why_no_reward_gradient(objective.name, needs.moved_sample)):

@@ -34,7 +34,9 @@ class Requirements:
 
     draws_noise: bool  # takes are drawn with the sampler's noise; else without any, by the ODE
     replay_metric: str  # name of the largest difference between replay and rollout
-    unit: Literal["step", "tail"] = "step"  # of a micro-batch: takes at trained steps, or over all of them as a chain
+    # Of a micro-batch: takes at one trained step, or at several joined ones; over all of them, each as it was recorded;
+    # or over all of them as a chain, run again from the first one's sample.
+    unit: Literal["step", "trajectory", "tail"] = "step"
     feedback: Literal["advantages", "pairs", "none"] = "advantages"  # what the signal must give
     reward_gradient: bool = False  # pictures are decoded, and rewards with `gradient` computed, in the learner
     moved_sample: bool = False  # of a tail: denoises samples other than the recorded ones, with gradients to them

@@ -47,7 +47,7 @@ class Finished:
 
 class MicroBatch(ABC):
     """The rows of one denoiser call: b takes of one group, at one trained step or at several joined ones; where the
-    objective's unit is a tail, b takes over all trained steps.
+    objective's unit is a trajectory or a tail, b takes over all trained steps.
 
     All tensors are on the learner's device.
     """
@@ -69,7 +69,8 @@ class MicroBatch(ABC):
 
     @abstractmethod
     def levels(self) -> list[tuple[slice, MicroBatch]]:
-        """Each trained step's rows, in order, and the micro-batch of these rows alone."""
+        """Each trained step's rows, in order, and the micro-batch of these rows alone. Of a trajectory all rows are of
+        every step."""
 
     @abstractmethod
     def drawn(self) -> Drawn:
