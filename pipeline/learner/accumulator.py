@@ -19,34 +19,45 @@ from pipeline.rl.objectives.base import Loss, Objective
 @dataclass(frozen=True, slots=True)
 class RowLayout:
     """How a micro-batch's statistics lie in one row of float64: the largest replay error, the sum of each logged value
-    over its takes, and each spread value of every take."""
+    over its takes, over how many each was summed, and each spread value of every take.
+
+    A value that is no term of the loss may be missing, or NaN for takes to which it does not apply."""
 
     logged: tuple[str, ...]
     spread: tuple[str, ...]
+    terms: frozenset[str]  # of the logged values
 
     @classmethod
     def of(cls, objective: Objective, rewards: Iterable[str] = ()) -> RowLayout:
         """`rewards`: names of those that are computed in the learner, each of which is logged."""
-        return cls((*objective.logged, *(f"reward/{name}" for name in rewards)), objective.spread)
+        logged = (*objective.logged, *(f"reward/{name}" for name in rewards))
+        return cls(logged, objective.spread, frozenset(objective.terms))
 
     def size(self, takes: int) -> int:
-        return 1 + len(self.logged) + takes * len(self.spread)
+        return 1 + 2 * len(self.logged) + takes * len(self.spread)
 
     def row(self, loss: Loss) -> np.ndarray:
         """Float64 [size(b)]."""
         error = 0.0 if loss.replay_error is None else float(loss.replay_error.abs().max())
-        sums = [float(loss.logs[name].sum()) for name in self.logged]
+        sums, counts = [], []
+        for name in self.logged:
+            values = loss.logs[name] if name in self.terms else loss.logs.get(name, loss.total.new_zeros(0))
+            present = values if name in self.terms else values[~values.isnan()]  # a loss that is NaN ends the run
+            sums.append(float(present.sum()))
+            counts.append(present.numel())
         spreads = [loss.spreads[name].cpu().numpy() for name in self.spread]
-        return np.concatenate([[error, *sums], *spreads])
+        return np.concatenate([[error, *sums, *counts], *spreads])
 
     def statistics(self, rows: Sequence[np.ndarray], pairs: int) -> UpdateStatistics:
-        means = dict.fromkeys(self.logged, 0.0)
+        number = len(self.logged)
+        totals = np.zeros(2 * number)
         for row in rows:
-            for name, value in zip(self.logged, row[1:].tolist(), strict=False):
-                means[name] += value / pairs
+            totals += row[1 : 1 + 2 * number]
+        counts = dict(zip(self.logged, totals[number:].tolist(), strict=True)) | dict.fromkeys(self.terms, pairs)
+        means = {name: total / counts[name] for name, total in zip(self.logged, totals, strict=False) if counts[name]}
         spreads = {}
-        for number, name in enumerate(self.spread):
-            values = [np.split(row[1 + len(self.logged) :], len(self.spread))[number] for row in rows]
+        for place, name in enumerate(self.spread):
+            values = [np.split(row[1 + 2 * number :], len(self.spread))[place] for row in rows]
             spreads[name] = np.concatenate(values).astype(np.float32)
         return UpdateStatistics(means, spreads, replay_error=max(float(row[0]) for row in rows))
 
@@ -65,7 +76,7 @@ def count_pairs(groups: Sequence[GroupBatch], unit: Literal["step", "trajectory"
 class UpdateStatistics:
     """Of a whole update."""
 
-    means: dict[str, float]  # of the logged values, per (take, trained step) pair
+    means: dict[str, float]  # of the logged values, per (take, trained step) pair that has one; absent where none has
     spreads: dict[str, np.ndarray]  # float32, one value per pair
     replay_error: float  # the largest
 

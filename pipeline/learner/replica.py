@@ -7,7 +7,7 @@ gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.learner.trained_model import Modules
 from pipeline.rl.group_plan import scoring_seed
 from pipeline.rl.objectives import Objective, objective_of
 from pipeline.rl.objectives.base import Loss
-from pipeline.rl.objectives.micro_batch import Drawn, Finished, MicroBatch, Pairs
+from pipeline.rl.objectives.micro_batch import Denoised, Drawn, Finished, MicroBatch, Pairs
 from pipeline.rl.samplers import Transition
 
 
@@ -236,6 +236,20 @@ class ReplayedMicroBatch(MicroBatch):
     def denoise_again(self, x0: torch.Tensor, number: int) -> torch.Tensor:
         with self._replica.autocast():
             return self._tail(self._call.replayer).denoise_again(x0, (self._replica.cfg.run.seed, number))
+
+    @property
+    def steps_left(self) -> tuple[int, ...]:
+        held = self._group.held
+        return tuple(held.sampling.num_steps - step.index for step in self._call.replayer.part.steps)
+
+    def noise_of_takes(self) -> torch.Tensor:
+        return self._tail(self._call.replayer).noise_of_takes(self.clean()[0], self._replica.cfg.run.seed)
+
+    def denoise(
+        self, number: int, x0: torch.Tensor, noise: torch.Tensor, conditions: Sequence[int] | None = None
+    ) -> Denoised:
+        with self._replica.autocast():
+            return self._tail(self._call.replayer).denoise(number, x0, noise, conditions)
 
     def _tail(self, replayer: Replayer) -> ReplayedTail:
         return ReplayedTail(self._group.held, replayer, self._call.takes)

@@ -15,7 +15,7 @@ import torch
 from pipeline.core.types import Trajectory
 from pipeline.generators.replay.chain import DenoisingChain, Noise
 from pipeline.generators.replay.replayer import Replayer
-from pipeline.rl.objectives.micro_batch import Finished
+from pipeline.rl.objectives.micro_batch import Denoised, Finished
 
 
 class ReplayedTail:
@@ -71,6 +71,20 @@ class ReplayedTail:
         noise = torch.stack([self._noise(x0[0], (*seed, self._first_take + take)) for take in self.takes])
         x = self.chain.noised(last, x0.detach(), noise)
         return self.chain.run(x, self.takes, last, last + 1, jump=True)
+
+    def noise_of_takes(self, like: torch.Tensor, run_seed: int) -> torch.Tensor:
+        """See `MicroBatch.noise_of_takes`. `like`: one take."""
+        return torch.stack([self._noise(like, (run_seed, self._first_take + take)) for take in self.takes])
+
+    def denoise(
+        self, j: int, x0: torch.Tensor, noise: torch.Tensor, conditions: Sequence[int] | None = None
+    ) -> Denoised:
+        """See `MicroBatch.denoise`."""
+        x = self.chain.noised(j, x0, noise)
+        owners = self.takes if conditions is None else [self.takes[row] for row in conditions]
+        output = self.chain.output(j, x, owners).float()
+        error = (output - self.chain.target(j, x0, noise)).pow(2).flatten(1).mean(1)
+        return Denoised(error, self.chain.clean_of(j, x, output))
 
     def _noise(self, like: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
         number = int(np.random.SeedSequence([*seed, self._group, 0xD7]).generate_state(1)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,14 @@ class Finished:
 
     clean: torch.Tensor  # [b, ...] x0, in a recorded sample's dtype; with gradients of the policy in training
     replay_error: torch.Tensor  # [steps], of each step: the largest difference from the rollout's sample, detached
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """b finished takes that were noised to a level and denoised in one call, with gradients of the policy."""
+
+    error: torch.Tensor  # float32 [b], mean |output - target|^2
+    clean: torch.Tensor  # float32 [b, ...], x0 as the output predicts it
 
 
 class MicroBatch(ABC):
@@ -143,6 +152,22 @@ class MicroBatch(ABC):
     def denoise_again(self, x0: torch.Tensor, number: int) -> torch.Tensor:
         """x0 [b, ...], noised to the last trained step and taken to its x0 prediction, with gradients of the policy
         but not to x0. `number`: of the noise, which is new for each take and number, the same after a resume."""
+
+    @property
+    @abstractmethod
+    def steps_left(self) -> tuple[int, ...]:
+        """Of each trained step: how many sampler steps lead from there to the finished take; 1 at the last one."""
+
+    @abstractmethod
+    def noise_of_takes(self) -> torch.Tensor:
+        """New noise, float32 [b, ...], of each take its own, the same after a resume."""
+
+    @abstractmethod
+    def denoise(
+        self, number: int, x0: torch.Tensor, noise: torch.Tensor, conditions: Sequence[int] | None = None
+    ) -> Denoised:
+        """x0 [b, ...], noised to the trained step `number` and denoised. `conditions`: rows whose conditions each is
+        denoised under; its own by default."""
 
     # -- rewards with gradients -----------------------------------------------------------------------------------
 

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.config.sections.base import Count, Natural, NonNegative
 from pipeline.core.errors import ConfigError
-from pipeline.rl.objectives.base import Loss, Objective, Requirements, register
+from pipeline.rl.objectives.base import Loss, Requirements, register
 from pipeline.rl.objectives.micro_batch import MicroBatch
+from pipeline.rl.objectives.reward_shape import WithRewardShape, weighted, where_it_applies
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @register("reward_gradient")
-class RewardGradient(Objective):
+class RewardGradient(WithRewardShape):
     """Learn through the gradient of rewards (`rewards.*.gradient`), back through the decoder and the last steps.
 
     The loss is the sum over the rewards of weight x shape(reward). Takes are drawn without noise; no signal is needed.
@@ -47,10 +48,6 @@ class RewardGradient(Objective):
         description="The tail ends at one of the last `jump` steps, drawn for each group, and goes to its x0 "
         "prediction (ReFL: a quarter of the steps); 0: at the last step.",
     )
-    shape: Literal["linear", "hinge", "distance"] = Field(
-        "linear", description="Of a reward r: -r; max(0, target - r); or |target - r|."
-    )
-    target: float | None = Field(None, description="Of hinge (ReFL: 2, with ImageReward) and distance.")
     copies: Natural = Field(
         0,
         description="DRaFT-LV: finished takes are noised to the last step this many times more and denoised again; "
@@ -76,10 +73,6 @@ class RewardGradient(Objective):
     def _options_fit(self) -> RewardGradient:
         if isinstance(self.tail, list) and self.tail[0] > self.tail[1]:
             raise ValueError(f"tail: found {self.tail}; the first number must not be above the second")
-        if self.shape != "linear" and self.target is None:
-            raise ValueError(f"target: {self.shape} needs one: the reward at which nothing is left to learn")
-        if self.shape == "linear" and self.target is not None:
-            raise ValueError(f"target: found {self.target:g}, which linear has no use for; leave it out, or set hinge")
         if self.copies and self.jump:
             raise ValueError(f"copies: {self.copies} noise finished takes again, and with jump there are none; set one")
         return self
@@ -140,31 +133,16 @@ class RewardGradient(Objective):
         pixels, weights = micro.pixels(x0), micro.reward_weights
         if not self.balance:
             values = micro.rewards(pixels)
-            total = _weighted(weights, {name: self._shape(value) for name, value in values.items()})
+            total = weighted(weights, {name: self.shaped(value) for name, value in values.items()})
         else:
             leaf = pixels.detach().requires_grad_()
             values = micro.rewards(leaf)
             pull = self._balanced_pull(values, weights, leaf)
             total = (pixels * pull).flatten(1).sum(1)
-        detached = {name: _where_it_applies(value.detach()) for name, value in values.items()}
-        loss = _weighted(weights, {name: self._shape(value.detach()) for name, value in values.items()})
+        detached = {name: where_it_applies(value.detach()) for name, value in values.items()}
+        loss = weighted(weights, {name: self.shaped(value.detach()) for name, value in values.items()})
         rewards = {f"reward/{name}": value for name, value in detached.items()}
-        return Judged(total, loss, {**rewards, "reward/mean": _weighted(weights, detached)})
-
-    def _shape(self, reward: torch.Tensor) -> torch.Tensor:
-        """[b] -> [b]; 0 where the reward does not apply to the take's prompt (NaN)."""
-        if self.shape == "linear":
-            loss = -reward
-        elif self.shape == "hinge":
-            loss = (self._target - reward).clamp(min=0.0)
-        else:
-            loss = (reward - self._target).abs()
-        return _where_it_applies(loss)
-
-    @property
-    def _target(self) -> float:
-        assert self.target is not None  # checked
-        return self.target
+        return Judged(total, loss, {**rewards, "reward/mean": weighted(weights, detached)})
 
     def _balanced_pull(
         self, values: Mapping[str, torch.Tensor], weights: Mapping[str, float], pixels: torch.Tensor
@@ -174,7 +152,7 @@ class RewardGradient(Objective):
 
         pull = torch.zeros_like(pixels)
         for name, value in values.items():
-            (gradient,) = torch.autograd.grad(self._shape(value).sum(), pixels, retain_graph=True)
+            (gradient,) = torch.autograd.grad(self.shaped(value).sum(), pixels, retain_graph=True)
             length = gradient.flatten(1).norm(dim=1).clamp(min=_LEAST_LENGTH)
             pull += weights[name] * gradient / length.reshape(-1, *[1] * (gradient.ndim - 1))
         return pull.detach()
@@ -192,15 +170,5 @@ class Judged:
     rewards: dict[str, torch.Tensor]  # metric -> value, detached
 
 
-def _weighted(weights: Mapping[str, float], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    first, *rest = (weights[name] * value for name, value in values.items())
-    return sum(rest, first)
-
-
 def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return sum(values[1:], values[0]) / len(values)
-
-
-def _where_it_applies(values: torch.Tensor) -> torch.Tensor:
-    """0 in place of NaN, which a reward gives where it does not apply to the prompt."""
-    return values.where(~values.isnan(), values.new_zeros(()))
