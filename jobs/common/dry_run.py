@@ -10,6 +10,7 @@ from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.rl.group_plan import default_end, stochastic_steps, trained_steps
 from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT
 from pipeline.rl.objectives import objective_of
+from pipeline.rl.sources import source_of
 from pipeline.runs.resume import check_new, check_resume
 from pipeline.tools.preflight import check_all
 
@@ -31,7 +32,10 @@ def print_dry_run(
     generator, size_of_step, sampler = cfg.generator, cfg.step, cfg.sampler
     takes = size_of_step.takes * size_of_step.groups
     steps = ", ".join(map(str, stochastic_steps(sampler, cfg.run.seed, 0, default_end(cfg, None))))
-    if objective_of(cfg).requirements.unit == "tail":
+    if not source_of(cfg).draws:
+        levels = ", ".join(map(str, trained_steps(cfg, 0, 0)))
+        sampling = f"of data, trained at the noise levels of {sampler.steps} sampler steps: {levels} at first"
+    elif objective_of(cfg).requirements.unit == "tail":
         tail = ", ".join(map(str, trained_steps(cfg, 0, 0)))
         sampling = f"ode with {sampler.steps} sampler steps, no noise, trained through steps {tail} at first"
     elif objective_of(cfg).requirements.draws_noise:

@@ -107,7 +107,9 @@ def test_the_gradient_is_that_of_the_loss_written_down(case):
     alone = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"micro_batch": 1})})
     assert same(gradients(alone, batch), expected)
     metrics = Learner(cfg, "cpu").train_step([batch])
-    assert metrics["loss"] == pytest.approx(float(total.detach()) / 3, rel=1e-5) and metrics["onpolicy/max_abs_gap"] == 0.0
+    assert (
+        metrics["loss"] == pytest.approx(float(total.detach()) / 3, rel=1e-5) and metrics["onpolicy/max_abs_gap"] == 0.0
+    )
 
 
 def test_metrics_are_of_the_takes_that_were_judged(case):
