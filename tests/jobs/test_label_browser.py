@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from browser import CHROMIUM, Browser
 
+from benchmarks.browser import CHROMIUM, Browser
 from pipeline.core.takes_table import save_takes
 from pipeline.core.types import Media, PromptItem
 
