@@ -34,6 +34,12 @@ CASES = {
         "step": {"groups": 3},
         "learner": {"micro_batch": 8},  # two trained steps in one call, and one alone
     },
+    "trajectory_pairs": {  # all trained steps in one loss, each computed again in the backward pass
+        "trainable": {"kind": "full"},
+        "objective": {"name": "trajectory_pairs", "fit": "gap", "beta": 30.0},
+        "signal": {"name": "pairs"},
+        "step": {"groups": 3},
+    },
     "reward_gradient": {  # VAE and reward are whole on each rank; shards are gathered again in the backward pass
         "trainable": {"kind": "full"},
         "objective": {"name": "reward_gradient", "tail": [1, 3], "kl_beta": 0.1, "anchor": 1.0},
@@ -97,7 +103,11 @@ def test_two_ranks_train_as_one(compared, name):
         for key, value in mine.items():
             if key != "onpolicy/max_abs_gap":  # each rank checks another group
                 assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-    assert two["metrics"][1]["kl"] > 0 and two["metrics"][0]["grad_norm"] > 0
+    assert two["metrics"][0]["grad_norm"] > 0
+    if name == "trajectory_pairs":  # the policy has moved away from the one that it is compared with
+        assert two["metrics"][0]["pairs/margin"] == 0 and two["metrics"][1]["pairs/margin"] != 0
+    else:
+        assert two["metrics"][1]["kl"] > 0
     same_tensors(out / "one" / name, out / "two" / name)
     assert one["ema"].tensors.keys() == two["ema"].tensors.keys()
     for key, packed in one["ema"].tensors.items():

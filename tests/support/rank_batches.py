@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import numpy as np
 
-from scored_groups import group_batch
-
-from pipeline.core.types import GroupBatch, PromptItem
+from pipeline.core.types import Feedback, GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.rl.group_plan import train_work
 
@@ -26,6 +24,13 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
             media, trajectory, _ = policy.rollout(work)
             brightness = media.frames.reshape(len(media.frames), -1).mean(1)
             advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
-            groups.append(replace(group_batch(trajectory, advantages), prompts=work.prompts))
+            best, worst = advantages.argmax(), advantages.argmin()
+            feedback = Feedback(
+                advantages=advantages.astype(np.float32),
+                pairs=np.array([[best, worst]]),
+                pair_weights=np.ones(1, np.float32),
+                pair_gaps=np.array([advantages[best] - advantages[worst]], np.float32),
+            )
+            groups.append(GroupBatch(trajectory=trajectory, feedback=feedback, prompts=work.prompts))
         all_groups.append(groups)
     return all_groups
