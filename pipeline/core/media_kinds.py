@@ -68,6 +68,11 @@ def media_kind(path: Path) -> MediaKind:
     raise InputError(f"{path}: is not a {word}, or is corrupt; only {_READABLE} are read; write it again")
 
 
+def is_media(data: bytes) -> bool:
+    """Whether a file's bytes begin like a picture or clip of a kind that is read."""
+    return isinstance(_kind_of(data[:_HEAD]), MediaKind)
+
+
 def _kind_of(head: bytes) -> MediaKind | str | None:
     """The kind; the name of a kind that is refused; or None."""
     for start, kind in _STARTS.items():
