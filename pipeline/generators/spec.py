@@ -180,6 +180,7 @@ class PolicySpec:
     gather: np.ndarray | None  # int32 [...]: for each value the scheduler receives, its position in a branch's output
     layouts: dict[InputKey, Layout] | None  # see Layouts. None: unknown; a part is then replayed whole and cut after
     outputs: dict[CallKey, Layout]  # where takes and branches are in each call's output
+    float_outputs: bool = False  # the pipeline makes outputs of 16 bits float32 before it combines them
     sample_slots: dict[InputKey, SampleSlots] = field(default_factory=dict)  # of the inputs that hold the sample
     sample_note: str = "not traced"  # why another sample cannot be put into the recorded inputs; "": it can
     pins_values: bool = False  # after a step the pipeline puts values of its own into the sample
@@ -237,7 +238,8 @@ class PolicySpec:
         """The denoiser outputs of one step -> a tensor per guidance branch, in the sample's `shape` [B, ...]."""
         branches = []
         for key, output in zip(call_keys(len(outputs)), outputs, strict=True):
-            for branch in self.outputs[key].branches(output, shape[0]):
+            wide = output.float() if self.float_outputs else output
+            for branch in self.outputs[key].branches(wide, shape[0]):
                 if self.gather is not None:
                     positions = torch.from_numpy(self.gather).to(branch.device).flatten().long()
                     branches.append(branch.flatten(1).index_select(1, positions).reshape(shape))

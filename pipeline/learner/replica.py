@@ -153,6 +153,10 @@ class ReplayedMicroBatch(MicroBatch):
     def is_stale(self) -> bool:
         return self._group.staleness > 0
 
+    @property
+    def only_update(self) -> bool:
+        return self._replica.cfg.step.updates == 1
+
     def levels(self) -> list[tuple[slice, MicroBatch]]:
         start, levels = 0, list[tuple[slice, MicroBatch]]()
         whole = self._replica.objective.requirements.unit == "trajectory"

@@ -52,6 +52,7 @@ CHECKS = (
     "LoRA step",
     "full step",
     "export",
+    "bfloat16",
 )
 # What `make test-fast` runs: a U-Net, a joint transformer, a distilled guidance, a video, two experts.
 FAST = ("StableDiffusion", "StableDiffusion3", "Flux", "Wan 2.1", "Wan 2.2 (two experts)")
@@ -317,6 +318,35 @@ def test_full_step(case):
     done(case, "full step", f"{changed} tensors")
 
 
+# What pipelines do differently in 16 bits: outputs made float32 before guidance, and float32 samples that the scheduler
+# rounds, or the pipeline after it. All families are tried where the table is written.
+IN_16_BITS = {"StableDiffusion3", "LTX", "Wan 2.1", "Mochi"}
+
+
+def test_bfloat16(case):
+    """The default on a GPU: the replayed log-probs stay those of the rollout, up to what 16 bits round differently."""
+    if case.name not in IN_16_BITS and os.environ.get("RUSHES_WRITE_DOCS") != "1":
+        pytest.skip("not one of IN_16_BITS, and no table is written")
+    half = {"generator": {"dtype": "bfloat16"}, "learner": {"autocast": "bfloat16"}}
+    cfg = families.config(case.name, case.folder, trainable={"kind": "lora", "rank": 4}, **half)
+    policy = Policy.load(cfg, "cpu", threads=1)
+    try:
+        policy.probe(case.prompts)
+    except UnsupportedPolicyError as error:
+        assert case.name not in IN_16_BITS, error
+        done(case, "bfloat16", f"no: {error}")
+        return
+    policy.add_adapters()
+    learner = Learner(cfg, "cpu")
+    policy.load_weights(learner.weights())
+    trajectory = policy.rollout(train_work(cfg, 0, 0, case.prompts[0], grid=policy.grid)).trajectory
+    metrics = learner.train_step([group_batch(trajectory, [1, -1])])
+    gap = metrics["onpolicy/max_abs_log_ratio"]
+    assert gap <= 3e-2 and metrics["grad_norm"] > 0 and metrics["clip/low"] == metrics["clip/high"] == 0
+    assert case.name not in IN_16_BITS or gap <= 1e-3
+    done(case, "bfloat16", f"{gap:.0e}")
+
+
 # -- the table in the docs --------------------------------------------------------------------------------------------
 
 HEAD = """# Families
@@ -337,6 +367,7 @@ well: `rushes inspect CHECKPOINT` says so.
 - reward gradient: relative difference of its gradient through the VAE and the last two steps from finite differences
   in float32; last step: longer tails are refused where no other sample may be put in
 - LoRA step, full step: what one GRPO step changed; nothing else moved
+- bfloat16: as ratio, of a LoRA step with the generator's weights and the learner's autocast in bfloat16
 - export: largest difference between our pictures and plain diffusers with the exported LoRA or merged weights
 
 """
@@ -347,8 +378,8 @@ With the weights that the classes start with and nothing but defaults, `rushes i
 one GRPO step is taken, but for two: HunyuanVideoImageToVideo needs a `prompt_template` that fits its vision model
 (`--call`), LTX2 is told to leave its rescaling out (below).
 
-No GPU was at hand: nothing here has run at a real size, in bf16 or on published weights. `benchmarks/speed/gpu.py`
-makes SD3.5-medium- and Wan-1.3B-shaped random weights and takes that step where there is one.
+No GPU was at hand: nothing here has run at a real size or on published weights. `make gpu-check` takes these steps, and
+those of SD3.5-medium-, FLUX- and Wan-1.3B-shaped random weights, where there is one.
 
 ## Schedulers
 

@@ -159,6 +159,32 @@ def test_takes_of_an_earlier_version_are_said_to_be_off_policy(folder):
     assert metrics["clip/low"] == metrics["clip/high"] == 0.0
 
 
+@pytest.mark.parametrize(("stale", "trains"), [("reweigh", True), ("clip", False)])
+def test_what_16_bits_round_differently_is_not_clipped_away(folder, stale, trains):
+    """Log-ratios of 3e-4 before the update, as bfloat16 gives them, and a clip of 1e-4: the gradient stays the same."""
+
+    def rounded(group: GroupBatch) -> GroupBatch:
+        away = 3e-4 * np.sign(group.feedback.advantages)  # to the side where the clip ends the gradient
+        parts = [
+            replace(part, steps=tuple(replace(step, log_prob=step.log_prob - away) for step in part.steps))
+            for part in group.held.parts
+        ]
+        return replace(group, trajectory=replace(group.held, parts=tuple(parts)))
+
+    policy, _ = make(folder)
+    groups = batch(policy, 0)
+    results = []
+    for given in (groups, [rounded(group) for group in groups]):
+        _, learner = make(folder, objective={"clip_low": 1e-4, "clip_high": 1e-4, "stale": stale})
+        results.append(learner.train_step(given))
+    exact, off = results
+    assert exact["clip/high"] == exact["clip/low"] == 0
+    if trains:
+        assert off["grad_norm"] == pytest.approx(exact["grad_norm"], rel=1e-3) and off["clip/high"] == 0
+    else:
+        assert off["grad_norm"] == 0 and off["clip/high"] + off["clip/low"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_kl_to_the_reference_grows_from_zero_and_holds_back(folder, kind):
     policy, learner = make(folder, trainable={"kind": kind}, objective={"kl_beta": 1e-6}, optimizer={"lr": 1e-3})

@@ -7,7 +7,7 @@ Also finds how an output is sliced to the scheduler's sample, where shapes do no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,11 +32,13 @@ class FittedRules:
     rules: dict[int, str]  # number of branches in a step -> rule
     sign: float  # -1: the pipeline hands the scheduler the negated value
     error: float  # largest, relative to the largest value handed to the scheduler
+    float_outputs: bool = False  # outputs of 16 bits are made float32 before they are combined
 
 
-def tolerance(tensor: torch.Tensor) -> float:
-    """How closely a rule has to reproduce what the scheduler received."""
-    return RULE_TOLERANCE if tensor.dtype in (torch.float32, torch.float64) else LOW_PRECISION_TOLERANCE
+def tolerance(*tensors: torch.Tensor) -> float:
+    """How closely a rule has to reproduce what the scheduler received, given that and the branches."""
+    full = all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors)
+    return RULE_TOLERANCE if full else LOW_PRECISION_TOLERANCE
 
 
 def branches_distinguishable(outputs: Mapping[CallKey, Layout], steps: Sequence[RawStep]) -> bool:
@@ -55,7 +57,21 @@ def branches_distinguishable(outputs: Mapping[CallKey, Layout], steps: Sequence[
 
 
 def fit_rules(spec: PolicySpec, steps: Sequence[RawStep], scales: Sequence[float]) -> FittedRules:
-    """The best rule for each number of branches met in `steps`. Raises UnsupportedPolicyError with the numbers."""
+    """The best rule for each number of branches met in `steps`. Raises UnsupportedPolicyError with the numbers.
+
+    Where the scheduler receives float32 of a denoiser in 16 bits, it is found out whether the pipeline combines the
+    outputs before or after it makes them float32.
+    """
+    first = steps[0]
+    if tolerance(first.model_output) < tolerance(*first.outputs):
+        try:
+            return replace(_fit_rules(replace(spec, float_outputs=True), steps, scales), float_outputs=True)
+        except UnsupportedPolicyError:
+            pass  # it combines them in 16 bits
+    return _fit_rules(spec, steps, scales)
+
+
+def _fit_rules(spec: PolicySpec, steps: Sequence[RawStep], scales: Sequence[float]) -> FittedRules:
     by_number: dict[int, list[tuple[RawStep, list[torch.Tensor]]]] = {}
     for step in steps:
         if CallKey(len(step.calls), 0) not in spec.outputs:
@@ -74,7 +90,7 @@ def fit_rules(spec: PolicySpec, steps: Sequence[RawStep], scales: Sequence[float
                 fits.setdefault(rule, []).append(fit)
         at_every_step = [max(each, key=lambda fit: fit.order) for each in fits.values() if len(each) == len(group)]
         ranked = sorted(at_every_step, key=lambda fit: fit.order)
-        bound = tolerance(group[0][0].model_output)
+        bound = tolerance(group[0][0].model_output, *group[0][1])
         if not ranked or ranked[0].error > bound:
             tried = ", ".join(f"{fit.rule} ({fit.error:.1e})" for fit in ranked[:4]) or "none for that many outputs"
             raise UnsupportedPolicyError(
@@ -92,8 +108,9 @@ def fit_guidance(
     """The numbers of a known rule at one step. Raises UnsupportedPolicyError where it does not fit."""
     ranked = candidates(branches, step.sample, step.model_output, [step.guidance.scale, *scales])
     fits = [fit for fit in ranked if fit.rule == rule and (fit.sign == sign or rule == LINEAR_FIT)]
-    if not fits or fits[0].error > tolerance(step.model_output):
-        raise _does_not_fit(step, rule, f"{fits[0].error:.1e}" if fits else "it does not apply")
+    allowed = tolerance(step.model_output, *branches)
+    if not fits or fits[0].error > allowed:
+        raise _does_not_fit(step, rule, f"{fits[0].error:.1e}" if fits else "it does not apply", allowed)
     return fits[0].guidance
 
 
@@ -101,14 +118,14 @@ def check_guidance(branches: list[torch.Tensor], step: RawStep, guidance: StepGu
     """Raises UnsupportedPolicyError where a rule with these numbers does not give what the scheduler received."""
     difference = (evaluate(guidance, branches, step.sample, sign) - step.model_output).abs().max()
     error = float(difference) / (float(step.model_output.abs().max()) or 1.0)
-    if not error <= tolerance(step.model_output):
-        raise _does_not_fit(step, guidance.rule, f"{error:.1e}")
+    if not error <= (allowed := tolerance(step.model_output, *branches)):
+        raise _does_not_fit(step, guidance.rule, f"{error:.1e}", allowed)
 
 
-def _does_not_fit(step: RawStep, rule: str, error: str) -> UnsupportedPolicyError:
+def _does_not_fit(step: RawStep, rule: str, error: str, allowed: float) -> UnsupportedPolicyError:
     return UnsupportedPolicyError(
         f"step {step.index}: the guidance rule '{rule}' found at start-up does not reproduce what the scheduler "
-        f"receives ({error}; allowed {tolerance(step.model_output):.0e})"
+        f"receives ({error}; allowed {allowed:.0e})"
     )
 
 

@@ -22,6 +22,7 @@ from pipeline.generators.latent_map import LatentMap
 from pipeline.generators.load.prompt_cache import forget_prompts
 from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline
 from pipeline.generators.probe.fit import (
+    FittedRules,
     ReplaceOutput,
     bare_spec,
     branches_distinguishable,
@@ -283,7 +284,7 @@ class _Probe:
             last = replace(spec, output_slice="last tokens")
             try:
                 fitted = fit_rules(last, steps, scales)
-                return replace(last, rules=fitted.rules, sign=fitted.sign), fitted.error
+                return _ruled(last, fitted), fitted.error
             except UnsupportedPolicyError:
                 pass  # they come first, as the shapes suggest
         try:
@@ -297,7 +298,7 @@ class _Probe:
                 raise (by_trace if spec.output_slice == "gather" else by_shape) from by_trace
             spec = replace(spec, output_slice="gather", gather=gather)
             fitted = fit_rules(spec, steps, scales)
-        return replace(spec, rules=fitted.rules, sign=fitted.sign), fitted.error
+        return _ruled(spec, fitted), fitted.error
 
     def _traced(self, replace_output: ReplaceOutput) -> Recording:
         options = RecordOptions(keep_steps=frozenset({0}), replace_output=replace_output, stop_early=True)
@@ -328,6 +329,10 @@ class _Probe:
             if len(fitted) > 1:
                 cause += f". Earlier steps can be trained: sampler.window.range=[0,{len(fitted)}]"
             raise UnsupportedPolicyError(cause) from error
+
+
+def _ruled(spec: PolicySpec, fitted: FittedRules) -> PolicySpec:
+    return replace(spec, rules=fitted.rules, sign=fitted.sign, float_outputs=fitted.float_outputs)
 
 
 def _random_output(source: torch.Generator, _step: int, _name: str, output: torch.Tensor) -> torch.Tensor:

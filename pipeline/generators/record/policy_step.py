@@ -48,7 +48,8 @@ def policy_transition(
 
 
 def infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, pipeline: str) -> None:
-    """Sets which values of a step's result the pipeline kept, now that the next step's `sample` is known.
+    """Sets which values of a step's result the pipeline kept, now that the next step's `sample` is known. Where it
+    rounded all of them to 16 bits, the step's result is what it rounded them to.
 
     Raises UnsupportedPolicyError where it kept none, or changed the sample's shape.
     """
@@ -59,6 +60,11 @@ def infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, pipeli
         )
     kept = sample == step.next_sample
     if bool(kept.all()):
+        return
+    if any(bool((sample == step.next_sample.to(dtype)).all()) for dtype in (torch.bfloat16, torch.float16)):
+        step.next_sample = sample.detach().clone()
+        if step.log_prob is not None:
+            step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, None, step.sharpness))
         return
     recording.chosen_share = min(recording.chosen_share, float(kept.float().mean()))
     if not bool(kept.flatten(1).any(1).all()):
@@ -91,7 +97,8 @@ def check_first_step(scheduler: Any, ours: torch.Tensor, arguments: dict[str, An
     sample = arguments["sample"]
     distance = float((theirs.float() - sample.float()).abs().max())
     error = float((theirs.float() - ours.float()).abs().max())
-    if error > (1e-3 if sample.dtype == torch.float32 else 5e-2) * max(distance, 1e-6) + 1e-6:
+    rounding = torch.finfo(theirs.dtype).eps * float(theirs.abs().max())  # schedulers return the model output's dtype
+    if error > (1e-3 if sample.dtype == torch.float32 else 5e-2) * max(distance, 1e-6) + rounding + 1e-6:
         raise UnsupportedPolicyError(
             f"the first step without noise differs from that of {type(scheduler).__name__} by {error:.1e} (it moves by "
             f"{distance:.1e}): the scheduler has no first-order counterpart here, or is called in an unknown way"

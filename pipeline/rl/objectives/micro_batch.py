@@ -76,6 +76,11 @@ class MicroBatch(ABC):
     def is_stale(self) -> bool:
         """Whether the takes were drawn by an earlier version of the policy than the one that this step began with."""
 
+    @property
+    @abstractmethod
+    def only_update(self) -> bool:
+        """Whether the step has no other update, so that the policy is still the one that the step began with."""
+
     @abstractmethod
     def levels(self) -> list[tuple[slice, MicroBatch]]:
         """Each trained step's rows, in order, and the micro-batch of these rows alone. Of a trajectory all rows are of

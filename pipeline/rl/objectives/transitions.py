@@ -42,7 +42,9 @@ class TransitionTerms:
     advantages: torch.Tensor  # [b]
     step: Transition  # mean [b, ...], std, dt of the policy in training
     old_mean: torch.Tensor | None  # [b, ...] of the rollout policy, where the objective requires it
-    stale: bool = False  # the rollout policy is an earlier version than the one this step began with
+    # The ratio is not of this step's updates: the takes are an earlier version's, or no update came before, so that a
+    # fresh take's ratio is 1 but for what rollout and replay round differently in 16 bits.
+    stale: bool = False
 
     def divergence(self) -> torch.Tensor:
         """KL to the rollout policy per dimension [b]. Raises ValueError where its mean was not recorded."""
@@ -114,7 +116,8 @@ class TransitionObjective(WithReference):
         """Of the takes of one trained step."""
         step = level.transition(drawn.x, output)
         log_p = log_prob(drawn.x_next, step)
-        return TransitionTerms(log_p, drawn.log_prob, level.advantages, step, drawn.mean, level.is_stale)
+        stale = level.is_stale or level.only_update
+        return TransitionTerms(log_p, drawn.log_prob, level.advantages, step, drawn.mean, stale)
 
     def summarise(self, spreads: Mapping[str, np.ndarray]) -> dict[str, float]:
         """`offpolicy/*`, of takes that another version of the policy drew: how far it has moved on since, and whether
@@ -147,14 +150,17 @@ class ClippedObjective(TransitionObjective):
     update, by what *other* prompts taught since: uncorrelated with its advantage, so the clip would drop it at random
     (with clip 1e-4, about half of all). Such a take is clipped against the policy as the update finds it, and its
     distance from there to the policy that drew it is a weight of its own (decoupled PPO, arXiv 2110.00641).
+
+    The same holds for rounding: on bfloat16 generators log-ratios of 1e-4 to 1e-2 were measured before any update
+    (`benchmarks.gpu.families`), more than a clip of 1e-4 lets pass.
     """
 
     clip_low: Positive = Field(1e-4, description="PPO clip: ratio >= 1 - clip_low.")
     clip_high: Positive = Field(1e-4, description="PPO clip: ratio <= 1 + clip_high.")
     stale: Literal["reweigh", "clip"] = Field(
         "reweigh",
-        description="Takes of an earlier version (step.max_staleness): weigh by their ratio, at most max_weight, and "
-        "clip what the update adds to it; or clip the whole ratio.",
+        description="Ratios from before the update, of an earlier version's takes (step.max_staleness) or by rounding "
+        "in 16 bits: weigh by them, at most max_weight, and clip what the update adds; or clip the whole ratio.",
     )
     max_weight: Positive = Field(2.0, description="Largest weight of a stale take (truncated importance sampling).")
     reject_above: NonNegative = Field(
