@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where there is no GPU, hold torch to a version that has a CPU build.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: help setup setup-vllm quickstart quickstart-image bench test test-fast test-vllm chaos fuzz lint format typecheck generators shapes-clip docs clean
+.PHONY: help setup setup-vllm quickstart quickstart-image bench gpu-check test test-fast test-vllm chaos fuzz lint format typecheck generators shapes-clip docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,9 @@ quickstart-image: setup ## the same for text-to-image
 
 bench: setup ## speed against the bare arithmetic and a plain loop, on an idle machine (about 20 minutes)
 	$(BIN)/rushes bench
+
+gpu-check: setup ## what this product does on the GPU of this machine (about 8 minutes; `GPU_CHECK="--device cpu --tiny"` tries it without one)
+	$(BIN)/python -m benchmarks.gpu.check $(GPU_CHECK)
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 

@@ -75,14 +75,14 @@ def config(generator: str, arm: str, seed: int, steps: int) -> Config:
 class Loop:
     """One recipe, in one process."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, device: str = "cpu") -> None:
         self.cfg = cfg
-        self.policy = Policy.load(cfg, "cpu", 1)
+        self.policy = Policy.load(cfg, device, 1 if device == "cpu" else 0)
         self.source = source_of(cfg)
         prompts = list(self.source.rows(cfg))
         self.policy.probe(prompts)
         self.policy.add_adapters()
-        self.learner = Learner(cfg, "cpu")
+        self.learner = Learner(cfg, device)
         self.scorers = {name: build_reward(name, reward) for name, reward in cfg.rewards.items()}
         self.cursor = PromptCursor(prompts, cfg.run.seed)
         self.heldout = load_prompts(cfg.prompts.heldout) if cfg.prompts.heldout else []

@@ -22,10 +22,6 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="Rounds of run, plain loop and bare passes in turn.")
     ] = 2,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option("--gpu", help="Instead: a random-weight sd3.5-medium, flux or wan-1.3b on the GPU; repeatable."),
-    ] = None,
     tables: Annotated[bool, typer.Option("--tables", help="Measure nothing; only renew the tables in docs/.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -37,7 +33,6 @@ def bench(
     Examples:
       rushes bench
       rushes bench --only simulated
-      rushes bench --gpu sd3.5-medium --out gpu.json
     """
     try:
         from benchmarks.speed import cpu
@@ -48,11 +43,6 @@ def bench(
     def say(text: str) -> None:
         typer.echo(text)
 
-    if gpu:
-        from benchmarks.speed.gpu import measure_gpu
-
-        typer.echo(str(measure_gpu(gpu, say, out or Path("benchmarks/results/gpu.json"))))
-        return
     path = out or cpu.RESULTS
     if not tables:
         sections = only or list(cpu.SECTIONS)

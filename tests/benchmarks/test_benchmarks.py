@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.learning import samples
 from benchmarks.resilience.cluster import Result, cluster_experiment
-from benchmarks.speed import cpu, gpu, standing, tables
+from benchmarks.speed import cpu, standing, tables
 from benchmarks.speed.simulator import Plan, ideal
-from pipeline.core.errors import ConfigError, RushesError
+from pipeline.core.errors import RushesError
 from pipeline.core.prompts import PromptCursor, load_prompts
 from pipeline.core.types import GroupBatch, Trajectory
 from pipeline.generators.policy import Policy
@@ -191,17 +190,6 @@ def test_a_process_that_cannot_measure_is_an_error_with_its_last_words():
         pytest.raises(RushesError, match=r"No module named .*noth"),
     ):
         process.measure()
-
-
-def test_the_gpu_part_on_a_tiny_model(tiny_sd3, monkeypatch):
-    """All of it but the GPU and the size."""
-    call = {"height": 16, "width": 16, "num_frames": 1, "group_size": 4, "steps": 4}
-    monkeypatch.setitem(gpu.BUILDERS, "tiny", lambda: StableDiffusion3Pipeline.from_pretrained(tiny_sd3))
-    monkeypatch.setitem(gpu.CALLS, "tiny", call)
-    found = gpu.measure_one("tiny", lambda _: None, device="cpu", batch=2)
-    assert found["media"] == [4, 1, 16, 16, 3] and found["efficiency_rollout"] > 0
-    with pytest.raises(ConfigError, match="expected one of"):
-        gpu.measure_one("huge", lambda _: None)
 
 
 @pytest.mark.parametrize("problems, status", [([], 0), (["one group is lost"], 1)])
