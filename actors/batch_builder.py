@@ -26,7 +26,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import RunFailed
 from pipeline.core.prompts import PromptCursor
 from pipeline.core.types import GroupWork, PolicyVersion, PromptItem
-from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index
+from pipeline.rl.group_plan import accumulation_chunks, rollout_call_index, steps_ahead
 from pipeline.rl.ledger import FAILED, Ledger
 from pipeline.rl.signals import SignalResult, signal_of
 from pipeline.rl.sources import source_of
@@ -50,12 +50,13 @@ class BatchBuilder:
     """The training groups of a run, and their ledger."""
 
     def __init__(self, cfg: Config, runner: GroupRunner, prompts: Sequence[PromptItem]) -> None:
-        self.cfg, self._runner, self._prompts = cfg, runner, prompts
+        self.cfg, self._runner = cfg, runner
+        self._prompts = {prompt.index: prompt for prompt in prompts}
         self._version: PolicyVersion | None = None
         self._cursor = PromptCursor(prompts, cfg.run.seed)
         self.ledger = Ledger(
             groups_per_step=cfg.step.groups,
-            max_staleness=cfg.step.max_staleness,
+            max_staleness=steps_ahead(cfg),
             max_failed_groups=cfg.faults.max_failed_groups,
             steps=cfg.run.steps,
         )
@@ -104,7 +105,7 @@ class BatchBuilder:
         that results do not depend on timing."""
         runs = [self._group_run(heapq.heappop(self._waiting)[1])]
         first = self.ledger.groups[runs[0].group]
-        call = rollout_call_index(self.cfg, first.position)
+        call = rollout_call_index(self.cfg, first.position) if runs[0].work.drawn else None
         while call is not None and self._next_is_fresh():
             other = self.ledger.groups[self._waiting[0][1]]
             if (other.step, rollout_call_index(self.cfg, other.position)) != (first.step, call):

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 from actors.group_run import GroupFailed, GroupRun, GroupState, PolicySource
 from actors.pool_supervisor import PoolSupervisor
-from actors.ray_errors import is_away, is_lost, is_preempted
+from actors.ray_errors import is_away, is_bad_input, is_lost, is_preempted
 from actors.ray_options import RunContext, to_bytes
 from actors.request_queue import RequestQueue
 from actors.reward_server import RewardServer
@@ -37,9 +37,10 @@ from actors.rollout_worker import RolloutWorker
 from actors.score_batcher import PendingScore, ScoreBatcher
 from actors.worker_pool import CallFailed, WorkerPool
 from actors.worker_slot import WorkerSlot
-from pipeline.core.types import PolicyVersion, PromptItem, RewardScores, RolloutMeta
+from pipeline.core.types import GroupWork, PolicyVersion, PromptItem, RewardScores, RolloutMeta
 from pipeline.rewards.patience import Patience
 from pipeline.rl.noise_grid import NoiseGrid
+from pipeline.rl.signals.base import labels_of
 
 log = logging.getLogger("rushes.dispatcher")
 
@@ -138,7 +139,7 @@ class Dispatcher:
                 except CallFailed as failure:
                     run.avoid = failure.worker_name
                     if not is_preempted(failure.cause):
-                        self._rollout_failed(run, "rollout", str(failure))
+                        self._rollout_failed(run, "rollout", str(failure), final=is_bad_input(failure.cause))
                     continue
             # 2. Every reward scores them. Lost media are drawn again.
             try:
@@ -169,7 +170,7 @@ class Dispatcher:
                 await self._draw(worker, runs, policy([run.work for run in runs]))
                 worker.activity = "handing over"
                 for run in runs:
-                    for name in self._rewards_for[run.work.purpose]:
+                    for name in self._rewards_of(run.work):
                         run.requests[name] = await self._batchers[name].put(run)
             except (CallFailed, asyncio.CancelledError):
                 for run in runs:
@@ -195,14 +196,14 @@ class Dispatcher:
         for run, meta, media, trajectory in zip(runs, metas, objects[::2], objects[1::2], strict=True):
             run.drawn(meta, media, trajectory)
 
-    def _rollout_failed(self, run: GroupRun, during: str, reason: str) -> None:
-        """The group needs new takes. Raises `GroupFailed` when it has no attempt left."""
+    def _rollout_failed(self, run: GroupRun, during: str, reason: str, final: bool = False) -> None:
+        """The group needs new takes. Raises `GroupFailed` when it has no attempt left, or another would fail too."""
         run.failed_rollouts += 1
-        self._retry_or_fail(run, run.failed_rollouts, during, reason)
+        self._retry_or_fail(run, run.failed_rollouts, during, reason, final)
         run.start_over()
 
-    def _retry_or_fail(self, run: GroupRun, failures: int, during: str, reason: str) -> None:
-        again = failures < self._max_attempts
+    def _retry_or_fail(self, run: GroupRun, failures: int, during: str, reason: str, final: bool = False) -> None:
+        again = failures < self._max_attempts and not final
         outcome = "it is tried again" if again else "the group has failed"
         log.warning("%s failed: %s; %s", during, reason, outcome, extra={"group": run.group})
         if not again:
@@ -213,12 +214,18 @@ class Dispatcher:
 
     async def _score(self, run: GroupRun) -> dict[str, RewardScores]:
         """The scores of the rewards that servers score this group with, in config order; a training group may have
-        none. Raises `CallFailed` when the media are lost, or `GroupFailed`."""
+        none, and given takes their labels instead. Raises `CallFailed` when the media are lost, or `GroupFailed`."""
         try:
-            names = self._rewards_for[run.work.purpose]
-            return {name: await self._score_one(run, name) for name in names}  # all are queued already
+            labels = labels_of(run.work)
+            if labels is not None:
+                return dict(labels)
+            return {name: await self._score_one(run, name) for name in self._rewards_of(run.work)}  # queued already
         finally:
             self._withdraw_requests(run)
+
+    def _rewards_of(self, work: GroupWork) -> tuple[str, ...]:
+        """Names of the rewards that servers score a group with."""
+        return self._rewards_for[work.purpose] if not work.labels else ()
 
     async def _score_one(self, run: GroupRun, reward: str) -> RewardScores:
         patience = self._patience[reward]

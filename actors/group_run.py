@@ -59,12 +59,16 @@ class GroupRun:
         self.meta, self.media, self.trajectory = meta, media, trajectory
         self.state, self.failed_scorings, self.avoid = GroupState.SCORING, 0, None
 
+    def staleness(self, learner_version: int) -> int:
+        """Of its takes; those that are given do not age."""
+        return learner_version - self.meta.version if self.work.drawn else 0
+
     def batch(self, feedback: Feedback, learner_version: int) -> GroupBatch:
         """What the learner trains on."""
         return GroupBatch(
             trajectory=self.trajectory,
             feedback=feedback,
-            staleness=learner_version - self.meta.version,
+            staleness=self.staleness(learner_version),
             prompts=self.work.prompts,
             micro_batches=self.meta.micro_batches,
         )

@@ -7,7 +7,7 @@ import re
 
 from ray import exceptions as rx
 
-from pipeline.core.errors import RewardAway, RushesError, one_line
+from pipeline.core.errors import InputError, RewardAway, RushesError, one_line
 
 _LIMIT = 600  # characters of a described error
 _LOST = (
@@ -43,6 +43,11 @@ def is_lost(error: BaseException) -> bool:
 def is_deterministic(error: BaseException) -> bool:
     """The input's or the configuration's fault: another actor would fail in the same way."""
     return isinstance(root(error), RushesError)
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """A file that the group's data names cannot be read."""
+    return isinstance(root(error), InputError)
 
 
 def is_away(error: BaseException) -> bool:

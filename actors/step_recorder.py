@@ -111,7 +111,7 @@ class Recorder:
         workers = {pool.name: max(1, len(pool.alive)) for pool in self._pools}
         rollout = sum(run.meta.seconds["total"] for run in runs) / workers["rollout"]
         score = {
-            name: sum(run.scores[name].seconds for run in runs) / workers[f"reward.{name}"]
+            name: sum(run.scores[name].seconds for run in runs if name in run.scores) / workers[f"reward.{name}"]
             for name in self.cfg.server_rewards("train")
         }
         times = {
@@ -133,8 +133,9 @@ class Recorder:
         """Means of the scorers' auxiliary outputs, without the NaN of prompts to which a part does not apply."""
         means: dict[str, float] = {}
         for name in self.cfg.server_rewards("train"):
-            for part in dict.fromkeys(part for run in runs for part in run.scores[name].parts):
-                values = [float(v) for run in runs for v in run.scores[name].parts.get(part, ()) if v == v]
+            scores = [run.scores[name] for run in runs if name in run.scores]
+            for part in dict.fromkeys(part for each in scores for part in each.parts):
+                values = [float(v) for each in scores for v in each.parts.get(part, ()) if v == v]
                 if values:
                     means[f"reward/{name}/{part}"] = sum(values) / len(values)
         return means

@@ -233,8 +233,8 @@ class TrainLoop:
         self._phase = "training"
         await self._builder.pause(False)
         step = await self._accumulate_gradients()
-        staleness = max(self._version - run.meta.version for run in step.runs)
-        if staleness == 0:
+        staleness = max(run.staleness(self._version) for run in step.runs)
+        if staleness == 0 and any(run.work.drawn for run in step.runs):
             slots = [*self._dispatcher.rollouts.slots, *self._learner.slots]
             devices = {str(slot.info["device"]) for slot in slots if slot.alive}
             replay_error = step.metrics[objective_of(self.cfg).requirements.replay_metric]

@@ -38,6 +38,7 @@ from pipeline.rewards.runner import build_reward
 from pipeline.rl.evaluation import summarise_scores
 from pipeline.rl.group_plan import eval_works, scoring_seed
 from pipeline.rl.signals import signal_of
+from pipeline.rl.signals.base import Scores, labels_of
 from pipeline.rl.sources import source_of
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ class Loop:
         self.takes_of_prompt: dict[int, np.ndarray] = {}  # of the last evaluation, uint8 [F, H, W, 3]: a take of each
         self.versions: deque[WeightSet] = deque(maxlen=cfg.step.max_staleness + 1)  # the oldest one draws
 
-    def _scores(self, media: Media, work: GroupWork, seed: int | None) -> dict[str, Any]:
+    def _scores(self, media: Media, work: GroupWork, seed: int | None) -> Scores:
         names = self.cfg.server_rewards(work.purpose)
         return {name: self.scorers[name].run(media, work.prompts, seed) for name in names}
 
@@ -110,7 +111,7 @@ class Loop:
             work = self.source.work(self.cfg, self.group, number, self.cursor.next(), self.policy.grid)
             self.group += 1
             media, trajectory, _ = self.policy.rollout(work)
-            group_scores = self._scores(media, work, scoring_seed(self.cfg, work.group))
+            group_scores = labels_of(work) or self._scores(media, work, scoring_seed(self.cfg, work.group))
             if not self.signal.is_flat(group_scores):
                 kept.append(trajectory)
                 prompts.append(work.prompts)

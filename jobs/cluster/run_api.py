@@ -118,7 +118,7 @@ def overview() -> list[dict[str, Any]]:
             rows.append({"run": run, "state": str(error), "step": None, "steps": None, "reward": None})
             continue
         records = progress["records"]
-        reward = records[-1]["reward/mean"] if records else None
+        reward = records[-1].get("reward/mean") if records else None
         rows.append({"run": run, **{key: progress[key] for key in ("state", "step", "steps")}, "reward": reward})
     return rows
 

@@ -10,16 +10,7 @@ from pathlib import Path
 from jobs.common.rater_statistics import RaterAnswer
 from jobs.common.score_files import Item, checked_item, item_of_row
 from pipeline.core.labelled_pairs import LabelledPair, read_labelled_pairs
-
-# Offset, the bytes there, and the suffix of such a file.
-_MAGIC = (
-    (0, b"\x89PNG", ".png"),
-    (0, b"\xff\xd8\xff", ".jpg"),
-    (8, b"WEBP", ".webp"),
-    (0, b"BM", ".bmp"),
-    (4, b"ftyp", ".mp4"),
-    (0, b"\x1aE\xdf\xa3", ".mkv"),
-)
+from pipeline.core.named_files import media_suffix
 
 
 @dataclass(frozen=True)
@@ -46,8 +37,7 @@ def _item(pair: LabelledPair, side: str | bytes, path: Path, folder: Path) -> It
     if isinstance(side, str):
         return item_of_row(path, side, pair.prompt, {"image": pair.image, "metadata": pair.metadata}, where)
     name = f"sha256:{hashlib.sha256(side).hexdigest()[:24]}"
-    kind = next((suffix for at, magic, suffix in _MAGIC if side[at : at + len(magic)] == magic), ".unknown")
-    file = folder / f"{name[7:]}{kind}"
+    file = folder / f"{name[7:]}{media_suffix(side)}"
     if not file.exists():
         file.write_bytes(side)
     return checked_item(name, file, pair.prompt, pair.metadata, where, pair.image, path)

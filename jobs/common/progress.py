@@ -52,10 +52,16 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def learned(record: dict[str, float], records: list[dict[str, float]]) -> tuple[str, float]:
+    """`reward 0.5` and its trend over `records`; the loss, where no reward scores the takes that train."""
+    name = "reward/mean" if "reward/mean" in record else "loss"
+    return f"{name.split('/')[0]} {record[name]:.4f}", trend([r[name] for r in records if name in r])
+
+
 def step_line(record: dict[str, float], records: list[dict[str, float]], steps: int) -> str:
-    rewards = [r["reward/mean"] for r in records]
+    value, change = learned(record, records)
     return (
-        f"step {int(record['step'])}/{steps}  reward {record['reward/mean']:.4f} ({trend(rewards):+.4f})  "
+        f"step {int(record['step'])}/{steps}  {value} ({change:+.4f})  "
         f"{record['takes_per_s']:.1f} takes/s  {record['time/step']:.1f} s "
         f"(rollout {record['time/rollout']:.1f}, score {record['time/score']:.1f}, learn {record['time/learn']:.1f}, "
         f"sync {record['time/sync']:.2f})  ETA {clock(eta_s(records, steps))}"
@@ -151,10 +157,10 @@ class LiveView:
         lines: list[Any] = [head]
         if self._records:
             last = self._records[-1]
-            change = trend([r["reward/mean"] for r in self._records])
-            text = Text("reward ")
-            text.append(f"{last['reward/mean']:.4f} ", style="bold")
-            text.append(f"({change:+.4f})", style="green" if change > 0 else "red" if change < 0 else "")
+            value, change = learned(last, self._records)
+            better = change if "reward/mean" in last else -change
+            text = Text(f"{value} ", style="bold")
+            text.append(f"({change:+.4f})", style="green" if better > 0 else "red" if better < 0 else "")
             text.append(f"   {last['takes_per_s']:.1f} takes/s   {last['time/step']:.1f} s a step")
             lines.append(text)
             if self.details:

@@ -1,5 +1,5 @@
 """Labelled pairs: which of two takes of a prompt somebody finds better. One parquet table, which `rushes label` writes
-and `rushes agree` reads.
+and `rushes agree` reads; it is a prompt set too (`pipeline.core.prompts`), which source `labelled` trains on.
 
 A row is an answer. Required: `path_a` and `path_b` (files, relative to the table and in its folder or below) or
 `bytes_a` and `bytes_b` (a file's bytes, or the struct of the `datasets` library), and `label` (a, b or tie: the better
@@ -11,7 +11,7 @@ answer, a timestamp or ISO 8601 text), `origin` (what the label comes from), `id
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any
 
 from pipeline.core.errors import InputError
 from pipeline.core.files import did_you_mean
+from pipeline.core.named_files import take_file
 from pipeline.core.parquet import columns_of, read_rows, write_parquet
 from pipeline.core.reading import shown
+from pipeline.core.types import GivenTake
 
 LABELS = {"a": 1, "b": -1, "tie": 0}
 _TEXTS = ("rater", "origin", "id", "repeat_of")
@@ -43,6 +45,29 @@ class LabelledPair:
     origin: str | None = None
     id: str | None = None
     repeat_of: str | None = None
+
+
+def is_labelled(columns: Collection[str]) -> bool:
+    """Whether a parquet table with these columns is one of labelled pairs, and not of prompts."""
+    return "label" in columns and not {"path_a", "bytes_a"}.isdisjoint(columns)
+
+
+def pair_rows(path: Path) -> Iterator[tuple[str, dict[str, Any], tuple[GivenTake, ...]]]:
+    """(where, the columns `prompt`, `image` and `metadata`, the two takes) of each row that repeats no other. The
+    better take has label 1, the other 0; of a tie both have 0.5. Bytes are kept as files beside the table. Raises
+    `InputError`."""
+    check_columns(path)
+    for pair in read_labelled_pairs(path):
+        if pair.repeat_of is not None:
+            continue
+        where = f"row {pair.row}"
+        takes = tuple(
+            GivenTake(
+                path=str(take_file(path, side, f"{path}, {where}: take {name}")), label=(1 + sign * pair.label) / 2
+            )
+            for name, side, sign in (("a", pair.a, 1), ("b", pair.b, -1))
+        )
+        yield where, {"prompt": pair.prompt, "image": pair.image, "metadata": pair.metadata}, takes
 
 
 def check_columns(path: Path) -> None:

@@ -8,6 +8,7 @@ machine read other files and send them to the program that computes a reward.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from pipeline.core.safe_paths import file_inside, path_inside
 
 FILE_KEYS = ("condition", "reference")  # in metadata, read by scorers
 SUFFIXES = tuple(f".{kind}" for kind in "png jpg jpeg webp bmp gif tif tiff mp4 m4v mov webm mkv avi".split())
-_MAGIC = ((0, b"\x89PNG", ".png"), (0, b"\xff\xd8\xff", ".jpg"), (8, b"WEBP", ".webp"), (0, b"BM", ".bmp"))
+# Offset, the bytes there, and the suffix of such a file.
+_PICTURES = ((0, b"\x89PNG", ".png"), (0, b"\xff\xd8\xff", ".jpg"), (8, b"WEBP", ".webp"), (0, b"BM", ".bmp"))
+_CLIPS = ((4, b"ftyp", ".mp4"), (0, b"\x1aE\xdf\xa3", ".mkv"))
 FIX = "paths are relative to the prompts file or table: put that into a folder above, or copy the picture beside it"
 
 
@@ -34,9 +37,31 @@ def picture_file(table: Path, image: Any, where: str) -> Path:
         return named_file(table.parent, image.get("path"), where)
     if not isinstance(data, bytes):
         return named_file(table.parent, image, where)
-    suffix = next((suffix for at, magic, suffix in _MAGIC if data[at : at + len(magic)] == magic), None)
+    suffix = _suffix_of(data, _PICTURES)
     if suffix is None:
         raise InputError(f"{where} holds {len(data):,} bytes that are no PNG, JPEG, WEBP or BMP; encode it again")
+    return _kept(table, data, suffix, where)
+
+
+def take_file(table: Path, take: str | bytes, where: str) -> Path:
+    """The picture or clip of a row that compares takes, in the table's folder: the file that it names, which need not
+    be there, or its bytes, which are kept as a file beside the table. Raises `InputError`."""
+    if isinstance(take, str):
+        return path_inside(table.parent, take, where, FIX)
+    return _kept(table, take, media_suffix(take), where)
+
+
+def media_suffix(data: bytes) -> str:
+    """Of a picture's or clip's bytes; `.unknown`."""
+    return _suffix_of(data, _PICTURES + _CLIPS) or ".unknown"
+
+
+def _suffix_of(data: bytes, kinds: Sequence[tuple[int, bytes, str]]) -> str | None:
+    return next((suffix for at, magic, suffix in kinds if data[at : at + len(magic)] == magic), None)
+
+
+def _kept(table: Path, data: bytes, suffix: str, where: str) -> Path:
+    """The file beside the table that holds a row's bytes."""
     folder = table.with_name(f"{table.name}.images")
     file = folder / f"{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
     if not file.exists():

@@ -1,11 +1,12 @@
-"""Prompt sets: .txt (one per line, verbatim; blank lines are skipped), .jsonl, .parquet or a folder of captioned clips,
-and the cursor over them.
+"""Prompt sets: .txt (one per line, verbatim; blank lines are skipped), .jsonl, .parquet, a table of labelled pairs or a
+folder of captioned clips, and the cursor over them.
 
 Columns of .jsonl and .parquet: `prompt` (required), `negative`, `image` (path, relative to the file, or an image of
 the `datasets` library), `clip` (path of a clip or picture that the prompt describes), `metadata` (a mapping handed to
 the scorers, or JSON text of one; in parquet also a struct or a map). The rows of GenEval's own file are read as they
 are. Files that a row names lie in the file's own folder or below it. Everything wrong with a row is an `InputError`
-that names file and line (parquet: row, from 1). Folders: `pipeline.core.captioned_clips`.
+that names file and line (parquet: row, from 1). Folders: `pipeline.core.captioned_clips`; pairs:
+`pipeline.core.labelled_pairs`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from pipeline.core.code_names import pipeline_names
 from pipeline.core.errors import CheckpointError, InputError, one_line
 from pipeline.core.files import did_you_mean
+from pipeline.core.labelled_pairs import is_labelled, pair_rows
 from pipeline.core.named_files import named_file, named_files, picture_file
 from pipeline.core.parquet import columns_of, read_rows
 from pipeline.core.reading import (
@@ -33,7 +35,7 @@ from pipeline.core.reading import (
     shown,
     text_lines,
 )
-from pipeline.core.types import PromptItem
+from pipeline.core.types import GivenTake, PromptItem
 
 MAX_CHARACTERS = 4000
 COLUMNS = ("prompt", "negative", "image", "metadata", "clip")
@@ -48,6 +50,7 @@ class _Row:
 
     where: str
     columns: dict[str, Any]
+    takes: tuple[GivenTake, ...] = ()
 
 
 def load_prompts(path: Path) -> list[PromptItem]:
@@ -103,6 +106,9 @@ def _text_rows(path: Path) -> Iterator[_Row]:
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
     names = columns_of(path, COLUMNS)
+    if is_labelled(names):
+        yield from (_Row(*row) for row in pair_rows(path))
+        return
     if "prompt" not in names:
         raise InputError(f"{path}: has no column 'prompt' (columns: {', '.join(names) or 'none'}); rename one")
     for name in names:
@@ -169,7 +175,10 @@ def _item(path: Path, row: _Row, index: int) -> PromptItem:
     if clip is not None:
         clip = str(named_file(path if path.is_dir() else path.parent, clip, f"{place}: clip"))
     metadata, files = named_files(read_metadata(metadata, place), path.parent, f"{place}: metadata")
-    return PromptItem(index=index, text=text, negative=negative, image=image, clip=clip, metadata=metadata, files=files)
+    return PromptItem(
+        index=index, text=text, negative=negative, image=image, clip=clip, metadata=metadata, files=files,
+        takes=row.takes,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- what the text encoders read
@@ -274,14 +283,16 @@ def _default_sequence_length(folder: Path) -> int | None:
 
 
 def content_digest(prompts: Sequence[PromptItem]) -> str:
-    """Of texts, pictures and clips, in order: equal for the same prompts under another path or in another format."""
+    """Of texts, pictures, clips and labels, in order: equal for the same prompts under another path or in another
+    format."""
     digest = hashlib.sha256()
     file_digests: dict[str | None, str] = {None: ""}
     for prompt in prompts:
-        for name in (prompt.image, prompt.clip):
+        for name in (prompt.image, prompt.clip, *(take.path for take in prompt.takes)):
             if name not in file_digests:
                 file_digests[name] = _file_digest(Path(str(name)))
         clip = f"\x00{file_digests[prompt.clip]}" if prompt.clip is not None else ""
+        clip += "".join(f"\x00{file_digests[take.path]} {take.label}" for take in prompt.takes)
         digest.update(f"{prompt.text}\x00{prompt.negative or ''}\x00{file_digests[prompt.image]}{clip}\n".encode())
     return digest.hexdigest()[:16]
 

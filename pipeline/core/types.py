@@ -13,6 +13,14 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GivenTake:
+    """A take of a prompt that a data set gives and compares with others."""
+
+    path: str  # of the picture or clip
+    label: float  # how good the data says it is among the takes of its row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptItem:
     """One row of a prompt set."""
 
@@ -23,6 +31,7 @@ class PromptItem:
     clip: str | None = None  # path of a clip or picture that the text describes
     metadata: dict[str, Any] = field(default_factory=dict)  # for scorers; never names a file by itself
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # metadata key -> paths that it named, checked
+    takes: tuple[GivenTake, ...] = ()  # that the row compares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +77,7 @@ class GroupWork:
     begin: Begin | None = None  # None: from the pipeline's own start
     drawn: bool = True  # False: the takes are the clips that their prompts name, encoded; only conditions are recorded
     scoring_seed: int | None = None  # of the rewards' frame picks, the same for all takes; None: centre picks
+    labels: tuple[float, ...] = ()  # [K], how good the data says its takes are; (): rewards score them
 
     @property
     def takes(self) -> int:
@@ -267,7 +277,7 @@ class GroupBatch:
     # On its way to the learner's ranks, a reference in its place. None: this rank, of several, replays no part of it.
     trajectory: Trajectory | None
     feedback: Feedback
-    staleness: int = 0  # the learner's version minus that of the policy that drew the takes
+    staleness: int = 0  # the learner's version minus that of the policy that drew the takes; 0: they were given
     prompts: tuple[PromptItem, ...] = ()  # [K]; () where no reward is computed in the learner
     micro_batches: tuple[MicroBatchSpec, ...] | None = None  # None: read from the trajectory
 

@@ -1,8 +1,10 @@
-"""Clips of data as finished latents, and the noise that takes begin with: what rollout workers do for source clips."""
+"""Clips of data as finished latents, and the noise that takes begin with: what rollout workers do for sources that read
+files."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +17,13 @@ import torch
 from pipeline.core.captioned_clips import DataClips
 from pipeline.core.errors import InputError, UnsupportedPolicyError
 from pipeline.core.files import describe_os_error
-from pipeline.core.types import Media
+from pipeline.core.types import Media, PromptItem
 from pipeline.generators.latent_codec import LatentCodec
 from pipeline.generators.latent_map import LatentMap
 from pipeline.generators.policy_pipeline import cpu_generator
 from pipeline.generators.spec import PolicySpec
 
+log = logging.getLogger("rushes.clips")
 KEPT_BYTES = 256 * 2**20  # of encodings; those used last stay
 
 
@@ -46,9 +49,18 @@ class ClipEncoder:
         """The clips' own frames, as the generator would make them. Raises InputError."""
         return Media(frames=np.stack([self.data.form.read(Path(path)) for path in paths]), fps=self.data.form.fps)
 
-    def check(self, path: str) -> float:
-        """Mean difference between a clip and its decoded encoding, in grey levels. Raises UnsupportedPolicyError where
-        it is above the largest that the config allows."""
+    def check(self, paths: Sequence[str]) -> float:
+        """Mean difference between a clip, the first that can be read, and its decoded encoding, in grey levels. Raises
+        UnsupportedPolicyError where it is above the largest that the config allows; InputError where none can be read.
+        """
+        for path in paths[:-1]:
+            try:
+                return self._check(path)
+            except InputError as error:  # its own groups will fail
+                log.warning("the VAE is checked with another clip: %s", error)
+        return self._check(paths[-1])
+
+    def _check(self, path: str) -> float:
         frames = self.data.form.read(Path(path))
         x0 = self.encode([path]).to(self.device)
         with self._codec() as codec, torch.no_grad():
@@ -89,6 +101,11 @@ class ClipEncoder:
         finally:
             if self.vae.dtype != dtype:
                 self.vae.to(dtype)
+
+
+def files_of(prompt: PromptItem) -> list[str]:
+    """The clips that a row of data names."""
+    return [*([prompt.clip] if prompt.clip is not None else []), *(take.path for take in prompt.takes)]
 
 
 def begin_noise(shape: Sequence[int], seeds: Sequence[int], latents: LatentMap | None, offset: float) -> torch.Tensor:

@@ -32,7 +32,7 @@ from pipeline.core.types import (
 from pipeline.generators import adapters
 from pipeline.generators.call.conditions import condition_key
 from pipeline.generators.call.output import to_uint8
-from pipeline.generators.clip_encoder import ClipEncoder, begin_noise
+from pipeline.generators.clip_encoder import ClipEncoder, begin_noise, files_of
 from pipeline.generators.condition_pass import ConditionPass
 from pipeline.generators.load.compiling import compile_blocks
 from pipeline.generators.load.pipeline import trained_modules
@@ -107,8 +107,8 @@ class Policy:
             source.check_grid(self.cfg, self.probed.grid)
         if (data := source.data_clips(self.cfg)) is not None:
             self._clips = ClipEncoder(getattr(self.pipe, "vae", None), self.spec, self.device, data)
-            if prompts and prompts[0].clip is not None:
-                self.probed.report["clip_error"] = self._clips.check(prompts[0].clip)
+            if files := [path for prompt in prompts or () for path in files_of(prompt)]:
+                self.probed.report["clip_error"] = self._clips.check(files)
         return self.probed.report
 
     @property
@@ -152,7 +152,7 @@ class Policy:
     # -- sampling -------------------------------------------------------------------------------------------------
 
     def rollout(self, work: GroupWork) -> Rollout:
-        """Draws the takes of one group.
+        """Draws the takes of one group, or encodes those that are given.
 
         Raises RushesError when the pipeline's output is not finite, RuntimeError when steps are to be trained before
         `probe`.

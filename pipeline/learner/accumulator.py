@@ -18,8 +18,8 @@ from pipeline.rl.objectives.base import Loss, Objective
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """How a micro-batch's statistics lie in one row of float64: the largest replay error, the sum of each logged value
-    over its takes, over how many each was summed, and each spread value of every take.
+    """How a micro-batch's statistics lie in one row of float64: the largest replay error (NaN: not compared), the sum
+    of each logged value over its takes, over how many each was summed, and each spread value of every take.
 
     A value that is no term of the loss may be missing, or NaN for takes to which it does not apply."""
 
@@ -38,7 +38,7 @@ class RowLayout:
 
     def row(self, loss: Loss) -> np.ndarray:
         """Float64 [size(b)]."""
-        error = 0.0 if loss.replay_error is None else float(loss.replay_error.abs().max())
+        error = float("nan") if loss.replay_error is None else float(loss.replay_error.abs().max())
         sums, counts = [], []
         for name in self.logged:
             values = loss.logs[name] if name in self.terms else loss.logs.get(name, loss.total.new_zeros(0))
@@ -59,7 +59,8 @@ class RowLayout:
         for place, name in enumerate(self.spread):
             values = [np.split(row[1 + 2 * number :], len(self.spread))[place] for row in rows]
             spreads[name] = np.concatenate(values).astype(np.float32)
-        return UpdateStatistics(means, spreads, replay_error=max(float(row[0]) for row in rows))
+        errors = [float(row[0]) for row in rows if not np.isnan(row[0])]
+        return UpdateStatistics(means, spreads, replay_error=max(errors, default=None))
 
 
 def count_pairs(groups: Sequence[GroupBatch], unit: Literal["step", "trajectory", "tail"] = "step") -> int:
@@ -78,7 +79,7 @@ class UpdateStatistics:
 
     means: dict[str, float]  # of the logged values, per (take, trained step) pair that has one; absent where none has
     spreads: dict[str, np.ndarray]  # float32, one value per pair
-    replay_error: float  # the largest
+    replay_error: float | None  # the largest; None: nothing was compared
 
 
 @dataclass

@@ -112,7 +112,7 @@ class Learner:
         """
         values: dict[str, list[float]] = defaultdict(list)  # metric -> its value in each update
         spreads: dict[str, list[np.ndarray]] = defaultdict(list)  # name -> its values in each update
-        replay_error = 0.0
+        replay_error: float | None = None
         for number, chunk in enumerate(np.array_split(np.arange(len(batch)), self.cfg.step.updates)):
             groups = [batch[i] for i in chunk]
             if first == 0:
@@ -140,7 +140,7 @@ class Learner:
         return {
             **{name: float(np.mean(entries)) for name, entries in values.items()},
             **self.objective.summarise({name: np.concatenate(entries) for name, entries in spreads.items()}),
-            metric: replay_error,
+            **({metric: replay_error} if replay_error is not None else {}),
         }
 
     @property

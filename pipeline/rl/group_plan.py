@@ -18,6 +18,7 @@ from pipeline.core.types import Begin, GroupWork, PromptItem, SamplingSpec
 from pipeline.rl.noise_grid import LEAST_SIGMA_NEXT, NoiseGrid, no_noisy_step
 from pipeline.rl.objectives import objective_of
 from pipeline.rl.signals import signal_of
+from pipeline.rl.sources import source_of
 
 SHOWN_PROMPTS = 6  # held-out prompts whose takes are kept at every evaluation; at the first and the last, all are
 _MAX_CHUNKS = 8  # per step: each is a call of the learner, and the last one's overhead is not overlapped
@@ -191,6 +192,12 @@ def rollout_call_index(cfg: Config, position: int) -> int | None:
     """
     groups = takes_of_call(cfg) // cfg.step.takes
     return position // groups if groups > 1 and position < cfg.step.groups else None
+
+
+def steps_ahead(cfg: Config) -> int:
+    """How many steps before the one that consumes them groups may be made: as many versions as their takes may be
+    stale; those of data do not age, and are encoded while the learner trains the step before."""
+    return cfg.step.max_staleness if source_of(cfg).draws else max(1, cfg.step.max_staleness)
 
 
 def accumulation_chunks(cfg: Config) -> list[range]:

@@ -28,6 +28,12 @@ def check_recipe(cfg: Config) -> None:
         raise ConfigError(
             f"signal.name: {signal.name} compares scores, of which objective {objective.name} makes no use; set none"
         )
+    if signal.reads_labels != source.gives_labels:
+        raise ConfigError(
+            f"signal.name: {signal.name} compares takes by {'their labels' if signal.reads_labels else 'rewards'}, and "
+            f"source {source.name} gives takes {'with' if source.gives_labels else 'without'} labels; set "
+            + ("signal.name=labels" if source.gives_labels else "source.name=labelled, or another signal")
+        )
     _check_gradient_rewards(cfg, objective)
 
 

@@ -79,9 +79,9 @@ class StepRecord(BaseModel):
 
 
 class TrainingRecord(StepRecord):
-    """The line of a training step, which has `reward/mean`."""
+    """The line of a training step (`is_training`). No `reward/mean`: no reward scored its takes."""
 
-    reward: FiniteFloat = Field(alias="reward/mean")
+    reward: FiniteFloat | None = Field(None, alias="reward/mean")
     takes_per_s: FiniteFloat
     step_s: FiniteFloat = Field(alias="time/step")
     rollout_s: FiniteFloat = Field(alias="time/rollout")
@@ -157,10 +157,14 @@ def read_records(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
     return rows
 
 
+def is_training(row: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl belongs to a training step; evaluations have lines of their own."""
+    return "loss" in row or "reward/mean" in row
+
+
 def read_training(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that belong to training steps; evaluations have lines of their own. Raises
-    `InputError`."""
-    rows = [row for row in read_records(path, StepRecord) if "reward/mean" in row]
+    """The lines of metrics.jsonl that belong to training steps. Raises `InputError`."""
+    rows = [row for row in read_records(path, StepRecord) if is_training(row)]
     for row in rows:
         check_record(TrainingRecord, row, f"{path}, step {row['step']}")
     return rows

@@ -235,7 +235,9 @@ def _key(row: dict[str, Any]) -> tuple[int, int]:
 
 def _curve(record: RunRecord, step: int, media: Path) -> str:
     """The reward of training steps and of evaluations, as card/reward.png."""
-    training = [(row["step"], row["reward/mean"]) for row in record.metrics if row["step"] < step]
+    training = [
+        (row["step"], row["reward/mean"]) for row in record.metrics if row["step"] < step and "reward/mean" in row
+    ]
     evals = [row for row in record.evals if row["step"] <= step]
     if len(training) < 2 and len(evals) < 2:
         return ""
@@ -243,7 +245,8 @@ def _curve(record: RunRecord, step: int, media: Path) -> str:
 
     figure = Figure(figsize=(6, 3), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([x for x, _ in training], [y for _, y in training], color="0.6", label="training takes")
+    if training:
+        axes.plot([x for x, _ in training], [y for _, y in training], color="0.6", label="training takes")
     errors = [row.get("se") or 0.0 for row in evals]
     axes.errorbar([row["step"] for row in evals], [row["mean"] for row in evals], errors, marker="o", label="held-out")
     axes.set_xlabel("step")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_rewards
+from labelled_table import SECTIONS, write_table
 from rank_batches import batches
 from rank_worker import one_case, run_ranks
 
@@ -40,6 +41,7 @@ CASES = {
         "signal": {"name": "pairs"},
         "step": {"groups": 3},
     },
+    "labelled": {**SECTIONS, "trainable": {"kind": "full"}, "step": {"takes": 2, "groups": 3}},  # pairs that are given
     "reward_gradient": {  # VAE and reward are whole on each rank; shards are gathered again in the backward pass
         "trainable": {"kind": "full"},
         "objective": {"name": "reward_gradient", "tail": [1, 3], "kl_beta": 0.1, "anchor": 1.0},
@@ -65,7 +67,8 @@ def compared(tiny_sd3, tmp_path_factory):
     clip = {"scorer": "clip_score", "args": {"model": str(tiny_rewards.clip(out / "clip"))}, "gradient": True}
     for name, sections in CASES.items():
         rewards = {"clip": clip} if name == "reward_gradient" else {}
-        cfg = tiny.config(tiny_sd3, **COMMON, **sections, rewards=rewards)
+        prompts = {"train": write_table(out / "pairs")} if name == "labelled" else {}
+        cfg = tiny.config(tiny_sd3, **COMMON, **sections, rewards=rewards, prompts=prompts)
         steps = batches(cfg, 3)
         plain = cfg.model_dump(mode="json")
 
@@ -106,7 +109,7 @@ def test_two_ranks_train_as_one(compared, name):
     assert two["metrics"][0]["grad_norm"] > 0
     if name == "trajectory_pairs":  # the policy has moved away from the one that it is compared with
         assert two["metrics"][0]["pairs/margin"] == 0 and two["metrics"][1]["pairs/margin"] != 0
-    else:
+    elif name != "labelled":
         assert two["metrics"][1]["kl"] > 0
     same_tensors(out / "one" / name, out / "two" / name)
     assert one["ema"].tensors.keys() == two["ema"].tensors.keys()

@@ -27,7 +27,7 @@ from pipeline.rl.signals import signal_of
 from pipeline.rl.sources import source_of
 
 ROOT = Path(__file__).parents[2]
-AMBIGUOUS = {"advantages", "pairs", "none", "rollout"}  # also fields of the feedback, an option's value, and a role
+AMBIGUOUS = {"advantages", "pairs", "labels", "none", "rollout"}  # also fields of the feedback and of others, a role
 
 
 def _constants(node: ast.AST) -> Iterator[str]:

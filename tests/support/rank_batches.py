@@ -7,12 +7,15 @@ import numpy as np
 from pipeline.core.types import Feedback, GroupBatch, PromptItem
 from pipeline.generators.policy import Policy
 from pipeline.rl.group_plan import train_work
+from pipeline.rl.signals import signal_of
+from pipeline.rl.signals.base import labels_of
+from pipeline.rl.sources import source_of
 
 PROMPT = PromptItem(index=0, text="a red circle")
 
 
 def batches(cfg, steps: int) -> list[list[GroupBatch]]:
-    """All drawn with the starting policy: later steps are off-policy, which the comparison does not mind."""
+    """All drawn with the starting policy, or given: later steps are off-policy, which the comparison does not mind."""
     policy = Policy.load(cfg, "cpu", threads=1)
     policy.probe()
     policy.add_adapters()
@@ -20,8 +23,16 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
     for step in range(steps):
         groups = []
         for i in range(cfg.step.groups):
-            work = train_work(cfg, step * cfg.step.groups + i, step, PROMPT)
+            number = step * cfg.step.groups + i
+            work = train_work(cfg, number, step, PROMPT)
+            if source_of(cfg).gives_labels:
+                rows = source_of(cfg).rows(cfg)
+                work = source_of(cfg).work(cfg, number, step, rows[number % len(rows)])
             media, trajectory, _ = policy.rollout(work)
+            if (labels := labels_of(work)) is not None:
+                (feedback,) = signal_of(cfg).begin(cfg.rewards).step([labels]).feedback
+                groups.append(GroupBatch(trajectory=trajectory, feedback=feedback))
+                continue
             brightness = media.frames.reshape(len(media.frames), -1).mean(1)
             advantages = (brightness - brightness.mean()) / (brightness.std() + 1e-4)
             best, worst = advantages.argmax(), advantages.argmin()

@@ -81,7 +81,7 @@ def merge_steps(part: TrajectoryPart, spec: PolicySpec, positions: Sequence[int]
         calls=calls,
     )
     final = _stacked([part.final] * len(steps))
-    return TrajectoryPart(start=0, stop=total * len(steps), steps=(merged,), shared=(), final=final)
+    return TrajectoryPart(start=0, stop=total * len(steps), steps=(merged,), shared=(), final=final, drawn=part.drawn)
 
 
 def _merge_call(steps: list[RecordedStep], key: CallKey, part: TrajectoryPart, layouts: Layouts) -> RecordedCall:

@@ -65,7 +65,8 @@ def split_part(part: TrajectoryPart, spec: PolicySpec, takes: slice, trained_ste
 
     steps = tuple(split_step(step) for step in part.steps if step.index in trained_steps)
     size = takes.stop - takes.start
-    return TrajectoryPart(start=0, stop=size, steps=steps, shared=tuple(shared), final=_rows(part.final, takes))
+    final = _rows(part.final, takes)
+    return TrajectoryPart(start=0, stop=size, steps=steps, shared=tuple(shared), final=final, drawn=part.drawn)
 
 
 def _rows(packed: PackedTensor, takes: slice) -> PackedTensor:

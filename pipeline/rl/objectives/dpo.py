@@ -46,6 +46,7 @@ class DPO(Objective):
             replay_metric="onpolicy/max_abs_gap",
             feedback="pairs",
             any_sample=True,
+            given_takes=not self.old_every,
             whole_group=True,
             reference_every=0 if self.old_every else 1,
             old_policy=self.old_every > 0,

@@ -10,15 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from pipeline.config.parts import SIGNALS, Part
 from pipeline.config.sections.rewards import RewardConfig
-from pipeline.core.types import Feedback, RewardScores
+from pipeline.core.types import Feedback, GroupWork, RewardScores
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 register = SIGNALS.register
-Scores = Mapping[str, RewardScores]  # of one group, by reward
+Scores = Mapping[str, RewardScores]  # of one group, by reward; of a group with labels, these alone as `LABEL`
+LABEL = "given/label"  # no reward's name
+
+
+def labels_of(work: GroupWork) -> Scores | None:
+    """The labels of a group's takes in place of scores; None where rewards score them."""
+    return {LABEL: RewardScores(values=np.array(work.labels, np.float32))} if work.labels else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,7 @@ class Signal(Part, ABC):
     """Its fields are its options (`signal.*`); what it remembers of a run is in the state that `begin` makes."""
 
     gives: ClassVar[str]  # what an objective may require: advantages | pairs | none
+    reads_labels: ClassVar[bool] = False  # of takes that a source gives, instead of the rewards' scores
 
     @abstractmethod
     def describe(self) -> str:

@@ -24,6 +24,11 @@ register = SOURCES.register
 class Source(Part, ABC):
     """Its fields are its options (`source.*`)."""
 
+    @property
+    def gives_labels(self) -> bool:
+        """Whether its takes come with labels (`GroupWork.labels`), and no reward scores them."""
+        return False
+
     @abstractmethod
     def rows(self, cfg: Config) -> Sequence[PromptItem]:
         """What groups are made of; visited in a new random order each epoch. Raises `InputError`."""
@@ -39,7 +44,7 @@ class Source(Part, ABC):
         return True
 
     def data_clips(self, cfg: Config) -> DataClips | None:
-        """How the clips that its rows name are read and encoded; None: takes begin from noise alone."""
+        """How the files that its rows name are read and encoded; None: takes begin from noise alone."""
         return None
 
     def check_grid(self, cfg: Config, grid: NoiseGrid) -> None:

@@ -7,30 +7,29 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.config.sections.base import NonNegative
-from pipeline.core.captioned_clips import ClipFormat, DataClips
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.prompts import load_prompts, prompt_locations
 from pipeline.core.types import Begin, GroupWork, PromptItem
 from pipeline.rl.group_plan import check_begin, train_work
 from pipeline.rl.signals import signal_of
-from pipeline.rl.sources.base import Source, register
+from pipeline.rl.sources.base import register
+from pipeline.rl.sources.encoded import CHECKED, EncodedSource
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
     from pipeline.rl.noise_grid import NoiseGrid
 
 _OTHERS = 0xC1  # separates the choice of a group's further clips from other random numbers
-_CHECKED = 2000  # files whose heads are read at the start; what is wrong with others fails their groups
 
 
 @register("clips")
-class Clips(Source):
+class Clips(EncodedSource):
     """Captioned clips or pictures of `prompts.train`: encoded, noised, and denoised from there by the policy; or, with
     noise 0, taken as they are."""
 
@@ -48,19 +47,6 @@ class Clips(Source):
     offset_noise: NonNegative = Field(
         0.1, description="Std of further noise that is the same all over a frame's channel (InstructVideo: 0.1)."
     )
-    fit: Literal["exact", "crop"] = Field(
-        "exact", description="Clips of another size: refused, or scaled to cover the frame and cut to its middle."
-    )
-    largest_error: NonNegative = Field(
-        12.0,
-        description="Largest mean difference between a clip and its decoded encoding, in grey levels (0 to 255), when "
-        "a rollout worker starts: above it, the VAE does not fit the data.",
-    )
-
-    def data_clips(self, cfg: Config) -> DataClips:
-        generator = cfg.generator
-        form = ClipFormat(generator.num_frames, generator.height, generator.width, generator.fps, self.fit)
-        return DataClips(form, self.largest_error)
 
     def rows(self, cfg: Config) -> Sequence[PromptItem]:
         path, form = cfg.prompts.train, self.data_clips(cfg).form
@@ -71,7 +57,7 @@ class Clips(Source):
                     f"{path}, {prompt_locations(path)[row.index]}: names no clip, which source {self.name} needs; add "
                     "the column 'clip', or give a folder of captioned clips"
                 )
-        for row in rows[:: max(1, len(rows) // _CHECKED)]:
+        for row in rows[:: max(1, len(rows) // CHECKED)]:
             form.check(Path(str(row.clip)))
         if self.distinct and len(rows) < cfg.step.takes:
             raise ConfigError(

@@ -27,7 +27,7 @@ from pipeline.generators.call.signature import parameters_of
 from pipeline.generators.checkpoint_files import DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
-from pipeline.rl.group_plan import most_trained_steps, ode_sampling, takes_of_call
+from pipeline.rl.group_plan import most_trained_steps, ode_sampling, steps_ahead, takes_of_call
 from pipeline.rl.objectives import objective_of
 from pipeline.tools.memory.meta_pipeline import Call, CannotEstimate, MetaPipeline, weight_bytes_of
 
@@ -80,7 +80,7 @@ def estimate_memory(cfg: Config, bases: dict[str, int]) -> dict[str, Any]:
             device={"weights found here": _scorer_weights(reward.args)},
         )
     roles["controller"] = RoleMemory(processes=1, on="cpu", host={"libraries": bases["controller"]})
-    active = cfg.step.groups * (cfg.step.max_staleness + 1)
+    active = cfg.step.groups * (steps_ahead(cfg) + 1)
     store = {
         "trajectories": active * shapes["trajectory"],
         "media": min(active, cfg.rollout.workers.max + 2 * cfg.rollout.queue_capacity) * media,

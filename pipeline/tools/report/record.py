@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import InputError
 from pipeline.core.safe_paths import file_inside
 from pipeline.runs.paths import RunDir
-from pipeline.runs.records import EvaluationRecord, read_records, read_summary
+from pipeline.runs.records import EvaluationRecord, is_training, read_records, read_summary
 from pipeline.runs.tracking import read_metrics
 
 COPY_IT = "a report shows what lies in the run's own folder: copy the file there"
@@ -47,7 +47,7 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         config=load_config(folder.config) if folder.config.exists() else None,
-        metrics=[row for row in read_metrics(path) if "reward/mean" in row],  # evaluations have rows of their own
+        metrics=[row for row in read_metrics(path) if is_training(row)],
         evals=read_records(folder.evals, EvaluationRecord),
         summary=read_summary(folder.summary),
     )
