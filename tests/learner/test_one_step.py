@@ -108,7 +108,7 @@ def test_the_gradient_is_that_of_the_loss_written_down(case):
     assert same(gradients(alone, batch), expected)
     metrics = Learner(cfg, "cpu").train_step([batch])
     assert (
-        metrics["loss"] == pytest.approx(float(total.detach()) / 3, rel=1e-5) and metrics["onpolicy/max_abs_gap"] == 0.0
+        metrics["loss"] == pytest.approx(float(total.detach()) / 3, rel=1e-5) and "onpolicy/max_abs_gap" not in metrics
     )
 
 
