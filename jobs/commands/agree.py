@@ -6,7 +6,7 @@ The files are scored as by `rushes score` (scores.parquet in the output folder, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def agree(
         "agreement"
     ),
     option: RewardOptions = None,
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="COLUMN", help="Also for each value of this column of the table.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare rewards with people's judgements of pairs.
@@ -36,13 +39,13 @@ def agree(
     \b
     Examples:
       rushes agree pairs.parquet --reward clip_score --reward jpeg_compressibility
-      rushes agree pairs.parquet -r pickscore -r my_rewards.py:score --out agreement
+      rushes agree pairs.parquet -r pickscore -r my_rewards.py:score --out agreement --by subset
       rushes agree pairs.parquet -r clip_score --set clip_score.args.model=openai/clip-vit-base-patch32
     """
     import json
     import tempfile
 
-    from jobs.common.agreement import errors_of, print_report, summarise
+    from jobs.common.agreement import errors_of, print_report, summarise, summarise_subsets
     from jobs.common.judged_pairs import read_pairs
     from jobs.common.reward_configs import build_reward_configs, refuse_duplicates
     from jobs.common.score_files import read_scores, score_items
@@ -56,6 +59,7 @@ def agree(
     names = [cfg.scorer for cfg in rewards]
     refuse_duplicates("agree", names)
     check_columns(pairs)
+    values = _column(pairs, by) if by is not None else []
     preflight.check_writable(out, "--out")
     runners = {name: build_reward(name, cfg, PATIENCE_S) for name, cfg in zip(names, rewards, strict=True)}
     rows = read_scores(out / "scores.parquet")
@@ -66,6 +70,8 @@ def agree(
         items = list({(item.name, item.prompt): item for pair in judged for item in (pair.a, pair.b)}.values())
         score_items(items, runners, rows, out / "scores.parquet", console)
     report = summarise(judged, rows, names)
+    if by is not None:
+        report["by"] = {"column": by, "subsets": summarise_subsets(judged, rows, names, values)}
     atomic_write(out / "agreement.json", json.dumps(report, indent=1).encode())
     print_report(report, console)
     say(console, f"written to {out / 'agreement.json'}")
@@ -77,3 +83,17 @@ def agree(
             f"{count} of {len(judged)} pairs could not be scored by every reward and are left out there, the first in "
             f"row {row}: {error}; the others are in the column 'error' of {out / 'scores.parquet'}"
         )
+
+
+def _column(table: Path, name: str) -> list[Any]:
+    """The column's values, by row. Raises `ConfigError` with the columns."""
+    from pipeline.core.errors import ConfigError
+    from pipeline.core.files import did_you_mean
+    from pipeline.core.parquet import columns_of, read_rows
+
+    columns = columns_of(table, (name,))
+    if name not in columns:
+        raise ConfigError(
+            f"--by: {table} has no column {name!r:.60}{did_you_mean(name, columns)} ({', '.join(columns)})"
+        )
+    return [row[name] for row in read_rows(table, (name,))]

@@ -54,6 +54,22 @@ def summarise(pairs: list[Pair], rows: Rows, names: list[str]) -> dict[str, Any]
     }
 
 
+def summarise_subsets(pairs: list[Pair], rows: Rows, names: list[str], values: list[Any]) -> list[dict[str, Any]]:
+    """JSON-able: of each of `values` (of all rows of the table, in order) the agreement of each reward on the decided
+    pairs with it, the most frequent value first. Repeats count once, as in `summarise`."""
+    subsets: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.answer is None or pair.answer.repeat_of is None:
+            value = values[pair.row - 1]
+            subsets.setdefault("" if value is None else str(value), []).append(pair)
+    result = []
+    for value, chosen in sorted(subsets.items(), key=lambda item: -len(item[1])):
+        report = summarise(chosen, rows, names)
+        accuracy = {row["reward"]: row["accuracy"] for row in report["rewards"]}
+        result.append({"value": value, "pairs": len(chosen), "accuracy": {name: accuracy[name] for name in names}})
+    return result
+
+
 def one_reward(difference: np.ndarray, label: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
     """`difference` [N] of scores (NaN: failed), `label` [N]; None where the pairs allow no statement."""
     scored = ~np.isnan(difference)
@@ -115,6 +131,23 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             str(row["failed"]),
         )
     console.print(table)
+    if report.get("by"):
+        _print_subsets(report["by"], console)
     console.print("agreement: 50 % is chance. log loss: 0.693 is knowing nothing.", highlight=False, soft_wrap=True)
     if report["raters"] is not None:
         print_raters(report["raters"], console)
+
+
+def _print_subsets(by: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    names = list(by["subsets"][0]["accuracy"])
+    table = Table()
+    table.add_column(Text(by["column"]), overflow="fold")
+    for title in ("pairs", *names):
+        table.add_column(title, justify="right")
+    for row in by["subsets"]:
+        shares = [share_text(row["accuracy"][name]) for name in names]
+        table.add_row(Text(row["value"] or "–"), str(row["pairs"]), *shares)
+    console.print(table)

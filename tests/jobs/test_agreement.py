@@ -239,6 +239,26 @@ def test_raters_are_summarised_and_a_repeated_pair_counts_once(capsys, place):
     assert "raters agree with each other: 100.0 % on 1 shared pairs" in " ".join(text.split())
 
 
+def test_a_column_splits_the_agreement(capsys, place):
+    table = {
+        "bytes_a": [png(a) for a, _ in LEVELS], "bytes_b": [png(b) for _, b in LEVELS], "label": LABELS,
+        "prompt": list("ppqqrs"), "subset": ["dim", "safety/crime", "dim", "dim", "dim", None],
+    }  # fmt: skip
+    table["label"] = ["a", *LABELS[1:]]  # wrong once, in the first subset
+    pq.write_table(pa.table(table), place / "pairs.parquet")
+    rewards = ["-r", "own.py:bright", "-r", "own.py:dark"]
+    status, text, err = agree(capsys, "pairs.parquet", *rewards, "--by", "subset")
+    assert status == 0, err
+    by = json.loads((place / "agreement/agreement.json").read_text())["by"]
+    assert by["column"] == "subset" and [row["value"] for row in by["subsets"]] == ["dim", "safety/crime", ""]
+    assert [row["pairs"] for row in by["subsets"]] == [4, 1, 1]
+    dim = by["subsets"][0]["accuracy"]  # the tie counts in no accuracy
+    assert dim["own.py:bright"]["mean"] == pytest.approx(2 / 3) and dim["own.py:bright"]["n"] == 3
+    assert dim["own.py:dark"]["mean"] == pytest.approx(1 / 3) and "safety/crime" in text
+    status, _, err = agree(capsys, "pairs.parquet", *rewards, "--by", "subsets")
+    assert status == 2 and "--by: pairs.parquet has no column 'subsets'; did you mean subset?" in err
+
+
 def test_what_cannot_be_scored_is_left_out_and_said(capsys, place):
     table = {
         "bytes_a": [png(20), b"not a picture", png(200), png(90)],
