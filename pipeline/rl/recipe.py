@@ -19,6 +19,11 @@ def check_recipe(cfg: Config) -> None:
             f"objective.name: {objective.name} trains on what the policy drew, and source {source.name} gives finished "
             "takes of data; use an objective on finished takes, such as awm"
         )
+    if objective.requirements.several_prompts and not source.several_prompts:
+        raise ConfigError(
+            f"objective.name: {objective.name} compares the prompts of a group, and source {source.name} gives it one "
+            "alone; set source clips with distinct: true"
+        )
     needed = objective.requirements.feedback
     if needed not in ("none", signal.gives):
         raise ConfigError(

@@ -134,3 +134,32 @@ def test_training_lowers_the_denoising_loss_and_raises_the_reward(case):
     assert steps[-1]["denoising"] < 0.98 * steps[0]["denoising"] and steps[-1]["loss"] < steps[0]["loss"]
     steps = trained(reward_steps=5, denoising=0.0)
     assert steps[-1]["reward/r"] > steps[0]["reward/r"] + 0.01
+
+
+def test_contrastive_denoises_every_picture_under_every_caption(case, monkeypatch):
+    """The error matrix by hand, over the recorded conditions of single takes; training on it tells captions apart."""
+    sections = {
+        "rollout": {"batch": 0},
+        "objective": {"name": "contrastive", "temperature": 2.0},
+        "optimizer": {"lr": 3e-3},
+    }
+    cfg = case.config(sections=sections)
+    cfg = cfg.model_copy(update={"rewards": {"r": cfg.rewards["r"].model_copy(update={"gradient": False})}})
+    monkeypatch.setattr(case.policy, "cfg", cfg)  # one call for all takes
+    batch = case.at(cfg, 4)
+    learner = Learner(cfg, "cpu")
+    replayer = learner.replicas[0].micro_batches(batch.held, 0)[0].replayer
+    x0, step = replayer.clean(slice(None)), batch.held.parts[0].steps[0]
+    noise = ReplayedTail(batch.held, replayer, slice(None)).noise_of_takes(x0[0], cfg.run.seed)[0]
+    with torch.no_grad():
+        errors = torch.stack([
+            torch.stack([
+                (replayer.model_output(0, slice(j, j + 1), (1 - step.sigma) * x0[i : i + 1] + step.sigma * noise)
+                 - (noise - x0[i])).pow(2).mean() for j in range(3)
+            ]) for i in range(3)
+        ])  # fmt: skip
+    expected = torch.nn.functional.cross_entropy(4.0 * (-errors / 2.0).exp(), torch.arange(3))
+    steps = [learner.train_step([batch]) for _ in range(12)]
+    assert steps[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert steps[0]["denoising"] == pytest.approx(float(errors.diagonal().mean()), rel=1e-4)
+    assert steps[-1]["contrastive"] < steps[0]["contrastive"] - 1e-4

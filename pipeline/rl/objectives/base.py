@@ -45,6 +45,7 @@ class Requirements:
     given_takes: bool = False  # asks for nothing of a take but its finished latents: they may be data
     reference_every: int = 0  # compares every n-th trained step with the starting policy; 0: none
     old_policy: bool = False  # takes are drawn by, and compared with, a slow average of the policy: `old_decay`
+    several_prompts: bool = False  # each take of a group is of another prompt
     whole_group: bool = False  # all takes of a group are in one micro-batch
     joins_levels: bool = False  # several trained steps may share one denoiser call
     extra_replay_check: bool = False  # comparing replay with rollout costs an extra forward pass
@@ -142,7 +143,7 @@ class Objective(Part, ABC):
                         f"{key}: found {takes}; objective {self.name} compares all takes of a group in one call: set "
                         f"0, or step.takes ({cfg.step.takes}) or more"
                     )
-        if needs.old_policy and cfg.trainable.modules != "denoiser":
+        if needs.old_policy and cfg.trainable.trains_text:
             raise ConfigError(
                 f"trainable.modules: found {cfg.trainable.modules}; objective {self.name} compares policies with the "
                 "same text embeddings: set denoiser"

@@ -43,6 +43,11 @@ class Source(Part, ABC):
         train on."""
         return True
 
+    @property
+    def several_prompts(self) -> bool:
+        """Whether each take of a group is of another prompt."""
+        return False
+
     def data_clips(self, cfg: Config) -> DataClips | None:
         """How the files that its rows name are read and encoded; None: takes begin from noise alone."""
         return None

@@ -88,6 +88,10 @@ class Clips(EncodedSource):
     def draws(self) -> bool:
         return self.noise > 0.0
 
+    @property
+    def several_prompts(self) -> bool:
+        return self.distinct
+
     def check_grid(self, cfg: Config, grid: NoiseGrid) -> None:
         if self.draws:
             check_begin(cfg, grid, "source.noise", self.noise)
