@@ -123,7 +123,7 @@ def load_policy(cfg: Config, trained: Trained | None, ema: bool = True) -> Polic
                 f"use generator.pretrained={base}"
             )
         update["trainable"] = trained.run_config.trainable
-    text = update.get("trainable", cfg.trainable).modules != "denoiser"
+    text = update.get("trainable", cfg.trainable).trains_text
     if trained and (trained.kind == "lora" or text):  # its text encoders may not be those of the cached embeddings
         update["generator"] = cfg.generator.model_copy(update={"embedding_cache": None})
     cfg = cfg.model_copy(update=update)

@@ -293,7 +293,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cached_embeddings_stay_valid(self) -> Config:
-        if self.trainable.modules != "denoiser" and self.generator.embedding_cache is not None:
+        if self.trainable.trains_text and self.generator.embedding_cache is not None:
             raise ValueError(
                 "generator.embedding_cache: embeddings change with every version when text encoders are trained; "
                 "leave it out, or set trainable.modules to denoiser"
@@ -303,7 +303,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _several_ranks_or_replicas(self) -> Config:
         for key, count in (("ranks", self.learner.ranks), ("replicas", self.learner.replicas)):
-            if count > 1 and self.trainable.modules != "denoiser":
+            if count > 1 and self.trainable.trains_text:
                 need = "trainable.modules denoiser"
             elif count > 1 and self.generator.quantize != "none":
                 need = "generator.quantize none"

@@ -40,6 +40,15 @@ class SampleCopies:
     copies: int
 
 
+@dataclass(frozen=True, slots=True)
+class CallOutput:
+    """Stands for an output of a call that was made before the recorded one, and recorded with it (a ControlNet's
+    residual)."""
+
+    call: int  # position among the calls before
+    path: str  # of the leaf in its output
+
+
 def pack(tensor: torch.Tensor) -> PackedTensor:
     """Copies a tensor (any device) into a packed array."""
     name = str(tensor.dtype).removeprefix("torch.")

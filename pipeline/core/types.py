@@ -6,7 +6,7 @@ Shape letters: K takes of a group, W trained sampler steps, F frames, H height, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -99,18 +99,30 @@ class GroupWork:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedCall:
     """One denoiser call. `args` and `kwargs` are trees of dicts, lists and tuples whose tensors are
-    `tensors.PackedTensor`, `tensors.SharedSlot` (stored once in `Trajectory.shared`) or `tensors.SampleCopies` (the
-    step's own sample)."""
+    `tensors.PackedTensor`, `tensors.SharedSlot` (stored once in `Trajectory.shared`), `tensors.SampleCopies` (the
+    step's own sample) or `tensors.CallOutput` (of a call in `before`)."""
 
     module: str  # component name, such as transformer, transformer_2, unet
     args: Any
     kwargs: Any
     processors: dict[str, str] = field(default_factory=dict)  # attention layer -> class installed while sampling
+    before: tuple[RecordedCall, ...] = ()  # calls of other modules, whose outputs this one is given (ControlNets)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The whole input tree; its leaf paths are those of generators.spec.InputKey."""
-        return {"args": self.args, "kwargs": self.kwargs}
+        tree: dict[str, Any] = {"args": self.args, "kwargs": self.kwargs}
+        return {**tree, "before": [call.inputs for call in self.before]} if self.before else tree
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Those that are called, in order."""
+        return (*(call.module for call in self.before), self.module)
+
+    def with_inputs(self, tree: dict[str, Any]) -> RecordedCall:
+        """The same call with another input tree."""
+        before = tuple(call.with_inputs(each) for call, each in zip(self.before, tree.get("before", ()), strict=True))
+        return replace(self, args=tree["args"], kwargs=tree["kwargs"], before=before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pipeline.core.reading import parse_json, parse_json_object, read_json_objec
 from pipeline.core.safe_paths import check_regular
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # their component names in diffusers
+CONTROLNET = "controlnet"  # prefix of the component names of what feeds them
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights
 STYLES = ("kohya", "comfyui")  # key styles of a LoRA that other programs read
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's, for a component that diffusers has no LoRA loader for

@@ -115,6 +115,10 @@ def export_styled(cfg: Config, weights: WeightSet, out: Path, style: str) -> Pat
     """
     if weights.kind != "lora":
         raise ConfigError(f"--format {style}: this run trained full weights, there is no LoRA; use --format full")
+    if cfg.trainable.modules == "controlnet":
+        raise ConfigError(
+            f"--format {style}: has no published names for a ControlNet's LoRA; use --format lora or full"
+        )
     for name, entry in model_index(cfg.generator).items():
         if name in DENOISERS and isinstance(entry, list | tuple) and isinstance(entry[1], str):
             check_known(style, entry[1])  # before anything is loaded

@@ -35,7 +35,7 @@ from pipeline.generators.call.output import to_uint8
 from pipeline.generators.clip_encoder import ClipEncoder, begin_noise, files_of
 from pipeline.generators.condition_pass import ConditionPass
 from pipeline.generators.load.compiling import compile_blocks
-from pipeline.generators.load.pipeline import trained_modules
+from pipeline.generators.load.pipeline import replayed_modules, trained_modules
 from pipeline.generators.load.prompt_cache import forget_prompts
 from pipeline.generators.noising import noised
 from pipeline.generators.policy_pipeline import CallPlan, PolicyPipeline, Sampled, fork_generators
@@ -70,7 +70,7 @@ class Policy:
     def __init__(self, pipeline: PolicyPipeline, probed: ProbeResult | None = None) -> None:
         self.pipeline, self.probed = pipeline, probed
         self.cfg, self.pipe, self.device, self.name = pipeline.cfg, pipeline.pipe, pipeline.device, pipeline.name
-        self.modules = pipeline.denoisers
+        self.modules = replayed_modules(pipeline.pipe)
         self.embeddings = pipeline.embeddings
         self.trained = trained_modules(pipeline.pipe, pipeline.cfg.trainable)
         self.version = 0
@@ -138,7 +138,7 @@ class Policy:
         if self.cfg.rollout.merge_lora and self.cfg.trainable.kind == "lora":
             self._merged = adapters.MergedLora(self.trained)
         if self.cfg.generator.compile:
-            compile_blocks(self.modules, self.device)
+            compile_blocks(self.pipeline.denoisers, self.device)
 
     def load_weights(self, weights: WeightSet) -> str:
         """Applies a version's weights; returns the checksum of those that this policy then holds."""

@@ -76,7 +76,7 @@ class PolicyPipeline:
                 f"sampler.kind: {cfg.sampler.kind} does not fit {self.name}, which predicts {self.prediction} "
                 f"({type(pipe.scheduler).__name__}); use {' or '.join(kinds)}"
             )
-        self.text = TextReencoder(pipe, cfg.generator) if cfg.trainable.modules != "denoiser" else None
+        self.text = TextReencoder(pipe, cfg.generator) if cfg.trainable.trains_text else None
         self.scales = self._named_scales()
         self.stand_ins = StandIns()
         self.embeddings: EmbeddingStore | None = None

@@ -28,7 +28,7 @@ from pipeline.learner.gradient_rewards import GradientRewards
 from pipeline.learner.micro_batch import ReplayCall, micro_batch_specs
 from pipeline.learner.policy_store import EMA, OLD, START, PolicyStore
 from pipeline.learner.replica import Replica
-from pipeline.learner.trained_model import load_trained_model
+from pipeline.learner.trained_model import load_trained_model, only_denoisers
 from pipeline.rl.objectives import objective_of
 
 
@@ -88,7 +88,7 @@ class Learner:
         if cfg.generator.compile:
             for replica in self.replicas[1:]:  # a copy of a compiled module is not compiled
                 for modules in (replica.modules, replica.frozen or {}):
-                    compile_blocks(modules, self.device)
+                    compile_blocks(only_denoisers(modules), self.device)
         self._threads = ThreadPoolExecutor(max(1, len(self.replicas) - 1), "replica")
         opt = cfg.optimizer
         self.optimizer = torch.optim.AdamW(

@@ -102,7 +102,7 @@ def replay_calls(cfg: Config, replayer: Replayer) -> list[ReplayCall]:
     its first one."""
     size = cfg.learner.micro_batch or replayer.total
     steps = range(len(replayer.part.steps)) if objective_of(cfg).requirements.unit == "step" else (0,)
-    joinable = objective_of(cfg).requirements.joins_levels and cfg.trainable.modules == "denoiser"
+    joinable = objective_of(cfg).requirements.joins_levels and not cfg.trainable.trains_text
     if joinable and (joined := merged(replayer, size)):
         return [ReplayCall(several, 0, slice(0, several.total)) for several in joined]
     return [

@@ -9,9 +9,11 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.core.devices import resolve_dtype
+from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.generators import adapters
+from pipeline.generators.checkpoint_files import CONTROLNET, DENOISERS
 from pipeline.generators.load.compiling import compile_blocks
-from pipeline.generators.load.pipeline import denoisers_of, load_denoisers, load_pipeline, trained_modules
+from pipeline.generators.load.pipeline import load_denoisers, load_pipeline, replayed_modules, trained_modules
 from pipeline.generators.replay.text_inputs import TextReencoder
 from pipeline.learner.distributed import DistributedContext
 from pipeline.rl.objectives import objective_of
@@ -21,8 +23,8 @@ Modules = dict[str, torch.nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
-    modules: Modules  # the denoisers
-    trained: Modules  # what has trainable weights: the denoisers, text encoders, or both
+    modules: Modules  # the denoisers, and the ControlNets that feed them
+    trained: Modules  # what has trainable weights: the denoisers, ControlNets, text encoders, or denoisers and encoders
     frozen: Modules | None  # copies of the denoisers for the passes of other policies, for full weights
     text: TextReencoder | None  # where text encoders are trained
     rollout_dtype: torch.dtype  # of the weights that rollout workers get
@@ -37,13 +39,19 @@ def load_trained_model(cfg: Config, device: torch.device, distributed: Distribut
     if cfg.generator.quantize != "none":
         base_dtype = sampling_dtype  # quantised from the same weights as the rollouts'
     text: TextReencoder | None = None
-    if cfg.trainable.modules == "denoiser":
+    if not cfg.trainable.trains_text:
         # Shards go to the device block by block: the whole model need not fit there.
         load_to = device if distributed.world == 1 else torch.device("cpu")
-        modules = trained = load_denoisers(cfg.generator, load_to, base_dtype)
+        modules = load_denoisers(cfg.generator, load_to, base_dtype)
+        controlnet = cfg.trainable.modules == "controlnet"
+        trained = {name: module for name, module in modules.items() if name.startswith(CONTROLNET) == controlnet}
+        if not trained:
+            raise UnsupportedPolicyError(
+                f"trainable.modules: controlnet needs one, and {cfg.generator.pretrained} has none; use denoiser"
+            )
     else:
         pipe = load_pipeline(cfg.generator, device)
-        modules = denoisers_of(pipe)
+        modules = replayed_modules(pipe)
         if base_dtype != sampling_dtype:
             for module in modules.values():
                 module.to(base_dtype)
@@ -59,11 +67,16 @@ def load_trained_model(cfg: Config, device: torch.device, distributed: Distribut
             _disable_dropout(module)
     for copies in (modules, frozen or {}):
         if cfg.generator.compile:
-            compile_blocks(copies, device)
+            compile_blocks(only_denoisers(copies), device)
     for copies in (modules, frozen or {}):
         distributed.split_context(copies)
         distributed.shard(copies)
     return TrainedModel(modules, trained, frozen, text, sampling_dtype if full else torch.float32)
+
+
+def only_denoisers(modules: Modules) -> Modules:
+    """Those that are compiled: ControlNets are small beside them."""
+    return {name: module for name, module in modules.items() if name in DENOISERS}
 
 
 def _disable_dropout(module: torch.nn.Module) -> None:

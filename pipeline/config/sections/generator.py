@@ -57,8 +57,10 @@ class TrainableConfig(Section):
     """Which weights are trained."""
 
     kind: Literal["lora", "full"] = Field("lora", description="Train a PEFT LoRA or all weights of the denoiser.")
-    modules: Literal["denoiser", "text_encoder", "both"] = Field(
-        "denoiser", description="What gets the LoRA: the denoiser, the text encoders (as in TexForce), or both."
+    modules: Literal["denoiser", "controlnet", "text_encoder", "both"] = Field(
+        "denoiser",
+        description="What is trained: the denoiser, the ControlNet that feeds it, the text encoders (as in TexForce; "
+        "LoRA only), or denoiser and text encoders.",
     )
     rank: Count = Field(16, description="LoRA rank.")
     alpha: Positive = Field(32.0, description="LoRA alpha; the adapter is scaled by alpha / rank.")
@@ -68,17 +70,27 @@ class TrainableConfig(Section):
 
     @model_validator(mode="after")
     def _full_weights_are_the_denoisers(self) -> TrainableConfig:
-        if self.modules != "denoiser" and self.kind == "full":
+        if self.trains_text and self.kind == "full":
             raise ValueError(
                 f"trainable.modules: {self.modules} needs trainable.kind lora; full weights are trained for the "
-                "denoiser alone"
+                "denoiser or the ControlNet alone"
             )
         return self
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether text encoders are trained, so that prompt embeddings change with every version."""
+        return self.modules in ("text_encoder", "both")
 
     @property
     def description(self) -> str:
         """`LoRA of rank 16 on the text encoders`: the trained weights, for messages and the report."""
         if self.kind == "full":
-            return "all weights"
-        where = {"denoiser": "", "text_encoder": " on the text encoders", "both": " on denoiser and text encoders"}
+            return "all weights" + (" of the ControlNet" if self.modules == "controlnet" else "")
+        where = {
+            "denoiser": "",
+            "controlnet": " on the ControlNet",
+            "text_encoder": " on the text encoders",
+            "both": " on denoiser and text encoders",
+        }
         return f"LoRA of rank {self.rank}{where[self.modules]}"

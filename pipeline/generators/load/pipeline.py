@@ -17,7 +17,7 @@ from pipeline.core.code_names import check_model_index, check_own_code, componen
 from pipeline.core.devices import resolve_dtype
 from pipeline.core.errors import ConfigError, InputError, UnsupportedPolicyError, one_line
 from pipeline.core.library_messages import silence_libraries
-from pipeline.generators.checkpoint_files import DENOISERS
+from pipeline.generators.checkpoint_files import CONTROLNET, DENOISERS
 from pipeline.generators.load.processors import processors_without_torchvision
 
 # Packages that a message may tell the user to install: diffusers and transformers name them themselves. Any other name
@@ -151,6 +151,20 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return denoisers
 
 
+def controlnets_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The modules whose outputs the denoisers are given at each step, by component name."""
+    return {
+        name: module
+        for name, module in sorted(pipe.components.items())
+        if name.startswith(CONTROLNET) and isinstance(module, torch.nn.Module)
+    }
+
+
+def replayed_modules(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """All modules that replay calls: the denoisers, and what feeds them. Raises UnsupportedPolicyError."""
+    return {**denoisers_of(pipe), **controlnets_of(pipe)}
+
+
 def text_encoders_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The text encoders by component name; empty where a pipeline has none."""
     return {
@@ -162,9 +176,15 @@ def text_encoders_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 
 def trained_modules(pipe: DiffusionPipeline, cfg: TrainableConfig) -> dict[str, torch.nn.Module]:
     """What `trainable.modules` names, by component name. Raises UnsupportedPolicyError if there is none."""
+    if cfg.modules == "controlnet":
+        if not (controlnets := controlnets_of(pipe)):
+            raise UnsupportedPolicyError(
+                f"trainable.modules: {cfg.modules} needs a ControlNet, but {type(pipe).__name__} has none; use denoiser"
+            )
+        return controlnets
     denoisers = {} if cfg.modules == "text_encoder" else denoisers_of(pipe)
-    encoders = {} if cfg.modules == "denoiser" else text_encoders_of(pipe)
-    if cfg.modules != "denoiser" and not encoders:
+    encoders = text_encoders_of(pipe) if cfg.trains_text else {}
+    if cfg.trains_text and not encoders:
         raise UnsupportedPolicyError(
             f"trainable.modules: {cfg.modules} needs text encoders, but {type(pipe).__name__} has none; use denoiser"
         )
@@ -242,10 +262,12 @@ def load_component(cfg: GeneratorConfig, name: str, dtype: torch.dtype) -> torch
 
 
 def load_denoisers(cfg: GeneratorConfig, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Only the denoisers of a checkpoint: the learner needs neither text encoders nor VAE."""
-    components = {name: load_component(cfg, name, dtype) for name in DENOISERS}
+    """Only the denoisers of a checkpoint, and the ControlNets that feed them: the learner needs neither text encoders
+    nor VAE."""
+    feeding = sorted(name for name in model_index(cfg) if name.startswith(CONTROLNET))
+    components = {name: load_component(cfg, name, dtype) for name in (*DENOISERS, *feeding)}
     modules = {name: module for name, module in components.items() if module is not None}
-    if not modules:
+    if not set(modules) & set(DENOISERS):
         raise UnsupportedPolicyError(f"{cfg.pretrained}: no {' / '.join(DENOISERS)} in model_index.json")
     for module in modules.values():
         module.eval().requires_grad_(False).to(device)

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.core.errors import UnsupportedPolicyError
 from pipeline.core.types import SamplingSpec
+from pipeline.generators.load.pipeline import replayed_modules
 from pipeline.generators.policy_pipeline import PolicyPipeline
 from pipeline.generators.record.attention import reset_processors
 from pipeline.generators.record.packing import pack_recording
@@ -28,7 +29,7 @@ def check_replay(
     """
     takes = recording.steps[0].sample.shape[0]
     part = pack_recording(recording, 0, takes, keep_mean=False)
-    replayer = Replayer(part, spec, pipeline.denoisers, pipeline.device)
+    replayer = Replayer(part, spec, replayed_modules(pipeline.pipe), pipeline.device)
     worst = {"replay_whole": 0.0, "replay_single": 0.0}
     singles = [slice(i, i + 1) for i in range(takes)]
     for j in (1, 0, 1):

@@ -2,8 +2,8 @@
 
 Stand-ins take the denoisers' place, so only what a pipeline does between its scheduler and its denoiser is run: however
 it packs the sample (with further channels or tokens, permuted, folded, in a list), the numbers come out where the
-sample's values go. What changes with the sample in any other way, such as a ControlNet's residuals, belongs to the
-recorded sample alone.
+sample's values go. A ControlNet's residuals are computed again (`RecordedCall.before`); what changes with the sample in
+any other way belongs to the recorded sample alone.
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ def pack_recording(
                 shared.append(pack(leaf))
             return slots[tensor]
 
-        tree = map_leaves(pack_leaf, call.inputs)
-        return RecordedCall(module=call.module, args=tree["args"], kwargs=tree["kwargs"], processors=call.processors)
+        return _recorded(call).with_inputs(map_leaves(pack_leaf, call.inputs))
 
     recorded = tuple(
         RecordedStep(
@@ -78,6 +77,14 @@ def pack_conditions(
     part = pack_recording(recording, start, stop, keep_mean=False, call_inputs=call_inputs)
     steps = tuple(replace(step, log_prob=None, mask=None) for step in part.steps)
     return replace(part, steps=steps, final=clean, drawn=False)
+
+
+def _recorded(call: RawCall) -> RecordedCall:
+    """A call whose inputs are still to be packed."""
+    before = tuple(_recorded(each) for each in call.before)
+    return RecordedCall(
+        module=call.module, args=call.args, kwargs=call.kwargs, processors=call.processors, before=before
+    )
 
 
 def _copies_of_sample(leaf: torch.Tensor, sample: torch.Tensor) -> int:

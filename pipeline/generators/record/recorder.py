@@ -18,13 +18,23 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from pipeline.core.errors import UnsupportedPolicyError
+from pipeline.core.tensors import map_leaves
 from pipeline.core.types import SamplingSpec, StepGuidance
+from pipeline.generators.load.pipeline import controlnets_of
 from pipeline.generators.noising import clean_prediction
 from pipeline.generators.record.attention import changed_processors, processors_of, restore_processors
 from pipeline.generators.record.first_order import StepTimes, is_consistency, levels_from, step_times
 from pipeline.generators.record.outputs import first_tensor, has_one_tensor, replace_first
 from pipeline.generators.record.policy_step import check_first_step, infer_mask, policy_transition
-from pipeline.generators.record.recording import RawCall, RawStep, ReachedStep, Recording, RecordOptions, clone_call
+from pipeline.generators.record.recording import (
+    RawCall,
+    RawStep,
+    ReachedStep,
+    Recording,
+    RecordOptions,
+    TensorId,
+    clone_call,
+)
 from pipeline.rl.samplers import Transition, log_prob
 
 
@@ -66,12 +76,17 @@ class PipelineRecorder:
         self._last_step: RawStep | None = None  # kept; its mask shows only in the next step's sample
         self._processors: dict[str, dict[str, Any]] = {}
         self._hooks: list[Any] = []
+        self._produced: dict[TensorId, tuple[RawCall, str]] = {}  # by ControlNets in this step: their call, the leaf
+        self._alive: list[torch.Tensor] = []  # these tensors, so that their ids stay unique
+        self._fed = False  # whether ControlNets run: their residuals are of all takes, also where some are equal
 
     def __enter__(self) -> Recording:
         for name, module in self.denoisers.items():
             self._processors[name] = processors_of(module)
             self._hooks.append(module.register_forward_pre_hook(partial(self.on_denoiser_call, name), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(partial(self.on_denoiser_output, name), with_kwargs=True))
+        for name, module in controlnets_of(self.pipe).items():
+            self._hooks.append(module.register_forward_hook(partial(self.on_controlnet_output, name), with_kwargs=True))
         self.scheduler.step = _PolicyStep(self.scheduler, self.scheduler_step)
         return self.recording
 
@@ -95,12 +110,27 @@ class PipelineRecorder:
         if step in self.options.keep_steps:
             call = clone_call(name, args, kwargs, self.recording.clones, self.options.keep_graph)
             call.processors = changed_processors(module, self._processors[name])
+            call.link(self._produced)
             self._calls.append(call)
         distinct = None
-        if prefix is not None:
+        if prefix is not None and not self._fed:
             distinct = prefix.distinct_inputs(step, len(self._whole_inputs), args, kwargs)
         self._whole_inputs.append(None if distinct is None else _WholeInputs(args, kwargs))
         return distinct
+
+    def on_controlnet_output(self, name: str, _module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """After a ControlNet has run: its call is recorded with those of the denoisers that are given its output."""
+        self._fed = True
+        if self.recording.num_steps not in self.options.keep_steps:
+            return
+        call = clone_call(name, args, kwargs, self.recording.clones, self.options.keep_graph)
+
+        def produced(path: str, leaf: Any) -> None:
+            if isinstance(leaf, torch.Tensor):
+                self._produced[TensorId(id(leaf), leaf._version)] = (call, path)
+                self._alive.append(leaf)
+
+        map_leaves(produced, output)
 
     def on_denoiser_output(self, name: str, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After a denoiser has run: expands its output to all takes, replaces and records it as the options say."""
@@ -163,6 +193,8 @@ class PipelineRecorder:
             self._keep_step(times, x, out, gaussian, next_sample, noisy)
         self._calls.clear()
         self._whole_inputs.clear()
+        self._produced.clear()
+        self._alive.clear()
         recording.num_steps += 1
         recording.final = next_sample.detach()
         recording.denoise_ended = time.perf_counter()

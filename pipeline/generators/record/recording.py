@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.core.errors import UnsupportedPolicyError
-from pipeline.core.tensors import map_leaves
+from pipeline.core.tensors import CallOutput, map_leaves
 from pipeline.core.types import StepGuidance
 
 if TYPE_CHECKING:
@@ -38,11 +38,32 @@ class RawCall:
     origin: dict[str, TensorId]  # leaf path -> the original tensor
     output: torch.Tensor | None = None
     processors: dict[str, str] = field(default_factory=dict)  # see record.attention
+    before: list[RawCall] = field(default_factory=list)  # calls of other modules, whose outputs this one is given
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The tree whose leaf paths `spec.InputKey` names."""
-        return {"args": self.args, "kwargs": self.kwargs}
+        tree: dict[str, Any] = {"args": self.args, "kwargs": self.kwargs}
+        return {**tree, "before": [call.inputs for call in self.before]} if self.before else tree
+
+    def link(self, produced: Mapping[TensorId, tuple[RawCall, str]]) -> None:
+        """Puts `CallOutput` in place of inputs that another call has made. `produced`: its tensors -> that call, and
+        the leaf of its output."""
+        found = {path: produced[key] for path, key in self.origin.items() if key in produced}
+        self.before = list({id(call): call for call, _ in found.values()}.values())
+        places = {id(call): number for number, call in enumerate(self.before)}
+
+        def linked(path: str, leaf: Any) -> Any:
+            if path not in found:
+                return leaf
+            call, output = found[path]
+            del self.origin[path]
+            return CallOutput(places[id(call)], output)
+
+        tree = map_leaves(linked, {"args": self.args, "kwargs": self.kwargs})
+        self.args, self.kwargs = tree["args"], tree["kwargs"]
+        for number, call in enumerate(self.before):
+            self.origin |= {f"before[{number}].{path}": key for path, key in call.origin.items()}
 
     @property
     def first_output(self) -> torch.Tensor:

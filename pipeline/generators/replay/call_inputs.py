@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pipeline.core.tensors import PackedTensor, SampleCopies, SharedSlot
-from pipeline.core.types import RecordedStep
+from pipeline.core.tensors import CallOutput, PackedTensor, SampleCopies, SharedSlot, map_leaves
+from pipeline.core.types import RecordedCall, RecordedStep
 from pipeline.generators.guidance import evaluate
 from pipeline.generators.record.attention import apply_processors
 from pipeline.generators.record.outputs import first_tensor
@@ -158,18 +158,33 @@ def run_calls(
     All rows share their denoiser calls and guidance. Raises `CannotJoin` where they do not.
     """
     step = sources[0].step
-    calls = [(call.module, call.processors) for call in step.calls]
+    calls = [(call.modules, call.processors) for call in step.calls]
     for source in sources[1:]:
-        others = [(call.module, call.processors) for call in source.step.calls]
+        others = [(call.modules, call.processors) for call in source.step.calls]
         if source.step.guidance != step.guidance or others != calls:
             raise CannotJoin
     inputs = CallInputs(sources, sample, spec, order)
     outputs = []
     for key, call in zip(call_keys(len(step.calls)), step.calls, strict=True):
         tree = inputs.tree(key)
+        if call.before:
+            tree = _with_outputs(call, tree, modules)
         apply_processors(modules[call.module], call.processors)
         outputs.append(first_tensor(modules[call.module](*tree["args"], **tree["kwargs"])))
     return evaluate(step.guidance, spec.branches(outputs, sample.shape), sample, spec.sign)
+
+
+def _with_outputs(call: RecordedCall, tree: dict[str, Any], modules: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    """The input tree of a call with the outputs of the calls before it, which are made here, in their places."""
+    made: list[dict[str, Any]] = []  # per call before, the leaves of its output by path
+    for other, inputs in zip(call.before, tree["before"], strict=True):
+        made.append({})
+        map_leaves(made[-1].setdefault, modules[other.module](*inputs["args"], **inputs["kwargs"]))
+
+    def filled(_path: str, leaf: Any) -> Any:
+        return made[leaf.call][leaf.path] if isinstance(leaf, CallOutput) else leaf
+
+    return {name: map_leaves(filled, tree[name]) for name in ("args", "kwargs")}
 
 
 def _same(leaf: Any, other: Any) -> bool:

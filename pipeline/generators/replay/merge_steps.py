@@ -62,7 +62,7 @@ def merge_steps(part: TrajectoryPart, spec: PolicySpec, positions: Sequence[int]
     """
     steps = [part.steps[j] for j in positions]
     first = steps[0]
-    modules = [[(call.module, call.processors) for call in step.calls] for step in steps]
+    modules = [[(call.modules, call.processors) for call in step.calls] for step in steps]
     if spec.layouts is None or any(step.mask is not None for step in steps):
         return None
     if any(step.guidance != first.guidance for step in steps) or any(entry != modules[0] for entry in modules):
@@ -96,7 +96,7 @@ def _merge_call(steps: list[RecordedStep], key: CallKey, part: TrajectoryPart, l
         return _merge_input([step_leaves[path] for step_leaves in leaves], part, layouts.get(InputKey(key, path)))
 
     inputs = map_leaves(merge, calls[0].inputs)
-    return replace(calls[0], args=inputs["args"], kwargs=inputs["kwargs"])
+    return calls[0].with_inputs(inputs)
 
 
 def _leaves(call: RecordedCall) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def split_part(part: TrajectoryPart, spec: PolicySpec, takes: slice, trained_ste
         inputs = map_call_inputs(
             call.inputs, layouts, key, takes, total, lambda path, leaf: split_leaf(InputKey(key, path), leaf)
         )
-        return replace(call, args=inputs["args"], kwargs=inputs["kwargs"])
+        return call.with_inputs(inputs)
 
     def split_step(step: RecordedStep) -> RecordedStep:
         keys = call_keys(len(step.calls))

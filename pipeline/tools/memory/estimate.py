@@ -24,7 +24,7 @@ from pipeline.generators import adapters
 from pipeline.generators.call.arguments import call_arguments, call_modes
 from pipeline.generators.call.conditions import condition_arguments, conditions_of
 from pipeline.generators.call.signature import parameters_of
-from pipeline.generators.checkpoint_files import DENOISERS
+from pipeline.generators.checkpoint_files import CONTROLNET, DENOISERS
 from pipeline.generators.load.offload import decode_in_pieces
 from pipeline.generators.load.pipeline import trained_modules
 from pipeline.rl.group_plan import most_trained_steps, ode_sampling, steps_ahead, takes_of_call
@@ -233,6 +233,11 @@ def _weight_bytes(module: torch.nn.Module, cfg: Config, name: str) -> int:
     return size
 
 
+def _replayed(name: str) -> bool:
+    """Whether the learner holds the component to replay with."""
+    return name in DENOISERS or name.startswith(CONTROLNET)
+
+
 def _linear_weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [layer.weight for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
 
@@ -294,11 +299,11 @@ def _learner(cfg: Config, base: int, trajectory: int) -> tuple[RoleMemory, int]:
     micro = min(cfg.learner.micro_batch or call_takes, largest)
     meta = MetaPipeline(cfg.generator, dtype)
     calls = _run(meta, cfg, micro)
-    trains_text = cfg.trainable.modules != "denoiser"  # the learner then holds the whole pipeline and encodes prompts
-    weights = sum(_weight_bytes(m, cfg, n) for n, m in meta.modules.items() if n in DENOISERS)
+    trains_text = cfg.trainable.trains_text  # the learner then holds the whole pipeline and encodes prompts
+    weights = sum(_weight_bytes(m, cfg, n) for n, m in meta.modules.items() if _replayed(n))
     if trains_text:  # the other networks are in the sampling dtype
         share = resolve_dtype(cfg.generator.dtype, on).itemsize / dtype.itemsize
-        weights += sum(int(share * weight_bytes_of(m)) for n, m in meta.modules.items() if n not in DENOISERS)
+        weights += sum(int(share * weight_bytes_of(m)) for n, m in meta.modules.items() if not _replayed(n))
     forward_only = max((meta.peaks[name] for name in meta.peaks if name in DENOISERS), default=0)
     pictures = _pictures_with_gradients(cfg, meta, micro) if needs.reward_gradient else {}
     parameters = list(_add_adapters(meta, cfg).values())
@@ -355,7 +360,7 @@ def training_bytes(meta: MetaPipeline, calls: list[Call], cfg: Config) -> int:
     enabled = cfg.learner.autocast != "none"
     with (
         torch.autocast("cpu", dtype=getattr(torch, cfg.learner.autocast, None), enabled=enabled),
-        meta.training(calls, live_inputs=cfg.trainable.modules != "denoiser") as (allocated, _),
+        meta.training(calls, live_inputs=cfg.trainable.trains_text) as (allocated, _),
     ):
         saved = allocated.live
     grads = sum(p.numel() * 4 for m in modules for p in m.parameters() if p.grad is not None)
