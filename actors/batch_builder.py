@@ -105,7 +105,7 @@ class BatchBuilder:
         that results do not depend on timing."""
         runs = [self._group_run(heapq.heappop(self._waiting)[1])]
         first = self.ledger.groups[runs[0].group]
-        call = rollout_call_index(self.cfg, first.position) if runs[0].work.drawn else None
+        call = rollout_call_index(self.cfg, first.position) if self._source.draws else None
         while call is not None and self._next_is_fresh():
             other = self.ledger.groups[self._waiting[0][1]]
             if (other.step, rollout_call_index(self.cfg, other.position)) != (first.step, call):

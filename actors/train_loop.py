@@ -234,10 +234,10 @@ class TrainLoop:
         await self._builder.pause(False)
         step = await self._accumulate_gradients()
         staleness = max(run.staleness(self._version) for run in step.runs)
-        if staleness == 0 and any(run.work.drawn for run in step.runs):
+        replay_error = step.metrics.get(objective_of(self.cfg).requirements.replay_metric)
+        if staleness == 0 and replay_error is not None:  # None: the turn of a group of data, which nothing drew
             slots = [*self._dispatcher.rollouts.slots, *self._learner.slots]
             devices = {str(slot.info["device"]) for slot in slots if slot.alive}
-            replay_error = step.metrics[objective_of(self.cfg).requirements.replay_metric]
             check_on_policy(self.cfg, self._version, replay_error, devices)
         self._builder.consumed(step.runs, self._version)
         self._version = step.version

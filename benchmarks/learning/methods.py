@@ -60,6 +60,17 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
+def missing_data(name: str, overrides: list[str]) -> str:
+    """Which data a recipe lacks, and what its head says makes them; "" where nothing is missing."""
+    path = RECIPES / f"{name}.yaml"
+    train = load_config(path, overrides).prompts.train
+    if train.exists():
+        return ""
+    head = [line.lstrip("# ") for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+    made = next((line.split("  ")[0] for line in head if line.startswith("python -m")), f"see the head of {path.name}")
+    return f"{name}: {train} is not there; first run: {made}"
+
+
 def judging_weights(cfg: Config) -> dict[str, float]:
     """Weight of each reward in what a method is judged by: the rewards that its takes were compared by; where it learns
     through a reward's gradient, those that it only watched."""
@@ -180,6 +191,9 @@ def main() -> int:
         return 0
     if unknown := set(options.names) - set(names()):
         parser.error(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(names())}")
+    for name in options.names or names():
+        if lacking := missing_data(name, options.overrides):
+            parser.error(lacking)
     torch.set_num_threads(1)
     for seed in options.seeds:
         for name in options.names or names():

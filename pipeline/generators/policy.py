@@ -268,8 +268,12 @@ class Policy:
     def rollouts(self, works: Sequence[GroupWork]) -> list[Rollout]:
         """As `rollout`, for several groups that train; in one pipeline call where the pipeline and the groups allow it.
 
-        The call's seconds are divided among the groups by their takes.
+        The call's seconds are divided among the groups by their takes. Takes that are given stay out of it.
         """
+        drawn = [work for work in works if work.drawn]
+        if 0 < len(drawn) < len(works):
+            rest = iter(self.rollouts(drawn))
+            return [next(rest) if work.drawn else self.rollout(work) for work in works]
         sampling = joint_sampling(works)
         if len(works) == 1 or sampling is None or not self._can_join(works):
             return [self.rollout(work) for work in works]

@@ -14,7 +14,8 @@ def check_recipe(cfg: Config) -> None:
     source, signal, objective = source_of(cfg), signal_of(cfg), objective_of(cfg)
     for part in (source, signal, objective):
         part.check(cfg)
-    if not source.draws and not objective.requirements.given_takes:
+    data = not source.draws or "labels" in source.judged_by
+    if data and not objective.requirements.given_takes:
         raise ConfigError(
             f"objective.name: {objective.name} trains on what the policy drew, and source {source.name} gives finished "
             "takes of data; use an objective on finished takes, such as awm"
@@ -33,11 +34,11 @@ def check_recipe(cfg: Config) -> None:
         raise ConfigError(
             f"signal.name: {signal.name} compares scores, of which objective {objective.name} makes no use; set none"
         )
-    if signal.reads_labels != source.gives_labels:
+    if signal.gives != "none" and (unread := source.judged_by - signal.reads):
         raise ConfigError(
-            f"signal.name: {signal.name} compares takes by {'their labels' if signal.reads_labels else 'rewards'}, and "
-            f"source {source.name} gives takes {'with' if source.gives_labels else 'without'} labels; set "
-            + ("signal.name=labels" if source.gives_labels else "source.name=labelled, or another signal")
+            f"signal.name: {signal.name} orders takes by {' and '.join(sorted(signal.reads))}, and takes of source "
+            f"{source.name} are judged by {' and '.join(sorted(unread))}; set another signal"
+            + (", such as labels or select" if "labels" in unread else "")
         )
     _check_gradient_rewards(cfg, objective)
 

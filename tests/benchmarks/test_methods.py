@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,18 @@ def test_a_recipe_names_its_paper_and_is_short(name, monkeypatch):
     cfg = load_config(path)
     assert cfg.generator.pretrained.startswith("models/shapes-") and cfg.prompts.heldout is not None
     assert cfg.run.steps * cfg.step.groups * cfg.step.takes <= 5000, "minutes on two cores"
+
+
+def test_data_that_have_to_be_made_first_are_named_with_what_makes_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["methods", "dpo-offline"])
+    with pytest.raises(SystemExit):
+        methods.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "pairs.parquet is not there; first run: python -m benchmarks.learning.labelled_pairs --out shapes-" in error
+    made = tmp_path / "pairs.parquet"
+    made.touch()
+    assert methods.missing_data("dpo-offline", [f"prompts.train={made}"]) == "" == methods.missing_data("awm", [])
 
 
 def fake_run(seed: int, rise: float) -> dict:

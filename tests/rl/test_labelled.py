@@ -132,8 +132,14 @@ def test_prompts_are_no_pairs(tmp_path):
             {"objective": {"name": "grpo"}, "signal": {"name": "advantages"}},
             "objective.name: grpo trains on what the policy drew, and source labelled gives",
         ),
-        ({"signal": {"name": "pairs"}}, "signal.name: pairs compares takes by rewards, .* set signal.name=labels"),
-        ({"source": {"name": "rollout", "largest_error": None}}, "rollout gives takes without labels"),
+        (
+            {"signal": {"name": "pairs"}},
+            "signal.name: pairs orders takes by rewards, and takes of source labelled are judged by labels",
+        ),
+        (
+            {"source": {"name": "rollout", "largest_error": None}},
+            "labels orders takes by labels, and takes of source rollout are judged by rewards",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(table, sections, message):

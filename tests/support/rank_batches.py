@@ -25,7 +25,7 @@ def batches(cfg, steps: int) -> list[list[GroupBatch]]:
         for i in range(cfg.step.groups):
             number = step * cfg.step.groups + i
             work = train_work(cfg, number, step, PROMPT)
-            if source_of(cfg).gives_labels:
+            if not source_of(cfg).draws:
                 rows = source_of(cfg).rows(cfg)
                 work = source_of(cfg).work(cfg, number, step, rows[number % len(rows)])
             media, trajectory, _ = policy.rollout(work)

@@ -41,7 +41,7 @@ class Signal(Part, ABC):
     """Its fields are its options (`signal.*`); what it remembers of a run is in the state that `begin` makes."""
 
     gives: ClassVar[str]  # what an objective may require: advantages | pairs | none
-    reads_labels: ClassVar[bool] = False  # of takes that a source gives, instead of the rewards' scores
+    reads: ClassVar[frozenset[str]] = frozenset({"rewards"})  # what it orders takes by: rewards | labels of the data
 
     @abstractmethod
     def describe(self) -> str:

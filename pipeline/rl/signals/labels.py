@@ -16,7 +16,7 @@ class Labels(Signal):
     """Pairs of a group's takes as their labels order them (source labelled). Rewards judge held-out takes only."""
 
     gives = "pairs"
-    reads_labels = True
+    reads = frozenset({"labels"})
 
     def describe(self) -> str:
         return "Pairs of takes are ordered by their labels; rewards judge held-out takes only."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config.parts import SOURCES, Part
 from pipeline.core.types import GroupWork, PromptItem
@@ -24,10 +24,7 @@ register = SOURCES.register
 class Source(Part, ABC):
     """Its fields are its options (`source.*`)."""
 
-    @property
-    def gives_labels(self) -> bool:
-        """Whether its takes come with labels (`GroupWork.labels`), and no reward scores them."""
-        return False
+    judged_by: ClassVar[frozenset[str]] = frozenset({"rewards"})  # what says how good its takes are: rewards | labels
 
     @abstractmethod
     def rows(self, cfg: Config) -> Sequence[PromptItem]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.core.errors import ConfigError, InputError
 from pipeline.core.prompts import load_prompts
@@ -29,13 +29,11 @@ class Labelled(EncodedSource):
     Ties are left out: an objective on pairs learns nothing from them. So are answers that repeat an earlier one.
     """
 
+    judged_by: ClassVar[frozenset[str]] = frozenset({"labels"})
+
     @property
     def draws(self) -> bool:
         return False
-
-    @property
-    def gives_labels(self) -> bool:
-        return True
 
     def rows(self, cfg: Config) -> Sequence[PromptItem]:
         path = cfg.prompts.train
