@@ -102,6 +102,9 @@ class _Accepted:
     text_only: bool = False
 
 
+_BOOL = _Accepted("true or false")
+
+
 def _accepted(annotation: Any, metadata: Sequence[Any] = ()) -> _Accepted:
     if get_origin(annotation) is Annotated:
         return _accepted(annotation.__origin__, [*annotation.__metadata__, *metadata])
@@ -115,7 +118,8 @@ def _accepted(annotation: Any, metadata: Sequence[Any] = ()) -> _Accepted:
         return _Accepted(
             " or ".join(option.text for option in options),
             choices=tuple(choice for option in options for choice in option.choices),
-            numeric=any(option.numeric for option in options),
+            numeric=any(option.numeric for option in options)
+            and not any(option.text == "true or false" for option in options),
             text_only=all(option.text_only or option.text == "null" for option in options),
         )
     if origin is Literal:
@@ -131,7 +135,7 @@ def _accepted(annotation: Any, metadata: Sequence[Any] = ()) -> _Accepted:
     if annotation is str or annotation is Path:
         return _Accepted("text" if annotation is str else "path", text_only=True)
     if annotation is bool:
-        return _Accepted("true or false")
+        return _BOOL
     if annotation is types.NoneType:
         return _Accepted("null")
     if origin is dict:

@@ -266,6 +266,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _whole_branches(self) -> Config:
+        shared = self.sampler.same_initial_noise
+        if shared is not True and shared and self.step.takes % shared:
+            raise ValueError(
+                f"sampler.same_initial_noise: each {shared} takes begin alike, and step.takes ({self.step.takes}) is "
+                "no multiple of that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_is_known(self) -> Config:
         best, golds = self.evaluation.keep_best, self.gold_rewards
         if best is not None and best not in self.rewards:

@@ -90,11 +90,14 @@ def stochastic_steps(cfg: SamplerConfig, run_seed: int, step: int, end: int) -> 
 
     all: every one (Flow-GRPO). random: a window drawn anew each step (Flow-GRPO-Fast).
     sliding: from the range's first step, moves by one every `every` steps, and starts over at the end (MixGRPO).
+    growing: from the range's last `size` steps, grows by one every `every` steps, back to the first one (B2-DiffuRL).
     """
     window = cfg.window
     start, stop = window.bounds(end)
     if window.kind == "all":
         return tuple(range(start, stop))
+    if window.kind == "growing":
+        return tuple(range(max(start, stop - window.size - step // window.every), stop))
     positions = stop - start - window.size + 1
     if window.kind == "random":
         first = start + int(_rng(run_seed, _WINDOW, step).integers(positions))
@@ -124,7 +127,7 @@ def trained_steps(cfg: Config, group: int, step: int, grid: NoiseGrid | None = N
 
 def most_trained_steps(cfg: Config) -> int:
     """Of any group: what memory is planned for."""
-    return max(len(trained_steps(cfg, 0, step)) for step in range(64))
+    return max(len(trained_steps(cfg, 0, step)) for step in (*range(64), cfg.run.steps - 1))
 
 
 def train_work(
@@ -143,8 +146,7 @@ def train_work(
     seed = cfg.run.seed
     takes = cfg.step.takes
     seeds = _rng(seed, _TAKES, group).integers(2**62, size=takes)
-    shared = cfg.sampler.same_initial_noise
-    initial = (int(_rng(seed, _NOISE, group).integers(2**62)),) * takes if shared else ()
+    initial = initial_noise(cfg, group)
     first = begin.step if begin is not None else 0
     noisy: tuple[int, ...] = ()  # without noise, the window still says which noise levels train
     if objective_of(cfg).requirements.draws_noise:
@@ -170,6 +172,16 @@ def train_work(
         drawn=drawn,
         scoring_seed=scoring_seed(cfg, group),
     )
+
+
+def initial_noise(cfg: Config, group: int) -> tuple[int, ...]:
+    """[K], the seeds of the takes' initial noise where some share it; (): each has its own."""
+    shared, takes = cfg.sampler.same_initial_noise, cfg.step.takes
+    if not shared:
+        return ()
+    alike = takes if shared is True else shared
+    source = _rng(cfg.run.seed, _NOISE, group)
+    return tuple(seed for _ in range(takes // alike) for seed in [int(source.integers(2**62))] * alike)
 
 
 def scoring_seed(cfg: Config, group: int) -> int:

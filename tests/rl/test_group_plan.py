@@ -43,6 +43,24 @@ def test_a_retry_draws_the_same_takes():
     assert len(set(first.seeds)) == cfg.step.takes
 
 
+def test_branches_share_their_initial_noise_and_no_other_seed():
+    cfg = config(same_initial_noise=4)
+    work = train_work(cfg, 7, 2, PROMPT)
+    branches = [work.noise_seeds[start : start + 4] for start in range(0, cfg.step.takes, 4)]
+    assert all(len(set(branch)) == 1 for branch in branches)
+    assert len({branch[0] for branch in branches}) == cfg.step.takes // 4 > 1
+    assert len(set(work.seeds)) == cfg.step.takes
+    with pytest.raises(ValueError, match="is no multiple of that"):
+        config(same_initial_noise=3)
+
+
+def test_a_growing_window_goes_back_from_the_last_steps_to_the_first():
+    cfg = config(window={"kind": "growing", "size": 2, "every": 10, "range": [1, 5]})
+    steps = {step: train_work(cfg, 0, step, PROMPT).sampling.stochastic_steps for step in (0, 9, 10, 20, 1000)}
+    assert steps == {0: (3, 4), 9: (3, 4), 10: (2, 3, 4), 20: (1, 2, 3, 4), 1000: (1, 2, 3, 4)}
+    assert most_trained_steps(cfg) == 4
+
+
 def sampled(cfg: Config, grid: str):
     return train_work(cfg, 0, 5, PROMPT, grid=GRIDS[grid]).sampling
 

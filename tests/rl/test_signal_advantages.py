@@ -233,3 +233,20 @@ def test_only_the_extremes_of_a_group_train():
     np.testing.assert_allclose(kept, centred * [0, 2, 2, 2, 0, 0])  # 6 takes, 3 of which train
     with pytest.raises(ConfigError, match="signal.best: 1 best and 2 worst takes are more than step.takes"):
         options.check(tiny.config(tiny.Path("unused"), step={"takes": 2}))
+
+
+def test_of_every_branch_the_extremes_train_unless_they_are_near_the_mean():
+    """B2-DiffuRL: two branches of three takes; what is compared with the threshold is the group's advantage."""
+    options = SIGNALS.get("extremes")(std="none", best=1, worst=1, branch=3, least=1.5)
+    state = options.begin({"a": RewardConfig(scorer="x")})
+    (kept,) = advantages_of(state.step([scored(a=[4, 1, 9, 2, 3, 5])]))
+    # The second branch's worst take is 2 below the group's mean of 4, its best one only 1 above.
+    np.testing.assert_allclose(kept, np.array([0, -3, 5, -2, 0, 0]) * 2)  # 6 takes, 3 of which train
+    (none,) = advantages_of(state.step([scored(a=[4, 4, 4, 4, 4, 5])]))
+    assert not none.any() and np.isfinite(none).all()
+    branches = tiny.config(tiny.Path("unused"), step={"takes": 6}, sampler={"same_initial_noise": 3})
+    options.check(branches)
+    with pytest.raises(ConfigError, match=r"sampler.same_initial_noise=3 \(found true\)"):
+        options.check(tiny.config(tiny.Path("unused"), step={"takes": 6}, sampler={"same_initial_noise": True}))
+    with pytest.raises(ConfigError, match="are more than signal.branch \\(3\\)"):
+        SIGNALS.get("extremes")(best=2, worst=2, branch=3).check(branches)

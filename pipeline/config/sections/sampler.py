@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, Strict, model_validator
 
 from pipeline.config.sections.base import Count, Natural, Positive, Section, Share
 
@@ -12,17 +12,21 @@ from pipeline.config.sections.base import Count, Natural, Positive, Section, Sha
 class WindowConfig(Section):
     """The sampler steps that draw noise and can be trained."""
 
-    kind: Literal["all", "random", "sliding"] = Field(
-        "all", description="Steps that draw noise and train: all of the range; a random window; MixGRPO's sliding one."
+    kind: Literal["all", "random", "sliding", "growing"] = Field(
+        "all",
+        description="Steps that draw noise and train: all of the range; a random window; MixGRPO's sliding one; or the "
+        "last steps of the range and, in time, the ones before them (B2-DiffuRL).",
     )
-    size: Count = Field(2, description="Steps in a random or sliding window.")
+    size: Count = Field(2, description="Steps in a random, sliding or (at first) growing window.")
     range: Annotated[list[Natural], Field(min_length=2, max_length=2)] | None = Field(
         None,
         description="[first, end) of the steps that the window may cover. Default: the steps that end at a noise level "
         "of 0.05 or more, as the noise of later ones stays in the picture (rushes inspect lists them); with objectives "
         "that draw no noise, all but the last.",
     )
-    every: Count = Field(25, description="Sliding: optimisation steps before the window moves by one.")
+    every: Count = Field(
+        25, description="Optimisation steps before a sliding window moves, or a growing one grows, by one."
+    )
 
     def bounds(self, default_end: int) -> tuple[int, int]:
         """[first, end) of the steps that the window may cover. Without a range, it may cover [0, `default_end`)."""
@@ -43,7 +47,11 @@ class SamplerConfig(Section):
     timestep_fraction: Share = Field(
         1.0, description="Share of a take's stochastic steps that is trained, drawn per group (DanceGRPO: 0.6)."
     )
-    same_initial_noise: bool = Field(False, description="All takes of a group start from the same initial noise.")
+    same_initial_noise: Annotated[bool, Strict()] | Annotated[int, Field(ge=2)] = Field(
+        False,
+        description="All takes of a group start from the same initial noise; a number: each so many takes, which then "
+        "are branches of one beginning (B2-DiffuRL).",
+    )
 
     @model_validator(mode="after")
     def _window_fits(self) -> SamplerConfig:
