@@ -15,7 +15,10 @@ from pipeline.core.errors import ConfigError
 @command(Group.REWARDS)
 def fit_reward(
     pairs: Annotated[Path, typer.Argument(metavar="PAIRS.parquet", help="Pairs labelled with the better one.")],
-    base: Annotated[str, typer.Option("--base", help="A CLIP: a folder in transformers' layout, or a hub id.")],
+    base: Annotated[
+        str,
+        typer.Option("--base", help="A CLIP (a folder or a hub id), or a fitted reward to which raters are added."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder of the new reward.")],
     rater: Annotated[
         list[str] | None, typer.Option("--rater", help="Fit to this rater's answers alone; may be repeated.")
@@ -38,19 +41,17 @@ def fit_reward(
     Examples:
       rushes fit-reward takes/labels.parquet --base models/shapes-clip --out my-reward
       rushes fit-reward pairs.parquet --base openai/clip-vit-large-patch14 --out my-reward --rater ada
+      rushes fit-reward all.parquet --base models/shapes-clip --out ours --heads 4
+      rushes fit-reward cleo.parquet --base ours --out ours-and-cleo
       rushes agree pairs.parquet --reward fitted_clip --set fitted_clip.args.path=my-reward
     """
     import json
-    import os
 
     from jobs.common.fit_report import card, print_fit, summarise_fit
-    from jobs.common.pair_embeddings import embed_pairs
+    from jobs.common.fitting import fit_head, load_base
     from pipeline.core.files import atomic_write
     from pipeline.core.labelled_pairs import check_columns
-    from pipeline.rewards.fitting.fit import fit
-    from pipeline.rewards.models.clip import ClipEmbedder
-    from pipeline.rewards.models.fitted_head import CARD, FittedConfig, FittedHead, save_head
-    from pipeline.rewards.scorers.fitted_clip import probe
+    from pipeline.rewards.models.fitted_head import CARD, save_head
     from pipeline.tools import preflight
 
     check_columns(pairs)
@@ -59,25 +60,11 @@ def fit_reward(
     preflight.check_writable(out, "--out")
     console = make_console()
     with console.status("loading the CLIP"):
-        clip = ClipEmbedder(base, device=device, batch=batch)
-    embedded, dropped = embed_pairs(pairs, clip, rater or [], console)
-    for line in dropped.lines():
-        say(console, line)
-    if heads > 1 and len(embedded.raters) < 2:
-        raise ConfigError(f"--heads {heads}: the answers name {len(embedded.raters)} rater; leave --heads out")
-    with console.status("fitting"):
-        fitted = fit(embedded, heads)
+        loaded = load_base(base, heads, device, batch)
+    head, fitted, embedded, dropped = fit_head(pairs, loaded, rater or [], heads, console)
     report = summarise_fit(embedded, fitted, dropped)
-    config = FittedConfig(
-        base=os.path.abspath(base) if Path(base).exists() else base,
-        width=clip.width,
-        tie=fitted.eta,
-        users=list(embedded.raters) if heads > 1 else [],
-    )
-    digest = save_head(
-        out, FittedHead(config=config, heads=fitted.heads, mixtures=fitted.mixtures, probe=probe(clip))
-    )  # fmt: skip
+    digest = save_head(out, head)
     atomic_write(out / "fit.json", json.dumps(report, indent=1).encode())
-    atomic_write(out / CARD, card(report, config, digest, str(out), pairs.name).encode())
+    atomic_write(out / CARD, card(report, head.config, digest, str(out), pairs.name).encode())
     print_fit(report, console)
     say(console, f"written to {out}, digest {digest}; use it as: scorer: fitted_clip, args: {{path: {out}}}")

@@ -80,3 +80,35 @@ def test_a_taste_becomes_a_scorer_and_what_was_dropped_is_said(capsys, table, tm
     assert status == 2 and "is there already" in err
     status, _, err = run(capsys, "fit-reward", table, "--base", CLIP, "--out", "two", "--rater", "ada", "--heads", "2")
     assert status == 2 and "--heads 2: the answers name 1 rater" in err
+
+
+def test_raters_are_told_apart_and_one_is_added(capsys, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bright = [row for row in pq.read_table(table).to_pylist() if row["rater"] == "ada" and row["repeat_of"] is None]
+    bright = [row for row in bright if row["label"] != "tie" and row["prompt"] and row["id"] != "broken"]
+    flip = {"a": "b", "b": "a"}
+    dark = [row | {"rater": "bob", "label": flip[row["label"]]} for row in bright]
+    new = [row | {"rater": "cleo", "label": flip[row["label"]]} for row in bright[::3]]
+    for name, rows in (("both", bright + dark), ("new", new), ("more", dark[1::3])):
+        rows = [{key: value for key, value in row.items() if key != "id"} for row in rows]
+        pq.write_table(pa.Table.from_pylist(rows), f"{name}.parquet")
+    status, out, err = run(capsys, "fit-reward", "both.parquet", "--base", CLIP, "--out", "two", "--heads", "2")
+    assert status == 0, err
+    apart = json.loads((tmp_path / "two/fit.json").read_text())
+    assert min(share["mean"] for share in apart["by_rater"].values()) > 0.8 and "| ada" not in out
+    assert "* bob" in (tmp_path / "two/README.md").read_text()
+    status, _, err = run(capsys, "fit-reward", "new.parquet", "--base", "two", "--out", "three")
+    assert status == 0, err
+    for user, least in (("cleo", 0.8), ("bob", 0.8), ("ada", 0.0)):
+        sets = [
+            x for key, value in (("path", "three"), ("user", user)) for x in ("-s", f"fitted_clip.args.{key}={value}")
+        ]
+        assert run(capsys, "agree", "more.parquet", "-r", "fitted_clip", *sets, "-o", user)[0] == 0
+        share = json.loads((tmp_path / user / "agreement.json").read_text())["rewards"][0]["accuracy"]["mean"]
+        assert share >= least and (user != "ada" or share < 0.3), (user, share)
+    for options, message in (
+        (["both.parquet", "--base", "two", "--out", "x"], "--base: knows 'ada' already"),
+        (["new.parquet", "--base", "two", "--out", "x", "--heads", "2"], "has its 2 heads already"),
+    ):
+        status, _, err = run(capsys, "fit-reward", *options)
+        assert status == 2 and message in err

@@ -131,6 +131,18 @@ def test_raters_of_opposite_tastes_are_each_served():
     torch.testing.assert_close(apart.mixtures.sum(dim=1), torch.ones(2))
 
 
+def test_a_few_answers_place_a_new_rater_among_the_heads():
+    known = fit(people(np.concatenate([TASTE, -TASTE]), answers=800)[0], heads=2)
+    few, _ = people(-TASTE, answers=16, prompts=8, seed=5)
+    found = fit(few, known=known.heads)
+    torch.testing.assert_close(found.heads, known.heads)
+    more, truth = people(-TASTE, answers=400, seed=6)
+    scored = (more.differences() @ (found.mixtures[0] @ known.heads)).numpy()
+    assert hits(scored, more.label).mean() > hits(truth, more.label).mean() - 0.08
+    alone = (more.differences() @ fit(few).heads[0]).numpy()  # the same answers, without the others' heads
+    assert hits(scored, more.label).mean() > hits(alone, more.label).mean() + 0.1
+
+
 @pytest.mark.parametrize(("change", "message"), [({"prompt": 0}, "all of one prompt"), ({"label": 0}, "are ties")])
 def test_labels_that_teach_nothing_are_refused(change, message):
     pairs, _ = people(TASTE, answers=20)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 LEARNING_RATE, MOMENTUM = 0.3, 0.9  # of standardised weights: the curvature of the loss is at most 3 / 4
+MIXING_RATE = 0.05
 PATIENCE = 40  # steps without a better held-out loss
 MAX_STEPS = 2000
 
@@ -62,8 +63,9 @@ class Fit:
     steps: int
 
 
-def fit(pairs: EmbeddedPairs, heads: int = 1, seed: int = 0) -> Fit:
-    """`heads`: M. Raises `InputError` where nothing can be held out."""
+def fit(pairs: EmbeddedPairs, heads: int = 1, seed: int = 0, known: torch.Tensor | None = None) -> Fit:
+    """`heads`: M. `known`: heads [M, 1 + 2 D] that stay as they are, so that only the raters' mixtures are fitted: few
+    answers of a new rater suffice. Raises `InputError` where nothing can be held out."""
     import torch
 
     if len(np.unique(pairs.prompt)) < 2:
@@ -75,7 +77,8 @@ def fit(pairs: EmbeddedPairs, heads: int = 1, seed: int = 0) -> Fit:
     x = pairs.differences()
     base = x[:, 0].double().numpy()
     scale = _block_scale(x)
-    model = _Model(x / scale, pairs, folds, parts, heads, seed)
+    heads = heads if known is None else len(known)
+    model = _Model(x / scale, pairs, folds, parts, heads, seed, None if known is None else known * scale)
     best = torch.full((parts,), torch.inf)  # mean loss of the other folds
     held_difference, held_eta = torch.zeros(len(x)), torch.zeros(len(x))
     best_mean, kept, steps, since = torch.inf, model.state(), 0, 0
@@ -119,8 +122,9 @@ class _Model:
     """parts + 1 independent models: one without each fold, the last with everything."""
 
     def __init__(
-        self, x: torch.Tensor, pairs: EmbeddedPairs, folds: torch.Tensor, parts: int, heads: int, seed: int
-    ) -> None:
+        self, x: torch.Tensor, pairs: EmbeddedPairs, folds: torch.Tensor, parts: int, heads: int, seed: int,
+        known: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         import torch
 
         self.x, self.label, self.rater = x, torch.as_tensor(pairs.label), torch.as_tensor(pairs.rater)
@@ -128,21 +132,26 @@ class _Model:
         self.share = inside.float() / inside.sum(dim=1, keepdim=True)  # of a pair in a model's mean loss
         generator = torch.Generator().manual_seed(seed)
         start = torch.zeros(parts + 1, heads, x.shape[1])
-        for k, mask in enumerate(inside.numpy()):
-            decided = mask & (pairs.label != 0)
-            if decided.any():
-                start[k, :, 0] = fit_slope(x[decided, 0].double().numpy(), pairs.label[decided])
         mixing = torch.zeros(parts + 1, len(pairs.raters), heads)
-        if heads > 1:
-            mixing += torch.randn(mixing.shape[1:], generator=generator)
-        self.heads, self.mixing = start.requires_grad_(), mixing.requires_grad_()
+        if known is not None:
+            start += known
+        else:
+            for k, mask in enumerate(inside.numpy()):
+                decided = mask & (pairs.label != 0)
+                if decided.any():
+                    start[k, :, 0] = fit_slope(x[decided, 0].double().numpy(), pairs.label[decided])
+            if heads > 1:
+                mixing += torch.randn(mixing.shape[1:], generator=generator)
+        self.heads, self.mixing = start.requires_grad_(known is None), mixing.requires_grad_()
         ties = float((self.label == 0).float().mean())
         self.ties = ties > 0
         raw = np.log(np.expm1(eta_of_tie_share(min(max(ties, 1e-3), 0.99))))
         self.raw_eta = torch.full((parts + 1, 1), float(raw)).requires_grad_()
-        self.optimizer = torch.optim.SGD(
-            [self.heads, self.mixing, self.raw_eta], lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True
-        )
+        trained = [each for each in (self.heads, self.raw_eta) if each.requires_grad]
+        self.optimizers = [
+            torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True),
+            torch.optim.Adam([self.mixing], lr=MIXING_RATE),  # a rater's gradient shrinks with the number of raters
+        ]
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(differences of scores [parts + 1, N], eta [parts + 1, 1])."""
@@ -158,9 +167,11 @@ class _Model:
         return torch.nn.functional.softplus(self.raw_eta) if self.ties else torch.zeros_like(self.raw_eta)
 
     def update(self, losses: torch.Tensor) -> None:
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         (losses * self.share).sum().backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def state(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """(heads [M, ...], mixtures [U, M], eta) of the model with everything."""

@@ -47,7 +47,7 @@ class FittedClip(Scorer):
         head = _checked(path, user, digest)
         base = model or head.config.base
         self.clip = ClipEmbedder(base, long_prompts=long_prompts, device=device, dtype=dtype, batch=batch)
-        _check_base(self.clip, head, base)
+        check_base(self.clip, head, base)
         self.weights = head.weights(user).to(self.clip.device)
 
     @classmethod
@@ -95,7 +95,7 @@ def _checked(path: str, user: str | None, digest: str | None) -> FittedHead:
     return head
 
 
-def _check_base(clip: ClipEmbedder, head: FittedHead, base: str) -> None:
+def check_base(clip: ClipEmbedder, head: FittedHead, base: str) -> None:
     """Raises `InputError` unless the head was fitted on this CLIP's embeddings."""
     if clip.width != head.config.width:
         raise InputError(f"{base}: embeddings of width {clip.width}, and the head was fitted on {head.config.width}; "
