@@ -28,15 +28,15 @@ def write_clips(folder: Path) -> Path:
     return folder
 
 
-def config(wan: Path, root: Path, clips: Path, **sections) -> Config:
+def config(wan: Path, root: Path, clips: Path, objective: dict | None = None, **sections) -> Config:
     reward = {"scorer": "clip_score", "args": {"model": str(root / "clip")}, "gradient": True, "segments": {"count": 2}}
     return tiny.config(
         wan,
         run={"dir": str(root / "runs"), "steps": STEPS},
         prompts={"train": clips, "heldout": root / "heldout.txt"},
-        source={"name": "clips", "noise": 0.85, "largest_error": 255},
+        source={"name": "clips", "noise": 0.85, "largest_error": 255, **sections.pop("source", {})},
         signal={"name": "none"},
-        objective={"name": "reward_gradient"},
+        objective=objective or {"name": "reward_gradient"},
         rewards={
             "r": reward,
             "watched": {"scorer": f"{root / 'rewards.py'}:brightness", "weight": 0},
@@ -72,6 +72,23 @@ def test_a_run_learns_through_clips_and_goes_on_bit_for_bit(cluster, tiny_wan, r
     resumed = Run(cfg, "resumed", checkpoint.folder_of(whole.dir.checkpoints, 1))
     assert resumed.result()["status"] == "finished"
     assert [line for line in resumed.metrics() if "loss" in line] == steps[1:]
+    mine, theirs = resumed.tensors(STEPS), whole.tensors(STEPS)
+    assert mine.keys() == theirs.keys() and all((mine[name] == theirs[name]).all() for name in mine)
+
+
+def test_a_run_on_the_clips_themselves_draws_nothing_and_goes_on_bit_for_bit(cluster, tiny_wan, root):
+    """Ctrl-U: two neighbouring levels of clips with captions of their own, their rewards' gradients, no rollout."""
+    objective = {"name": "one_step", "reward_steps": 3, "uncertainty": 1.0, "shape": "hinge", "target": 1.0}
+    source = {"noise": 0.0, "distinct": True}
+    cfg = config(tiny_wan, root, root / "clips", objective, source=source)
+    whole = Run(cfg, "given")
+    assert whole.result()["status"] == "finished"
+    steps = [line for line in whole.metrics() if "loss" in line]
+    assert len(steps) == STEPS and all(line["denoising"] > 0 and line["grad_norm"] > 0 for line in steps)
+    assert any("reward/r" in line and line["uncertainty"] > 0 for line in steps)
+    resumed = Run(cfg, "given-resumed", checkpoint.folder_of(whole.dir.checkpoints, 2))
+    assert resumed.result()["status"] == "finished"
+    assert [line for line in resumed.metrics() if "loss" in line] == steps[2:]
     mine, theirs = resumed.tensors(STEPS), whole.tensors(STEPS)
     assert mine.keys() == theirs.keys() and all((mine[name] == theirs[name]).all() for name in mine)
 

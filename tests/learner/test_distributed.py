@@ -49,6 +49,13 @@ CASES = {
         "step": {"groups": 3},
         "learner": {"micro_batch": 3},
     },
+    "one_step": {  # groups of one level or two, with a reward or without
+        "trainable": {"kind": "full"},
+        "objective": {"name": "one_step", "reward_steps": 2, "uncertainty": 1.0, "shape": "hinge", "target": 1.0},
+        "signal": {"name": "none"},
+        "step": {"groups": 3},
+        "learner": {"micro_batch": 3},
+    },
 }
 
 
@@ -66,7 +73,7 @@ def compared(tiny_sd3, tmp_path_factory):
     alone, by_replicas, together, further = {}, {}, [], {}
     clip = {"scorer": "clip_score", "args": {"model": str(tiny_rewards.clip(out / "clip"))}, "gradient": True}
     for name, sections in CASES.items():
-        rewards = {"clip": clip} if name == "reward_gradient" else {}
+        rewards = {"clip": clip} if name in ("reward_gradient", "one_step") else {}
         prompts = {"train": write_table(out / "pairs")} if name == "labelled" else {}
         cfg = tiny.config(tiny_sd3, **COMMON, **sections, rewards=rewards, prompts=prompts)
         steps = batches(cfg, 3)
