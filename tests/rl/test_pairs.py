@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny
 from scored_groups import scored
 
 from pipeline.config.parts import SIGNALS
 from pipeline.config.schema import RewardConfig
+from pipeline.core.errors import ConfigError
 
 
 def state_of(weights=None, **options):
@@ -44,6 +46,24 @@ def test_win_rates_heed_weights_ties_and_rewards_that_do_not_apply():
     assert state.is_flat(scored(a=[1, 2], b=[1, 2], c=[3, 3], watched=[1, 2])) is False
     assert state.is_flat(scored(a=[1, 1], b=[2, 2], c=[3, 3], watched=[1, 2]))
     assert state_of({"a": 0.0}, combine="wins").is_flat(scored(a=[1, 2]))
+
+
+def test_no_reward_makes_up_for_another_in_the_harmonic_mean():
+    state = state_of({"a": 0.3, "b": 0.7, "watched": 0.0}, combine="harmonic", choose="best_others")
+    (taught,) = state.step([scored(a=[0.5, 1.0, 1.0], b=[0.5, 0.1, -0.2], watched=[-1, 0, 0])]).feedback
+    assert taught.pairs.tolist() == [[0, 1], [0, 2]]
+    second = 1 / (0.3 / 1.0 + 0.7 / 0.1)
+    np.testing.assert_allclose(taught.pair_gaps, [0.5 - second, 0.5], rtol=1e-6)
+    twice = state_of({"a": 0.6, "b": 1.4}, combine="harmonic").step([scored(a=[0.5, 1.0], b=[0.5, 0.1])])
+    np.testing.assert_allclose(twice.feedback[0].pair_gaps, [0.5 - second], rtol=1e-6)
+    cfg = tiny.config(tiny.Path("unused"), signal={"name": "pairs", "combine": "harmonic"})
+    name = next(iter(cfg.rewards))
+    negative = cfg.model_copy(update={"rewards": {name: cfg.rewards[name].model_copy(update={"weight": -1.0})}})
+    with pytest.raises(
+        ConfigError, match=f"rewards.{name}.weight: found -1; signal.combine=harmonic takes weights of 0"
+    ):
+        cfg.signal.check(negative)
+    cfg.signal.check(cfg)
 
 
 def test_gapo_weighs_a_pair_against_the_pairs_of_its_step():

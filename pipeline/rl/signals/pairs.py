@@ -1,9 +1,11 @@
 """Pairs: which of two takes of a group is the better one.
 
-RankDPO (arXiv 2410.18013)            choose=all, combine=wins, weigh=dcg
-GAPO (AnimeReward, arXiv 2504.10044)  choose=best_worst, weigh=exp_gap
-RPO (arXiv 2407.12164)                temperature: labels are drawn, as people who are not sure would answer
-SePPO (arXiv 2410.05255)              choose=best_others: one winner against every other take
+    RankDPO (arXiv 2410.18013)            choose=all, combine=wins, weigh=dcg
+    GAPO (AnimeReward, arXiv 2504.10044)  choose=best_worst, weigh=exp_gap
+    RPO (arXiv 2407.12164)                combine=harmonic; temperature: labels are drawn, as unsure people would answer
+    SePPO (arXiv 2410.05255)              choose=best_others: one winner against every other take
+
+The papers' pairs are of given pictures, or of several models' takes; here they are of a group's own takes.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from pipeline.config.schema import Config
 from pipeline.config.sections.base import NonNegative
 from pipeline.config.sections.rewards import RewardConfig
+from pipeline.core.errors import ConfigError
 from pipeline.core.types import Feedback
 from pipeline.rl.signals.base import Scores, Signal, SignalResult, register
 from pipeline.rl.signals.group_relative import Group, is_zero_std, weighted_rewards
@@ -32,10 +36,11 @@ class Pairs(Signal):
     choose: Literal["best_worst", "best_others", "all"] = Field(
         "best_worst", description="The best take and the worst; the best and every other one; or all pairs."
     )
-    combine: Literal["rewards", "wins"] = Field(
+    combine: Literal["rewards", "harmonic", "wins"] = Field(
         "rewards",
-        description="What takes are compared by: the weighted sum of the rewards; or the share of the group's other "
-        "takes that a take beats, averaged over the rewards by weight, whatever their scales (RankDPO).",
+        description="What takes are compared by: the weighted sum of the rewards; their weighted harmonic mean, which "
+        "the lowest one decides (RPO); or the share of the group's other takes that a take beats, averaged over the "
+        "rewards by weight, whatever their scales (RankDPO).",
     )
     margin: NonNegative = Field(0.0, description="Pairs whose takes differ by no more than this are left out.")
     weigh: Literal["equal", "gap", "exp_gap", "dcg"] = Field(
@@ -55,8 +60,20 @@ class Pairs(Signal):
         return True
 
     def describe(self) -> str:
-        compared = {"rewards": "the weighted sum of rewards", "wins": "their mean win rate over the rewards"}
+        compared = {
+            "rewards": "the weighted sum of rewards",
+            "harmonic": "the weighted harmonic mean of rewards",
+            "wins": "their mean win rate over the rewards",
+        }
         return f"Pairs of takes are compared by {compared[self.combine]}."
+
+    def check(self, cfg: Config) -> None:
+        for name, reward in cfg.rewards.items():
+            if self.combine == "harmonic" and reward.weight < 0:
+                raise ConfigError(
+                    f"rewards.{name}.weight: found {reward.weight:g}; signal.combine=harmonic takes weights of 0 or "
+                    "more: set one, or signal.combine=rewards"
+                )
 
     def needs_whole_step(self, rewards: Mapping[str, RewardConfig]) -> bool:
         return self.weigh != "equal" or self.temperature > 0 or super().needs_whole_step(rewards)
@@ -103,8 +120,8 @@ class PairState(PreparedState):
 
     def _values(self, group: Group) -> np.ndarray:
         """What the takes are compared by [K]."""
-        compared = win_rates if self.options.combine == "wins" else weighted_rewards
-        return compared(group, self._weights)
+        compared = {"rewards": weighted_rewards, "harmonic": harmonic_means, "wins": win_rates}
+        return compared[self.options.combine](group, self._weights)
 
     def _pairs(self, values: np.ndarray) -> np.ndarray:
         """Int64 [P, 2], the better take first."""
@@ -150,6 +167,18 @@ class PairState(PreparedState):
 def gaps_of(values: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """By how much the first takes of `pairs` [P, 2] are better, by `values` [K] -> [P]."""
     return values[pairs[:, 0]] - values[pairs[:, 1]]
+
+
+def harmonic_means(scores: Group, weights: Mapping[str, float]) -> np.ndarray:
+    """sum_k w_k / sum_k (w_k / r_k), float64 [K], over the rewards that apply and have a weight; 0 where one of them is
+    0 or less. RPO's lambda-harmonic reward where the weights are lambda and 1 - lambda."""
+    named = [name for name in weights if name in scores and weights[name]]
+    if not named:
+        return np.zeros(len(next(iter(scores.values()))))  # nothing tells the takes apart
+    values = np.stack([np.asarray(scores[name], np.float64) for name in named])
+    shares = np.array([weights[name] for name in named]) / sum(weights[name] for name in named)
+    positive = (values > 0.0).all(axis=0)
+    return np.where(positive, 1.0 / (shares[:, None] / np.where(positive, values, 1.0)).sum(axis=0), 0.0)
 
 
 def win_rates(scores: Group, weights: Mapping[str, float]) -> np.ndarray:
