@@ -400,13 +400,13 @@ hand with `rushes inspect` and a GRPO step:
 
 Further pipeline classes of diffusers 0.42.1, each once by hand, with `rushes inspect` and its own defaults (a class
 that needs one was given the argument named in its message) and one GRPO step on tiny random-weight checkpoints: 101
-classes. 81 trained with a replayed ratio within 1e-5 (AnimateDiffVideoToVideo, AnimateDiffVideoToVideoControlNet,
+classes. 80 trained with a replayed ratio within 1e-5 (AnimateDiffVideoToVideo, AnimateDiffVideoToVideoControlNet,
 AnimateDiffSDXL, AnimateDiffSparseControlNet, CogVideoXVideoToVideo, CogVideoXFunControl, ConsisID without its face
 part, FluxImg2Img, FluxInpaint, FluxControlImg2Img, FluxControlInpaint, FluxControlNetImg2Img, FluxControlNetInpaint,
 FluxKontextInpaint, Flux2KleinKV, Flux2KleinInpaint, QwenImage21, QwenImageImg2Img, QwenImageControlNet,
 QwenImageControlNetInpaint, QwenImageEditPlus, QwenImageEditInpaint, StableDiffusionControlNetImg2Img,
 StableDiffusionControlNetInpaint, StableDiffusionControlNetXS, StableDiffusionAdapter, StableDiffusionDepth2Img,
-StableDiffusionSAG, StableDiffusionImageVariation, StableDiffusionLDM3D, StableUnCLIP, StableUnCLIPImg2Img,
+StableDiffusionImageVariation, StableDiffusionLDM3D, StableUnCLIP, StableUnCLIPImg2Img,
 StableDiffusionXLInstructPix2Pix, StableDiffusionXLInpaint, StableDiffusionXLControlNetImg2Img,
 StableDiffusionXLControlNetInpaint, StableDiffusionXLControlNetUnion, StableDiffusion3Inpaint,
 StableDiffusion3ControlNet, StableDiffusion3ControlNetInpainting, StableDiffusion3PAG, ZImageImg2Img, ZImageInpaint,
@@ -415,9 +415,10 @@ HunyuanImage, HunyuanDiTControlNet, Kandinsky5T2V, Kandinsky5I2V, Kandinsky5T2I,
 EasyAnimateInpaint, ChronoEdit, SkyReelsV2ImageToVideo, Kandinsky3, KandinskyV22Combined, LDMTextToImage, IF,
 SanaControlNet, SanaImageToVideo, SanaPAG, CogView4Control, Allegro, Krea2, ErnieImage, LongCatImage, LongCatImageEdit,
 BriaFibo, DreamLite, Helios, MotifVideo, NucleusMoEImage, PRXPixel, DDPM, DDIM, and WanAnimate with clips of one
-segment); 18 were refused:
+segment); 19 were refused:
 
 * SanaSprint, SanaSprintImg2Img, AnyFlow, ConsistencyModel: no first-order counterpart of their schedulers
+* StableDiffusionSAG: keeps attention maps in a processor of its own, which replay cannot install
 * MarigoldDepth, TextToVideoZero, KandinskyV22Prior: no pictures, or steps of their own
 * VisualCloze, BriaFiboEdit, StableDiffusionDiffEdit: want task prompts and grids of pictures, prompts in JSON, inverted
   latents

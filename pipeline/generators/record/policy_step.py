@@ -97,7 +97,9 @@ def check_first_step(scheduler: Any, ours: torch.Tensor, arguments: dict[str, An
     sample = arguments["sample"]
     distance = float((theirs.float() - sample.float()).abs().max())
     error = float((theirs.float() - ours.float()).abs().max())
-    rounding = torch.finfo(theirs.dtype).eps * float(theirs.abs().max())  # schedulers return the model output's dtype
+    # Schedulers compute in the model output's dtype, or return it.
+    eps = max(torch.finfo(dtype).eps for dtype in (theirs.dtype, arguments["model_output"].dtype))
+    rounding = eps * float(theirs.abs().max())
     if error > (1e-3 if sample.dtype == torch.float32 else 5e-2) * max(distance, 1e-6) + rounding + 1e-6:
         raise UnsupportedPolicyError(
             f"the first step without noise differs from that of {type(scheduler).__name__} by {error:.1e} (it moves by "

@@ -164,7 +164,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "Krea2": Family(language_model.krea2, call={"max_sequence_length": 16}, slow=True),
     "ErnieImage": Family(language_model.ernie_image, size=32, slow=True),
-    "StableDiffusionSAG": Family(stable_diffusion.self_attention_guidance, **_DDIM, slow=True),
     "StableDiffusionPAG": Family(stable_diffusion.perturbed_attention, **_DDIM),
     "Ideogram4": Family(joint.ideogram4, call={"max_sequence_length": 32}, slow=True),
     "LTX2": Family(
@@ -197,6 +196,7 @@ UNTESTED: dict[str, str] = {
     "Cosmos": "needs cosmos_guardrail, which is not installed here",
     "StableVideoDiffusion": "refused: EDM noise levels, no first-order counterpart; a guidance scale per frame",
     "DeepFloyd IF": "trained by hand; nothing to compare with: it hands the scheduler 6 channels, as DDPM wants",
+    "StableDiffusionSAG": "refused: it keeps attention maps in a processor of its own, which replay cannot install",
     "OmniGen": "needs torchvision (its processor), which has no CPU build here",
     "HiDreamImage": "probed by hand (negated guidance, found); always draws 1 megapixel, too slow for a test",
 }

@@ -28,12 +28,6 @@ def perturbed_attention():
     )
 
 
-def self_attention_guidance():
-    """A third call of the denoiser, on a sample that the pipeline has blurred."""
-    scheduler = d.DDIMScheduler(**BETAS, clip_sample=False)
-    return stable_diffusion(d.StableDiffusionSAGPipeline, scheduler=scheduler)
-
-
 def sdxl_img2img():
     return d.StableDiffusionXLImg2ImgPipeline(**sdxl().components)
 
