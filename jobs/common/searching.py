@@ -44,12 +44,15 @@ class SearchedTakes:
 
 def read_search_option(cfg: Config, text: str, passes: int | None = None) -> Search:
     """The search of a `--search` option, and whether the config's rewards can steer it. Raises `ConfigError`."""
+    from pipeline.rewards.gradients import check_gradient
     from pipeline.search.load import load_search
     from pipeline.tools import preflight
 
     search = load_search(text, passes)
-    steering_weights(cfg.reward_weights)
+    steering = steering_weights(cfg.reward_weights)
     preflight.check_rewards(cfg)
+    for name in steering if search.gradients else ():
+        check_gradient(name, cfg.rewards[name])
     return search
 
 

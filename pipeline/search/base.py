@@ -45,6 +45,10 @@ class Particle:
         kept = tuple(entry for entry in self.lineage if entry[0] < max(self.level, 0))
         return replace(self, lineage=(*kept, (max(self.level, 0), seed)))
 
+    def at(self, x: Any) -> Particle:
+        """With another state of the same level, which the model has not answered yet."""
+        return replace(self, x=x, output=None)
+
 
 class Advance(NamedTuple):
     """Takes particles, all of one level, on to another one. The answer: a list of particles."""
@@ -59,8 +63,15 @@ class Score(NamedTuple):
     particles: Sequence[Particle]
 
 
-Request = Advance | Score
-Searching = Generator[Request, Any, "Found"]  # sends list[Particle] or float64 [n]
+class Differentiate(NamedTuple):
+    """Takes particles of level 0 to their end without noise. The answer: for each the finished particle, and the
+    gradient [...] of its score with respect to the state that it began at."""
+
+    particles: Sequence[Particle]
+
+
+Request = Advance | Score | Differentiate
+Searching = Generator[Request, Any, "Found"]  # sends list[Particle], float64 [n] or list[(Particle, tensor)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,8 @@ class Task:
 
 class Search(Part, ABC):
     """Its fields are its options. `draws_noise`: it needs a stochastic sampler; `looks_ahead`: it stops between levels,
-    so the pipeline has to go on from a given sample; `gradients`: of the rewards, in this process."""
+    so the pipeline has to go on from a given sample; `gradients`: the rewards that steer have gradients, and are
+    computed in this process."""
 
     draws_noise: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = True

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from pipeline.search.base import Advance, Found, Node, Particle, Request, Score, Search, Searching, Task, Trace
+from pipeline.search.base import (
+    Advance,
+    Differentiate,
+    Found,
+    Node,
+    Particle,
+    Request,
+    Search,
+    Searching,
+    Task,
+    Trace,
+)
 from pipeline.search.walk import Walk
 
 Progress = Callable[[int, float], None]  # (denoiser calls, mean over the searches of the best score so far)
@@ -22,19 +34,20 @@ class _Running:
         self.request: Request = next(self._generator)
         self.found: Found | None = None
 
-    def answer(self, answer: list[Particle] | np.ndarray) -> None:
+    def answer(self, answer: Any) -> None:
+        """`answer`: what the request asks for."""
         try:
             self.request = self._generator.send(answer)
         except StopIteration as end:
             self.found = end.value
 
     @property
-    def turn(self) -> tuple[bool, int, int]:
+    def turn(self) -> tuple[int, int, int]:
         """Requests with the lowest are answered together. Particles that are behind come first, so that searches which
         are not in step meet again."""
-        if isinstance(self.request, Score):
-            return (True, 0, 0)
-        return (False, self.request.particles[0].level, self.request.to)
+        if isinstance(self.request, Advance):
+            return (0, self.request.particles[0].level, self.request.to)
+        return (1 if isinstance(self.request, Differentiate) else 2, 0, 0)
 
 
 def run_searches(
@@ -66,6 +79,12 @@ def _answer(together: list[_Running], walk: Walk, pictures: bool) -> None:
         for one, mine in zip(together, rows, strict=True):
             one.answer(_noted(one.task, advanced[mine]))
         return
+    if isinstance(request, Differentiate):
+        finished = walk.differentiate(particles, owners)
+        for one, mine in zip(together, rows, strict=True):
+            takes, slopes = zip(*finished[mine], strict=True)
+            one.answer(list(zip(_noted(one.task, takes, calls=one.task.steps), slopes, strict=True)))
+        return
     scores, scored = walk.score(particles, owners)
     for one, mine in zip(together, rows, strict=True):
         for particle, score, frames in zip(particles[mine], scores[mine], scored[mine], strict=True):
@@ -78,13 +97,14 @@ def _answer(together: list[_Running], walk: Walk, pictures: bool) -> None:
         one.answer(np.asarray(scores[mine], np.float64))
 
 
-def _noted(task: Task, advanced: Sequence[Particle]) -> list[Particle]:
-    """The particles with their rows in the trace, whose calls are counted."""
+def _noted(task: Task, advanced: Sequence[Particle], calls: int | None = None) -> list[Particle]:
+    """The particles with their rows in the trace, whose denoiser calls are counted. `calls`: of each, where these do
+    not follow from its levels."""
     trace: Trace = task.trace
     noted = []
     for particle in advanced:
         level = trace.nodes[particle.node].level if particle.node >= 0 else -1
-        trace.calls += task.cost(level, particle.level)
+        trace.calls += task.cost(level, particle.level) if calls is None else calls
         node = Node(parent=particle.node, level=particle.level, seed=particle.lineage[-1][1], calls=trace.calls)
         trace.nodes.append(node)
         noted.append(replace(particle, node=len(trace.nodes) - 1))

@@ -22,6 +22,7 @@ from pipeline.generators.noising import clean_prediction
 from pipeline.generators.policy import Policy
 from pipeline.generators.policy_pipeline import fork_generators
 from pipeline.generators.record.recording import RecordOptions
+from pipeline.generators.replay.chain import DenoisingChain
 from pipeline.rewards.runner import RewardRunner
 from pipeline.rl.group_plan import ode_sampling
 from pipeline.rl.samplers.base import NoiseLevels
@@ -39,6 +40,10 @@ class Walk(Protocol):
         """(scores [n], what was scored: uint8 [F, H, W, 3] each)."""
         ...
 
+    def differentiate(
+        self, particles: Sequence[Particle], owners: Sequence[int]
+    ) -> list[tuple[Particle, torch.Tensor]]: ...
+
 
 class PolicyWalk:
     """A `Walk` of a diffusers pipeline, for one search's sampler and some prompts."""
@@ -50,6 +55,7 @@ class PolicyWalk:
         self.policy, self.sampling, self.rewards, self.prompts, self.batch = policy, sampling, rewards, prompts, batch
         self.levels: tuple[NoiseLevels, ...] = ()  # of the sampler's steps, known from the first call on
         self._codec: LatentCodec | None = None
+        self._chains: dict[tuple[int, ...], DenoisingChain] = {}  # owners of a call -> their conditions
 
     @torch.no_grad()
     def advance(self, particles: Sequence[Particle], owners: Sequence[int], to: int) -> list[Particle]:
@@ -60,6 +66,41 @@ class PolicyWalk:
         for start, stop in self._calls(owners, particles):
             advanced += self._one_call(particles[start:stop], [self.prompts[i] for i in owners[start:stop]], to)
         return advanced
+
+    def differentiate(
+        self, particles: Sequence[Particle], owners: Sequence[int]
+    ) -> list[tuple[Particle, torch.Tensor]]:
+        """Particles of level 0, finished without noise, and the gradients of their scores to where they began."""
+        finished: list[tuple[Particle, torch.Tensor]] = []
+        for start, stop in self._calls(owners, particles):
+            chain = self._chain(tuple(owners[start:stop]))
+            takes, steps = range(stop - start), self.sampling.num_steps
+            x = torch.stack([particle.x for particle in particles[start:stop]]).to(self.policy.device).requires_grad_()
+            with torch.enable_grad():
+                pictures = self._pictures_of().decode(chain.run(x, takes, 0, steps))
+                scores = self.rewards.gradient(
+                    pictures, [self.prompts[i] for i in owners[start:stop]], self.policy.cfg.generator.fps
+                )
+                (slopes,) = torch.autograd.grad(scores.sum(), x)
+            frames = to_uint8(pictures.detach().permute(0, 1, 3, 4, 2).float().cpu().numpy())
+            for particle, of_take, slope in zip(particles[start:stop], frames, slopes, strict=True):
+                finished.append((replace(particle, level=steps, x=None, output=None, frames=of_take), slope))
+        return finished
+
+    def _chain(self, owners: tuple[int, ...]) -> DenoisingChain:
+        """The denoising chain of takes of these prompts, for any samples."""
+        if owners not in self._chains:
+            work = GroupWork(
+                group=0,
+                attempt=1,
+                purpose="eval",
+                step=0,
+                prompts=tuple(self.prompts[i] for i in owners),
+                seeds=tuple(range(len(owners))),
+                sampling=replace(self.sampling, trained_steps=tuple(range(self.sampling.num_steps))),
+            )
+            self._chains[owners] = DenoisingChain(self.policy.conditions(work), self.policy.modules, self.policy.device)
+        return self._chains[owners]
 
     def _calls(self, owners: Sequence[int], particles: Sequence[Particle]) -> Iterator[tuple[int, int]]:
         for first in range(0, len(particles), self.batch):
@@ -125,10 +166,6 @@ class PolicyWalk:
     @torch.no_grad()
     def _ahead(self, particles: Sequence[Particle], prompts: Sequence[PromptItem]) -> np.ndarray:
         """What the model predicts that particles become, uint8 [n, F, H, W, 3]."""
-        if self._codec is None:
-            policy = self.policy
-            tail = PipelineTail(policy.pipeline, policy.plan)
-            self._codec = LatentCodec(getattr(policy.pipe, "vae", None), policy.spec, policy.device, tail)
         spec = self.policy.spec
         clean = []
         for particle in particles:
@@ -137,8 +174,15 @@ class PolicyWalk:
                 clean_prediction(spec.prediction, levels, x, particle.output[None], spec.consistency).to(x.dtype)
             )
         seeds = [particle.lineage[0][1] for particle in particles]
-        pictures = self._codec.decode(torch.cat(clean), prompts=prompts, seeds=seeds, together=True)
+        pictures = self._pictures_of().decode(torch.cat(clean), prompts=prompts, seeds=seeds, together=True)
         return to_uint8(pictures.permute(0, 1, 3, 4, 2).float().cpu().numpy())
+
+    def _pictures_of(self) -> LatentCodec:
+        if self._codec is None:
+            policy = self.policy
+            tail = PipelineTail(policy.pipeline, policy.plan)
+            self._codec = LatentCodec(getattr(policy.pipe, "vae", None), policy.spec, policy.device, tail)
+        return self._codec
 
 
 def _finished(particle: Particle) -> np.ndarray:
@@ -163,6 +207,12 @@ class Steering:
         except ValueError as error:
             raise RewardError(f"search: {error}: {', '.join(self.weights)}") from error
 
+    def gradient(self, pixels: torch.Tensor, prompts: Sequence[PromptItem], fps: float) -> torch.Tensor:
+        """The same sum [n] with gradients to pictures float [n, F, 3, H, W] in 0..1; a reward that does not apply to a
+        take's prompt is left out."""
+        scores = [w * self.runners[name].gradient(pixels, prompts, None, fps=fps) for name, w in self.weights.items()]
+        return torch.stack(scores).nan_to_num(0.0).sum(0)
+
 
 def score_all(
     runners: Mapping[str, RewardRunner], media: Media, prompts: Sequence[PromptItem]
@@ -178,8 +228,20 @@ def sampling_of(search: Search, policy: Policy, steps: int) -> SamplingSpec:
         raise UnsupportedPolicyError(
             f"search {search.name}: {policy.name} cannot go on from a sample ({policy.spec.resume_note}); use best-of-n"
         )
+    if search.gradients and (why_not := _why_no_gradient(policy)):
+        raise UnsupportedPolicyError(
+            f"search {search.name}: gradients do not reach the initial noise of {policy.name}: {why_not}; use fk or "
+            "best-of-n"
+        )
     if not isinstance(search, NoisySearch):
         return sampling
     noise_level = search.noise_level or policy.cfg.sampler.noise_level
     noisy = tuple(range(min(policy.noise_grid(steps).noisy_steps, steps - 1)))
     return replace(sampling, kind=policy.cfg.sampler.kind, noise_level=noise_level, stochastic_steps=noisy)
+
+
+def _why_no_gradient(policy: Policy) -> str:
+    """Why the gradient of a finished take's score does not reach where it began, in one line; "": it does."""
+    if policy.spec.consistency:
+        return "its scheduler draws noise of its own at every step"
+    return policy.spec.why_no_decode or policy.spec.sample_note
