@@ -109,8 +109,8 @@ def test_d3po_counts_pictures_through(tmp_path):
     path = as_json(tmp_path / "labels.json", [[1, -1], [0, 0, 1]])
     name, pairs, _ = read(path)
     assert name == "d3po" and pairs[0] == ("images/00000.png", "images/00001.png", 1, 2.0)
-    as_json(path, [[1, -1], [0, 1]])
-    assert read(path)[1][1] == ("images/00002.png", "images/00003.png", -1, 1.0)
+    as_json(path, [[1, -1, 0], [0, 1, 0]])
+    assert read(path)[1][3] == ("images/00003.png", "images/00004.png", -1, 1.0)
     as_json(tmp_path / "prompt.json", ["p"])
     with pytest.raises(InputError, match="labels of 2 prompts, and prompt.json beside it 1"):
         read(path)

@@ -87,6 +87,15 @@ def test_pairs_are_chosen_by_margin_and_by_unlike_prompts(capsys, ranks):
     assert status == 0, err
     assert [(p.a, p.b) for p in read_labelled_pairs(ranks / "sure.parquet")] == [("media/10.png", "media/30.png")]
     assert "dropped 4: a margin below 15" in out  # those that the reward orders the other way among them
+    swapped = {
+        "path_a": ["media/30.png"] * 2,
+        "path_b": ["media/10.png"] * 2,
+        "label": ["b", "a"],
+        "prompt": ["one"] * 2,
+    }
+    pq.write_table(pa.table(swapped), ranks / "swapped.parquet")
+    status, out, _ = convert(capsys, "swapped.parquet", *scores, "--out", "sure.parquet")
+    assert status == 0 and [pair.label for pair in read_labelled_pairs(ranks / "sure.parquet")] == [-1]
     status, _, err = convert(capsys, "pairs.parquet", *scores, "--by", "x", "--out", "y.parquet")
     assert status == 2 and "--by: found 'x'; agreement/scores.parquet holds scores of own.py:dark" in err
 

@@ -21,7 +21,8 @@ TIE_WORDS = ("tie", "same", "equal")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedPair:
-    """`label`: +1 a is better, -1 b, 0 a tie. `margin`: by how much, where the format says; never negative."""
+    """`label`: +1 a is better, -1 b, 0 a tie. `margin`: by how much, where the file says; negative
+    where the scores that it was taken from contradict the label."""
 
     where: str
     prompt: str
