@@ -9,7 +9,7 @@ from scored_groups import scored
 
 from pipeline.config.parts import SIGNALS
 from pipeline.config.schema import RewardConfig
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import CheckpointError, ConfigError
 
 
 def state_of(weights=None, **options):
@@ -109,3 +109,6 @@ def test_a_retry_and_a_resumed_run_draw_the_same_labels():
     assert drawn(resumed) == second
     resumed.load_state(None)
     assert drawn(resumed) == first
+    for broken in ({"pairs/groups": []}, {"pairs/groups": ["many"]}, 3):
+        with pytest.raises(CheckpointError, match="count of groups that were trained cannot be read"):
+            resumed.load_state(broken)

@@ -19,7 +19,7 @@ from pydantic import Field
 from pipeline.config.schema import Config
 from pipeline.config.sections.base import NonNegative
 from pipeline.config.sections.rewards import RewardConfig
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.types import Feedback
 from pipeline.rl.signals.base import Scores, Signal, SignalResult, register
 from pipeline.rl.signals.group_relative import Group, is_zero_std, weighted_rewards
@@ -159,8 +159,11 @@ class PairState(PreparedState):
         return {**super().state(), _GROUPS: [self._groups]}
 
     def load_state(self, state: Mapping[str, Sequence[float]] | None) -> None:
-        running = dict(state or {})
-        self._groups = int(running.pop(_GROUPS, [0])[0])
+        try:
+            running = dict(state or {})
+            self._groups = int(running.pop(_GROUPS, [0])[0])
+        except (TypeError, ValueError, IndexError):
+            raise CheckpointError("the checkpoint's count of groups that were trained cannot be read") from None
         super().load_state(running)
 
 
