@@ -133,6 +133,26 @@ def test_one_step_moves_the_controlnet_alone_and_rollouts_draw_with_it(case):
     assert not np.array_equal(case.policy.rollout(drawn).media.frames, before)
 
 
+def test_groups_that_were_drawn_in_one_call_have_its_inputs_apart(case):
+    source = source_of(case.cfg)
+    row = source.rows(case.cfg)[0]
+    sampling = {"trained_steps": (0, 4, 7)}
+    works = [source.work(case.cfg, group, 0, row) for group in range(2)]
+    works = [
+        replace(work, drawn=True, prompts=(row,) * 3, sampling=replace(work.sampling, **sampling)) for work in works
+    ]
+    for together, work in zip(case.policy.rollouts(works), works, strict=True):
+        alone = case.policy.rollout(work)
+        mine, theirs = (
+            DenoisingChain(drawn.trajectory, case.policy.modules, torch.device("cpu")) for drawn in (together, alone)
+        )
+        assert all(call.before for step in mine.parts[0].part.steps for call in step.calls)
+        x = torch.randn(3, *mine.clean([0]).shape[1:], generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            a, b = mine.output(1, x, [2, 0, 1]), theirs.output(1, x, [2, 0, 1])
+        assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()))
+
+
 def trained(case, weight: float = 1.0, steps: int = 10, last: int = 8, **options) -> list[dict[str, float]]:
     """Metrics of each step, on one group. `weight`: of a smooth reward."""
     reward = {"scorer": "clip_score", "args": {"model": str(case.clip)}, "gradient": True, "weight": weight}
