@@ -66,6 +66,16 @@ def estimate_of_means(means: np.ndarray) -> Estimate:
     return Estimate(mean=float(means.mean()), se=se, ci95=t_quantile(n - 1) * se, n=n)
 
 
+def unpaired_difference(first: Estimate, last: Estimate) -> Estimate:
+    """last - first of two independent means that both have an error (Welch 1947); `n` - 1: its degrees of freedom,
+    rounded down."""
+    assert first.se is not None and last.se is not None
+    one, two = first.se**2, last.se**2
+    freedom = (one + two) ** 2 / (one**2 / (first.n - 1) + two**2 / (last.n - 1)) if one + two else 1
+    se, n = math.sqrt(one + two), max(1, int(freedom + 1e-9)) + 1
+    return Estimate(mean=last.mean - first.mean, se=se, ci95=t_quantile(n - 1) * se, n=n)
+
+
 def wins(difference: np.ndarray) -> np.ndarray:
     """float64 [N]: 1 where the difference is positive, 0 where negative, and half for a tie."""
     return (1.0 + np.sign(difference)) / 2

@@ -12,6 +12,7 @@ from rich.console import Console
 from actors.evaluation import summary_record
 from jobs.common.evaluation_table import print_table, summarise
 from jobs.common.progress import eval_line
+from pipeline.core import statistics
 from pipeline.core.statistics import estimate, t_quantile, win_rate, wins, with_error
 from pipeline.core.types import RewardScores, TakeMeasurements
 from pipeline.rl.evaluation import changes, paired_difference, summarise_scores
@@ -143,3 +144,15 @@ def test_train_evaluate_and_report_print_the_same_error(tmp_path):
     html = re.sub(r"<[^>]*>", "", build_report(folder).read_text())
     assert f"{record['mean']:.3f} ± {record['se']:.3f}" in html and "over 3 prompts" in html
     assert summarise_scores({"scene": TAKES}, weights, PROMPTS).reward.estimate.se == pytest.approx(record["se"])
+
+
+def test_an_unpaired_difference_is_welchs():
+    from scipy.stats import ttest_ind
+
+    rng = np.random.default_rng(0)
+    first, last = rng.normal(0, 1, 9), rng.normal(1, 3, 30)
+    found = statistics.unpaired_difference(*(statistics.estimate_of_means(each) for each in (first, last)))
+    interval = ttest_ind(last, first, equal_var=False).confidence_interval(0.95)
+    assert found.mean == pytest.approx(last.mean() - first.mean())
+    assert found.ci95 == pytest.approx((interval.high - interval.low) / 2, rel=5e-3)  # whole degrees of freedom
+    assert found.n == int(ttest_ind(last, first, equal_var=False).df) + 1

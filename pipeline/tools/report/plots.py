@@ -17,13 +17,15 @@ COLOURS = ("#2563eb", "#ea580c", "#059669", "#7c3aed", "#db2777", "#0891b2", "#c
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve: x (steps), y, and optionally an error per point (band, or bars when `bars`)."""
+    """One curve: x (steps), y, and optionally an error per point (band, or bars when `bars`). `colour`: its number in
+    `COLOURS`, for a curve that has the same one in several plots; else by its place."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float] | None = None
     bars: bool = False
+    colour: int | None = None
 
 
 def plot(
@@ -38,7 +40,7 @@ def plot(
     """Curves over the optimisation step. Curves without points are left out. `marked`: a point with a star."""
     figure, axes = _axes(title, size)
     for number, line in enumerate(line for line in lines if len(line.x)):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[(number if line.colour is None else line.colour) % len(COLOURS)]
         marker = "o" if line.bars or len(line.x) < 3 else None
         if line.bars:
             axes.errorbar(

@@ -29,15 +29,24 @@ def build_report(run_dir: Path, summary: dict[str, Any] | None = None) -> Path:
     run = read_run(Path(run_dir))
     if summary is not None:
         run = replace(run, summary=summary)
+    html = page_templates().get_template("report.html.j2").render(**_context(run))
+    atomic_write(run.folder.report, html.encode("utf-8"))
+    return run.folder.report
+
+
+def page_templates() -> Any:
+    """The jinja2 environment of the pages."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["with_error"] = lambda value: with_error(value["mean"], value.get("se"), digits=3)
-    html = environment.get_template("report.html.j2").render(**_context(run))
-    atomic_write(run.folder.report, html.encode("utf-8"))
-    return run.folder.report
+    return environment
+
+
+def time_made() -> str:
+    return datetime.now().strftime("%Y-%m-%d %H:%M")
 
 
 def _context(run: RunRecord) -> dict[str, Any]:
@@ -46,7 +55,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
     configured_seeds = {"run": config.run.seed, "evaluation": EVALUATION_SEED} if config else {}
     return {
         "name": run.folder.path.resolve().name,
-        "made": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "made": time_made(),
         "status": facts.status(run),
         "facts": facts.facts(run),
         "verdict": trust.verdict(run),

@@ -38,7 +38,7 @@ def step_folders(root: Path) -> list[tuple[int, Path]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Take:
+class KeptTake:
     """A row of a table, and where it stands."""
 
     step: int
@@ -52,8 +52,8 @@ class _Pair:
 
     prompt: str
     seed: int
-    before: _Take | None = None
-    after: _Take | None = None
+    before: KeptTake | None = None
+    after: KeptTake | None = None
 
     def change(self, column: str) -> float | None:
         """Of a column of the table; None where one of both has none."""
@@ -64,10 +64,10 @@ class _Pair:
 
 
 class Takes:
-    """The takes of a run, for one report: embeds media until `MAX_EMBEDDED` bytes are in it, then links them."""
+    """The takes of a run, for one report: embeds media until `embedded` bytes are in it, then links them."""
 
-    def __init__(self, run: RunRecord) -> None:
-        self.run, self.path, self._left = run, run.folder.path, MAX_EMBEDDED
+    def __init__(self, run: RunRecord, embedded: int = MAX_EMBEDDED) -> None:
+        self.run, self.path, self._left = run, run.folder.path, embedded
         self._pairs = self._read_pairs()
 
     def pairs(self) -> list[dict[str, Any]]:
@@ -90,6 +90,17 @@ class Takes:
         if len(self._pairs) <= SHOWN_PROMPTS:
             return []
         return [self._shown(pair, segments=False) for pair in self._pairs]
+
+    def last_heldout(self) -> dict[tuple[int, str, int], KeptTake]:
+        """The takes of the last kept evaluation, by prompt index, prompt and seed, in order; with files or without."""
+        folders = step_folders(self.path / "eval")[-1:]
+        takes = [take for step, folder in folders for take in self._rows(step, folder)]
+        found = {(take.row["prompt_index"], take.row["prompt"], take.row["seed"]): take for take in takes}
+        return dict(sorted(found.items()))
+
+    def cell(self, take: KeptTake) -> dict[str, Any] | None:
+        """The file of a take, as templates show it; None where none was written."""
+        return self._cell(take, segments=False) if take.row.get("path") else None
 
     def training(self) -> list[dict[str, Any]]:
         """Kept training takes by step: the last few steps that kept some."""
@@ -115,11 +126,11 @@ class Takes:
                     setattr(pair, side, take)
         return [pairs[key] for key in sorted(pairs)]
 
-    def _rows(self, step: int, folder: Path) -> list[_Take]:
+    def _rows(self, step: int, folder: Path) -> list[KeptTake]:
         try:
             table = f"{folder.relative_to(self.path)}/{TAKES_FILE}"
             file_inside(self.path, table, str(self.path), COPY_IT)
-            return [_Take(step, folder, row) for row in read_takes(folder)]
+            return [KeptTake(step, folder, row) for row in read_takes(folder)]
         except InputError as error:
             self.run.problems.append(str(error))
             return []
@@ -127,7 +138,7 @@ class Takes:
     # ------------------------------------------------------------------------------------------- cells
 
     @staticmethod
-    def _both(pair: _Pair) -> list[_Take]:
+    def _both(pair: _Pair) -> list[KeptTake]:
         return [take for take in (pair.before, pair.after) if take is not None]
 
     def _shown(self, pair: _Pair, segments: bool = True) -> dict[str, Any]:
@@ -143,7 +154,7 @@ class Takes:
         assert pair.before is not None and pair.after is not None  # it has a change
         return pair.before.row[column], pair.after.row[column]
 
-    def _cell(self, take: _Take, segments: bool) -> dict[str, Any]:
+    def _cell(self, take: KeptTake, segments: bool) -> dict[str, Any]:
         row, problems = take.row, self.run.problems
         try:
             path = file_inside(take.folder, row["path"], f"{take.folder / TAKES_FILE}: path", COPY_IT)
