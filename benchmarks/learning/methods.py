@@ -55,7 +55,9 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         "seed": seed,
         "takes": loop.group * cfg.step.takes,
         "wall_s": round(seconds, 1),
-        "rewards": {reward: {"before": before[reward], "after": after[reward]} for reward in before},
+        "rewards": {
+            reward: {"before": _by_prompt(before[reward]), "after": _by_prompt(after[reward])} for reward in before
+        },
         "weights": judging_weights(cfg),
     }
 
@@ -71,6 +73,11 @@ def missing_data(name: str, overrides: list[str]) -> str:
     return f"{name}: {train} is not there; first run: {made}"
 
 
+def _by_prompt(means: list[float]) -> list[float | None]:
+    """None, as JSON has no NaN: the reward does not apply to the prompt."""
+    return [None if np.isnan(mean) else mean for mean in means]
+
+
 def judging_weights(cfg: Config) -> dict[str, float]:
     """Weight of each reward in what a method is judged by: the rewards that its takes were compared by; where it learns
     through a reward's gradient, those that it only watched."""
@@ -82,13 +89,19 @@ def judging_weights(cfg: Config) -> dict[str, float]:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one recipe's seeds. `se`: paired over prompts and seeds, the larger of the two sources of spread."""
     rewards = {}
-    weighted = []
+    weighted, weights = [], []
     for name in runs[0]["rewards"]:
-        before = np.array([run["rewards"][name]["before"] for run in runs])  # [seeds, prompts]
-        after = np.array([run["rewards"][name]["after"] for run in runs])
-        rewards[name] = _change(before, after)
-        weighted.append(runs[0]["weights"][name] * np.stack([before, after]))
-    total = np.sum(weighted, axis=0) / sum(runs[0]["weights"].values())
+        before = np.array(
+            [run["rewards"][name]["before"] for run in runs], float
+        )  # [seeds, prompts]; NaN: does not apply
+        after = np.array([run["rewards"][name]["after"] for run in runs], float)
+        applies = ~np.isnan(before).any(0)
+        rewards[name] = _change(before[:, applies], after[:, applies])
+        weight = runs[0]["weights"][name] * applies
+        weighted.append(weight * np.nan_to_num(np.stack([before, after])))
+        weights.append(weight)
+    counts = np.sum(weights, axis=0) > 0  # prompts that some reward with a weight applies to
+    total = np.sum(weighted, axis=0)[..., counts] / np.sum(weights, axis=0)[counts]
     return {
         "generator": runs[0]["generator"],
         "takes": round(float(np.mean([run["takes"] for run in runs]))),

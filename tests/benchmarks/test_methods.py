@@ -55,6 +55,20 @@ def test_the_standard_error_is_paired_and_counts_prompts_or_seeds():
     assert two["se"] == pytest.approx(0.1, abs=1e-4) and two["seeds"] == 2 and two["takes"] == 1001
 
 
+def test_rewards_of_some_prompts_only_count_where_they_apply():
+    run = fake_run(0, 0.1)
+    ada, bob = [0.5, None, 0.5, None, None], [None, 0.2, None, 0.2, None]
+    run["rewards"] = {
+        "ada": {"before": ada, "after": [0.7, None, 0.7, None, None]},
+        "bob": {"before": bob, "after": bob},
+    }
+    run["weights"] = {"ada": 1.0, "bob": 3.0}
+    summary = methods.summarise([run])
+    assert summary["rewards"]["ada"] == {"before": 0.5, "after": 0.7, "se": 0.0}
+    assert (summary["before"], summary["after"]) == (0.35, 0.45), "four prompts, each with its own reward"
+    assert methods._by_prompt([0.5, float("nan")]) == [0.5, None]
+
+
 def test_results_are_merged_and_the_page_is_made_from_them(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
     monkeypatch.setattr(methods, "DOCS", tmp_path / "methods.md")
