@@ -120,8 +120,9 @@ class TransitionObjective(WithReference):
         return TransitionTerms(log_p, drawn.log_prob, level.advantages, step, drawn.mean, stale)
 
     def summarise(self, spreads: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """`offpolicy/*`, of takes that another version of the policy drew: how far it has moved on since, and whether
-        that has to do with their advantages. A clip drops takes at random where it has not."""
+        """`offpolicy/*`, of takes that another version of the policy drew, or that 16 bits replay differently: how far
+        the ratio is from 1, and whether that has to do with their advantages. A clip drops takes at random where it has
+        not."""
         ratio, log_ratio, advantage = (spreads[name].astype(np.float64) for name in self.spread)
         metrics = super().summarise({"ratio": spreads["ratio"]})
         metrics["ratio/max_abs_log"] = float(np.abs(np.log(ratio)).max())
