@@ -28,6 +28,9 @@ def report(
         Path | None,
         typer.Option("--publish", metavar="FOLDER", help="Also write a folder that any static host serves."),
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Write it anew (looking every 30 s) until the run ends.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a run's report.html: curves, diagnostics, takes.
@@ -39,26 +42,36 @@ def report(
     Examples:
       rushes report runs/try
       rushes report runs/try --publish site
+      rushes report runs/try --follow
       rushes report runs/grpo runs/nft -o grpo-nft.html
     """
     from pipeline.runs.remote_sync import local_run
+    from pipeline.tools.report.follow import follow as follow_report
     from pipeline.tools.report.report import build_report
+    from pipeline.tools.report_site import publish as publish_report
 
     console = make_console()
     if len(runs) > 1:
+        if follow:
+            raise ConfigError("--follow: is for one run; write the page of several again to renew it")
         _compare(runs, out, publish)
         return
     if out is not None:
         raise ConfigError("--out: is for several runs; the report of one is report.html in its folder")
-    report = build_report(local_run(runs[0]))
-    say(console, str(report))
-    if publish is not None:
-        from pipeline.tools.report_site import publish as publish_report
+    shown: list[Path] = []
 
-        say(
-            console,
-            f"{publish_report(report, publish)}; serve that folder, such as: python -m http.server -d {publish}",
-        )
+    def written(report: Path) -> None:
+        page = report if publish is None else publish_report(report, publish)
+        if not shown:  # of a report that is followed: once
+            say(console, str(report))
+            if publish is not None:
+                say(console, f"{page}; serve that folder, such as: python -m http.server -d {publish}")
+        shown.append(report)
+
+    if follow:
+        follow_report(lambda: local_run(runs[0]), written)
+    else:
+        written(build_report(local_run(runs[0])))
 
 
 def _compare(runs: list[Path], out: Path | None, publish: Path | None) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import atomic_write
 from pipeline.core.safe_paths import file_inside
+from pipeline.tools.report.follow import STAMP_FILE
 from pipeline.tools.report.record import COPY_IT
 
 MARK = ".rushes-report"  # in folders that this module wrote, which it may write again
@@ -39,4 +40,6 @@ def publish(report: Path, folder: Path) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     atomic_write(folder / "index.html", html.encode("utf-8"))
+    if (run / STAMP_FILE).is_file():  # last: whoever reads a new stamp finds the new page
+        shutil.copyfile(file_inside(run, STAMP_FILE, str(report), COPY_IT), folder / STAMP_FILE)
     return folder / "index.html"

@@ -7,6 +7,7 @@ from made_up_run import make_run
 
 from benchmarks.browser import CHROMIUM, Browser
 from pipeline.tools.report.compare import build_comparison
+from pipeline.tools.report.follow import write_followed
 from pipeline.tools.report.report import build_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -66,4 +67,17 @@ def test_clips_of_a_row_play_in_step(pages, browser):
         f"[...{TIMES}].every(clip => clip.paused && !clip.seeking) && [...{TIMES}].map(c => c.currentTime)"
     )
     assert len(times) == 2 and times[0] == times[1] > 0.4
+    page.close()
+
+
+def test_a_followed_report_renews_itself_from_a_file(tmp_path, browser):
+    run = make_run(tmp_path, steps=0, finished=False)
+    page = browser.open(write_followed(run, ended=False).as_uri())
+    page.wait(LOADED)
+    page.value("window.old = true")
+    page.wait("window.rushesReport", 20)  # it has asked, and stays
+    assert page.value("window.old") and "no step done yet" in page.value("document.body.innerText")
+    write_followed(run, ended=True)
+    page.wait("!window.old && document.readyState === 'complete'", 20)
+    assert page.value("document.querySelector('script') === null") and page.problems() == []
     page.close()

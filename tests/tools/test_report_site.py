@@ -1,8 +1,10 @@
 """A report as a folder for static hosts."""
 
 import pytest
+from made_up_run import make_run
 
 from pipeline.core.errors import ConfigError, InputError
+from pipeline.tools.report.follow import follow
 from pipeline.tools.report_site import publish
 
 
@@ -35,3 +37,21 @@ def test_other_folders_and_links_that_lead_out_are_refused(run, tmp_path):
     with pytest.raises(InputError, match="leads out of"):
         publish(run / "report.html", tmp_path / "site")
     assert not (tmp_path / "site").exists()
+
+
+def test_a_followed_report_is_written_when_something_was_recorded(tmp_path):
+    run = make_run(tmp_path, steps=0, finished=False)
+    written, looks = [], []
+
+    def find_run():
+        looks.append(1)
+        if len(looks) == 3:
+            (run / "evals.jsonl").write_text("")
+        if len(looks) == 5:
+            (run / "summary.json").write_text('{"status": "finished"}')
+        return run
+
+    follow(find_run, lambda report: written.append((len(looks), "<script>" in report.read_text())), every_s=0.0)
+    assert written == [(1, True), (3, True), (5, False)]
+    site = publish(run / "report.html", tmp_path / "site").parent
+    assert (site / "report.js").read_text().startswith("window.rushesReport = ")

@@ -23,13 +23,14 @@ from pipeline.tools.report.record import RunRecord, read_run
 TEMPLATE = Path(__file__).parent / "templates"
 
 
-def build_report(run_dir: Path, summary: dict[str, Any] | None = None) -> Path:
+def build_report(run_dir: Path, summary: dict[str, Any] | None = None, stamp: str | None = None) -> Path:
     """Writes `run_dir/report.html` and returns its path. `summary`: instead of summary.json, of a run that is about to
-    write it. Raises `RushesError` when it is no run folder."""
+    write it. `stamp`: of a page that is followed and renews itself (`pipeline.tools.report.follow`). Raises
+    `RushesError` when it is no run folder."""
     run = read_run(Path(run_dir))
     if summary is not None:
         run = replace(run, summary=summary)
-    html = page_templates().get_template("report.html.j2").render(**_context(run))
+    html = page_templates().get_template("report.html.j2").render(**_context(run), stamp=stamp)
     atomic_write(run.folder.report, html.encode("utf-8"))
     return run.folder.report
 
