@@ -17,7 +17,7 @@ from actors.ray_options import RunContext
 from pipeline.core.errors import RunFailed
 from pipeline.core.files import atomic_write
 from pipeline.core.statistics import with_error
-from pipeline.core.types import GroupWork, Media, PolicyVersion, PromptItem, TakeMeasurements
+from pipeline.core.types import GroupWork, Media, PolicyVersion, PromptItem, TakeCaption, TakeMeasurements
 from pipeline.rewards import guards
 from pipeline.rl.evaluation import changes, summarise_scores
 from pipeline.rl.group_plan import SHOWN_PROMPTS, eval_works
@@ -36,6 +36,7 @@ class Evaluator:
         self._runs: list[GroupRun] = []  # of the present evaluation
         self._version: PolicyVersion | None = None  # under evaluation; held here alone, so it is freed at the end
         self.media: Media | None = None  # the kept takes of the last evaluation, for trackers
+        self.captions: list[TakeCaption] = []
         self._weights = self.cfg.reward_weights
 
     @property
@@ -92,7 +93,7 @@ class Evaluator:
             await self._score_all(takes, step)
             measured, values = await self._measured(self._runs, step)
             await takes.write_table(self._runs, measured, values, self._weights, step)
-            self.media = takes.shown_media
+            self.media, self.captions = takes.shown_media, takes.captions
             record = {"step": step, "tag": version.tag, **summary_record(self._runs, self._weights, values)}
         finally:
             self._runs, self._version = [], None

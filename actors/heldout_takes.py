@@ -13,7 +13,7 @@ import numpy as np
 
 from actors.group_run import GroupRun
 from actors.ray_errors import describe, is_lost
-from pipeline.core.types import Media, TakeMeasurements
+from pipeline.core.types import Media, TakeCaption, TakeMeasurements
 
 log = logging.getLogger("rushes.evaluation")
 
@@ -28,6 +28,7 @@ class HeldoutTakes:
         # Takes are appended, and a run that was stopped here may have left some.
         shutil.rmtree(folder, ignore_errors=True)
         self._folder, self._shown, self._keeps_all = folder, shown, keeps_all
+        self._runs = runs
         counted: dict[int, int] = {}
         self._numbers = {run.group: number_takes(run.work.prompts, counted) for run in runs}
         self._files: dict[int, list[Path | None]] = {}  # by group
@@ -102,3 +103,17 @@ class HeldoutTakes:
         """The takes of the shown prompts, in order; None where none could be kept."""
         frames = [self._frames[group] for group in self._numbers if group in self._frames]
         return Media(frames=np.concatenate(frames), fps=self._fps) if frames else None
+
+    @property
+    def captions(self) -> list[TakeCaption]:
+        """Of `shown_media`, in its order; once the groups are scored."""
+        return [
+            TakeCaption(
+                prompt=prompt.text,
+                scores={n: float(s.values[k]) for n, s in run.scores.items() if not np.isnan(s.values[k])},
+            )
+            for run in self._runs
+            if run.group in self._frames
+            for k, prompt in enumerate(run.work.prompts)
+            if prompt.index in self._shown
+        ]

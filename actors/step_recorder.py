@@ -21,7 +21,7 @@ from actors.ray_errors import describe, is_lost
 from actors.ray_options import RunContext
 from actors.worker_pool import WorkerPool
 from pipeline.core.errors import RushesError, one_line
-from pipeline.core.types import Media
+from pipeline.core.types import Media, TakeCaption
 from pipeline.rl.ledger import Ledger
 from pipeline.runs.tracking import drop_metrics_since, make_tracker
 
@@ -87,7 +87,7 @@ class Recorder:
         for run in runs:
             run.media = None
 
-    def evaluation(self, record: dict[str, Any], media: Media | None) -> None:
+    def evaluation(self, record: dict[str, Any], media: Media | None, captions: Sequence[TakeCaption]) -> None:
         values = {"heldout/mean": record["mean"]}
         if record["se"] is not None:
             values["heldout/se"] = record["se"]
@@ -103,7 +103,7 @@ class Recorder:
         tried(lambda: self._gauges.set(values))
         self._write(self._tracker.log, record["step"], values)
         if media is not None:
-            self._write(self._tracker.log_media, record["step"], "heldout", media)
+            self._write(self._tracker.log_media, record["step"], "heldout", media, captions)
 
     def times(self, runs: list[GroupRun], step_s: float, learned_s: float, sync_s: float) -> dict[str, float]:
         """Seconds of the step, busy seconds of each role (per worker; CPU seconds of this process), and the queues."""

@@ -218,7 +218,7 @@ class TrainLoop:
         except RunFailed:
             await self.rescue()  # the workers failed, the learner is sound
             raise
-        self._record.evaluation(record, self._evaluator.media)
+        self._record.evaluation(record, self._evaluator.media, self._evaluator.captions)
         if self._evaluator.best_step == self._version:
             await self.save_if_new()
 

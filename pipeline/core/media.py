@@ -92,6 +92,17 @@ def encode_mp4(frames: np.ndarray, fps: float, scale: int | None = None) -> byte
     return buffer.getvalue()
 
 
+def encode_gif(frames: np.ndarray, fps: float) -> bytes:
+    """uint8 [F, H, W, 3] -> GIF bytes that loop, for viewers that play no mp4 (at most 50 frames a second)."""
+    from PIL import Image
+
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    duration = max(20, round(1000 / fps))  # ms
+    first.save(buffer, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
+    return buffer.getvalue()
+
+
 def write_media(path_stem: Path, media: Media, k: int) -> Path:
     """Writes take `k`: `<stem>.png` for one frame, `<stem>.mp4` otherwise. Returns the path."""
     frames = media.frames[k]

@@ -222,6 +222,17 @@ class RewardScores:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TakeCaption:
+    """What a tracker shows beside a take."""
+
+    prompt: str
+    scores: dict[str, float]  # by reward; those that apply
+
+    def __str__(self) -> str:
+        return ", ".join([self.prompt, *(f"{name} {score:.3f}" for name, score in self.scores.items())])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TakeMeasurements:
     """Of held-out takes, small: what `pipeline.rewards.guards` measures without a model."""
 

@@ -6,11 +6,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pipeline.core.errors import one_line
-from pipeline.core.types import Media
+from pipeline.core.types import Media, TakeCaption
 
 MAX_WAITING = 64  # records that a slow tracker may be behind; further ones are left out of it
 CLOSE_S = 15.0  # seconds that its last records and its end may take
@@ -22,7 +22,7 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def log_media(self, step: int, tag: str, media: Media) -> None: ...
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None: ...
 
     def rewind(self, step: int) -> None: ...
 
@@ -46,9 +46,9 @@ class OptionalTracker:
         """Never waits, never raises."""
         self._give(lambda tracker: tracker.log(step, metrics))
 
-    def log_media(self, step: int, tag: str, media: Media) -> None:
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
         """Never waits, never raises."""
-        self._give(lambda tracker: tracker.log_media(step, tag, media))
+        self._give(lambda tracker: tracker.log_media(step, tag, media, captions))
 
     def rewind(self, step: int) -> None:
         """Never waits, never raises."""

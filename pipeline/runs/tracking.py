@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import numpy as np
 from pipeline.config.schema import Config
 from pipeline.core.errors import RushesError
 from pipeline.core.files import atomic_write, describe_os_error
-from pipeline.core.media import enlarge, view_scale
+from pipeline.core.media import encode_gif, encode_mp4, encode_png, enlarge, shrink, view_scale
 from pipeline.core.secrets import mask_tree
-from pipeline.core.types import Media
+from pipeline.core.types import Media, TakeCaption
 from pipeline.runs.optional_tracker import CLOSE_S, OptionalTracker
 from pipeline.runs.records import Position, StepRecord, read_records
 
 METRICS_FILE = "metrics.jsonl"
 MAX_STRIP_FRAMES = 8
+GIF_PIXELS = 256  # longer side of the clips that TensorBoard gets
 PROJECT = "rushes"  # W&B project or MLflow experiment, unless their own environment variables name one
 
 
@@ -33,8 +35,8 @@ class Tracker(ABC):
     @abstractmethod
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
-    def log_media(self, step: int, tag: str, media: Media) -> None:
-        """Pictures as a grid, videos as one strip of frames per take. Trackers without media ignore it."""
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
+        """Takes, with a caption each or none. Trackers without media ignore it."""
         return
 
     def rewind(self, step: int) -> None:
@@ -108,8 +110,28 @@ class TensorBoardTracker(Tracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def log_media(self, step: int, tag: str, media: Media) -> None:
-        self._writer.add_image(tag, media_grid(media), step, dataformats="HWC")
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
+        """A picture or a playing clip (GIF) per take, entitled with its prompt; the scores as a text of that step."""
+        from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+
+        for k, frames in enumerate(media.frames):
+            name = f"{tag}/{k:02d}"
+            if len(frames) > 1:
+                frames = np.stack([shrink(frame, GIF_PIXELS) for frame in frames])
+                frames = enlarge(frames, view_scale(*frames.shape[1:3]))
+                data = encode_gif(frames, media.fps)
+            else:
+                frames = enlarge(frames, view_scale(*frames.shape[1:3]))
+                data = encode_png(frames[0])
+            image = Summary.Image(
+                height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=data
+            )
+            title = SummaryMetadata(display_name=f"{name} {captions[k].prompt}") if captions else None
+            value = Summary.Value(tag=name, image=image, metadata=title)
+            self._writer.file_writer.add_summary(Summary(value=[value]), step)
+        if captions:
+            text = "\n".join(f"* {k:02d} {caption}" for k, caption in enumerate(captions))
+            self._writer.add_text(f"{tag}/scores", text, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -137,8 +159,18 @@ class WandbTracker(Tracker):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
 
-    def log_media(self, step: int, tag: str, media: Media) -> None:
-        self._run.log({tag: self._wandb.Image(media_grid(media))}, step=step)
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
+        """A picture or an mp4 per take, with its caption."""
+        shown = []
+        for k, frames in enumerate(media.frames):
+            caption = str(captions[k]) if captions else None
+            if len(frames) > 1:
+                clip = io.BytesIO(encode_mp4(frames, media.fps))
+                shown.append(self._wandb.Video(clip, caption=caption, format="mp4"))
+            else:
+                picture = enlarge(frames, view_scale(*frames.shape[1:3]))[0]
+                shown.append(self._wandb.Image(picture, caption=caption))
+        self._run.log({tag: shown}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -165,7 +197,8 @@ class MlflowTracker(Tracker):
         for name, value in metrics.items():
             self._client.log_metric(self._run, name, value, step=step)
 
-    def log_media(self, step: int, tag: str, media: Media) -> None:
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
+        """One picture: a grid of pictures, or a strip of frames per clip. MLflow keeps no captions."""
         self._client.log_image(self._run, media_grid(media), f"{tag.replace('/', '_')}-{step:06d}.png")
 
     def close(self) -> None:
@@ -186,9 +219,9 @@ class Trackers(Tracker):
             tracker.log(step, values)
         self._metrics.log(step, values)
 
-    def log_media(self, step: int, tag: str, media: Media) -> None:
+    def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
         for tracker in self._optional:
-            tracker.log_media(step, tag, media)
+            tracker.log_media(step, tag, media, captions)
 
     def rewind(self, step: int) -> None:
         for tracker in self._optional:

@@ -1,5 +1,6 @@
 """Metrics files and trackers."""
 
+import io
 import json
 import struct
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import RushesError
-from pipeline.core.types import Media
+from pipeline.core.types import Media, TakeCaption
 from pipeline.runs import tracking
 from pipeline.runs.tracking import drop_metrics_since, make_tracker, media_grid, read_metrics
 
@@ -68,6 +69,43 @@ def test_media_grid():
     pictures, strip = media_grid(media(4, 1)), media_grid(media(2, 9))
     assert pictures.shape[0] == pictures.shape[1]
     assert strip.shape[1] > 3 * strip.shape[0] and strip.dtype == np.uint8
+
+
+def test_takes_have_captions_and_clips_play(tmp_path, monkeypatch):
+    """W&B gets mp4 and pictures; TensorBoard pictures and GIFs, entitled with the prompt, and the scores as text."""
+    from PIL import Image
+    from tensorboardX.proto.event_pb2 import Event
+
+    calls = []
+    shown = {kind: lambda data, kind=kind, **options: (kind, data, options) for kind in ("Image", "Video")}
+    run = types.SimpleNamespace(id="a", log=lambda values, step: calls.append((step, values)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, **shown))
+    captions = [TakeCaption(prompt=f"prompt {k}", scores={"scene": 0.25 * k}) for k in range(2)]
+    frames = np.zeros((2, 5, 16, 24, 3), np.uint8) + 50 * np.arange(5, dtype=np.uint8).reshape(1, 5, 1, 1, 1)
+    tracker = make_tracker(config("wandb", "tensorboard"), tmp_path)
+    tracker.log_media(1, "heldout", Media(frames=frames, fps=8.0), captions)
+    tracker.log_media(2, "pictures", media(1, 1))
+    tracker.close()
+    assert tracker.missing() == []
+    (_, first), (_, second) = calls
+    assert [(kind, options) for kind, _, options in first["heldout"]] == [
+        ("Video", {"caption": f"prompt {k}, scene {0.25 * k:.3f}", "format": "mp4"}) for k in range(2)
+    ]
+    assert first["heldout"][0][1].read()[4:8] == b"ftyp"
+    assert [(kind, data.dtype) for kind, data, _ in second["pictures"]] == [("Image", np.uint8)]
+
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    data, values = file.read_bytes(), {}
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        for value in Event.FromString(data[12 : 12 + length]).summary.value:
+            values[value.tag] = value
+        data = data[16 + length :]
+    assert values["heldout/01"].metadata.display_name == "heldout/01 prompt 1"
+    clip = Image.open(io.BytesIO(values["heldout/01"].image.encoded_image_string))
+    assert (clip.format, clip.n_frames, clip.info["duration"]) == ("GIF", 5, 120) and clip.width * 2 == clip.height * 3
+    assert Image.open(io.BytesIO(values["pictures/00"].image.encoded_image_string)).format == "PNG"
+    assert any(b"prompt 1, scene 0.250" in value.tensor.SerializeToString() for value in values.values())
 
 
 def test_wandb_and_mlflow_get_the_same_calls(tmp_path, monkeypatch):
