@@ -111,11 +111,16 @@ class TensorBoardTracker(Tracker):
             self._writer.add_scalar(name, value, step)
 
     def log_media(self, step: int, tag: str, media: Media, captions: Sequence[TakeCaption] = ()) -> None:
-        """A picture or a playing clip (GIF) per take, entitled with its prompt; the scores as a text of that step."""
+        """A picture or a playing clip (GIF) per take, entitled with its prompt; the scores as a text of that step.
+
+        Of clips the first take of each prompt: a GIF is many times as large as its mp4.
+        """
         from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
-        for k, frames in enumerate(media.frames):
-            name = f"{tag}/{k:02d}"
+        first_of_prompt = list({caption.prompt: k for k, caption in reversed(list(enumerate(captions)))}.values())
+        clips = sorted(first_of_prompt) if captions else range(len(media.frames))
+        for k in clips if media.frames.shape[1] > 1 else range(len(media.frames)):
+            name, frames = f"{tag}/{k:02d}", media.frames[k]
             if len(frames) > 1:
                 frames = np.stack([shrink(frame, GIF_PIXELS) for frame in frames])
                 frames = enlarge(frames, view_scale(*frames.shape[1:3]))

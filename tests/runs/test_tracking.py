@@ -80,8 +80,8 @@ def test_takes_have_captions_and_clips_play(tmp_path, monkeypatch):
     shown = {kind: lambda data, kind=kind, **options: (kind, data, options) for kind in ("Image", "Video")}
     run = types.SimpleNamespace(id="a", log=lambda values, step: calls.append((step, values)), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, **shown))
-    captions = [TakeCaption(prompt=f"prompt {k}", scores={"scene": 0.25 * k}) for k in range(2)]
-    frames = np.zeros((2, 5, 16, 24, 3), np.uint8) + 50 * np.arange(5, dtype=np.uint8).reshape(1, 5, 1, 1, 1)
+    captions = [TakeCaption(prompt=f"prompt {k // 2}", scores={"scene": 0.25 * k}) for k in range(4)]
+    frames = np.zeros((4, 5, 16, 24, 3), np.uint8) + 50 * np.arange(5, dtype=np.uint8).reshape(1, 5, 1, 1, 1)
     tracker = make_tracker(config("wandb", "tensorboard"), tmp_path)
     tracker.log_media(1, "heldout", Media(frames=frames, fps=8.0), captions)
     tracker.log_media(2, "pictures", media(1, 1))
@@ -89,7 +89,7 @@ def test_takes_have_captions_and_clips_play(tmp_path, monkeypatch):
     assert tracker.missing() == []
     (_, first), (_, second) = calls
     assert [(kind, options) for kind, _, options in first["heldout"]] == [
-        ("Video", {"caption": f"prompt {k}, scene {0.25 * k:.3f}", "format": "mp4"}) for k in range(2)
+        ("Video", {"caption": f"prompt {k // 2}, scene {0.25 * k:.3f}", "format": "mp4"}) for k in range(4)
     ]
     assert first["heldout"][0][1].read()[4:8] == b"ftyp"
     assert [(kind, data.dtype) for kind, data, _ in second["pictures"]] == [("Image", np.uint8)]
@@ -101,11 +101,12 @@ def test_takes_have_captions_and_clips_play(tmp_path, monkeypatch):
         for value in Event.FromString(data[12 : 12 + length]).summary.value:
             values[value.tag] = value
         data = data[16 + length :]
-    assert values["heldout/01"].metadata.display_name == "heldout/01 prompt 1"
-    clip = Image.open(io.BytesIO(values["heldout/01"].image.encoded_image_string))
+    assert {tag for tag in values if tag.startswith("heldout/0")} == {"heldout/00", "heldout/02"}  # one of each prompt
+    assert values["heldout/02"].metadata.display_name == "heldout/02 prompt 1"
+    clip = Image.open(io.BytesIO(values["heldout/02"].image.encoded_image_string))
     assert (clip.format, clip.n_frames, clip.info["duration"]) == ("GIF", 5, 120) and clip.width * 2 == clip.height * 3
     assert Image.open(io.BytesIO(values["pictures/00"].image.encoded_image_string)).format == "PNG"
-    assert any(b"prompt 1, scene 0.250" in value.tensor.SerializeToString() for value in values.values())
+    assert any(b"prompt 1, scene 0.750" in value.tensor.SerializeToString() for value in values.values())
 
 
 def test_wandb_and_mlflow_get_the_same_calls(tmp_path, monkeypatch):
