@@ -72,10 +72,15 @@ def test_clips_of_a_row_play_in_step(pages, browser):
 
 def test_a_followed_report_renews_itself_from_a_file(tmp_path, browser):
     run = make_run(tmp_path, steps=0, finished=False)
-    page = browser.open(write_followed(run, ended=False).as_uri())
+    report = write_followed(run, ended=False)
+    html = report.read_text("utf-8")
+    assert html.count("}, 10000);") == 1
+    report.write_text(html.replace("}, 10000);", "}, 200);"), "utf-8")  # asks more often
+    page = browser.open(report.as_uri())
     page.wait(LOADED)
     page.value("window.old = true")
-    page.wait("window.rushesReport", 20)  # it has asked, and stays
+    page.wait("window.rushesReport")
+    page.value("new Promise(done => setTimeout(done, 500))")  # it has asked again, and stays
     assert page.value("window.old") and "no step done yet" in page.value("document.body.innerText")
     write_followed(run, ended=True)
     page.wait("!window.old && document.readyState === 'complete'", 20)
