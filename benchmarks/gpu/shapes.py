@@ -55,6 +55,7 @@ class Size:
     heads: int
     layers: int  # of the denoiser; Flux: double blocks, half as many as single ones
     channels: int  # of the image VAE's first block
+    text: int = 4096  # width of the T5's embeddings
     small_video_vae: bool = False
 
 
@@ -66,9 +67,11 @@ SIZES = {
 }
 # The same architectures on a CPU, in seconds: they try the code, and say nothing of a card.
 TINY = {
-    "sd3.5-medium": Size(64, 64, 1, takes=4, steps=4, batch=2, heads=2, layers=2, channels=32),
-    "flux": Size(64, 64, 1, takes=4, steps=4, batch=2, heads=2, layers=1, channels=32),
-    "wan-1.3b": Size(32, 32, 5, takes=4, steps=4, batch=2, heads=2, layers=2, channels=0, small_video_vae=True),
+    "sd3.5-medium": Size(64, 64, 1, takes=4, steps=4, batch=2, heads=2, layers=1, channels=32, text=2048),
+    "flux": Size(64, 64, 1, takes=4, steps=4, batch=2, heads=2, layers=1, channels=32, text=256),
+    "wan-1.3b": Size(
+        32, 32, 5, takes=4, steps=4, batch=2, heads=2, layers=1, channels=0, text=256, small_video_vae=True
+    ),
 }
 
 
@@ -101,8 +104,8 @@ def _clip(cls: Any, width: int) -> Any:
     )
 
 
-def _t5(cls: Any, config: Any) -> Any:
-    return cls(config(vocab_size=4, d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=64))
+def _t5(cls: Any, config: Any, width: int) -> Any:
+    return cls(config(vocab_size=4, d_model=width, d_kv=64, d_ff=64, num_layers=1, num_heads=width // 64))
 
 
 def _image_vae(channels: int) -> AutoencoderKL:
@@ -129,7 +132,7 @@ def _sd35_medium(size: Size) -> Any:
             num_layers=size.layers,
             attention_head_dim=64,
             num_attention_heads=size.heads,
-            joint_attention_dim=4096,
+            joint_attention_dim=size.text,
             caption_projection_dim=64 * size.heads,
             pooled_projection_dim=2048,
             out_channels=16,
@@ -143,7 +146,7 @@ def _sd35_medium(size: Size) -> Any:
         tokenizer=_tokenizer(77),
         text_encoder_2=_clip(CLIPTextModelWithProjection, 1280),
         tokenizer_2=_tokenizer(77),
-        text_encoder_3=_t5(T5EncoderModel, T5Config),
+        text_encoder_3=_t5(T5EncoderModel, T5Config, size.text),
         tokenizer_3=_tokenizer(256),
     )
 
@@ -156,7 +159,7 @@ def _flux(size: Size) -> Any:
             num_single_layers=2 * size.layers,
             attention_head_dim=128,
             num_attention_heads=size.heads,
-            joint_attention_dim=4096,
+            joint_attention_dim=size.text,
             pooled_projection_dim=768,
             guidance_embeds=True,
         ),
@@ -164,7 +167,7 @@ def _flux(size: Size) -> Any:
         vae=_image_vae(size.channels),
         text_encoder=_clip(CLIPTextModel, 768),
         tokenizer=_tokenizer(77),
-        text_encoder_2=_t5(T5EncoderModel, T5Config),
+        text_encoder_2=_t5(T5EncoderModel, T5Config, size.text),
         tokenizer_2=_tokenizer(512),
     )
 
@@ -172,11 +175,15 @@ def _flux(size: Size) -> Any:
 def _wan(size: Size) -> Any:
     return WanPipeline(
         transformer=WanTransformer3DModel(
-            num_attention_heads=size.heads, attention_head_dim=128, ffn_dim=8960, num_layers=size.layers, text_dim=4096
+            num_attention_heads=size.heads,
+            attention_head_dim=128,
+            ffn_dim=8960,
+            num_layers=size.layers,
+            text_dim=size.text,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=AutoencoderKLWan(base_dim=8) if size.small_video_vae else AutoencoderKLWan(),
-        text_encoder=_t5(UMT5EncoderModel, UMT5Config),
+        text_encoder=_t5(UMT5EncoderModel, UMT5Config, size.text),
         tokenizer=_tokenizer(512),
     )
 

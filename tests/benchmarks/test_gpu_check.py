@@ -18,7 +18,7 @@ def test_a_size_is_measured_and_planned():
     result = check.run_section("sd3.5-medium", CARD)
     assert "failed" not in result, result["failed"]
     assert abs(result["replay"]) < 1e-3 and result["replay_metric"] == "onpolicy/max_abs_log_ratio"
-    assert 0 < result["mfu_learn"] < 1 and result["push_mib"] > 1
+    assert 0 < result["mfu_learn"] < 1 and result["push_mib"] > 0.1
     # A denoiser call of two takes: 2 x parameters x tokens operations at least in its linear layers.
     assert result["bare"]["takes"] == 2 and 1e-4 < result["bare"]["forward_tflop"] < 1e-1
     assert result["planned_gib"]["rollout"] > result["planned_gib"]["learner"] > 0

@@ -238,8 +238,8 @@ def _takes(kept: list[Takes], keys: list[dict[Key, KeptTake]], names: list[str])
             break  # no room left in the page
         sides = [{"run": name, "cell": cell} for name, cell in zip(names, cells, strict=True)]
         wide = max([NARROWEST, *(cell["width"] for cell in cells if cell and cell["src"])])
-        clips = any(cell and cell["video"] and cell["src"] for cell in cells)
-        shown.append({"prompt": key[1], "seed": key[2], "sides": sides, "clips": clips, "wide": wide})
+        playing = any(cell and cell["video"] and cell["src"] for cell in cells)
+        shown.append({"prompt": key[1], "seed": key[2], "sides": sides, "playing": playing, "wide": wide})
     return shown, len(shared) - len(shown)
 
 
