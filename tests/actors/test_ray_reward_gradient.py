@@ -16,6 +16,8 @@ from pipeline.runs import checkpoint
 
 pytestmark = pytest.mark.ray
 
+STEPS = 10  # of a few tenths of a second each: a stop is asked for after the first, and has to come before the last
+
 
 @pytest.fixture(scope="module")
 def cfg(tiny_sd3, tmp_path_factory) -> Config:
@@ -24,7 +26,7 @@ def cfg(tiny_sd3, tmp_path_factory) -> Config:
         tiny_sd3,
         write_files(folder),
         folder / "runs",
-        run={"steps": 3},
+        run={"steps": STEPS},
         objective={"name": "reward_gradient", "tail": [1, 3], "kl_beta": 0.1, "anchor": 1.0},
         signal={"name": "none"},
         step={"takes": 1, "groups": 3},
@@ -50,9 +52,9 @@ def undisturbed(cluster, cfg) -> Run:
 
 def test_training_takes_are_judged_in_the_learner_and_evaluations_on_a_server(undisturbed):
     run, outcome = undisturbed, undisturbed.outcome
-    assert outcome["status"] == "finished" and outcome["groups"]["trained"] == 9 and outcome["takes"] == 9
+    assert outcome["status"] == "finished" and outcome["groups"]["trained"] == outcome["takes"] == 3 * STEPS
     steps = [line for line in run.metrics() if "loss" in line]
-    assert len(steps) == 3 and all(line["onpolicy/max_abs_tail_gap"] < 1e-5 for line in steps)
+    assert len(steps) == STEPS and all(line["onpolicy/max_abs_tail_gap"] < 1e-5 for line in steps)
     assert all(line["reward/clip"] == line["reward/mean"] != 0 and line["reward/watched"] > 0 for line in steps)
     assert steps[2]["kl"] > 0
     first, *_, last = run.evals()
@@ -66,10 +68,10 @@ def test_it_is_resumed_bit_for_bit(undisturbed, cfg):
     run.until(lambda snapshot: snapshot["step"] >= 1)
     ray.get(run.controller.stop.remote())
     stopped = run.result()
-    assert stopped["status"] == "stopped" and 1 <= stopped["step"] < 3
+    assert stopped["status"] == "stopped" and 1 <= stopped["step"] < STEPS
     resumed = Run(cfg, "resumed", Path(stopped["checkpoint"]))
     assert resumed.result()["status"] == "finished"
-    mine, theirs = resumed.tensors(3), undisturbed.tensors(3)
+    mine, theirs = resumed.tensors(STEPS), undisturbed.tensors(STEPS)
     assert mine.keys() == theirs.keys() and any(name.startswith("start/") for name in mine)
     for name in mine:
         np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
