@@ -37,7 +37,7 @@ gpu-check: setup ## what this product does on the GPU of this machine (about 8 m
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-test: setup ## the whole test suite (no GPU, no network; about 7 minutes on 2 cores): its last line says how long it took
+test: setup ## the whole test suite (no GPU, no network; about 8 minutes on 2 cores): its last line says how long it took
 	$(PYTEST) --durations 10
 
 test-fast: setup ## what needs neither Ray nor many seconds (marked slow: compilers, processes, most families): less than 3 minutes

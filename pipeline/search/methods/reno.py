@@ -1,8 +1,8 @@
 """ReNO (arXiv 2406.04312): the initial noise is improved by the gradient of the rewards, through the whole sampler.
 
 Every iteration draws the take of the present noise, so the best one so far is always there. One-step generators were
-meant; with more steps each denoiser call is computed again in the backward pass, and an iteration takes about four
-times as long as a plain take.
+meant; with more steps each denoiser call is computed again in the backward pass, so an iteration costs two passes
+forward and one back where a plain take costs one.
 """
 
 from __future__ import annotations
