@@ -22,12 +22,17 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.card import Card, facts
+from benchmarks.gpu.families import families
+from benchmarks.gpu.learning import learning
+from benchmarks.gpu.roles import sharded, whole_run
+from benchmarks.gpu.sizes import size, switches
 from benchmarks.gpu.table import table
 from benchmarks.learning.samples import ROOT
 from pipeline.core.files import atomic_write
@@ -43,62 +48,20 @@ class Section:
     needs: str | None = None  # an importable package, without which there is nothing to measure
 
 
-def _learning(kind: str, dtype: str) -> Section:
-    def measure(card: Card) -> dict[str, Any]:
-        from benchmarks.gpu.learning import learning
-
-        return learning(kind, dtype, card)
-
-    return Section(110, measure)
-
-
-def _size(name: str, limit_s: float, compiled: bool = False) -> Section:
-    def measure(card: Card) -> dict[str, Any]:
-        from benchmarks.gpu.sizes import size
-
-        return size(name, card, compiled)
-
-    return Section(limit_s, measure)
-
-
-def _families(card: Card) -> dict[str, Any]:
-    from benchmarks.gpu.families import families
-
-    return families(card, seconds=120)
-
-
-def _switches(card: Card) -> dict[str, Any]:
-    from benchmarks.gpu.sizes import switches
-
-    return switches(card)
-
-
-def _sharded(card: Card) -> dict[str, Any]:
-    from benchmarks.gpu.roles import sharded
-
-    return sharded(card)
-
-
-def _whole_run(card: Card) -> dict[str, Any]:
-    from benchmarks.gpu.roles import whole_run
-
-    return whole_run(card)
-
-
 SECTIONS: dict[str, Section] = {  # in the order of their worth
     "facts": Section(60, facts),
-    "image float32": _learning("image", "float32"),
-    "image bfloat16": _learning("image", "bfloat16"),
-    "sd3.5-medium": _size("sd3.5-medium", 150),
-    "families": Section(150, _families),
-    "wan-1.3b": _size("wan-1.3b", 150),
-    "sharded": Section(120, _sharded),
-    "switches": Section(200, _switches),
-    "video bfloat16": _learning("video", "bfloat16"),
-    "ray": Section(150, _whole_run, needs="ray"),
-    "flux": _size("flux", 200),
-    "sd3.5-medium compiled": _size("sd3.5-medium", 200, compiled=True),
-    "video float32": _learning("video", "float32"),
+    "image float32": Section(110, partial(learning, "image", "float32")),
+    "image bfloat16": Section(110, partial(learning, "image", "bfloat16")),
+    "sd3.5-medium": Section(150, partial(size, "sd3.5-medium")),
+    "families": Section(150, partial(families, seconds=120)),
+    "wan-1.3b": Section(150, partial(size, "wan-1.3b")),
+    "sharded": Section(120, sharded),
+    "switches": Section(200, switches),
+    "video bfloat16": Section(110, partial(learning, "video", "bfloat16")),
+    "ray": Section(150, whole_run, needs="ray"),
+    "flux": Section(200, partial(size, "flux")),
+    "sd3.5-medium compiled": Section(200, partial(size, "sd3.5-medium", compiled=True)),
+    "video float32": Section(110, partial(learning, "video", "float32")),
 }
 
 
