@@ -63,18 +63,16 @@ def infer_mask(step: RawStep, sample: torch.Tensor, recording: Recording, pipeli
         return
     if any(bool((sample == step.next_sample.to(dtype)).all()) for dtype in (torch.bfloat16, torch.float16)):
         step.next_sample = sample.detach().clone()
-        if step.log_prob is not None:
-            step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, None, step.sharpness))
-        return
-    recording.chosen_share = min(recording.chosen_share, float(kept.float().mean()))
-    if not bool(kept.flatten(1).any(1).all()):
-        raise UnsupportedPolicyError(
-            f"{pipeline} replaces every value of the sample after step {step.index}; nothing that the policy chooses "
-            "is kept"
-        )
-    step.mask = kept
+    else:
+        recording.chosen_share = min(recording.chosen_share, float(kept.float().mean()))
+        if not bool(kept.flatten(1).any(1).all()):
+            raise UnsupportedPolicyError(
+                f"{pipeline} replaces every value of the sample after step {step.index}; nothing that the policy "
+                "chooses is kept"
+            )
+        step.mask = kept
     if step.log_prob is not None:
-        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, kept, step.sharpness))
+        step.log_prob = log_prob(step.next_sample, Transition(step.mean, step.std, 0.0, step.mask, step.sharpness))
 
 
 def check_first_step(scheduler: Any, ours: torch.Tensor, arguments: dict[str, Any]) -> None:
