@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -54,7 +55,6 @@ class PolicyWalk:
         """`policy`: probed, where the search looks ahead. `batch`: most particles in a pipeline call."""
         self.policy, self.sampling, self.rewards, self.prompts, self.batch = policy, sampling, rewards, prompts, batch
         self.levels: tuple[NoiseLevels, ...] = ()  # of the sampler's steps, known from the first call on
-        self._codec: LatentCodec | None = None
         self._chains: dict[tuple[int, ...], DenoisingChain] = {}  # owners of a call -> their conditions
 
     @torch.no_grad()
@@ -77,43 +77,28 @@ class PolicyWalk:
             takes, steps = range(stop - start), self.sampling.num_steps
             x = torch.stack([particle.x for particle in particles[start:stop]]).to(self.policy.device).requires_grad_()
             with torch.enable_grad():
-                pictures = self._pictures_of().decode(chain.run(x, takes, 0, steps))
+                pictures = self.codec.decode(chain.run(x, takes, 0, steps))
                 scores = self.rewards.gradient(
                     pictures, [self.prompts[i] for i in owners[start:stop]], self.policy.cfg.generator.fps
                 )
                 (slopes,) = torch.autograd.grad(scores.sum(), x)
-            frames = to_uint8(pictures.detach().permute(0, 1, 3, 4, 2).float().cpu().numpy())
-            for particle, of_take, slope in zip(particles[start:stop], frames, slopes, strict=True):
+            for particle, of_take, slope in zip(particles[start:stop], _frames(pictures), slopes, strict=True):
                 finished.append((replace(particle, level=steps, x=None, output=None, frames=of_take), slope))
         return finished
 
     def _chain(self, owners: tuple[int, ...]) -> DenoisingChain:
         """The denoising chain of takes of these prompts, for any samples."""
         if owners not in self._chains:
-            work = GroupWork(
-                group=0,
-                attempt=1,
-                purpose="eval",
-                step=0,
-                prompts=tuple(self.prompts[i] for i in owners),
-                seeds=tuple(range(len(owners))),
-                sampling=replace(self.sampling, trained_steps=tuple(range(self.sampling.num_steps))),
-            )
+            every = replace(self.sampling, trained_steps=tuple(range(self.sampling.num_steps)))
+            work = self._work(owners, range(len(owners)), every)
             self._chains[owners] = DenoisingChain(self.policy.conditions(work), self.policy.modules, self.policy.device)
         return self._chains[owners]
 
     def _calls(self, owners: Sequence[int], particles: Sequence[Particle]) -> Iterator[tuple[int, int]]:
         for first in range(0, len(particles), self.batch):
             rows = slice(first, first + self.batch)
-            work = GroupWork(
-                group=0,
-                attempt=1,
-                purpose="eval",
-                step=0,
-                prompts=tuple(self.prompts[i] for i in owners[rows]),
-                seeds=tuple(particle.lineage[0][1] for particle in particles[rows]),
-                sampling=self.sampling,
-            )
+            seeds = [particle.lineage[0][1] for particle in particles[rows]]
+            work = self._work(owners[rows], seeds, self.sampling)
             for start, stop in self.policy.calls(work):
                 yield first + start, first + stop
 
@@ -174,15 +159,31 @@ class PolicyWalk:
                 clean_prediction(spec.prediction, levels, x, particle.output[None], spec.consistency).to(x.dtype)
             )
         seeds = [particle.lineage[0][1] for particle in particles]
-        pictures = self._pictures_of().decode(torch.cat(clean), prompts=prompts, seeds=seeds, together=True)
-        return to_uint8(pictures.permute(0, 1, 3, 4, 2).float().cpu().numpy())
+        pictures = self.codec.decode(torch.cat(clean), prompts=prompts, seeds=seeds, together=True)
+        return _frames(pictures)
 
-    def _pictures_of(self) -> LatentCodec:
-        if self._codec is None:
-            policy = self.policy
-            tail = PipelineTail(policy.pipeline, policy.plan)
-            self._codec = LatentCodec(getattr(policy.pipe, "vae", None), policy.spec, policy.device, tail)
-        return self._codec
+    @cached_property
+    def codec(self) -> LatentCodec:
+        """Between the policy's samples and pictures."""
+        policy = self.policy
+        tail = PipelineTail(policy.pipeline, policy.plan)
+        return LatentCodec(getattr(policy.pipe, "vae", None), policy.spec, policy.device, tail)
+
+    def _work(self, owners: Sequence[int], seeds: Sequence[int], sampling: SamplingSpec) -> GroupWork:
+        return GroupWork(
+            group=0,
+            attempt=1,
+            purpose="eval",
+            step=0,
+            prompts=tuple(self.prompts[i] for i in owners),
+            seeds=tuple(seeds),
+            sampling=sampling,
+        )
+
+
+def _frames(pictures: torch.Tensor) -> np.ndarray:
+    """Decoded pictures [n, F, 3, H, W] in 0..1 -> uint8 [n, F, H, W, 3]."""
+    return to_uint8(pictures.detach().permute(0, 1, 3, 4, 2).float().cpu().numpy())
 
 
 def _finished(particle: Particle) -> np.ndarray:

@@ -114,7 +114,7 @@ def test_gradients_through_the_whole_sampler(name, tmp_path):
     ends = []
     for away in (step, -step):
         with torch.no_grad():
-            pictures = walk._pictures_of().decode(chain.run((begun[0].x + away * along)[None], [0], 0, 3))
+            pictures = walk.codec.decode(chain.run((begun[0].x + away * along)[None], [0], 0, 3))
             ends.append(float(steering.gradient(pictures, prompts[:1], 8.0)))
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(slope.norm()), rel=0.02)
 
