@@ -6,12 +6,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import expit
 
 from jobs.common.agreement import compared
 from jobs.common.pair_embeddings import Dropped
 from jobs.common.rater_statistics import share_text
 from pipeline.core.preference_statistics import hits, proportion, reliability
 from pipeline.rewards.fitting.fit import EmbeddedPairs, Fit
+from pipeline.rewards.fitting.likelihood import log_likelihood
 from pipeline.tools.model_card import cell_text
 
 if TYPE_CHECKING:
@@ -24,8 +26,9 @@ def summarise_fit(pairs: EmbeddedPairs, fitted: Fit, dropped: Dropped) -> dict[s
     """JSON-able; everything about agreement is of pairs whose prompt's labels the head had not seen."""
     decided = pairs.label != 0
     label, prompts, difference = pairs.label[decided], pairs.prompt[decided], fitted.difference[decided]
-    better, worse = (_logistic(sign * difference - fitted.thresholds[decided]) for sign in (1, -1))
-    log_loss, error, bins = reliability(better / (better + worse), label)
+    answers = _log_likelihoods(fitted)
+    better, worse = answers[:2, decided]
+    log_loss, error, bins = reliability(expit(better - worse), label)
     report: dict[str, Any] = {
         "pairs": len(pairs.label),
         "prompts": len(np.unique(pairs.prompt)),
@@ -48,20 +51,23 @@ def summarise_fit(pairs: EmbeddedPairs, fitted: Fit, dropped: Dropped) -> dict[s
         },
     }
     if not decided.all():
-        report["with_ties"] = asdict(proportion(_three_way_hits(pairs.label, fitted), pairs.prompt))
+        likeliest = np.array(_ANSWERS)[answers.argmax(0)]
+        report["with_ties"] = asdict(proportion((likeliest == pairs.label).astype(np.float64), pairs.prompt))
     return report
 
 
-def _logistic(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
+_ANSWERS = (1, -1, 0)  # labels: a is better, b is, tie
 
 
-def _three_way_hits(label: np.ndarray, fitted: Fit) -> np.ndarray:
-    """1 where the likeliest of the three answers is the label."""
-    better, worse = (_logistic(sign * fitted.difference - fitted.thresholds) for sign in (1, -1))
-    tie = np.expm1(2 * fitted.thresholds) * better * worse
-    answer = np.array([1, -1, 0])[np.argmax([better, worse, tie], axis=0)]
-    return (answer == label).astype(np.float64)
+def _log_likelihoods(fitted: Fit) -> np.ndarray:
+    """Of each of `_ANSWERS`, float64 [3, N]."""
+    import torch
+
+    difference, threshold = (
+        torch.from_numpy(np.asarray(x, np.float64)) for x in (fitted.difference, fitted.thresholds)
+    )
+    answers = [log_likelihood(difference, torch.full_like(difference, label), threshold) for label in _ANSWERS]
+    return torch.stack(answers).numpy()
 
 
 def fit_lines(report: dict[str, Any]) -> list[str]:
